@@ -1,0 +1,191 @@
+"""What a stage body may ask of its surroundings, and nothing more.
+
+A body is a plain function ``body(config, inputs, out, context) -> Metrics``. It reads the folders in
+``inputs``, writes only under ``out``, and asks everything else of ``context``: work over shards, progress,
+notes for a person, and processes that must run as ranks. Under `flows` the context is Prefect and MLflow;
+`LocalContext` serves tests and scripts with a pool of local processes.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+Metrics = dict[str, float]
+"""Figures that a stage body returns. They depend on its config and inputs only, never on the clock."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: one or two lines that say what, where and what to do."""
+
+
+class Unresolved(UserError):
+    """Something a plan needs that can't be known here and now (a hub that can't be reached)."""
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, unknown keys refused, defaults checked like given values."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Runtime(Config):
+    """How a stage is executed. Nothing in here may change what the stage writes."""
+
+
+class StageConfig(Config):
+    """Base of the stages' configs. Every field but ``runtime`` is part of the artifact's identity."""
+
+    runtime: Any = Runtime()
+
+    def resolve(self) -> Self:
+        """A copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
+
+        Raises:
+            UserError: what is named does not exist or can't be used.
+            Unresolved: it can't be known from here (no network).
+        """
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
+        return self.model_dump(mode="json", exclude={"runtime"})
+
+
+class StageContext(Protocol):
+    """The surroundings of a stage body."""
+
+    workers: int
+    """How many items `map` may work on at once."""
+
+    def map(
+        self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
+    ) -> list[Result]:
+        """Apply ``fn`` to every item and return the results in the order of ``items``.
+
+        ``fn`` and the items must be picklable (a module-level function or a `functools.partial` of one):
+        they may run in another process or on another machine that shares the file system. Make an item
+        seconds to minutes of work. ``names`` (one an item) are shown to people. The first exception is raised.
+        """
+        ...
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        """Say how far the stage is: ``done`` of ``total`` ``unit`` ("documents", "MB", "steps")."""
+        ...
+
+    def note(self, message: str, *, warning: bool = False) -> None:
+        """Tell a person one line: a choice made ("precision fp32: ...") or a warning."""
+        ...
+
+    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+        """Run ``python -m module job`` as ``ranks`` processes of one `torch.distributed` job.
+
+        Returns when all have ended well. ``events`` is the JSON-lines file that rank 0 appends to, which the
+        caller may follow meanwhile; ``logs`` the folder for what the ranks print.
+
+        Raises:
+            UserError: a rank ended with a user's mistake (see `llm.pretrain`).
+            RuntimeError: a rank failed; the message holds the end of its log.
+        """
+        ...
+
+
+class LocalContext:
+    """`StageContext` for tests and scripts: a pool of local processes, notes kept in a list."""
+
+    def __init__(self, workers: int = 1, launcher: Callable[..., None] | None = None) -> None:
+        self.workers = workers
+        self.notes: list[str] = []
+        self._launcher = launcher
+
+    def map(
+        self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
+    ) -> list[Result]:
+        if self.workers == 1 or len(items) < 2:
+            return [fn(item) for item in items]
+        with process_pool(min(self.workers, len(items))) as pool:
+            return list(pool.map(fn, items))
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        pass
+
+    def note(self, message: str, *, warning: bool = False) -> None:
+        self.notes.append(message)
+
+    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+        if self._launcher is None:
+            raise UserError("this context starts no ranks: give LocalContext a launcher (flows.launch.local)")
+        self._launcher(module, job, ranks, logs=logs)
+
+
+@contextmanager
+def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """A pool of fresh processes that end by themselves when the process that made them is killed.
+
+    ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock the child.
+    """
+    pool = ProcessPoolExecutor(
+        workers, multiprocessing.get_context("forkserver"), initializer=die_with, initargs=(os.getpid(),)
+    )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def die_with(parent: int, poll_seconds: float = 0.5) -> None:
+    """End this process, from a daemon thread, soon after process ``parent`` is gone.
+
+    Works where the parent of this process is not ``parent`` itself (a fork server, torchrun's agent).
+    """
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except OSError:
+                os._exit(1)
+            time.sleep(poll_seconds)
+
+    threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name beside ``path``, renamed to it when the block ends well, removed when it does not.
+
+    So whatever has its final name is whole, and a stage that starts again may skip it.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    """The last ``count`` lines of ``text``."""
+    return "\n".join(text.strip().splitlines()[-count:])
+
+
+def human_bytes(size: float) -> str:
+    """``1536`` -> ``1.5 kB`` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -1,0 +1,1 @@
+"""The only room that knows Prefect and MLflow: store, stages, pipeline, tracking, command line."""

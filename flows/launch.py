@@ -1,0 +1,80 @@
+"""How the ranks of a training job are started: as processes of this machine, through torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from data_pipeline.context import UserError, last_lines
+
+
+def local(
+    module: str, job: Path, ranks: int, *, logs: Path, while_running: Callable[[], None] | None = None
+) -> None:
+    """Run ``python -m module job`` as ``ranks`` local processes under torchrun and wait for their end.
+
+    ``while_running`` is called about five times a second meanwhile, and must not raise. The ranks' output goes
+    to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"user": bool, "message": str}).
+
+    Raises:
+        UserError: a rank ended with a user's mistake.
+        RuntimeError: a rank failed; the message holds the end of the log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    error = logs / "error.json"
+    error.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
+        **os.environ,
+        "LLMILL_PARENT": str(os.getpid()),
+    }
+    with open(logs / "ranks.log", "ab") as log:
+        process = subprocess.Popen(
+            [*command, "-m", module, str(job)],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,  # Ctrl-C reaches us; we end the ranks ourselves
+        )
+        try:
+            while True:
+                try:
+                    code = process.wait(timeout=0.2)
+                    break
+                except subprocess.TimeoutExpired:
+                    if while_running:
+                        while_running()
+        except BaseException:
+            stop(process)
+            raise
+    if code == 0:
+        return
+    if error.exists():
+        failure = json.loads(error.read_text())
+        if failure["user"]:
+            raise UserError(failure["message"])
+        raise RuntimeError(f"{failure['message']}\n(full log: {logs / 'ranks.log'})")
+    tail = last_lines((logs / "ranks.log").read_text(errors="replace"))
+    raise RuntimeError(f"the ranks ended with exit code {code}; the end of {logs / 'ranks.log'}:\n{tail}")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
+    """End torchrun and its ranks: politely first, so that they may save, then for good."""
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(grace_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,1 @@
+"""Token shards to a model: plain functions on folders, without Prefect or MLflow."""

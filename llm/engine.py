@@ -1,0 +1,134 @@
+"""DeepSpeed, and the only import of it: a model and its optimizer spread over the ranks by ZeRO (Rajbhandari et
+al. 2019, arXiv:1910.02054), behind the few calls that the training loop needs. Parameters stay fp32; bf16 means
+that matrix products run in it (autocast), so every ZeRO stage computes the same numbers up to rounding. DeepSpeed's
+JSON is derived from `PretrainConfig` here and nowhere else. Nothing is compiled: the optimizer is torch's own, and
+DeepSpeed's shared-memory collectives (a minute of C++ for ranks on CPUs) are left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators, and says so
+
+import deepspeed
+
+from llm.optim import adamw
+
+if TYPE_CHECKING:
+    from llm.model import Transformer
+    from llm.pretrain import PretrainConfig
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+"""How long a rank waits for the others: longer than any checkpoint or validation takes on one of them."""
+
+
+def start_ranks() -> tuple[int, int]:
+    """Join the process group that torchrun described in the environment; this rank and how many there are."""
+    # DeepSpeed builds optional C++ collectives when this table, which it fills by running compilers, allows it.
+    deepspeed.ops.__compatible_ops__ = {}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+    """The JSON that DeepSpeed wants, derived from ours."""
+    runtime = config.runtime
+    return {
+        "train_batch_size": config.batch_windows,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation,
+        # At stage 0 we clip, because DeepSpeed does not tell the norm there.
+        "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
+        "zero_optimization": {"stage": runtime.zero_stage},
+        "torch_autocast": {
+            "enabled": config.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gradients travel in fp32
+        },
+        "steps_per_print": 1 << 40,
+    }
+
+
+class Engine:
+    """A model in training on all ranks. Every method is a collective: all ranks call it together."""
+
+    def __init__(self, model: Transformer, config: PretrainConfig) -> None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.clip = config.grad_clip
+        self.zero_stage = config.runtime.zero_stage
+        model = model.to(self.device)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw(model, config), config=deepspeed_config(config), dist_init_required=False
+        )
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. At ZeRO 3 its parameters are empty outside `forward`."""
+        return self.engine.module
+
+    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> tuple[float, float]:
+        """One optimizer step over this rank's micro-batches of (tokens, targets).
+
+        Returns:
+            The mean loss in nats over the global batch, and the norm of the gradient before clipping.
+        """
+        self.engine.train()
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        count = 0
+        norm = 0.0
+        for tokens_BT, targets_BT in micro_batches:
+            loss = self.engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+            total += loss.detach()
+            count += 1
+            self.engine.backward(loss)
+            if self.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+                norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip))
+            self.engine.step()
+        if self.zero_stage:
+            norm = float(self.engine.get_global_grad_norm())
+        return self.sum(total / count).item() / dist.get_world_size(), norm
+
+    @torch.no_grad()
+    def nats(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
+        self.engine.eval()
+        return self.engine(tokens_BT.to(self.device), targets_BT.to(self.device), reduction="none")
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks."""
+        value = value.to(self.device)
+        dist.all_reduce(value)
+        return value
+
+    def save(self, folder: Path) -> None:
+        """Each rank writes its part of parameters and optimizer into ``folder``."""
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Each rank reads its part back: only with the ranks and ZeRO stage that wrote it."""
+        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                if dist.get_rank() == 0:
+                    weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+        return weights

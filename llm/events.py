@@ -1,0 +1,51 @@
+"""How training talks: rank 0 appends one JSON object a line to a file, and whoever wants to know reads it. Training
+never waits for a reader, and a start after a kill writes no step a second time.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+ONCE = ("step", "validation")
+"""Events that are facts of a step: replayed after a resume they are the same, so they are not written again."""
+
+
+class EventLog:
+    """The writing end of ``events.jsonl``: append only, flushed line by line."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        self.written = {event: 0 for event in ONCE}
+        """The last step of which each kind in `ONCE` is in the file."""
+        self._drop_torn_line(path)
+        for event in read_events(path):
+            if event["event"] in ONCE:
+                self.written[event["event"]] = max(self.written[event["event"]], event["step"])
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event with the time (seconds since 1970), unless the file tells of its step already."""
+        if event in ONCE:
+            if fields["step"] <= self.written[event]:
+                return
+            self.written[event] = fields["step"]
+        self._file.write(json.dumps({"event": event, **fields, "time": round(time.time(), 3)}) + "\n")
+
+    @staticmethod
+    def _drop_torn_line(path: Path) -> None:
+        """A kill may have cut the last line short; what was whole stays where readers have read it."""
+        with open(path, "rb+") as file:
+            content = file.read()
+            file.truncate(content.rfind(b"\n") + 1)
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """The whole events of a file, in order; none where there is no file."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1] if line]

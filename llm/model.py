@@ -1,0 +1,266 @@
+"""The decoder-only transformer, readable top to bottom: embed, then per layer attention and SwiGLU, each behind
+an RMSNorm and added to the residual stream, then a norm and the head. The layout, the names and the arithmetic
+are Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention; `qk_norm` adds Qwen3's norm on
+each head's queries and keys. Shape suffixes: B batch, T positions, D width, F hidden width, H query heads,
+K key-value heads, E width of a head, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from data_pipeline.context import Config, atomic_path
+from llm.attention import causal_attention
+
+VOCAB_MULTIPLE = 64
+"""Rows of the embedding are padded to a multiple of this: odd sizes fall off the fast matrix kernels."""
+
+
+class ModelShape(Config):
+    """What a recipe says of the model. The vocabulary comes from the tokenizer."""
+
+    layers: int = Field(12, ge=1)
+    heads: int = Field(12, ge=1)
+    kv_heads: int | None = Field(None, ge=1)
+    """Heads of keys and values; None: as many as `heads` (no grouping)."""
+    width: int = Field(768, ge=2)
+    hidden: int | None = Field(None, ge=1)
+    """Width of the SwiGLU layer; None: 8/3 of `width`, rounded up to a multiple of 64."""
+    context: int = Field(1024, ge=2)
+    """Positions the model sees at once, in tokens."""
+    rope_theta: float = Field(10_000.0, gt=0)
+    norm_eps: float = Field(1e-5, gt=0)
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    init_std: float = Field(0.02, gt=0)
+    """Standard deviation of initial weights; projections into the residual stream get it / sqrt(2 layers)."""
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        if self.width % self.heads:
+            raise ValueError(f"width {self.width} does not divide into {self.heads} heads: change width or heads")
+        if self.heads % self.kv_head_count:
+            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: change one of them")
+        if self.head_width % 2:
+            raise ValueError(
+                f"width / heads is {self.head_width}; rotary positions need an even number: change width or heads"
+            )
+        return self
+
+    @property
+    def kv_head_count(self) -> int:
+        """`kv_heads`, or `heads` when not given."""
+        return self.kv_heads or self.heads
+
+    @property
+    def head_width(self) -> int:
+        """width / heads."""
+        return self.width // self.heads
+
+    @property
+    def hidden_width(self) -> int:
+        """`hidden`, or 8/3 of `width` rounded up to a multiple of 64: as many parameters as a plain 4x MLP."""
+        return self.hidden or math.ceil(8 * self.width / 3 / 64) * 64
+
+
+class ModelConfig(ModelShape):
+    """A model's shape with its vocabulary: all that is needed to build it."""
+
+    vocab_size: int = Field(ge=2)
+    """Tokens that exist. The matrices have `padded_vocab` rows."""
+
+    @property
+    def padded_vocab(self) -> int:
+        """`vocab_size` rounded up to a multiple of 64."""
+        return math.ceil(self.vocab_size / VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+    def flops_per_token(self, context: int | None = None) -> float:
+        """Floating-point operations to train on one token: 6 a matrix parameter, and attention.
+
+        Attention over a causal context of T costs 6 T D a layer (Chowdhery et al. 2022, arXiv:2204.02311,
+        appendix B, halved for causality).
+        """
+        kv_width = self.kv_head_count * self.head_width
+        layer = 2 * self.width * (self.width + kv_width) + 3 * self.width * self.hidden_width
+        matrices = self.layers * layer + self.width * self.padded_vocab
+        return 6 * matrices + 6 * self.layers * self.width * (context or self.context)
+
+
+class Transformer(nn.Module):
+    """Token ids to logits, or to the loss.
+
+    Parameters carry the names of `transformers`' Llama less the prefix ``model.``.
+    """
+
+    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
+        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.lm_head = Head(config)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed_tokens.weight
+        cos_TE, sin_TE = rotary_tables(config)
+        self.register_buffer("cos_TE", cos_TE, persistent=False)
+        self.register_buffer("sin_TE", sin_TE, persistent=False)
+        self.initialise(seed)
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
+        """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats.
+
+        ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). Logits of ids that only
+        pad the matrices are -inf: they have no probability, in training or sampling.
+        """
+        rope = (self.cos_TE[: tokens_BT.shape[1]], self.sin_TE[: tokens_BT.shape[1]])
+        x_BTD = self.embed_tokens(tokens_BT)
+        for layer in self.layers:
+            x_BTD = layer(x_BTD, rope)
+        logits_BTV = self.lm_head(self.norm(x_BTD)).float()
+        if targets_BT is None:
+            return logits_BTV
+        nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
+        return nats if reduction == "mean" else nats.view_as(targets_BT)
+
+    @torch.no_grad()
+    def initialise(self, seed: int) -> None:
+        """Draw the weights: normal, smaller where a projection adds to the residual stream (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        residual_std = self.config.init_std / math.sqrt(2 * self.config.layers)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim >= 2:
+                into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                std = residual_std if into_residual else self.config.init_std
+                parameter.normal_(0.0, std, generator=generator)
+
+    def parameter_count(self) -> int:
+        """Parameters that can matter: rows which only pad the vocabulary are not counted."""
+        matrices = 1 if self.config.tie_embeddings else 2
+        padding = (self.config.padded_vocab - self.config.vocab_size) * self.config.width * matrices
+        return sum(parameter.numel() for parameter in self.parameters()) - padding
+
+
+class Layer(nn.Module):
+    """One block: attention, then SwiGLU, each on a normed copy of the stream and added back to it."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(config.width, config.norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope)
+        return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped key-value heads."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_width = config.heads, config.kv_head_count, config.head_width
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=False)
+        self.k_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=False)
+        self.v_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=False)
+        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        self.q_norm: nn.Module | None = None
+        self.k_norm: nn.Module | None = None
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_width, config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_width, config.norm_eps)
+
+    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        q_BTHE = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_width))
+        k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
+        v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+        q_BTHE, k_BTKE = rotate(q_BTHE, *rope).type_as(v_BTKE), rotate(k_BTKE, *rope).type_as(v_BTKE)
+        mixed_BHTE = causal_attention(q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2))
+        return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(-2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x): Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.up_proj = nn.Linear(config.width, config.hidden_width, bias=False)
+        self.down_proj = nn.Linear(config.hidden_width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Head(nn.Linear):
+    """Stream to logits. Columns that only pad the vocabulary get -inf through the bias, which costs nothing."""
+
+    padding_V: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.width, config.padded_vocab, bias=False)
+        padding_V = None
+        if config.padded_vocab > config.vocab_size:
+            padding_V = torch.zeros(config.padded_vocab)
+            padding_V[config.vocab_size :] = -math.inf
+        self.register_buffer("padding_V", padding_V, persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return F.linear(x_BTD, self.weight, self.padding_V)
+
+
+def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines ``(T, E)`` of the rotation of each position: Su et al. 2021, arXiv:2104.09864.
+
+    Feature i of a head turns together with i + E/2, at rate theta^(-2i/E) a position.
+    """
+    even_E = torch.arange(0, config.head_width, 2, dtype=torch.float32)
+    rate_E = 1.0 / config.rope_theta ** (even_E / config.head_width)
+    angle_TE = torch.outer(torch.arange(config.context, dtype=torch.float32), rate_E)
+    angle_TE = torch.cat((angle_TE, angle_TE), dim=-1)
+    return angle_TE.cos(), angle_TE.sin()
+
+
+def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
+    """Turn each head's features by its position's angles, in fp32."""
+    left, right = x_BTHE.chunk(2, dim=-1)
+    turned_BTHE = torch.cat((-right, left), dim=-1)
+    return x_BTHE * cos_TE[:, None] + turned_BTHE * sin_TE[:, None]
+
+
+def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write ``model.json`` and, last, ``model.safetensors`` into ``folder``, each atomically."""
+    from safetensors.torch import save_file
+
+    with atomic_path(folder / "model.json") as path:
+        path.write_text(model_config.model_dump_json(indent=2) + "\n")
+    with atomic_path(folder / "model.safetensors") as path:
+        save_file(weights, path)
+        path.chmod(0o644)  # safetensors makes it readable by its owner only
+
+
+def load_model(folder: Path) -> Transformer:
+    """The trained model in a pretrain artifact, fp32, in evaluation mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: ``folder`` holds no ``model.json`` and ``model.safetensors``.
+    """
+    from safetensors.torch import load_file
+
+    config = ModelConfig.model_validate_json((folder / "model.json").read_text())
+    model = Transformer(config)
+    weights = load_file(folder / "model.safetensors")
+    if config.tie_embeddings:
+        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+    model.load_state_dict(weights)
+    return model.eval()

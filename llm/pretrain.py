@@ -1,0 +1,301 @@
+"""The pretrain stage: token shards to a trained model. Here is what a recipe may say (`PretrainConfig`), and the
+body, which checks that it can be done, lays the tokens flat, has the ranks started (`llm.trainer` is what each of
+them runs) and turns what they leave behind into the artifact. A body started again after a kill goes on from the
+newest whole checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal, Self
+
+import pyarrow.parquet as pq
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from data_pipeline.context import Config, Metrics, Runtime, StageConfig, StageContext, UserError, atomic_path
+from llm import batches, checkpoint
+from llm._shards import TokenShards
+from llm.model import ModelConfig, ModelShape, load_model
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Most tokens a rank works on at once when the micro-batch is "auto": what fits caches, or fills a GPU."""
+
+
+class PretrainRuntime(Runtime):
+    """How training is executed."""
+
+    ranks: int = Field(1, ge=1)
+    """Processes that share each batch: one a GPU, or a few on a CPU."""
+    zero_stage: int = Field(0, ge=0, le=3)
+    """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Windows a rank works on at once; the rest of its share is accumulated."""
+    log_every: int = Field(1, ge=1)
+    """Steps between step events. The losses of all steps are kept in any case."""
+    checkpoint_every: int = Field(500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(2, ge=1)
+
+
+class Validation(Config):
+    """The check on held-out text while training."""
+
+    every: int = Field(250, ge=1)
+    """Steps between checks; there is always one after the last step."""
+    tokens: int = Field(65_536, ge=1)
+    """At most this many held-out tokens, the same ones each time."""
+
+
+class PretrainConfig(StageConfig):
+    """What is trained, on how much, and how."""
+
+    model: ModelShape = ModelShape()
+    tokens: int = Field(ge=1)
+    """Tokens to train on; more than the corpus has means to read it again, in another order."""
+    batch_tokens: int = Field(524_288, ge=2)
+    """Tokens a step, over all ranks: a multiple of the context."""
+    lr: float = Field(6e-4, gt=0)
+    """Peak learning rate."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """The last step's rate as a part of the peak."""
+    warmup_share: float = Field(0.02, ge=0, lt=1)
+    """Part of the steps in which the rate rises."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    seed: int = Field(0, ge=0)
+    """Of the initial weights and of the order of windows."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    validation: Validation = Validation()
+    runtime: PretrainRuntime = PretrainRuntime()
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), not {betas}")
+        return betas
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch_tokens % self.model.context:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of model.context {self.model.context}"
+            )
+        ranks, micro = self.runtime.ranks, self.runtime.micro_batch
+        if self.batch_windows % ranks:
+            raise ValueError(f"a batch of {self.batch_windows} windows does not divide among {ranks} ranks")
+        if micro != "auto" and (micro < 1 or self.rank_windows % micro):
+            raise ValueError(
+                f"runtime.micro_batch {micro} does not divide a rank's {self.rank_windows} windows a step"
+            )
+        return self
+
+    def resolve(self) -> Self:
+        """A copy with ``precision`` pinned to what this machine computes in."""
+        if self.precision != "auto":
+            return self
+        return self.model_copy(update={"precision": hardware_precision()[0]})
+
+    @property
+    def batch_windows(self) -> int:
+        """Windows a step: batch_tokens / context."""
+        return self.batch_tokens // self.model.context
+
+    @property
+    def rank_windows(self) -> int:
+        """Windows a step and rank: batch_windows / ranks."""
+        return self.batch_windows // self.runtime.ranks
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device."""
+        if self.runtime.micro_batch != "auto":
+            return self.runtime.micro_batch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        most = max(1, MICRO_BATCH_TOKENS[device] // self.model.context)
+        return max(size for size in range(1, min(most, self.rank_windows) + 1) if self.rank_windows % size == 0)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches a rank and step."""
+        return self.rank_windows // self.micro_batch
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: tokens / batch_tokens, rounded down, at least one."""
+        return max(1, self.tokens // self.batch_tokens)
+
+    @property
+    def warmup_steps(self) -> int:
+        """warmup_share of the steps, rounded."""
+        return round(self.warmup_share * self.steps)
+
+
+class Job(Config):
+    """What a rank is told: the folders it works in, and what to train."""
+
+    config: PretrainConfig
+    model: ModelConfig
+    tokenizer: Path
+    out: Path
+
+    @property
+    def scratch(self) -> Path:
+        """What is removed when training has ended."""
+        return self.out / "scratch"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+    @property
+    def events(self) -> Path:
+        return self.out / "logs" / "events.jsonl"
+
+    def windows(self, split: str) -> batches.Windows:
+        """The windows of split "train" or "val"."""
+        return batches.Windows(self.scratch / f"{split}.bin", self.model.vocab_size, self.model.context)
+
+
+def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{torch.cuda.get_device_name()} computes in it"
+        return "fp32", f"{torch.cuda.get_device_name()} does not compute in bf16"
+    flags = cpu_flags()
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in flags:
+            return "bf16", f"this processor computes in it ({flag})"
+    return "fp32", "this processor has neither amx_bf16 nor avx512_bf16"
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The processor's features as Linux lists them; empty elsewhere."""
+    if not cpuinfo.exists():
+        return frozenset()
+    line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    return frozenset(line.partition(":")[2].split())
+
+
+def require_ranks(ranks: int) -> None:
+    """Refuse more ranks than this machine has places for.
+
+    Raises:
+        UserError: more than its GPUs or, without any, its processor cores.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    places, kind = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "processor cores")
+    if ranks > places:
+        raise UserError(
+            f"pretrain.runtime.ranks is {ranks}, but this machine has {places} {kind}:\n"
+            f"set pretrain.runtime.ranks to at most {places}"
+        )
+
+
+def pretrain(
+    config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext
+) -> Metrics:
+    """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
+
+    Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet`` and ``report.md``.
+
+    Raises:
+        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of other ranks.
+    """
+    require_ranks(config.runtime.ranks)
+    if config.precision == "auto":
+        config = config.resolve()
+    context.note(f"precision {config.precision}: {precision_reason(config)}")
+    if not (out / "model.safetensors").exists():  # the last file that the ranks write
+        job = prepare(config, inputs, out, context)
+        path = job.scratch / "job.json"
+        path.write_text(job.model_dump_json(indent=1))
+        context.launch("llm.trainer", path, config.runtime.ranks, events=job.events, logs=out / "logs")
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    shutil.rmtree(out / "scratch", ignore_errors=True)
+    return summarise(config, out)
+
+
+def precision_reason(config: PretrainConfig) -> str:
+    """Why training is in the precision it is in."""
+    fastest, reason = hardware_precision()
+    return reason if fastest == config.precision else f"asked for ({fastest} would be faster here: {reason})"
+
+
+def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
+    """Check what can be checked before a rank starts, and lay the tokens flat."""
+    shards = TokenShards(inputs["tokenize"])
+    model = ModelConfig(**config.model.model_dump(), vocab_size=shards.vocab_size)
+    job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
+    for made in checkpoint.complete(job.checkpoints)[:1]:
+        checkpoint.require_same_shape(made, ranks=config.runtime.ranks, zero_stage=config.runtime.zero_stage)
+    tokens = shards.token_count("train")
+    batches.require_batch(tokens, config.model.context, config.batch_tokens)
+    for split in ("train", "val"):
+        flat = job.scratch / f"{split}.bin"
+        if not flat.exists():
+            batches.write_flat((tokens for _, tokens in shards.documents(split)), flat, shards.vocab_size)
+    if not len(job.windows("val")):
+        raise UserError(
+            f"the held-out split has {shards.token_count('val'):,} tokens, less than one window of "
+            f"{config.model.context:,}:\nlower pretrain.model.context or hold out more in tokenize"
+        )
+    context.note(f"{config.steps:,} steps of {config.batch_tokens:,} tokens: {config.tokens / tokens:.2f} epochs")
+    return job
+
+
+def summarise(config: PretrainConfig, out: Path) -> Metrics:
+    """Read back what the ranks wrote, write the report, and give the headline figures."""
+    losses = pq.read_table(out / "losses.parquet").to_pylist()
+    checks = pq.read_table(out / "validation.parquet").to_pylist()
+    model = load_model(out)
+    last = losses[-max(1, len(losses) // 50) :]
+    metrics = {
+        "parameters": float(model.parameter_count()),
+        "steps": float(len(losses)),
+        "tokens": float(losses[-1]["tokens"]),
+        "train_loss": sum(row["loss"] for row in last) / len(last),
+        "validation_loss": checks[-1]["loss"],
+        "validation_bits_per_byte": checks[-1]["bits_per_byte"],
+        "best_validation_bits_per_byte": min(check["bits_per_byte"] for check in checks),
+    }
+    with atomic_path(out / "report.md") as path:
+        path.write_text(report(config, model.config, metrics, losses, checks))
+    return metrics
+
+
+def report(
+    config: PretrainConfig,
+    model: ModelConfig,
+    metrics: Metrics,
+    losses: list[dict[str, float]],
+    checks: list[dict[str, float]],
+) -> str:
+    """The stage's report in Markdown."""
+    lines = [
+        "# Pretraining",
+        "",
+        f"{metrics['parameters']:,.0f} parameters ({model.layers} layers, width {model.width}, {model.heads} heads, "
+        f"context {model.context}, vocabulary {model.vocab_size}), {metrics['steps']:,.0f} steps of "
+        f"{config.batch_tokens:,} tokens in {config.precision}.",
+        "",
+        f"Training loss over the last steps: {metrics['train_loss']:.4f} nats a token.",
+        "",
+        "| step | tokens | held-out loss (nats) | bits per byte |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for check in checks:
+        tokens = check["step"] * config.batch_tokens
+        lines.append(f"| {check['step']} | {tokens:,} | {check['loss']:.4f} | {check['bits_per_byte']:.4f} |")
+    lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
+    for row in losses[:: max(1, len(losses) // 20)]:
+        lines.append(f"| {row['step']} | {row['loss']:.4f} | {row['lr']:.3e} | {row['grad_norm']:.3f} |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,265 @@
+"""What each rank of a training job runs (``python -m llm.trainer JOB`` under torchrun): the loop over steps, with
+validation, checkpoints and events. Step N's windows and learning rate follow from N alone and nothing in the model
+is random, so all the state there is lies in the checkpoint: after a kill the losses go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import resource
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.context import UserError, atomic_path, die_with
+from llm import checkpoint
+from llm._shards import token_bytes
+from llm.batches import batch_windows, rank_share
+from llm.bits import bits_per_byte, text_sums
+from llm.engine import Engine, start_ranks
+from llm.events import EventLog
+from llm.model import Transformer, save_model
+from llm.pretrain import Job, precision_reason
+from llm.schedule import learning_rate
+
+LOCK_SECONDS = 60
+"""How long to wait for the ranks of a killed run to be gone: they notice within a second."""
+
+
+class Trainer:
+    """One rank's part in training."""
+
+    def __init__(self, job: Job, rank: int, ranks: int) -> None:
+        self.job, self.config = job, job.config
+        self.rank, self.ranks = rank, ranks
+        self.train, self.held_out = job.windows("train"), job.windows("val")
+        model = Transformer(job.model, seed=self.config.seed)
+        self.parameters = model.parameter_count()
+        self.engine = Engine(model, self.config)
+        self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
+        self.events = EventLog(job.events) if rank == 0 else None
+        self.history: dict[str, list[dict[str, float]]] = {"step": [], "validation": []}
+        self.seconds_a_step: float | None = None
+        rate = matmul_flops(self.engine.device, self.config.precision)
+        self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
+
+    def run(self) -> None:
+        """Train to the end, from the newest whole checkpoint where there is one, and write the results."""
+        self.say_start()
+        for step in range(self.resume(), self.config.steps):
+            self.train_step(step)
+            done = step + 1
+            if done % self.config.validation.every == 0 or done == self.config.steps:
+                self.validate(done)
+            if done % self.config.runtime.checkpoint_every == 0 and done < self.config.steps:
+                self.save(done)
+        self.write_results()
+        self.tell("end", step=self.config.steps)
+
+    def train_step(self, step: int) -> None:
+        """One optimizer step, remembered and told."""
+        config = self.config
+        lr = learning_rate(
+            step, steps=config.steps, warmup=config.warmup_steps, peak=config.lr, floor_ratio=config.min_lr_ratio
+        )
+        start = time.perf_counter()
+        loss, grad_norm = self.engine.step(self.micro_batches(step), lr)
+        seconds = time.perf_counter() - start
+        done = step + 1
+        if not np.isfinite(loss):
+            raise UserError(f"the loss of step {done} is {loss}: training diverged; lower pretrain.lr")
+        fact = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        self.history["step"].append(fact)
+        if done % config.runtime.log_every == 0 or done == config.steps:
+            self.tell("step", **fact, **self.speed(seconds, config.steps - done))
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's part of the batch of ``step``, cut into micro-batches."""
+        windows = batch_windows(step, self.config.seed, self.config.batch_windows, len(self.train))
+        mine = rank_share(windows, self.rank, self.ranks)
+        for micro in np.split(mine, self.config.accumulation):
+            tokens, targets = self.train.take(micro)
+            yield torch.from_numpy(tokens), torch.from_numpy(targets)
+
+    def validate(self, done: int) -> None:
+        """Loss and bits per byte on the same held-out windows each time.
+
+        The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
+        call the model equally often.
+        """
+        windows = np.arange(max(1, min(len(self.held_out), self.config.validation.tokens // self.job.model.context)))
+        size = self.config.micro_batch * self.ranks
+        sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        for start in range(0, len(windows), size):
+            places = start + self.rank + self.ranks * np.arange(self.config.micro_batch)
+            tokens, targets = map(torch.from_numpy, self.held_out.take(np.minimum(places, windows[-1])))
+            nats = self.engine.nats(tokens, targets)
+            weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
+            sums += text_sums(nats, self.token_bytes[targets.to(nats.device)], weight)
+        nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
+        fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
+        self.history["validation"].append(fact)
+        self.tell("validation", **fact)
+
+    def save(self, done: int) -> None:
+        """Write a checkpoint in two phases and drop the oldest."""
+        start = time.perf_counter()
+        root = self.job.checkpoints
+        if self.rank == 0:
+            checkpoint.begin(root, done)
+        dist.barrier()
+        folder = checkpoint.unfinished(root, done)
+        self.engine.save(folder)
+        dist.barrier()
+        if self.rank == 0:
+            zero_stage = self.config.runtime.zero_stage
+            size = checkpoint.commit(
+                folder, step=done, ranks=self.ranks, zero_stage=zero_stage, history=self.history
+            )
+            checkpoint.prune(root, self.config.runtime.keep_checkpoints)
+            self.tell("checkpoint", step=done, seconds=round(time.perf_counter() - start, 3), bytes=size)
+        dist.barrier()
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint; the number of steps already taken."""
+        found: list[Any] = [None]
+        root = self.job.checkpoints
+        if self.rank == 0:
+            found[0], passed_over = checkpoint.newest_whole(root)
+            for message in passed_over:
+                self.tell("warning", message=message)
+        dist.broadcast_object_list(found)
+        newest: checkpoint.Checkpoint | None = found[0]
+        if newest is None:
+            return 0
+        checkpoint.require_same_shape(newest, ranks=self.ranks, zero_stage=self.config.runtime.zero_stage)
+        self.engine.load(checkpoint.folder_of(root, newest.step))
+        self.history = checkpoint.read_history(root, newest)
+        self.tell("resume", step=newest.step)
+        return newest.step
+
+    def write_results(self) -> None:
+        """The artifact's files, the model last: it says that the others are there."""
+        weights = self.engine.weights()
+        if self.rank == 0:
+            for kind, name in (("step", "losses"), ("validation", "validation")):
+                with atomic_path(self.job.out / f"{name}.parquet") as path:
+                    pq.write_table(pa.Table.from_pylist(self.history[kind]), path, compression="zstd")
+            save_model(self.job.model, weights, self.job.out)
+        dist.barrier()
+
+    def say_start(self) -> None:
+        """The event that opens a run."""
+        config = self.config
+        self.tell(
+            "start",
+            precision=config.precision,
+            reason=precision_reason(config),
+            parameters=self.parameters,
+            steps=config.steps,
+            tokens=config.steps * config.batch_tokens,
+            ranks=self.ranks,
+            zero_stage=config.runtime.zero_stage,
+            micro_batch=config.micro_batch,
+            matmul_flops=self.peak_flops,
+        )
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Write an event, on rank 0."""
+        if self.events is not None:
+            self.events.write(event, **fields)
+
+    def speed(self, seconds: float, steps_left: int) -> dict[str, float]:
+        """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
+        matrix products reached when probed at the start (of a rank's memory, its own)."""
+        rate = self.config.batch_tokens / seconds
+        self.seconds_a_step = seconds if self.seconds_a_step is None else 0.9 * self.seconds_a_step + 0.1 * seconds
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.job.model.flops_per_token() / self.peak_flops,
+            "memory": memory_bytes(),
+            "eta_seconds": steps_left * self.seconds_a_step,
+        }
+
+
+def matmul_flops(device: torch.device, precision: str, size: int = 2048, repeats: int = 3) -> float:
+    """Floating-point operations a second of one rank's large matrix products while all ranks run them."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b).sum().item()
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory_bytes() -> int:
+    """The most memory this rank has held: on its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def only_trainer(scratch: Path) -> Iterator[None]:
+    """Hold the lock that one training job at a time has on a folder.
+
+    Raises:
+        RuntimeError: another job still held it after `LOCK_SECONDS`.
+    """
+    with open(scratch / "trainer.lock", "w") as file:
+        deadline = time.monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise RuntimeError(f"another training job holds {file.name}") from None
+                time.sleep(0.2)
+        yield
+
+
+def report_failure(error: Exception, folder: Path) -> None:
+    """Leave what went wrong where the launcher looks, unless another rank was first."""
+    message = {"user": isinstance(error, UserError), "message": str(error) or repr(error)}
+    if not message["user"]:
+        message["message"] = f"{type(error).__name__}: {error}"
+        traceback.print_exc()
+    with suppress(FileExistsError), open(folder / "error.json", "x") as file:
+        json.dump(message, file)
+
+
+def main(path: Path) -> None:
+    """Run one rank of the job in ``path``; exit code 1 when it fails."""
+    if "LLMILL_PARENT" in os.environ:
+        die_with(int(os.environ["LLMILL_PARENT"]))
+    job = Job.model_validate_json(path.read_text())
+    try:
+        with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
+            rank, ranks = start_ranks()
+            Trainer(job, rank, ranks).run()
+            dist.destroy_process_group()
+    except Exception as error:
+        report_failure(error, job.out / "logs")
+        # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

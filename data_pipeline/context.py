@@ -77,7 +77,7 @@ class StageContext(Protocol):
 
         ``fn`` and the items must be picklable (a module-level function or a `functools.partial` of one):
         they may run in another process or on another machine that shares the file system. Make an item
-        seconds to minutes of work. ``names`` (one an item) are shown to people. The first exception is raised.
+        seconds to minutes of work. ``names`` (one an item) are for people. The first exception is raised.
         """
         ...
 
@@ -134,7 +134,7 @@ class LocalContext:
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     """A pool of fresh processes that end by themselves when the process that made them is killed.
 
-    ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock the child.
+    ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock.
     """
     pool = ProcessPoolExecutor(
         workers, multiprocessing.get_context("forkserver"), initializer=die_with, initargs=(os.getpid(),)

@@ -18,7 +18,7 @@ def local(
 ) -> None:
     """Run ``python -m module job`` as ``ranks`` local processes under torchrun and wait for their end.
 
-    ``while_running`` is called about five times a second meanwhile, and must not raise. The ranks' output goes
+    ``while_running`` is called about five times a second meanwhile and must not raise. The ranks' output goes
     to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"user": bool, "message": str}).
 
     Raises:

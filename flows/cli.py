@@ -1,0 +1,290 @@
+"""``llmill``: run, plan and look at recipes from the command line.
+
+Exit codes: 0 done, 1 a stage failed, 2 the user's mistake (one or two lines say what to do), 130 stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.context import UserError, human_bytes
+
+# Everything heavy (torch, Prefect, MLflow) is imported by the command that needs it: worker processes import
+# this module too, and `llmill --help` should answer at once.
+
+app = typer.Typer(
+    help="Raw text to an evaluated, exported language model, as one pipeline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as flows/recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one setting; repeatable."),
+]
+Home = Annotated[Path, typer.Option(envvar="LLMILL_HOME", help="Where everything is kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+HOME = Path(".llmill")
+
+
+@app.command()
+def run(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Run from this stage on; earlier ones are sealed.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs are sealed.")] = None,
+    force: Annotated[str | None, typer.Option(help="Build this stage again although it is sealed.")] = None,
+    home: Home = HOME,
+    debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
+) -> None:
+    """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
+    from flows.servers import PrefectServer
+
+    quiet_libraries()
+    writable(home)
+    with PrefectServer(home) as server:
+        from flows.pipeline import Run
+        from flows.plan import Selection
+        from flows.recipe import load_recipe
+        from flows.terminal import Terminal
+
+        selection = Selection(start, only, force)
+        terminal = Terminal()
+        loaded = load_recipe(recipe, set_ or ())
+        terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+        pipeline = Run(loaded, home, selection, terminal, f"`{typed()}`")
+        pipeline.prepare()
+        server.wait()
+        pipeline.execute()
+        report(pipeline, home)
+
+
+def report(pipeline: Any, home: Path) -> None:
+    """The end of a run: the table, what it cost, and where to look."""
+    from flows.terminal import duration
+
+    terminal, results = pipeline.terminal, pipeline.results
+    terminal.summary(results)
+    reused = sum(how == "reused" for _, how, _ in results)
+    seconds = sum(took for _, _, took in results)
+    what = "every stage was reused" if reused == len(results) else f"{reused} of {len(results)} stages reused"
+    terminal.console.print(
+        f"\n{what}; stages {duration(seconds)}, everything else {duration(pipeline.overhead_seconds)}"
+    )
+    if results[-1][0].stage == "export":
+        terminal.console.print(f"model   {results[-1][0].path}")
+    if pipeline.tracker.parent_name and not pipeline.tracker.failed:
+        terminal.console.print(
+            f"MLflow  run “{pipeline.tracker.parent_name}” of experiment {pipeline.recipe.name}"
+        )
+    option = "" if home == HOME else f" --home {home}"
+    terminal.console.print(f'next    llmill ui{option}   ·   llmill generate{option} --prompt "..."')
+
+
+@app.command()
+def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
+    """Say what a run would do, stage by stage, and why; runs nothing."""
+    from flows.plan import make_plan
+    from flows.recipe import load_recipe
+    from flows.store import Store
+    from flows.terminal import Terminal, headline
+
+    quiet_libraries()
+    steps = make_plan(load_recipe(recipe, set_ or ()), Store(home))
+    if as_json:
+        print(json.dumps([step.as_json() for step in steps], indent=1))
+        return
+    console = Terminal().console
+    for step in steps:
+        mark = {"reuse": "= reuse  ", "run": "+ run    ", "resume": "> resume ", "unknown": "? unknown"}[
+            step.action
+        ]
+        first, *rest = step.why or [headline(step.artifact) if step.artifact else ""]
+        console.print(f"{mark} {step.stage.name:<16}{step.fingerprint or '-':<18}{first}")
+        for line in rest:
+            console.print(f"{'':<44}{line}")
+
+
+@app.command()
+def status(home: Home = HOME, as_json: AsJson = False) -> None:
+    """List what is sealed and what is unfinished, with sizes and places."""
+    from flows.store import Store
+    from flows.terminal import Terminal, headline
+
+    store = Store(home)
+    artifacts, unfinished = store.artifacts(), store.unfinished()
+    if as_json:
+        sealed = [
+            {"stage": a.stage, "fingerprint": a.fingerprint, "bytes": a.size, "path": str(a.path),
+             "finished": a.manifest["finished"], "recipe": a.manifest["recipe"], "metrics": a.metrics}
+            for a in artifacts
+        ]  # fmt: skip
+        print(json.dumps({"sealed": sealed, "unfinished": [str(path) for path in unfinished]}, indent=1))
+        return
+    console = Terminal().console
+    if not artifacts and not unfinished:
+        console.print(
+            f"nothing is sealed in {home} yet; start with: llmill run flows/recipes/quickstart.yaml"
+        )
+    for artifact in artifacts:
+        size, when = human_bytes(artifact.size), artifact.manifest["finished"][:16].replace("T", " ")
+        console.print(f"{artifact.stage:<16}{artifact.fingerprint}  {size:>9}  {when}  {headline(artifact)}")
+    for path in unfinished:
+        console.print(f"{path.parent.name:<16}{path.name.removesuffix('.partial')}  unfinished")
+    total = human_bytes(sum(artifact.size for artifact in artifacts))
+    console.print(f"{len(artifacts)} sealed, {total}, in {store.root}")
+
+
+@app.command()
+def verify(
+    fingerprint: Annotated[str | None, typer.Argument(help="One artifact; without it, all.")] = None,
+    home: Home = HOME,
+) -> None:
+    """Check sealed files against their checksums."""
+    from flows.store import Store
+    from flows.terminal import Terminal
+
+    store, console = Store(home), Terminal().console
+    artifacts = [a for a in store.artifacts() if fingerprint is None or a.fingerprint.startswith(fingerprint)]
+    if not artifacts:
+        raise UserError(f"nothing sealed in {home}" + (f" is called {fingerprint}" if fingerprint else ""))
+    bad = 0
+    for artifact in artifacts:
+        problems = store.verify(artifact)
+        bad += bool(problems)
+        mark = "✗" if problems else "✓"
+        console.print(
+            f"{mark} {artifact.stage:<16}{artifact.fingerprint}  {len(artifact.manifest['files'])} files"
+        )
+        for problem in problems:
+            console.print(f"    {problem}")
+        if problems:
+            console.print(f"    build it again with: llmill run RECIPE --force {artifact.stage}")
+    if bad:
+        raise UserError(f"{bad} of {len(artifacts)} artifacts are damaged")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    model: Annotated[
+        str | None, typer.Option(help="A fingerprint or an exported folder; else the newest model.")
+    ] = None,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 120,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
+    seed: int = 0,
+    home: Home = HOME,
+) -> None:
+    """Continue a prompt with a trained model."""
+    quiet_libraries()
+    from flows.store import Store
+
+    folder = exported_model(Store(home), model)
+    from llm.generate import generate_from_folder
+
+    text = generate_from_folder(
+        folder, prompt, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    typer.echo(prompt + text)
+
+
+def exported_model(store: Any, model: str | None) -> Path:
+    """The folder of an exported model: one given as a path, by fingerprint, or the newest sealed one."""
+    if model and (Path(model) / "config.json").exists():
+        return Path(model)
+    exports = [a for a in store.artifacts("export") if model is None or a.fingerprint.startswith(model)]
+    if not exports:
+        known = ", ".join(a.fingerprint for a in store.artifacts("export")) or "none"
+        what = f"no exported model {model}" if model else "no exported model"
+        raise UserError(f"{what} in {store.root} (there: {known}); make one with: llmill run RECIPE")
+    return exports[-1].path
+
+
+@app.command()
+def ui(
+    port: Annotated[int, typer.Option(help="Where on this machine.")] = 5000,
+    home: Home = HOME,
+) -> None:
+    """Open MLflow's web pages on the runs of this home; stop with Ctrl-C."""
+    from flows.tracking import tracking_uri
+
+    uri = tracking_uri(home)
+    if uri.startswith("http"):
+        typer.echo(f"the runs are on the MLflow server at {uri}")
+        return
+    if not (home / "mlflow.db").exists():
+        raise UserError(f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml")
+    typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
+    sys.stdout.flush()
+    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
+
+
+def writable(home: Path) -> None:
+    """Make the home folder, or say why not."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            raise PermissionError("it can't be written to")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--home {home}: {reason}; name another folder with --home or LLMILL_HOME") from None
+
+
+def typed() -> str:
+    """The command line as a person typed it."""
+    return " ".join(["llmill", *(f"'{part}'" if " " in part else part for part in sys.argv[1:])])
+
+
+def quiet_libraries() -> None:
+    """Settings that keep libraries from printing what a user can do nothing about. Before their import."""
+    for name, value in {
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TOKENIZERS_PARALLELISM": "true",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.simplefilter("ignore")
+
+
+def main() -> None:
+    """Entry point: run the command; turn what went wrong into a few lines and an exit code."""
+    from flows.terminal import fail
+
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(str(error))
+        sys.exit(2)
+    except KeyboardInterrupt:
+        fail(f"stopped; the same command goes on from here: {typed()}")
+        sys.exit(130)
+    except Exception as error:
+        if "--debug" in sys.argv:
+            raise
+        fail(str(error) if type(error).__name__ == "StageFailed" else f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`StageContext` as a run gives it: Prefect tasks for work over shards, MLflow and the terminal for what is told."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+from prefect import task
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.logging import get_run_logger
+
+from data_pipeline.context import Item, Result
+from flows import launch
+from flows.terminal import Terminal, duration, quantity
+from flows.tracking import Tracker, read_lines
+
+MOST_TASKS = 200  # a stage: each costs tens of milliseconds of orchestration
+FOLLOW_SECONDS = 1.0
+ARTIFACT_SECONDS = 10.0  # between updates of the progress that Prefect shows
+
+
+class PrefectContext:
+    """Serves one stage body inside that stage's Prefect flow."""
+
+    def __init__(
+        self, stage: str, out: Path, workers: int, pool: Executor | None, terminal: Terminal, tracker: Tracker
+    ) -> None:
+        self.stage, self.out, self.workers = stage, out, workers
+        self.notes: list[str] = []
+        self._pool, self._terminal, self._tracker = pool, terminal, tracker
+        self._progress_artifact: Any = None
+        self._progress_shown = time.monotonic()
+        self._shown_events = 0
+        self._followed = 0.0
+
+    def map(
+        self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
+    ) -> list[Result]:
+        """Each item, or group of neighbours when there are many, is a task of the stage's task runner."""
+        size = max(1, -(-len(items) // MOST_TASKS))
+        groups = [items[start : start + size] for start in range(0, len(items), size)]
+        futures = []
+        for position, group in enumerate(groups):
+            label = names[position * size] if names else f"{position * size}"
+            label += f" and {len(group) - 1} more" if len(group) > 1 else ""
+            run = task(name=self.stage, task_run_name=f"{self.stage} {label}", persist_result=False)(
+                self._run
+            )
+            futures.append(run.submit(fn, list(group)))
+        results: list[Result] = []
+        for future in futures:
+            results.extend(future.result())
+        return results
+
+    def _run(self, fn: Callable[[Item], Result], group: list[Item]) -> list[Result]:
+        if self._pool is None:
+            return [fn(item) for item in group]
+        return [future.result() for future in [self._pool.submit(fn, item) for item in group]]
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        self._terminal.progress(done, total, unit)
+        self._show_in_prefect(done, total, unit)
+
+    def note(self, message: str, *, warning: bool = False) -> None:
+        self.notes.append(message)
+        self._terminal.note(message, warning)
+        get_run_logger().log(30 if warning else 20, message)
+
+    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+        def follow() -> None:
+            if time.monotonic() - self._followed >= FOLLOW_SECONDS:
+                self._followed = time.monotonic()
+                self._follow(events)
+
+        self._shown_events = events.stat().st_size if events.exists() else 0
+        try:
+            launch.local(module, job, ranks, logs=logs, while_running=follow)
+        finally:
+            self._follow(events)
+
+    def _follow(self, events: Path) -> None:
+        lines, self._shown_events = read_lines(events, self._shown_events)
+        for line in lines:
+            self._show_event(json.loads(line))
+        self._tracker.follow(events, self.out)
+
+    def _show_event(self, event: dict[str, Any]) -> None:
+        """One training event on the terminal; the last validation stays on the line."""
+        kind = event["event"]
+        if kind == "start":
+            self._total_steps = event["steps"]
+            self._validated = ""
+            parameters = quantity(event["parameters"])
+            self.note(f"{parameters} parameters · {event['precision']}: {event['reason']}")
+        elif kind == "resume":
+            self.note(f"resumed at step {event['step']}")
+        elif kind == "validation":
+            self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
+        elif kind == "step":
+            left = f" · {duration(event['eta_seconds'])} left" if event["step"] < self._total_steps else ""
+            self._terminal.line(
+                f"step {event['step']:,} of {self._total_steps:,} · loss {event['loss']:.4f}"
+                f" · {event['tokens_per_second']:,.0f} tokens/s{self._validated}{left}"
+            )
+            self._show_in_prefect(event["step"], self._total_steps, "steps")
+
+    def _show_in_prefect(self, done: float, total: float | None, unit: str) -> None:
+        """A progress bar on the flow run's page, for stages that last long enough to be looked at."""
+        if not total or time.monotonic() - self._progress_shown < ARTIFACT_SECONDS:
+            return
+        self._progress_shown = time.monotonic()
+        percent = 100 * done / total
+        if self._progress_artifact is None:
+            self._progress_artifact = create_progress_artifact(percent, description=f"{self.stage} ({unit})")
+        else:
+            update_progress_artifact(self._progress_artifact, progress=percent)

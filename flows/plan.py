@@ -1,0 +1,152 @@
+"""The plan: for each stage, whether its artifact is there, and if not, what differs from the newest one.
+
+Fingerprints depend on configs and inputs only, so the whole plan is known before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from data_pipeline.context import StageConfig, Unresolved, UserError
+from flows.recipe import Recipe, flatten
+from flows.stages import BY_NAME, STAGES, Stage
+from flows.store import Artifact, Store, fingerprint
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which stages of a recipe a person asked for."""
+
+    start: str | None = None
+    """Run from this stage on; those before it must be sealed."""
+
+    only: str | None = None
+    """Run this stage; its inputs must be sealed."""
+
+    force: str | None = None
+    """Build this stage again although it is sealed."""
+
+    def __post_init__(self) -> None:
+        for option, name in (("--from", self.start), ("--only", self.only), ("--force", self.force)):
+            if name is not None and name not in BY_NAME:
+                raise UserError(f"{option} {name}: no such stage; there are {', '.join(BY_NAME)}")
+        if self.start and self.only:
+            raise UserError("--from and --only exclude one another: choose one")
+
+    def may_run(self, stage: str) -> bool:
+        order = list(BY_NAME)
+        if self.only:
+            return stage == self.only
+        return self.start is None or order.index(stage) >= order.index(self.start)
+
+    def includes(self, stage: str) -> bool:
+        """Whether the run goes as far as this stage."""
+        order = list(BY_NAME)
+        return self.only is None or order.index(stage) <= order.index(self.only)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is to be done about one stage of a recipe."""
+
+    stage: Stage
+    action: Literal["reuse", "run", "resume", "unknown"]
+    why: list[str]
+    """For ``run``: what differs from the newest sealed artifact. For ``unknown``: what can't be resolved."""
+
+    config: StageConfig | None = None
+    """Resolved; None where that was not possible."""
+
+    fingerprint: str | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
+    artifact: Artifact | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "stage": self.stage.name,
+            "action": self.action,
+            "fingerprint": self.fingerprint,
+            "why": self.why,
+            "path": str(self.artifact.path) if self.artifact else None,
+        }
+
+
+def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) -> list[Step]:
+    """One step a stage, in order.
+
+    Raises:
+        UserError: a config that can't be resolved, or a stage that the selection needs and is not sealed.
+    """
+    steps: dict[str, Step] = {}
+    for stage in STAGES:
+        if not selection.includes(stage.name):
+            break
+        step = plan_stage(stage, getattr(recipe, stage.name), steps, store, selection)
+        if step.action != "reuse" and not selection.may_run(stage.name):
+            option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
+            raise UserError(f"{option} needs {stage.name}, which is not sealed: {'; '.join(step.why)}")
+        steps[stage.name] = step
+    return list(steps.values())
+
+
+def plan_stage(
+    stage: Stage, config: StageConfig, steps: Mapping[str, Step], store: Store, selection: Selection
+) -> Step:
+    """The step for one stage, given those for the stages before it."""
+    waiting = [name for name in stage.inputs if steps[name].fingerprint is None]
+    try:
+        resolved = config.resolve()
+    except Unresolved as error:
+        return Step(stage, "unknown", [str(error)])
+    if waiting:
+        return Step(stage, "unknown", [f"waits for {', '.join(waiting)}"], resolved)
+    inputs = {name: str(steps[name].fingerprint) for name in stage.inputs}
+    name = fingerprint(stage.name, stage.version, resolved.identity(), inputs)
+    artifact = store.get(stage.name, name)
+    running = [name for name in stage.inputs if steps[name].action in ("run", "resume")]
+    if selection.force == stage.name:
+        return Step(stage, "run", ["--force"], resolved, name, inputs, artifact)
+    if artifact and (rebuilt := rebuilt_inputs(artifact, steps)):
+        return Step(stage, "run", [f"{input} was built again, with another content" for input in rebuilt],
+                    resolved, name, inputs, artifact)  # fmt: skip
+    if artifact:
+        return Step(stage, "reuse", [], resolved, name, inputs, artifact)
+    if store.partial(stage.name, name).exists() and not running:
+        return Step(stage, "resume", ["an earlier run did not finish it"], resolved, name, inputs)
+    why = differences(stage, resolved, inputs, store)
+    return Step(stage, "run", why, resolved, name, inputs)
+
+
+def rebuilt_inputs(artifact: Artifact, steps: Mapping[str, Step]) -> list[str]:
+    """Inputs whose sealed payload is no longer the one that this artifact was made from."""
+    recorded = artifact.manifest["inputs"]
+    return [
+        name
+        for name, source in recorded.items()
+        if (current := steps[name].artifact) and current.payload_sha256 != source["payload_sha256"]
+    ]
+
+
+def differences(stage: Stage, config: StageConfig, inputs: Mapping[str, str], store: Store) -> list[str]:
+    """Which fields and inputs differ from the newest sealed artifact of this stage."""
+    siblings = store.artifacts(stage.name)
+    if not siblings:
+        return ["none is sealed yet"]
+    newest = siblings[-1].manifest
+    lines = []
+    if newest["version"] != stage.version:
+        lines.append(f"stage version: {newest['version']} -> {stage.version}")
+    before, after = flatten(newest["config"]), flatten(config.identity())
+    lines += [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key) != after.get(key)
+    ]
+    lines += [
+        f"input {name}: {newest['inputs'][name]['fingerprint']} -> {inputs[name]}"
+        for name in stage.inputs
+        if newest["inputs"][name]["fingerprint"] != inputs[name]
+    ]
+    return lines

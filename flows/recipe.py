@@ -1,0 +1,212 @@
+"""A recipe: one YAML file that describes a run. It only composes the stages' own configs.
+
+Precedence: defaults < YAML < ``--set stage.field=value``. Mistakes are reported with file, line and key.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError
+
+from data_pipeline.clean import CleanConfig
+from data_pipeline.context import Config, Runtime, UserError
+from data_pipeline.dedup import DedupConfig
+from data_pipeline.download import DownloadConfig
+from data_pipeline.token_shards import TokenizeConfig
+from data_pipeline.tokenizer import TokenizerConfig
+from flows.launch import cores
+from llm.evaluate import EvaluateConfig
+from llm.export import ExportConfig
+from llm.pretrain import PretrainConfig
+
+
+class RecipeRuntime(Runtime):
+    """How the whole run is executed; changes no artifact."""
+
+    task_runner: Literal["threads", "processes"] = "processes"
+    """Where work over shards runs. Either way each item is a Prefect task."""
+
+    workers: int | Literal["auto"] = "auto"
+    """Items worked on at once; ``auto`` is the number of cores."""
+
+    upload_mb: float = Field(default=10, ge=0)
+    """Payloads up to this size are uploaded to MLflow; larger ones are logged by reference."""
+
+    @property
+    def worker_count(self) -> int:
+        return cores() if self.workers == "auto" else self.workers
+
+
+class Recipe(Config):
+    """What to build, stage by stage, and how to run it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    """The MLflow experiment and the Prefect flow are called so."""
+
+    description: str = ""
+    runtime: RecipeRuntime = RecipeRuntime()
+    download: DownloadConfig
+    clean: CleanConfig = CleanConfig()
+    dedup: DedupConfig = DedupConfig()
+    train_tokenizer: TokenizerConfig = TokenizerConfig()
+    tokenize: TokenizeConfig = TokenizeConfig()
+    pretrain: PretrainConfig = PretrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a YAML recipe and apply ``stage.field=value`` overrides.
+
+    A relative path inside the recipe means relative to the current folder, as on any command line.
+
+    Raises:
+        UserError: no such file, bad YAML, an unknown key, a value of the wrong type or out of range.
+    """
+    if not path.is_file():
+        raise UserError(f"no recipe at {path}; those that come with llmill: {', '.join(shipped_recipes())}")
+    try:
+        text = path.read_text()
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a recipe is a mapping of stage names to settings")
+    for override in overrides:
+        apply_override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise UserError(describe_mistakes(error, path, node, overrides)) from None
+
+
+def shipped_recipes() -> list[str]:
+    """The recipes in this package, as paths that ``llmill run`` takes from a clone."""
+    return sorted(f"flows/recipes/{path.name}" for path in (Path(__file__).parent / "recipes").glob("*.yaml"))
+
+
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set one dotted key, in place. The value is read as YAML; list items are named by their position.
+
+    ``pretrain.lr=3e-3``, ``clean.gopher.min_words=null``, ``download.sources.0.path=books/``.
+    """
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {override}: write it as stage.field=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override}: {' '.join(str(error).split())}") from None
+    if isinstance(value, str):
+        value = number_or_text(value)
+    *parents, last = key.split(".")
+    target: Any = values
+    for part in parents:
+        target = (
+            target[list_position(target, part, override)] if isinstance(target, list) else child(target, part)
+        )
+        if not isinstance(target, dict | list):
+            raise UserError(f"--set {override}: {part} holds a value, not settings")
+    if isinstance(target, list):
+        target[list_position(target, last, override)] = value
+    else:
+        target[last] = value
+
+
+def child(mapping: dict[str, Any], key: str) -> Any:
+    """``mapping[key]``, made an empty mapping where it is missing or empty."""
+    if mapping.get(key) is None:
+        mapping[key] = {}
+    return mapping[key]
+
+
+def number_or_text(text: str) -> float | str:
+    """YAML 1.1 reads ``3e-4`` as text; people mean the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def list_position(values: list[Any], part: str, override: str) -> int:
+    if not part.isdigit() or int(part) >= len(values):
+        raise UserError(
+            f"--set {override}: {part} is not a position in a list of {len(values)} (they start at 0)"
+        )
+    return int(part)
+
+
+def describe_mistakes(error: ValidationError, path: Path, node: Any, overrides: Sequence[str]) -> str:
+    """One line a mistake: where (file and line, or --set), which key, and what is wrong with it."""
+    lines = []
+    for mistake in error.errors():
+        location = [part for part in mistake["loc"] if not is_union_tag(part, mistake["loc"])]
+        key = ".".join(str(part) for part in location)
+        override = next((text for text in overrides if text.partition("=")[0] == key), None)
+        where = f"--set {override}" if override else f"{path}:{line_of(node, location)}"
+        message = mistake["msg"].removeprefix("Value error, ")
+        if mistake["type"] == "extra_forbidden":
+            message = "no such key" + suggestion(location)
+        elif "input" in mistake and isinstance(mistake["input"], str | int | float | bool | None):
+            message += f" (got {mistake['input']!r})" if mistake["type"] != "missing" else ""
+        lines.append(f"{where}: {key}: {message}")
+    return "\n".join(dict.fromkeys(lines))
+
+
+def is_union_tag(part: str | int, location: tuple[str | int, ...]) -> bool:
+    """Pydantic names the chosen kind of source after its position; a person did not write that."""
+    position = location.index(part)
+    return isinstance(part, str) and position > 0 and isinstance(location[position - 1], int)
+
+
+def suggestion(location: Sequence[str | int]) -> str:
+    """``; did you mean min_words?``, or the keys that there are."""
+    model: Any = Recipe
+    for part in location[:-1]:
+        field = (
+            model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
+        )
+        model = type(field.get_default(call_default_factory=True)) if field else None
+        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+        if model is None or not hasattr(model, "model_fields"):
+            return ""
+    close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(model.model_fields)}"
+
+
+def line_of(node: Any, location: Sequence[str | int]) -> int:
+    """The line (from 1) of the deepest part of ``location`` that the YAML document spells out."""
+    line = 1
+    for part in location:
+        following = None
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                if key.value == str(part):
+                    line, following = key.start_mark.line + 1, value
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            following = node.value[part]
+            line = following.start_mark.line + 1
+        if following is None:
+            break
+        node = following
+    return line
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``; lists are numbered like mappings."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, list | tuple) and any(isinstance(item, Mapping) for item in value):
+            value = {str(position): item for position, item in enumerate(value)}
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

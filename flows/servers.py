@@ -1,0 +1,160 @@
+"""A Prefect server for runs that have none: started in the background, shared, stopped by its last user.
+
+Prefect's own ephemeral server slows the first flow down and prints traces as it shuts down; and two runs would
+each start one on the same database. Ours starts while the plan is made, logs to a file, and serves every run on
+the same home. Where ``PREFECT_API_URL`` names a server, that one is used and nothing is started.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import psutil
+from filelock import FileLock
+
+from data_pipeline.context import last_lines
+from flows.store import write_durably
+
+START_SECONDS = 120
+
+CLIENT_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_SETTINGS_PATH": str(Path(__file__).parent / "prefect_logging.yml"),
+    "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
+    "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+}
+
+
+class PrefectServer:
+    """A Prefect API for as long as the ``with`` block lasts. `wait` before the first flow."""
+
+    def __init__(self, home: Path) -> None:
+        self.folder = home / "prefect"
+        self.state = self.folder / "server.json"
+        self.log = self.folder / "server.log"
+        self.given = os.environ.get("PREFECT_API_URL")
+        self._users = -1
+        self._process: subprocess.Popen[bytes] | None = None
+        self._url = ""
+
+    def __enter__(self) -> PrefectServer:
+        """Must come before Prefect is imported: it reads these settings once."""
+        for name, value in CLIENT_SETTINGS.items():
+            os.environ.setdefault(name, value)
+        if self.given:
+            return self
+        self.folder.mkdir(parents=True, exist_ok=True)
+        os.environ["PREFECT_HOME"] = str(self.folder)
+        with FileLock(self.folder / "start.lock"):
+            # Every user holds this lock shared: who can take it alone knows that nobody else uses the server.
+            self._users = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
+            fcntl.flock(self._users, fcntl.LOCK_SH)
+            self._url = self._running() or self._start()
+        os.environ["PREFECT_API_URL"] = self._url
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.given:
+            return
+        os.environ.pop("PREFECT_API_URL", None)
+        with FileLock(self.folder / "start.lock"):
+            try:
+                fcntl.flock(self._users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._stop()
+            except BlockingIOError:
+                pass  # another run uses it
+            finally:
+                os.close(self._users)
+
+    def wait(self) -> None:
+        """Return when the API answers.
+
+        Raises:
+            RuntimeError: it did not come up; the message holds the end of its log.
+        """
+        deadline = time.monotonic() + START_SECONDS
+        while not answers(self.given or self._url):
+            ended = self._process is not None and self._process.poll() is not None
+            if ended or time.monotonic() > deadline:
+                where = (
+                    self.given or f"the local server; the end of {self.log}:\n{last_lines(read(self.log))}"
+                )
+                raise RuntimeError(f"no answer from Prefect's API: {where}")
+            time.sleep(0.1)
+
+    def _running(self) -> str | None:
+        """The address of a server that an earlier run on this home started and that still lives."""
+        try:
+            state = json.loads(self.state.read_text())
+            process = psutil.Process(state["pid"])
+        except (FileNotFoundError, psutil.NoSuchProcess):
+            return None
+        return state["url"] if abs(process.create_time() - state["created"]) < 1 else None
+
+    def _start(self) -> str:
+        port = free_port()
+        with open(self.log, "ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "prefect",
+                    "server",
+                    "start",
+                    "--host",
+                    "127.0.0.1",
+                    "--port",
+                    str(port),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env={**os.environ, "PREFECT_LOGGING_SETTINGS_PATH": "", "PREFECT_SERVER_UI_ENABLED": "false"},
+                start_new_session=True,
+            )
+        url = f"http://127.0.0.1:{port}/api"
+        created = psutil.Process(self._process.pid).create_time()
+        write_durably(self.state, json.dumps({"pid": self._process.pid, "created": created, "url": url}))
+        return url
+
+    def _stop(self) -> None:
+        if self._running() is None:
+            return
+        process = psutil.Process(json.loads(self.state.read_text())["pid"])
+        family = [process, *process.children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for survivor in alive:
+            survivor.kill()
+        self.state.unlink(missing_ok=True)
+
+
+def answers(url: str) -> bool:
+    """Whether a Prefect API is healthy at this address."""
+    try:
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5) as response:
+            return response.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def free_port() -> int:
+    """A TCP port on loopback that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def read(path: Path) -> str:
+    return path.read_text(errors="replace") if path.exists() else "(nothing was written there)"

@@ -1,0 +1,76 @@
+"""The line, in one table: each stage's body, its config, what it reads, and its version.
+
+The pipeline, the plan, the command line and the deployments are all generated from ``STAGES``. Bump a stage's
+version when its output for the same config and inputs changes: every artifact from there on is then rebuilt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.clean import CleanConfig, clean
+from data_pipeline.context import Metrics, StageConfig, StageContext
+from data_pipeline.dedup import DedupConfig, dedup
+from data_pipeline.download import DownloadConfig, download
+from data_pipeline.token_shards import TokenizeConfig, tokenize
+from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from llm.evaluate import EvaluateConfig, evaluate
+from llm.export import ExportConfig, export
+from llm.pretrain import PretrainConfig, pretrain
+
+Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the line."""
+
+    name: str
+    body: Body
+    config: type[StageConfig]
+    inputs: tuple[str, ...]
+    version: int
+    headline: tuple[str, ...]
+    """The metrics that sum the stage up on one line, and stand on the parent run in MLflow."""
+
+
+STAGES: tuple[Stage, ...] = (
+    Stage("download", download, DownloadConfig, (), 1, ("documents", "bytes")),
+    Stage("clean", clean, CleanConfig, ("download",), 1, ("documents", "dropped")),
+    Stage("dedup", dedup, DedupConfig, ("clean",), 1, ("documents", "removed_exact", "removed_near")),
+    Stage(
+        "train_tokenizer", train_tokenizer, TokenizerConfig, ("dedup",), 1, ("vocab_size", "bytes_per_token")
+    ),
+    Stage(
+        "tokenize", tokenize, TokenizeConfig, ("dedup", "train_tokenizer"), 1, ("train_tokens", "val_tokens")
+    ),
+    Stage(
+        "pretrain",
+        pretrain,
+        PretrainConfig,
+        ("tokenize", "train_tokenizer"),
+        1,
+        ("loss", "val_bits_per_byte"),
+    ),
+    Stage(
+        "evaluate",
+        evaluate,
+        EvaluateConfig,
+        ("pretrain", "tokenize", "train_tokenizer"),
+        1,
+        ("bits_per_byte", "perplexity"),
+    ),
+    Stage(
+        "export",
+        export,
+        ExportConfig,
+        ("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate"),
+        1,
+        ("parameters", "logits_max_abs_difference"),
+    ),
+)
+
+BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}

@@ -1,0 +1,235 @@
+"""The store: every stage's output, addressed by what made it, sealed once and never modified.
+
+``<home>/store/<stage>/<fingerprint>/`` holds the payload and ``manifest.json``. The fingerprint is a hash of the
+stage, its version, the identity part of its config and the fingerprints of its inputs, so it is known before
+anything runs. Work happens in ``<fingerprint>.partial/`` under a file lock; the manifest is written last and the
+folder renamed, so whatever carries a fingerprint as its name is whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+MANIFEST_SCHEMA = 1
+FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with probability 3e-8
+LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
+TRACKING_STATE = (
+    ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
+)
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no spaces: equal values give equal strings."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def fingerprint(stage: str, version: int, identity: Mapping[str, Any], inputs: Mapping[str, str]) -> str:
+    """The name of an artifact: sha256 of what determines it, shortened to 16 hex digits.
+
+    Args:
+        identity: the JSON value of everything in the stage's config that may change its output.
+        inputs: name of each input stage -> its fingerprint.
+    """
+    value = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A sealed artifact: its folder and its manifest."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def stage(self) -> str:
+        return self.manifest["stage"]
+
+    @property
+    def fingerprint(self) -> str:
+        return self.manifest["fingerprint"]
+
+    @property
+    def payload_sha256(self) -> str:
+        return self.manifest["payload_sha256"]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return self.manifest["metrics"]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all sealed files."""
+        return sum(entry["size"] for entry in self.manifest["files"])
+
+
+class Store:
+    """Sealed artifacts, and the folders of those in the making, under ``home/store``."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.root = home / "store"
+
+    def path(self, stage: str, fingerprint: str) -> Path:
+        return self.root / stage / fingerprint
+
+    def partial(self, stage: str, fingerprint: str) -> Path:
+        """Where an artifact is built; what a killed run left there is resumed."""
+        return self.root / stage / f"{fingerprint}.partial"
+
+    def get(self, stage: str, fingerprint: str) -> Artifact | None:
+        """The sealed artifact of that name, or None."""
+        return read_artifact(self.path(stage, fingerprint))
+
+    def artifacts(self, stage: str | None = None) -> list[Artifact]:
+        """All sealed artifacts (of one stage), oldest first."""
+        found = (read_artifact(path.parent) for path in self.root.glob(f"{stage or '*'}/*/manifest.json"))
+        sealed = [artifact for artifact in found if artifact and "." not in artifact.path.name]
+        return sorted(sealed, key=lambda artifact: artifact.manifest["finished"])
+
+    def unfinished(self) -> list[Path]:
+        """Folders of artifacts that a run builds now or that a killed or failed one left."""
+        return sorted(self.root.glob("*/*.partial"))
+
+    def lock(self, stage: str, fingerprint: str) -> FileLock:
+        """The lock that whoever builds this artifact holds. The system frees it when its holder dies."""
+        path = self.root / stage / f".{fingerprint}.lock"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return FileLock(path)
+
+    @contextmanager
+    def building(self, stage: str, fingerprint: str) -> Iterator[Path]:
+        """The partial folder, cleared of torn files. Call it while holding `lock`."""
+        partial = self.partial(stage, fingerprint)
+        partial.mkdir(parents=True, exist_ok=True)
+        for torn in partial.rglob(".*.tmp"):
+            torn.unlink()
+        yield partial
+
+    def seal(self, stage: str, fingerprint: str, manifest: Mapping[str, Any]) -> Artifact:
+        """Checksum and fsync the partial folder, write its manifest last, and give it its final name.
+
+        ``manifest`` holds what the caller knows (config, inputs, metrics, times ...); files, sizes and checksums
+        are added here. An artifact that is being replaced (``--force``) gives way in the same moment.
+        """
+        partial, final = self.partial(stage, fingerprint), self.path(stage, fingerprint)
+        (partial / TRACKING_STATE).unlink(missing_ok=True)
+        (partial / "manifest.json").unlink(missing_ok=True)
+        files = checksum_files(partial, fsync=True)
+        sealed = {
+            "schema": MANIFEST_SCHEMA,
+            "stage": stage,
+            "fingerprint": fingerprint,
+            **manifest,
+            "files": files,
+            "payload_sha256": payload_checksum(files),
+        }
+        write_durably(partial / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(0o444)
+        replaced = final.with_name(f"{fingerprint}.replaced")
+        if final.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            os.rename(final, replaced)
+        os.rename(partial, final)
+        fsync_folder(final.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+        return Artifact(final, sealed)
+
+    def verify(self, artifact: Artifact) -> list[str]:
+        """Compare every file with its recorded size and checksum; one line for each that differs."""
+        expected = {entry["path"]: entry for entry in artifact.manifest["files"]}
+        found = {
+            path.relative_to(artifact.path).as_posix()
+            for path in artifact.path.rglob("*")
+            if path.is_file() and path.name != "manifest.json"
+        }
+        problems = [f"{path}: missing" for path in sorted(expected.keys() - found)]
+        problems += [f"{path}: not in the manifest" for path in sorted(found - expected.keys())]
+        present = sorted(expected.keys() & found)
+        with ThreadPoolExecutor(4) as pool:
+            checks = pool.map(lambda path: file_sha256(artifact.path / path), present)
+            for path, sha256 in zip(present, checks, strict=True):
+                if sha256 != expected[path]["sha256"]:
+                    problems.append(f"{path}: its content is not what was sealed")
+        if payload_checksum(artifact.manifest["files"]) != artifact.payload_sha256:
+            problems.append("manifest.json: its checksums do not agree with one another")
+        return problems
+
+
+def read_artifact(path: Path) -> Artifact | None:
+    """The artifact sealed in ``path``, or None where there is no manifest."""
+    try:
+        return Artifact(path, json.loads((path / "manifest.json").read_text()))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except json.JSONDecodeError:
+        # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
+        raise ValueError(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
+
+
+def checksum_files(folder: Path, fsync: bool = False) -> list[dict[str, Any]]:
+    """``[{path, size, sha256}]`` of all files below ``folder``, sorted by path."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+
+    def describe(path: Path) -> dict[str, Any]:
+        sha256 = file_sha256(path, fsync)
+        return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256}
+
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(describe, paths))
+
+
+def payload_checksum(files: list[dict[str, Any]]) -> str:
+    """sha256 over names and checksums of the payload: all files but those under ``logs/``."""
+    payload = [
+        [entry["path"], entry["sha256"]] for entry in files if not entry["path"].startswith(f"{LOGS}/")
+    ]
+    return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
+
+
+def file_sha256(path: Path, fsync: bool = False) -> str:
+    """sha256 of a file's content; with ``fsync``, the file is on disk when this returns."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if fsync:
+            os.fsync(file.fileno())
+    return digest
+
+
+def write_durably(path: Path, text: str) -> None:
+    """Write a file so that after a power cut it is there whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def now() -> str:
+    """The time, ISO 8601 in UTC, to the millisecond."""
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,141 @@
+"""The store's laws: a name is a promise, what is sealed is whole, and a killed builder leaves no lock."""
+
+import json
+import multiprocessing
+import time
+from pathlib import Path
+
+import pytest
+
+from flows.store import Store, fingerprint, payload_checksum
+
+MANIFEST = {
+    "version": 1,
+    "config": {},
+    "inputs": {},
+    "metrics": {},
+    "finished": "2026-01-01T00:00:00.000+00:00",
+}
+
+
+def build(store: Store, name: str = "f00d", files: dict[str, str] | None = None):
+    with store.lock("clean", name), store.building("clean", name) as out:
+        for path, text in (files or {"documents.txt": "hello"}).items():
+            (out / path).parent.mkdir(parents=True, exist_ok=True)
+            (out / path).write_text(text)
+        return store.seal("clean", name, MANIFEST)
+
+
+def test_fingerprints_stay_what_they_were():
+    # A change of these values orphans every artifact that people have sealed: bump a stage version instead.
+    assert fingerprint("clean", 1, {"min_chars": 10}, {"download": "00ff"}) == "9b76c1600c233f45"
+    assert fingerprint("clean", 2, {"min_chars": 10}, {"download": "00ff"}) == "75af123bf91b08f7"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("dedup", 1, {"a": 1, "b": 2}, {"x": "1"}),
+        ("clean", 2, {"a": 1, "b": 2}, {"x": "1"}),
+        ("clean", 1, {"a": 1, "b": 3}, {"x": "1"}),
+        ("clean", 1, {"a": 1, "b": 2}, {"x": "2"}),
+    ],
+)
+def test_every_part_of_what_made_an_artifact_is_in_its_name(other):
+    assert fingerprint("clean", 1, {"b": 2, "a": 1}, {"x": "1"}) != fingerprint(*other)
+
+
+def test_the_order_of_keys_does_not_matter():
+    assert fingerprint("s", 1, {"a": 1, "b": 2}, {}) == fingerprint("s", 1, {"b": 2, "a": 1}, {})
+
+
+def test_a_sealed_artifact_is_found_again_and_verifies(tmp_path):
+    store = Store(tmp_path)
+    sealed = build(store)
+    found = Store(tmp_path).get("clean", "f00d")
+    assert found is not None
+    assert found.manifest == sealed.manifest
+    assert store.verify(found) == []
+    assert [artifact.path for artifact in store.artifacts()] == [sealed.path]
+    assert store.unfinished() == []
+
+
+def test_an_unfinished_artifact_is_no_artifact(tmp_path):
+    store = Store(tmp_path)
+    with store.building("clean", "f00d") as out:
+        (out / "documents.txt").write_text("half")
+    assert store.get("clean", "f00d") is None
+    assert store.artifacts() == []
+    assert store.unfinished() == [out]
+
+
+def test_torn_files_of_a_killed_run_are_removed_and_whole_ones_kept(tmp_path):
+    store = Store(tmp_path)
+    with store.building("clean", "f00d") as out:
+        (out / "rejected").mkdir()
+        (out / "rejected" / ".a.parquet.tmp").write_text("torn")
+        (out / "a.parquet").write_text("whole")
+    with store.building("clean", "f00d") as out:
+        assert [path.name for path in out.rglob("*") if path.is_file()] == ["a.parquet"]
+
+
+@pytest.mark.parametrize("damage", ["change", "remove", "add", "manifest"])
+def test_verify_sees_damage(tmp_path, damage):
+    store = Store(tmp_path)
+    artifact = build(store, files={"a.txt": "one", "logs/b.txt": "two"})
+    file = artifact.path / "a.txt"
+    if damage == "change":
+        file.chmod(0o644)
+        file.write_text("onE")
+    elif damage == "remove":
+        file.unlink()
+    elif damage == "add":
+        (artifact.path / "c.txt").write_text("three")
+    else:
+        manifest = json.loads((artifact.path / "manifest.json").read_text())
+        manifest["files"][0]["sha256"] = "0" * 64
+        (artifact.path / "manifest.json").chmod(0o644)
+        (artifact.path / "manifest.json").write_text(json.dumps(manifest))
+    damaged = store.get("clean", "f00d")
+    assert damaged is not None
+    assert len(store.verify(damaged)) == (2 if damage == "manifest" else 1)
+
+
+def test_logs_are_sealed_but_no_part_of_the_payload(tmp_path):
+    first = build(Store(tmp_path / "1"), files={"a.txt": "one", "logs/time.txt": "now"})
+    second = build(Store(tmp_path / "2"), files={"a.txt": "one", "logs/time.txt": "later"})
+    other = build(Store(tmp_path / "3"), files={"a.txt": "ONE", "logs/time.txt": "now"})
+    assert first.payload_sha256 == second.payload_sha256 != other.payload_sha256
+    assert payload_checksum(first.manifest["files"]) == first.payload_sha256
+    assert {entry["path"] for entry in first.manifest["files"]} == {"a.txt", "logs/time.txt"}
+
+
+def test_building_again_replaces_the_artifact_at_once(tmp_path):
+    store = Store(tmp_path)
+    build(store, files={"a.txt": "one"})
+    build(store, files={"a.txt": "two"})
+    artifact = store.get("clean", "f00d")
+    assert artifact is not None
+    assert (artifact.path / "a.txt").read_text() == "two"
+    assert [path.name for path in artifact.path.parent.iterdir() if not path.name.startswith(".")] == ["f00d"]
+
+
+def hold(home: Path, held) -> None:
+    with Store(home).lock("clean", "f00d"):
+        held.set()
+        time.sleep(60)
+
+
+def test_the_lock_of_a_killed_builder_is_free(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    held = context.Event()
+    holder = context.Process(target=hold, args=(tmp_path, held))
+    holder.start()
+    assert held.wait(30)
+    lock = Store(tmp_path).lock("clean", "f00d")
+    with pytest.raises(TimeoutError):
+        lock.acquire(timeout=0)
+    holder.kill()
+    holder.join()
+    lock.acquire(timeout=5)
+    lock.release()

@@ -92,7 +92,9 @@ def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
     if total < 1:
         raise ValueError(f"no permutation of {total} things")
     bits = np.uint64(max(1, ((total - 1).bit_length() + 1) // 2))
-    keys = mix(np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + mix(np.uint64(seed % 2**64) ^ mix(np.uint64(epoch))))
+    keys = mix(
+        np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + mix(np.uint64(seed % 2**64) ^ mix(np.uint64(epoch)))
+    )
     images = feistel(places, bits, keys)
     while (outside := images >= np.uint64(total)).any():
         images[outside] = feistel(images[outside], bits, keys)

@@ -71,7 +71,10 @@ class Engine:
         self.zero_stage = config.runtime.zero_stage
         model = model.to(self.device)
         self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=adamw(model, config), config=deepspeed_config(config), dist_init_required=False
+            model=model,
+            optimizer=adamw(model, config),
+            config=deepspeed_config(config),
+            dist_init_required=False,
         )
 
     @property

@@ -45,9 +45,13 @@ class ModelShape(Config):
     @model_validator(mode="after")
     def _divides(self) -> Self:
         if self.width % self.heads:
-            raise ValueError(f"width {self.width} does not divide into {self.heads} heads: change width or heads")
+            raise ValueError(
+                f"width {self.width} does not divide into {self.heads} heads: change width or heads"
+            )
         if self.heads % self.kv_head_count:
-            raise ValueError(f"kv_heads {self.kv_heads} does not divide heads {self.heads}: change one of them")
+            raise ValueError(
+                f"kv_heads {self.kv_heads} does not divide heads {self.heads}: change one of them"
+            )
         if self.head_width % 2:
             raise ValueError(
                 f"width / heads is {self.head_width}; rotary positions need an even number: change width or heads"

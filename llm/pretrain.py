@@ -17,8 +17,8 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_pipeline.context import Config, Metrics, Runtime, StageConfig, StageContext, UserError, atomic_path
+from data_pipeline.token_shards import TokenShards
 from llm import batches, checkpoint
-from llm._shards import TokenShards
 from llm.model import ModelConfig, ModelShape, load_model
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -120,7 +120,9 @@ class PretrainConfig(StageConfig):
             return self.runtime.micro_batch
         device = "cuda" if torch.cuda.is_available() else "cpu"
         most = max(1, MICRO_BATCH_TOKENS[device] // self.model.context)
-        return max(size for size in range(1, min(most, self.rank_windows) + 1) if self.rank_windows % size == 0)
+        return max(
+            size for size in range(1, min(most, self.rank_windows) + 1) if self.rank_windows % size == 0
+        )
 
     @property
     def accumulation(self) -> int:
@@ -200,9 +202,7 @@ def require_ranks(ranks: int) -> None:
         )
 
 
-def pretrain(
-    config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext
-) -> Metrics:
+def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
 
     Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet`` and ``report.md``.
@@ -232,23 +232,24 @@ def precision_reason(config: PretrainConfig) -> str:
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and lay the tokens flat."""
-    shards = TokenShards(inputs["tokenize"])
-    model = ModelConfig(**config.model.model_dump(), vocab_size=shards.vocab_size)
+    train, held_out = TokenShards(inputs["tokenize"], "train"), TokenShards(inputs["tokenize"], "val")
+    model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
     for made in checkpoint.complete(job.checkpoints)[:1]:
         checkpoint.require_same_shape(made, ranks=config.runtime.ranks, zero_stage=config.runtime.zero_stage)
-    tokens = shards.token_count("train")
-    batches.require_batch(tokens, config.model.context, config.batch_tokens)
-    for split in ("train", "val"):
-        flat = job.scratch / f"{split}.bin"
-        if not flat.exists():
-            batches.write_flat((tokens for _, tokens in shards.documents(split)), flat, shards.vocab_size)
-    if not len(job.windows("val")):
+    batches.require_batch(train.tokens, model.context, config.batch_tokens)
+    if held_out.tokens <= model.context:
         raise UserError(
-            f"the held-out split has {shards.token_count('val'):,} tokens, less than one window of "
-            f"{config.model.context:,}:\nlower pretrain.model.context or hold out more in tokenize"
+            f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
+            "lower pretrain.model.context, or raise tokenize.val_fraction"
         )
-    context.note(f"{config.steps:,} steps of {config.batch_tokens:,} tokens: {config.tokens / tokens:.2f} epochs")
+    for name, shards in (("train", train), ("val", held_out)):
+        flat = job.scratch / f"{name}.bin"
+        if not flat.exists():
+            batches.write_flat((batch.tokens for batch in shards), flat, model.vocab_size)
+    context.note(
+        f"{config.steps:,} steps of {config.batch_tokens:,} tokens: {config.tokens / train.tokens:.2f} epochs"
+    )
     return job
 
 
@@ -262,10 +263,10 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
         "parameters": float(model.parameter_count()),
         "steps": float(len(losses)),
         "tokens": float(losses[-1]["tokens"]),
-        "train_loss": sum(row["loss"] for row in last) / len(last),
-        "validation_loss": checks[-1]["loss"],
-        "validation_bits_per_byte": checks[-1]["bits_per_byte"],
-        "best_validation_bits_per_byte": min(check["bits_per_byte"] for check in checks),
+        "loss": sum(row["loss"] for row in last) / len(last),
+        "val_loss": checks[-1]["loss"],
+        "val_bits_per_byte": checks[-1]["bits_per_byte"],
+        "best_val_bits_per_byte": min(check["bits_per_byte"] for check in checks),
     }
     with atomic_path(out / "report.md") as path:
         path.write_text(report(config, model.config, metrics, losses, checks))
@@ -287,7 +288,7 @@ def report(
         f"context {model.context}, vocabulary {model.vocab_size}), {metrics['steps']:,.0f} steps of "
         f"{config.batch_tokens:,} tokens in {config.precision}.",
         "",
-        f"Training loss over the last steps: {metrics['train_loss']:.4f} nats a token.",
+        f"Training loss over the last steps: {metrics['loss']:.4f} nats a token.",
         "",
         "| step | tokens | held-out loss (nats) | bits per byte |",
         "| ---: | ---: | ---: | ---: |",

@@ -25,8 +25,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.context import UserError, atomic_path, die_with
+from data_pipeline.tokenizer import token_bytes
 from llm import checkpoint
-from llm._shards import token_bytes
 from llm.batches import batch_windows, rank_share
 from llm.bits import bits_per_byte, text_sums
 from llm.engine import Engine, start_ranks
@@ -73,7 +73,11 @@ class Trainer:
         """One optimizer step, remembered and told."""
         config = self.config
         lr = learning_rate(
-            step, steps=config.steps, warmup=config.warmup_steps, peak=config.lr, floor_ratio=config.min_lr_ratio
+            step,
+            steps=config.steps,
+            warmup=config.warmup_steps,
+            peak=config.lr,
+            floor_ratio=config.min_lr_ratio,
         )
         start = time.perf_counter()
         loss, grad_norm = self.engine.step(self.micro_batches(step), lr)
@@ -81,7 +85,13 @@ class Trainer:
         done = step + 1
         if not np.isfinite(loss):
             raise UserError(f"the loss of step {done} is {loss}: training diverged; lower pretrain.lr")
-        fact = {"step": done, "tokens": done * config.batch_tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm}
+        fact = {
+            "step": done,
+            "tokens": done * config.batch_tokens,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+        }
         self.history["step"].append(fact)
         if done % config.runtime.log_every == 0 or done == config.steps:
             self.tell("step", **fact, **self.speed(seconds, config.steps - done))
@@ -100,7 +110,9 @@ class Trainer:
         The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
         call the model equally often.
         """
-        windows = np.arange(max(1, min(len(self.held_out), self.config.validation.tokens // self.job.model.context)))
+        windows = np.arange(
+            max(1, min(len(self.held_out), self.config.validation.tokens // self.job.model.context))
+        )
         size = self.config.micro_batch * self.ranks
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(windows), size):
@@ -186,7 +198,9 @@ class Trainer:
         """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
         matrix products reached when probed at the start (of a rank's memory, its own)."""
         rate = self.config.batch_tokens / seconds
-        self.seconds_a_step = seconds if self.seconds_a_step is None else 0.9 * self.seconds_a_step + 0.1 * seconds
+        self.seconds_a_step = (
+            seconds if self.seconds_a_step is None else 0.9 * self.seconds_a_step + 0.1 * seconds
+        )
         return {
             "tokens_per_second": rate,
             "mfu": rate * self.job.model.flops_per_token() / self.peak_flops,

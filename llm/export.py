@@ -1,0 +1,163 @@
+"""The export stage: a folder that `transformers` loads with `AutoModelForCausalLM` and `AutoTokenizer`, in Llama's
+layout, or Qwen3's where the model norms its queries and keys; with a model card written from the manifests of all
+the stages before. The folder is loaded back and its logits held against ours before it counts as made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from data_pipeline.context import Metrics, StageConfig, StageContext, atomic_path
+from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from llm.model import ModelConfig, Transformer, load_model
+from llm.model_card import model_card
+
+TOLERANCE = 1e-4
+"""Largest difference between a logit of `transformers` and ours, in fp32."""
+
+
+class ExportConfig(StageConfig):
+    """How the model is exported."""
+
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the stored weights."""
+    name: str = Field("llmill-model", min_length=1)
+    """Title of the model card."""
+
+
+def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
+    """Write the folder and load it back; ``inputs`` are all the stages before.
+
+    Raises:
+        RuntimeError: `transformers` computes other logits from the folder than we do from the model.
+    """
+    model = load_model(inputs["pretrain"])
+    if config.dtype == "bfloat16":
+        model = model.to(torch.bfloat16).float()
+    tokenizer_folder = inputs["train_tokenizer"]
+    end = end_of_text(load_tokenizer(tokenizer_folder))
+    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+        with atomic_path(out / name) as path:
+            shutil.copyfile(tokenizer_folder / name, path)
+    write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
+    write_json(out / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
+    with atomic_path(out / "model.safetensors") as path:
+        save_file(exported_weights(model, getattr(torch, config.dtype)), path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner only
+    difference = logits_difference(model, out)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"transformers' logits differ from ours by {difference:.2e}, more than {TOLERANCE:.0e}"
+        )
+    metrics = {"parameters": float(model.parameter_count()), "logits_max_abs_difference": difference}
+    card = model_card(config.name, model.config, read_manifests(inputs), metrics)
+    for name in ("README.md", "report.md"):
+        with atomic_path(out / name) as path:
+            path.write_text(card)
+    return metrics
+
+
+def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
+    """``config.json`` as `LlamaConfig` or `Qwen3Config` reads it."""
+    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
+    return {
+        "architectures": [architecture],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_head_count,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "attention_bias": False,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": dtype,
+    }
+
+
+def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
+        if name in ("embed_tokens.weight", "lm_head.weight"):
+            parameter = parameter[: model.config.vocab_size]
+        their_name = name if name == "lm_head.weight" else f"model.{name}"
+        weights[their_name] = parameter.detach().to(dtype).contiguous()
+    return weights
+
+
+def load_exported(folder: Path) -> Transformer:
+    """Our model from an exported folder: the inverse of `export`. fp32, in evaluation mode, on the CPU."""
+    theirs = json.loads((folder / "config.json").read_text())
+    config = ModelConfig(
+        vocab_size=theirs["vocab_size"],
+        width=theirs["hidden_size"],
+        hidden=theirs["intermediate_size"],
+        layers=theirs["num_hidden_layers"],
+        heads=theirs["num_attention_heads"],
+        kv_heads=theirs["num_key_value_heads"],
+        context=theirs["max_position_embeddings"],
+        norm_eps=theirs["rms_norm_eps"],
+        rope_theta=theirs["rope_parameters"]["rope_theta"],
+        tie_embeddings=theirs["tie_word_embeddings"],
+        qk_norm=theirs["model_type"] == "qwen3",
+    )
+    model = Transformer(config)
+    weights = {
+        name.removeprefix("model."): weight
+        for name, weight in load_file(folder / "model.safetensors").items()
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            weight = weights.pop(name)
+            parameter[: len(weight)] = weight
+    assert not weights, f"{folder} has weights that the model lacks: {sorted(weights)}"
+    return model.eval()
+
+
+@torch.inference_mode()
+def logits_difference(model: Transformer, folder: Path, sequences: int = 2, positions: int = 256) -> float:
+    """Largest absolute difference between the logits of ``folder`` in `transformers` and of ``model``, in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    assert vocab_size == model.config.vocab_size, (
+        f"the tokenizer has {vocab_size} entries, the model another number"
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (sequences, min(positions, model.config.context))
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=generator)
+    ours_BTV = model(tokens_BT)[..., : model.config.vocab_size]
+    return (ours_BTV - theirs(tokens_BT).logits).abs().max().item()
+
+
+def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The manifests of the stages that have one, in the order of the line."""
+    paths = {stage: folder / "manifest.json" for stage, folder in inputs.items()}
+    return {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` to ``path``, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The model card: what a person who finds the exported folder must know, taken from the stages' manifests. It holds
+no time, host or path, so the same line gives the same card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.context import Metrics
+from llm.model import ModelConfig
+
+Manifests = Mapping[str, Mapping[str, Any]]
+
+
+def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics) -> str:
+    """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}",
+        f"A decoder-only language model with {metrics['parameters']:,.0f} parameters, trained from raw text by "
+        "llmill. It continues text; it was not taught to follow instructions, and it repeats what its training "
+        "text holds, errors and biases included.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
+        "## Architecture",
+        architecture(model),
+        "## How good it is",
+        figures(manifests.get("evaluate", {})),
+        "## Training text",
+        sources(manifests.get("download", {})),
+        "## How it was made",
+        lineage(manifests),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def architecture(model: ModelConfig) -> str:
+    """The shape as a table."""
+    layout = "Qwen3 (norm on queries and keys)" if model.qk_norm else "Llama"
+    heads = f"{model.heads}, {model.kv_head_count} of keys and values"
+    rows = [
+        ("layout", layout),
+        ("layers", model.layers),
+        ("width", model.width),
+        ("hidden width (SwiGLU)", model.hidden_width),
+        ("heads", heads),
+        ("context", f"{model.context} tokens"),
+        ("vocabulary", f"{model.vocab_size} (byte-level BPE)"),
+        ("embeddings", "tied to the head" if model.tie_embeddings else "apart from the head"),
+    ]
+    return table(("", ""), rows)
+
+
+def figures(manifest: Mapping[str, Any]) -> str:
+    """What the evaluate stage found."""
+    if not manifest:
+        return "Not evaluated."
+    rows = [(metric, figure(value)) for metric, value in manifest["metrics"].items()]
+    return "On held-out documents of the same sources:\n\n" + table(("metric", "value"), rows)
+
+
+def sources(manifest: Mapping[str, Any]) -> str:
+    """Where the text came from, as the download stage resolved it."""
+    if not manifest:
+        return "Unknown."
+    kept = ("name", "kind", "repo", "dataset", "revision", "split", "urls", "license", "licence")
+    rows = []
+    for source in manifest["config"].get("sources", []):
+        said = [f"{key} {source[key]}" for key in kept if key != "name" and source.get(key)]
+        rows.append((source.get("name", ""), ", ".join(said)))
+    return table(("source", "what"), rows) if rows else "Unknown."
+
+
+def lineage(manifests: Manifests) -> str:
+    """Each stage's fingerprint and figures: enough to find the artifacts, or make them again."""
+    rows = []
+    for stage, manifest in manifests.items():
+        found = ", ".join(f"{metric} {figure(value)}" for metric, value in manifest["metrics"].items())
+        rows.append((stage, f"`{manifest['fingerprint'][:12]}`", found))
+    return table(("stage", "fingerprint", "figures"), rows)
+
+
+def figure(value: float) -> str:
+    """A count without decimals, anything else with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

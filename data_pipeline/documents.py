@@ -1,0 +1,174 @@
+"""The document shard: Parquet files of (id, text, source, meta), and how they are written and read.
+
+A stage that maps over shards writes one shard for each that it reads. Rejected records go beside them, with a
+reason. Reading and writing stream by row group, so memory is bounded by `ROW_GROUP_CHARACTERS` and not by the size of
+a shard; the bytes written depend on the rows alone, not on how they were handed over.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_pipeline.context import UserError, atomic_path
+
+SCHEMA = pa.schema(
+    [("id", pa.string()), ("text", pa.string()), ("source", pa.string()), ("meta", pa.string())]
+)
+REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())])
+
+ROW_GROUP_CHARACTERS = 8 << 20
+ROW_GROUP_ROWS = 1 << 16
+MAX_DOCUMENT_BYTES = 1 << 28
+"""Longer texts are rejected: a column of a row group holds at most 2 GiB of text."""
+
+Rows = dict[str, list[str]]
+
+
+class ShardWriter:
+    """Streams rows into one Parquet file, starting a row group whenever `ROW_GROUP_CHARACTERS` are waiting."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self.rows = 0
+        self._schema = schema
+        self._waiting: list[pa.RecordBatch] = []
+        self._columns: Rows = {name: [] for name in schema.names}
+        self._characters = 0
+        self._parquet = pq.ParquetWriter(path, schema, compression="zstd")
+
+    def add(self, *values: str) -> None:
+        """Append one row, its values in the order of the schema."""
+        for column, value in zip(self._columns.values(), values, strict=True):
+            column.append(value)
+            self._characters += len(value)
+        self.rows += 1
+        if self._characters >= ROW_GROUP_CHARACTERS or len(self._columns["id"]) >= ROW_GROUP_ROWS:
+            self.flush()
+
+    def add_batch(self, batch: pa.RecordBatch) -> None:
+        """Append the rows of ``batch``, which is written as a row group of its own unless it is empty."""
+        self.flush()
+        if batch.num_rows:
+            self._parquet.write_batch(batch)
+            self.rows += batch.num_rows
+
+    def flush(self) -> None:
+        """Write what is waiting as a row group."""
+        if self._columns["id"]:
+            self._parquet.write_batch(pa.RecordBatch.from_pydict(self._columns, self._schema))
+            self._columns = {name: [] for name in self._schema.names}
+            self._characters = 0
+
+    def close(self) -> None:
+        self.flush()
+        self._parquet.close()
+
+
+@contextmanager
+def write_shard(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[ShardWriter]:
+    """A `ShardWriter` whose file appears under ``path`` when the block ends well, and not at all otherwise."""
+    with atomic_path(path) as temporary:
+        writer = ShardWriter(temporary, schema)
+        try:
+            yield writer
+        finally:
+            writer.close()
+
+
+def shard_paths(folder: Path, kind: str = "documents") -> list[Path]:
+    """The shards ``<kind>-00000.parquet``, ... of a stage's folder, in order.
+
+    Raises:
+        UserError: there is none.
+    """
+    paths = sorted(folder.glob(f"{kind}-*.parquet"))
+    if not paths:
+        raise UserError(
+            f"{folder} holds no {kind} shards ({kind}-00000.parquet, ...): is it a stage's output?"
+        )
+    return paths
+
+
+def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+    """The rows of a Parquet shard, one record batch a row group (in order).
+
+    Raises:
+        UserError: the file can't be read; the message names it.
+    """
+    wanted = list(columns) if columns else None
+    try:
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                yield from (
+                    file.read_row_group(group, columns=wanted, use_threads=False)
+                    .combine_chunks()
+                    .to_batches()
+                )
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(path, error) from error
+
+
+def corrupt(path: Path, error: Exception) -> UserError:
+    """The error for a shard that can't be read."""
+    what = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(
+        f"corrupt shard {path}: {what}\nrun `llmill verify`, then build its stage again with --force <stage>"
+    )
+
+
+def byte_lengths(column: pa.Array) -> NDArray[np.int64]:
+    """UTF-8 bytes of every string in a column."""
+    return pc.binary_length(column).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def hash_ids(ids: Iterable[str], salt: str) -> NDArray[np.uint64]:
+    """A uniform 64-bit hash of every id, the same everywhere and for ever: what splits, samples and orders use."""
+    seed = blake2b(salt.encode(), digest_size=16).digest()
+    digests = b"".join(blake2b(one.encode(), digest_size=8, key=seed).digest() for one in ids)
+    return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The JSON object that ``work`` returns, kept in ``marker`` so that a stage that starts again skips it.
+
+    The marker is written last: where it is, the files that ``work`` writes are whole.
+    """
+    if marker.exists():
+        kept: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
+        return kept
+    result = work()
+    with atomic_path(marker) as temporary:
+        temporary.write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def excerpt(text: str, characters: int = 160) -> str:
+    """The beginning of ``text`` in one line."""
+    return " ".join(text[: 2 * characters].split())[:characters]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(header)]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of several tallies, its keys in order."""
+    total: dict[str, int] = {}
+    for one in counts:
+        for key, value in one.items():
+            total[key] = total.get(key, 0) + value
+    return dict(sorted(total.items()))

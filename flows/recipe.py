@@ -55,7 +55,7 @@ class Recipe(Config):
     dedup: DedupConfig = DedupConfig()
     train_tokenizer: TokenizerConfig = TokenizerConfig()
     tokenize: TokenizeConfig = TokenizeConfig()
-    pretrain: PretrainConfig = PretrainConfig()
+    pretrain: PretrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
 

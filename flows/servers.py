@@ -104,6 +104,7 @@ class PrefectServer:
 
     def _start(self) -> str:
         port = free_port()
+        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_LOGGING_SETTINGS_PATH"}
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [
@@ -120,7 +121,7 @@ class PrefectServer:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "PREFECT_LOGGING_SETTINGS_PATH": "", "PREFECT_SERVER_UI_ENABLED": "false"},
+                env=environment,
                 start_new_session=True,
             )
         url = f"http://127.0.0.1:{port}/api"

@@ -53,7 +53,7 @@ STAGES: tuple[Stage, ...] = (
         PretrainConfig,
         ("tokenize", "train_tokenizer"),
         1,
-        ("loss", "val_bits_per_byte"),
+        ("validation_bits_per_byte", "train_loss"),
     ),
     Stage(
         "evaluate",

@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.readers import Rejected, Text, read_file, split_paragraphs
+
+TEXTS = ["first line\nsecond", "Zürich, 東京", "third \u2028 text"]
+
+
+def jsonl(texts: list[str]) -> bytes:
+    return b"".join(json.dumps({"text": text, "n": n}).encode() + b"\n" for n, text in enumerate(texts))
+
+
+def parquet(texts: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), sink, row_group_size=2)
+    return sink.getvalue().to_pybytes()
+
+
+FORMATS: dict[str, Callable[[list[str]], bytes]] = {
+    ".jsonl": jsonl,
+    ".json": lambda texts: json.dumps([{"text": text} for text in texts]).encode(),
+    ".parquet": parquet,
+}
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+}
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_every_row_format_gives_its_texts_in_order(tmp_path: Path, suffix: str, compression: str) -> None:
+    path = tmp_path / f"file{suffix}{compression}"
+    path.write_bytes(COMPRESSIONS[compression](FORMATS[suffix](TEXTS)))
+    assert list(read_file(path, "text")) == [Text(row, text) for row, text in enumerate(TEXTS)]
+
+
+@pytest.mark.parametrize("compression", COMPRESSIONS)
+def test_a_text_file_is_one_document_without_its_byte_order_mark(tmp_path: Path, compression: str) -> None:
+    path = tmp_path / f"file.TXT{compression}"
+    path.write_bytes(COMPRESSIONS[compression](b"\xef\xbb\xbf" + TEXTS[1].encode()))
+    assert list(read_file(path, "text")) == [Text(None, TEXTS[1])]
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstandard.compress])
+def test_compressed_files_that_were_concatenated_are_read_to_the_end(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / ("file.txt.gz" if compress is gzip.compress else "file.txt.zst")
+    path.write_bytes(compress(b"one ") + compress(b"two"))
+    assert list(read_file(path, "text")) == [Text(None, "one two")]
+
+
+def test_a_json_object_is_one_document(tmp_path: Path) -> None:
+    (tmp_path / "one.json").write_text('{"body": "hello"}')
+    assert list(read_file(tmp_path / "one.json", "body")) == [Text(None, "hello")]
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "cut', "bad_json"),
+        (b'"just a string"', "not_an_object"),
+        (b'{"body": "x"}', "missing_field"),
+        (b'{"text": 7}', "field_not_text"),
+        (b'{"text": null}', "field_not_text"),
+        (b'{"text": ""}', "empty"),
+        (b'{"text": "\\ud800"}', "not_utf8"),
+        (b'{"text": "\xff"}', "not_utf8"),
+        (b"[" * 100_000, "bad_json"),
+    ],
+)
+def test_a_bad_line_is_rejected_with_its_reason_and_its_neighbours_survive(
+    tmp_path: Path, line: bytes, reason: str
+) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(b'{"text": "before"}\n' + line + b'\n\n{"text": "after"}')
+    before, bad, after = read_file(path, "text")
+    assert (before, after) == (Text(0, "before"), Text(3, "after"))  # the blank line counts as a row
+    assert isinstance(bad, Rejected)
+    assert (bad.row, bad.reason) == (1, reason)
+    assert bad.detail or reason == "empty"
+
+
+def test_bytes_that_are_not_utf8_reject_a_text_file_and_say_where(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Caf\xe9".encode("latin-1"))
+    assert list(read_file(tmp_path / "latin.txt", "text")) == [
+        Rejected(None, "not_utf8", "byte 0xe9 at offset 3")
+    ]
+
+
+def test_a_cut_gzip_gives_the_records_before_the_cut_and_one_rejected_file(tmp_path: Path) -> None:
+    texts = [f"{n} " + "".join(chr(33 + (n * i * i) % 90) for i in range(300)) for n in range(2000)]
+    data = gzip.compress(jsonl(texts))
+    path = tmp_path / "file.jsonl.gz"
+    path.write_bytes(data[: len(data) // 2])
+    *records, fault = read_file(path, "text")
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "unreadable_file"
+    assert 100 < len(records) < 2000
+    assert records == [Text(row, text) for row, text in enumerate(texts[: len(records)])]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".txt.gz", ".txt.zst", ".parquet.gz"])
+def test_a_file_that_is_not_what_its_name_says_is_rejected(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"file{suffix}"
+    path.write_bytes(b"this is plain text, nothing else" * 10)
+    (fault,) = read_file(path, "text")
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "unreadable_file"
+
+
+def test_a_parquet_file_without_the_column_is_rejected_and_names_its_columns(tmp_path: Path) -> None:
+    path = tmp_path / "file.parquet"
+    path.write_bytes(parquet(["x"]))
+    (fault,) = read_file(path, "body")
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "missing_field"
+    assert "'text'" in fault.detail
+
+
+@given(st.text(alphabet="ab\n \r\t.", max_size=400), st.integers(1, 60))
+def test_the_parts_of_a_split_text_add_up_to_it_and_are_long_enough(text: str, characters: int) -> None:
+    parts = list(split_paragraphs(text, characters))
+    assert "".join(parts) == text
+    assert all(len(part) >= characters for part in parts[:-1])

@@ -1,0 +1,101 @@
+"""Recipes: precedence, and mistakes that are told with their place."""
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.context import UserError
+from flows.recipe import flatten, load_recipe, shipped_recipes
+
+RECIPE = """\
+name: small
+download:
+  sources:
+    - {name: books, kind: local, path: books}
+    - name: python
+      kind: installed-python
+clean:
+  min_chars: 10
+pretrain: {tokens: 1000}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(RECIPE)
+    return path
+
+
+def mistake(path: Path, *overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_recipe(path, overrides)
+    return str(caught.value).replace(str(path), "small.yaml")
+
+
+def test_overrides_beat_the_file_and_the_file_beats_defaults(recipe):
+    loaded = load_recipe(recipe)
+    assert (loaded.clean.min_chars, loaded.dedup.ngram) == (10, 5)
+    changes = ["clean.min_chars=20", "dedup.ngram=7", "pretrain.lr=3e-3", "download.sources.0.path=else/where"]
+    changed = load_recipe(recipe, changes)
+    assert (changed.clean.min_chars, changed.dedup.ngram, changed.pretrain.lr) == (20, 7, 3e-3)
+    assert changed.download.sources[0].path == "else/where"
+
+
+def test_an_override_may_switch_a_rule_off(recipe):
+    assert load_recipe(recipe, ["clean.gopher.min_stop_words=null"]).clean.gopher.min_stop_words is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("clean.min_charz=3", ["--set clean.min_charz=3", "no such key; did you mean min_chars?"]),
+        ("clean.min_chars=many", ["--set clean.min_chars=many", "valid integer", "'many'"]),
+        ("clean.min_chars=-1", ["greater than or equal to 1", "-1"]),
+        ("dedup.bands=100", ["small.yaml:1", "need 800 permutations"]),
+        ("clean.min_chars", ["write it as stage.field=value"]),
+        ("cleam.min_chars=3", ["did you mean clean?"]),
+        ("download.sources.7.path=x", ["7 is not a position in a list of 2"]),
+        ("name.first=x", ["name holds a value, not settings"]),
+        ("pretrain.model.heads=5", ["width 768 does not divide into 5 heads"]),
+    ],
+)
+def test_a_wrong_override_is_told_in_one_line(recipe, wrong, told):
+    message = mistake(recipe, wrong)
+    assert "\n" not in message
+    for part in told:
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (RECIPE.replace("min_chars", "min_charz"), "small.yaml:8: clean.min_charz: no such key"),
+        (RECIPE.replace("min_chars: 10", "min_chars: ten"), "small.yaml:8: clean.min_chars"),
+        (RECIPE.replace("path: books}", "path: books, pth: x}"), "small.yaml:4: download.sources.0.pth"),
+        (RECIPE.replace("kind: installed-python", "kind: gopher"), "small.yaml:5: download.sources.1"),
+        (RECIPE.replace("tokens: 1000", "toks: 1000"), "small.yaml:9: pretrain.toks"),
+        ("name: [", "not valid YAML"),
+        ("- a\n- b", "a recipe is a mapping"),
+    ],
+)
+def test_a_wrong_recipe_is_told_with_file_line_and_key(recipe, text, told):
+    recipe.write_text(text)
+    assert told in mistake(recipe)
+
+
+def test_a_missing_recipe_names_those_there_are(tmp_path):
+    assert "flows/recipes/quickstart.yaml" in mistake(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("path", shipped_recipes())
+def test_the_shipped_recipes_are_valid(path):
+    root = Path(__file__).parents[2]
+    assert load_recipe(root / path).name == Path(path).stem
+
+
+def test_flatten_numbers_what_is_in_lists():
+    value = {"a": {"b": 1}, "sources": [{"name": "x"}, {"name": "y"}], "betas": [0.9, 0.95], "none": {}}
+    assert flatten(value) == {
+        "a.b": 1, "sources.0.name": "x", "sources.1.name": "y", "betas": [0.9, 0.95], "none": {}
+    }  # fmt: skip

@@ -1,0 +1,77 @@
+"""The Prefect server of a home: one for all its runs, stopped by the last, found again after a kill."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from flows.servers import PrefectServer, answers
+
+USER = """
+import sys, pathlib
+from flows.servers import PrefectServer
+with PrefectServer(pathlib.Path(sys.argv[1])) as server:
+    server.wait()
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def use(home: Path) -> subprocess.Popen[str]:
+    """A process that uses the server of ``home`` until its standard input is closed."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PREFECT_")}
+    user = subprocess.Popen(
+        [sys.executable, "-c", USER, str(home)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    assert user.stdout is not None
+    assert user.stdout.readline() == "up\n"
+    return user
+
+
+def leave(user: subprocess.Popen[str]) -> None:
+    user.communicate()
+    assert user.returncode == 0
+
+
+def state(home: Path) -> dict:
+    return json.loads((home / "prefect" / "server.json").read_text())
+
+
+def test_runs_share_one_server_and_the_last_one_stops_it(tmp_path):
+    first = use(tmp_path)
+    server = state(tmp_path)
+    second = use(tmp_path)
+    assert state(tmp_path) == server
+    leave(first)
+    assert answers(server["url"])
+    leave(second)
+    assert not answers(server["url"])
+    assert not psutil.pid_exists(server["pid"])
+
+    killed = use(tmp_path)
+    orphan = state(tmp_path)
+    killed.kill()
+    killed.wait()
+    assert answers(orphan["url"]), "the server outlives a run that was killed alone"
+    last = use(tmp_path)
+    assert state(tmp_path) == orphan
+    leave(last)
+    assert not answers(orphan["url"])
+
+
+def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    monkeypatch.setattr("flows.servers.START_SECONDS", 0)
+    with PrefectServer(tmp_path) as server:
+        with pytest.raises(RuntimeError, match="127.0.0.1:9"):
+            server.wait()
+        assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
+    assert not (tmp_path / "prefect").exists()

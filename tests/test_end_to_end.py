@@ -1,0 +1,165 @@
+"""The whole line through the real command line, a real Prefect server and MLflow: what users rely on."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import Llmill, kill_tree
+
+STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate", "export"]
+
+
+def test_a_run_seals_every_stage_and_says_so(finished: Llmill):
+    assert sorted(name.split("/")[0] for name in finished.payloads()) == sorted(STAGES)
+    assert list(finished.home.glob("store/*/*.partial")) == []
+    assert finished("verify").stdout.count("✓") == len(STAGES)
+    assert f"{len(STAGES)} sealed" in finished("status").stdout
+
+
+def test_a_second_run_reuses_everything(finished: Llmill):
+    before = finished.payloads()
+    result = finished.run()
+    assert "every stage was reused" in result.stdout
+    assert result.stderr == ""
+    assert finished.payloads() == before
+
+
+def test_runs_from_scratch_seal_the_same_bytes_whatever_the_workers(finished: Llmill, make_llmill):
+    other = make_llmill()
+    other.run("--set", "runtime.task_runner=threads", "--set", "runtime.workers=1")
+    assert other.payloads() == finished.payloads()
+
+
+def test_what_is_under_runtime_changes_nothing(finished: Llmill):
+    settings = ["runtime.workers=7", "pretrain.runtime.micro_batch=2", "pretrain.runtime.zero_stage=1",
+                "pretrain.runtime.log_every=3", "runtime.upload_mb=0"]  # fmt: skip
+    assert finished.actions(*[part for setting in settings for part in ("--set", setting)]) == ["reuse"] * 8
+
+
+@pytest.mark.parametrize(
+    ("setting", "first"),
+    [
+        ("clean.min_chars=20", "clean"),
+        ("dedup.threshold=0.9", "dedup"),
+        ("train_tokenizer.vocab_size=500", "train_tokenizer"),
+        ("tokenize.val_fraction=0.2", "tokenize"),
+        ("pretrain.lr=1e-3", "pretrain"),
+        ("evaluate.seed=1", "evaluate"),
+    ],
+)
+def test_a_changed_field_runs_its_stage_and_those_after_it(finished: Llmill, setting, first):
+    plan = finished.plan("--set", setting)
+    place = STAGES.index(first)
+    assert [step["action"] for step in plan.values()] == ["reuse"] * place + ["run"] * (8 - place)
+    key, _, value = setting.partition("=")
+    assert any(key.partition(".")[2] in line and line.endswith(f"-> {float(value):g}") for line in plan[first]["why"])
+    later = [step["why"] for name, step in plan.items() if STAGES.index(name) > place]
+    assert all("input" in line for lines in later for line in lines)
+
+
+def test_a_changed_file_is_a_new_corpus_and_a_moved_one_is_not(finished: Llmill, make_llmill, corpus, tmp_path):
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(corpus, moved)
+    path = f"download.sources.0.path={moved}"
+    assert finished.actions("--set", path) == ["reuse"] * 8
+    with open(moved / "ast.txt", "a") as file:
+        file.write("# changed")
+    assert finished.actions("--set", path) == ["run"] * 8
+
+
+def test_kill_9_at_ten_random_moments_changes_no_sealed_byte(finished: Llmill, make_llmill):
+    """Every stage is killed at least once, pretrain three times, each at a random moment of its work."""
+    llmill = make_llmill()
+    dice = random.Random(20261122)
+    seconds = {json.loads(path.read_text())["stage"]: json.loads(path.read_text())["seconds"]
+               for path in finished.home.glob("store/*/*/manifest.json")}  # fmt: skip
+    killed = []
+    for stage in [*STAGES[:5], "pretrain", "pretrain", "pretrain", *STAGES[6:]]:
+        run = llmill.start("run", str(llmill.recipe))
+        while not (partial := list(llmill.home.glob(f"store/{stage}/*.partial"))):
+            assert run.poll() is None, run.communicate()
+            time.sleep(0.005)
+        time.sleep(dice.uniform(0, 0.9 * seconds[stage]))
+        sealed_meanwhile = not partial[0].exists()
+        kill_tree(run)
+        killed.append((stage, sealed_meanwhile))
+    assert sum(sealed for _, sealed in killed) <= 2, f"most kills must hit the stage at work: {killed}"
+    llmill.run()
+    assert llmill.payloads() == finished.payloads()
+    assert llmill("verify").returncode == 0
+
+
+def test_two_runs_at_once_build_nothing_twice(finished: Llmill, make_llmill):
+    llmill = make_llmill()
+    runs = [llmill.start("run", str(llmill.recipe)) for _ in range(2)]
+    outputs = [run.communicate(timeout=300) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], outputs
+    assert llmill.payloads() == finished.payloads()
+    reports = [out for out, _ in outputs]
+    built = [sum(line.strip().startswith(f"✓ {stage} ") for out in reports for line in out.splitlines()) for stage in STAGES]
+    # A stage's own line and its row in the table, of the run that built it.
+    assert built == [2] * len(STAGES), outputs
+
+
+def test_only_from_and_force_do_what_they_say(finished: Llmill, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    llmill = Llmill(home, finished.recipe)
+    change = ("--set", "train_tokenizer.vocab_size=500")
+    refused = llmill.run("--only", "tokenize", *change, code=2)
+    assert "--only tokenize needs train_tokenizer, which is not sealed" in refused.stderr
+    llmill.run("--only", "train_tokenizer", *change)
+    assert llmill.actions(*change) == ["reuse"] * 4 + ["run"] * 4
+    refused = llmill.run("--from", "pretrain", *change, code=2)
+    assert "--from pretrain needs tokenize, which is not sealed" in refused.stderr
+    before = llmill.payloads()
+    forced = llmill.run("--only", "clean", "--force", "clean")
+    assert "✓ clean" in forced.stdout
+    assert llmill.payloads() == before
+    assert "no such stage" in llmill.run("--only", "cleam", code=2).stderr
+
+
+def test_an_artifact_built_again_with_other_bytes_rebuilds_what_was_made_from_it(finished: Llmill, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    llmill = Llmill(home, finished.recipe)
+    [path] = home.glob("store/tokenize/*/manifest.json")
+    manifest = json.loads(path.read_text())
+    path.chmod(0o644)
+    path.write_text(json.dumps({**manifest, "payload_sha256": "0" * 64}))
+    plan = llmill.plan()
+    assert plan["pretrain"]["action"] == "run"
+    assert "tokenize was built again" in plan["pretrain"]["why"][0]
+
+
+def test_the_exported_model_speaks(finished: Llmill):
+    said = [finished("generate", "--prompt", "def main(", "--max-tokens", "30", "--seed", "5").stdout for _ in range(2)]
+    assert said[0] == said[1]
+    assert said[0].startswith("def main(")
+    assert len(said[0]) > len("def main(") + 10
+
+
+def test_mlflow_being_away_does_not_stop_a_run(finished: Llmill, make_llmill):
+    llmill = make_llmill()
+    result = llmill.run("--only", "clean", code=2)
+    assert "needs download" in result.stderr
+    result = llmill.run("--only", "download", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    assert "this run goes on without it" in result.stdout
+    assert [name.split("/")[0] for name in llmill.payloads()] == ["download"]
+
+
+def test_without_a_server_a_run_starts_its_own_and_leaves_none(finished: Llmill):
+    environment = {k: v for k, v in finished.environment().items() if not k.startswith("PREFECT_")}
+    command = [sys.executable, "-m", "flows.cli", "run", str(finished.recipe)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert (result.returncode, result.stderr) == (0, ""), result
+    assert "every stage was reused" in result.stdout
+    assert (finished.home / "prefect" / "server.log").exists()
+    assert not (finished.home / "prefect" / "server.json").exists()

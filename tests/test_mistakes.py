@@ -1,0 +1,90 @@
+"""A user's mistake ends with exit code 2 and one or two clear lines, and what was sealed stays sealed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from conftest import Llmill
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        (["clean.min_charz=3"], "did you mean min_chars?"),
+        (["pretrain.lr=fast"], "pretrain.lr"),
+        (["download.sources.0.path=/no/such/folder"], "/no/such/folder"),
+        (["pretrain.batch_tokens=67108864"], "lower pretrain.batch_tokens"),
+        (["train_tokenizer.vocab_size=200000"], "lower train_tokenizer.vocab_size"),
+        (["pretrain.runtime.ranks=4096", "pretrain.batch_tokens=262144"], "pretrain.runtime.ranks is 4096"),
+    ],
+)
+def test_a_mistake_is_told_in_one_or_two_lines(finished: Llmill, settings, told):
+    before = finished.payloads()
+    result = finished.run(*[part for setting in settings for part in ("--set", setting)], code=2)
+    assert told in result.stderr
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert before.items() <= finished.payloads().items()
+
+
+def test_debug_shows_the_trace(finished: Llmill):
+    result = finished.run("--set", "download.sources.0.path=/no/such", "--debug", code=1)
+    assert "Traceback" in result.stderr
+
+
+def test_an_empty_corpus_is_an_error(finished: Llmill, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    result = finished.run("--set", f"download.sources.0.path={tmp_path}", code=2)
+    assert len(result.stderr.strip().splitlines()) <= 2
+    assert "no document" in result.stderr.lower()
+
+
+def test_a_damaged_shard_is_named_with_the_way_out(finished: Llmill, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    llmill = Llmill(home, finished.recipe)
+    shard = sorted(home.glob("store/dedup/*/documents-*.parquet"))[0]
+    shard.chmod(0o644)
+    shard.write_bytes(shard.read_bytes()[:-100] + b"x" * 100)
+    result = llmill.run("--set", "train_tokenizer.vocab_size=500", code=2)
+    assert str(shard.name) in result.stderr
+    assert "verify" in result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2
+    damaged = llmill("verify", code=2)
+    assert f"{shard.name}: its content is not what was sealed" in damaged.stdout
+    assert "--force dedup" in damaged.stdout
+    llmill.run("--force", "dedup")
+    llmill("verify")
+
+
+def test_a_full_disk_is_an_error_and_what_was_sealed_stays(finished: Llmill, tmp_path):
+    allowed = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)],
+        capture_output=True,
+    )
+    if allowed.returncode:
+        pytest.skip(f"this system lets us mount no small disk: {allowed.stderr.decode().strip()}")
+    llmill = Llmill(tmp_path / "home", finished.recipe)
+    command = f"{sys.executable} -m flows.cli"
+    script = f"""
+        mount -t tmpfs -o size=3m tmpfs {tmp_path}
+        {command} run {llmill.recipe}; echo code $?
+        {command} status; {command} verify
+    """
+    result = subprocess.run(
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
+        env=llmill.environment(),
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert "code 2" in result.stdout, result
+    assert "the disk is full" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert "✓ download" in result.stdout
+    assert "unfinished" in result.stdout

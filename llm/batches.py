@@ -28,7 +28,7 @@ def write_flat(documents: Iterable[npt.NDArray[Any]], path: Path, vocab_size: in
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for tokens in documents:
             count += len(tokens)
-            file.write(np.ascontiguousarray(tokens, token_type(vocab_size)))
+            file.write(np.ascontiguousarray(tokens, token_type(vocab_size)).data)
     return count
 
 

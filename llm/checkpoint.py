@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import UserError
+from data_pipeline.context import UserError, human_bytes
 
 RECORD = "checkpoint.json"
 HISTORY = "history.json"
@@ -43,11 +43,21 @@ def unfinished(root: Path, step: int) -> Path:
     return root / f"step-{step:08d}.tmp"
 
 
-def begin(root: Path, step: int) -> Path:
-    """An empty folder to write a checkpoint into. Call on one rank."""
+def begin(root: Path, step: int, size: int = 0) -> Path:
+    """An empty folder to write a checkpoint of ``size`` bytes, about, into. Call on one rank.
+
+    Raises:
+        UserError: the disk has no room for it.
+    """
     folder = unfinished(root, step)
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    free = shutil.disk_usage(root).free
+    if free < size:
+        raise UserError(
+            f"a checkpoint needs about {human_bytes(size)}, but the disk of {root} has {human_bytes(free)} left:\n"
+            "make room and run again; training goes on from the last checkpoint"
+        )
     return folder
 
 
@@ -71,10 +81,8 @@ def commit(folder: Path, *, step: int, ranks: int, zero_stage: int, history: Any
 
 def complete(root: Path) -> list[Checkpoint]:
     """The checkpoints under ``root`` that have their record, newest first. Checksums are not read."""
-    found = []
-    for folder in sorted(root.glob("step-*"), reverse=True):
-        if re.fullmatch(r"step-\d{8,}", folder.name) and (record := read_record(folder)):
-            found.append(record)
+    names = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
+    found = [record for folder in names if (record := read_record(folder))]
     return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
 
 
@@ -100,7 +108,7 @@ def damage(root: Path, checkpoint: Checkpoint) -> str | None:
 
 def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
     """The newest checkpoint that passes its checksums, and what was passed over and why."""
-    passed_over = []
+    passed_over: list[str] = []
     for checkpoint in complete(root):
         problem = damage(root, checkpoint)
         if problem is None:

@@ -8,6 +8,7 @@ DeepSpeed's shared-memory collectives (a minute of C++ for ranks on CPUs) are le
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
@@ -27,6 +28,9 @@ from llm.optim import adamw
 if TYPE_CHECKING:
     from llm.model import Transformer
     from llm.pretrain import PretrainConfig
+
+# DeepSpeed calls collectives by names that torch has renamed, and torch says so at each call.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 """How long a rank waits for the others: longer than any checkpoint or validation takes on one of them."""

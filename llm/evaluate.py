@@ -34,15 +34,15 @@ BATCH_TOKENS = 8192
 class EvaluateConfig(StageConfig):
     """What is evaluated, and which texts are written."""
 
-    max_documents: int | None = Field(1000, ge=1)
+    max_documents: int | None = Field(default=1000, ge=1)
     """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
     prompts: tuple[str, ...] = ("", "The ", "In the beginning")
     """A sample is written for each; "" lets the model begin."""
-    max_new_tokens: int = Field(128, ge=1)
-    temperature: float = Field(0.8, ge=0)
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token."""
-    top_p: float = Field(0.95, gt=0, le=1)
-    seed: int = Field(0, ge=0)
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
 
 

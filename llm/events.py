@@ -19,7 +19,7 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.written = {event: 0 for event in ONCE}
+        self.written = dict.fromkeys(ONCE, 0)
         """The last step of which each kind in `ONCE` is in the file."""
         self._drop_torn_line(path)
         for event in read_events(path):

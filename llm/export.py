@@ -30,7 +30,7 @@ class ExportConfig(StageConfig):
 
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the stored weights."""
-    name: str = Field("llmill-model", min_length=1)
+    name: str = Field(default="llmill-model", min_length=1)
     """Title of the model card."""
 
 
@@ -96,10 +96,10 @@ def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor
     """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
-        if name in ("embed_tokens.weight", "lm_head.weight"):
-            parameter = parameter[: model.config.vocab_size]
+        padded = name in ("embed_tokens.weight", "lm_head.weight")
+        weight = parameter.detach()[: model.config.vocab_size] if padded else parameter.detach()
         their_name = name if name == "lm_head.weight" else f"model.{name}"
-        weights[their_name] = parameter.detach().to(dtype).contiguous()
+        weights[their_name] = weight.to(dtype).contiguous()
     return weights
 
 

@@ -26,20 +26,20 @@ VOCAB_MULTIPLE = 64
 class ModelShape(Config):
     """What a recipe says of the model. The vocabulary comes from the tokenizer."""
 
-    layers: int = Field(12, ge=1)
-    heads: int = Field(12, ge=1)
-    kv_heads: int | None = Field(None, ge=1)
+    layers: int = Field(default=12, ge=1)
+    heads: int = Field(default=12, ge=1)
+    kv_heads: int | None = Field(default=None, ge=1)
     """Heads of keys and values; None: as many as `heads` (no grouping)."""
-    width: int = Field(768, ge=2)
-    hidden: int | None = Field(None, ge=1)
+    width: int = Field(default=768, ge=2)
+    hidden: int | None = Field(default=None, ge=1)
     """Width of the SwiGLU layer; None: 8/3 of `width`, rounded up to a multiple of 64."""
-    context: int = Field(1024, ge=2)
+    context: int = Field(default=1024, ge=2)
     """Positions the model sees at once, in tokens."""
-    rope_theta: float = Field(10_000.0, gt=0)
-    norm_eps: float = Field(1e-5, gt=0)
+    rope_theta: float = Field(default=10_000.0, gt=0)
+    norm_eps: float = Field(default=1e-5, gt=0)
     qk_norm: bool = False
     tie_embeddings: bool = False
-    init_std: float = Field(0.02, gt=0)
+    init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections into the residual stream get it / sqrt(2 layers)."""
 
     @model_validator(mode="after")
@@ -102,6 +102,9 @@ class Transformer(nn.Module):
 
     Parameters carry the names of `transformers`' Llama less the prefix ``model.``.
     """
+
+    cos_TE: Tensor
+    sin_TE: Tensor
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
         super().__init__()
@@ -187,7 +190,7 @@ class Attention(nn.Module):
         k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         if self.q_norm is not None and self.k_norm is not None:
-            q_BTHE, k_BTKE = self.q_norm(q_BTHE), self.k_norm(k_BTKE)
+            q_BTHE, k_BTKE = self.q_norm(q_BTHE.float()), self.k_norm(k_BTKE.float())
         q_BTHE, k_BTKE = rotate(q_BTHE, *rope).type_as(v_BTKE), rotate(k_BTKE, *rope).type_as(v_BTKE)
         mixed_BHTE = causal_attention(q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2))
         return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(-2))

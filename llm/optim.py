@@ -29,7 +29,8 @@ def adamw(model: nn.Module, config: PretrainConfig) -> torch.optim.AdamW:
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Two groups: what decays and what does not."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    decay, keep = [], []
+    decay: list[nn.Parameter] = []
+    keep: list[nn.Parameter] = []
     for parameter in model.parameters():
         decays = parameter.ndim >= 2 and id(parameter) not in embeddings
         (decay if decays else keep).append(parameter)

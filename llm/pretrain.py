@@ -28,25 +28,25 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 class PretrainRuntime(Runtime):
     """How training is executed."""
 
-    ranks: int = Field(1, ge=1)
+    ranks: int = Field(default=1, ge=1)
     """Processes that share each batch: one a GPU, or a few on a CPU."""
-    zero_stage: int = Field(0, ge=0, le=3)
+    zero_stage: int = Field(default=0, ge=0, le=3)
     """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
     micro_batch: int | Literal["auto"] = "auto"
     """Windows a rank works on at once; the rest of its share is accumulated."""
-    log_every: int = Field(1, ge=1)
+    log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1)
 
 
 class Validation(Config):
     """The check on held-out text while training."""
 
-    every: int = Field(250, ge=1)
+    every: int = Field(default=250, ge=1)
     """Steps between checks; there is always one after the last step."""
-    tokens: int = Field(65_536, ge=1)
+    tokens: int = Field(default=65_536, ge=1)
     """At most this many held-out tokens, the same ones each time."""
 
 
@@ -56,20 +56,20 @@ class PretrainConfig(StageConfig):
     model: ModelShape = ModelShape()
     tokens: int = Field(ge=1)
     """Tokens to train on; more than the corpus has means to read it again, in another order."""
-    batch_tokens: int = Field(524_288, ge=2)
+    batch_tokens: int = Field(default=524_288, ge=2)
     """Tokens a step, over all ranks: a multiple of the context."""
-    lr: float = Field(6e-4, gt=0)
+    lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
-    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last step's rate as a part of the peak."""
-    warmup_share: float = Field(0.02, ge=0, lt=1)
+    warmup_share: float = Field(default=0.02, ge=0, lt=1)
     """Part of the steps in which the rate rises."""
     betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0)
-    grad_clip: float = Field(1.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down to it."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(default=0, ge=0)
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     validation: Validation = Validation()

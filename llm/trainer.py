@@ -5,6 +5,7 @@ is random, so all the state there is lies in the checkpoint: after a kill the lo
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -37,6 +38,10 @@ from llm.schedule import learning_rate
 
 LOCK_SECONDS = 60
 """How long to wait for the ranks of a killed run to be gone: they notice within a second."""
+
+
+CHECKPOINT_BYTES = 12
+"""Of a checkpoint for each parameter: its value and Adam's two moments, in fp32."""
 
 
 class Trainer:
@@ -131,7 +136,7 @@ class Trainer:
         start = time.perf_counter()
         root = self.job.checkpoints
         if self.rank == 0:
-            checkpoint.begin(root, done)
+            checkpoint.begin(root, done, size=CHECKPOINT_BYTES * self.parameters)
         dist.barrier()
         folder = checkpoint.unfinished(root, done)
         self.engine.save(folder)
@@ -251,10 +256,12 @@ def only_trainer(scratch: Path) -> Iterator[None]:
 
 def report_failure(error: Exception, folder: Path) -> None:
     """Leave what went wrong where the launcher looks, unless another rank was first."""
-    message = {"user": isinstance(error, UserError), "message": str(error) or repr(error)}
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = UserError(f"the disk of {folder.parent} is full: make room and run again")
+    message = {"user": isinstance(error, UserError), "message": str(error)}
     if not message["user"]:
         message["message"] = f"{type(error).__name__}: {error}"
-        traceback.print_exc()
+        traceback.print_exception(error)
     with suppress(FileExistsError), open(folder / "error.json", "x") as file:
         json.dump(message, file)
 

@@ -114,11 +114,12 @@ def write_cleaned(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]
 
 def normalise(text: str, form: Literal["NFC", "NFKC", "NFD", "NFKD"] | None) -> str:
     """``text`` in a Unicode form, with line feeds alone as line ends, without control characters, stripped."""
-    if form and not text.isascii():
-        text = unicodedata.normalize(form, text)
     if "\r" in text:
         text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return CONTROLS.sub("", text).strip()
+    text = CONTROLS.sub("", text)  # before composing, which a control character in between would hinder
+    if form and not text.isascii():
+        text = unicodedata.normalize(form, text)
+    return text.strip()
 
 
 def reason_to_drop(text: str, config: CleanConfig) -> str | None:

@@ -44,7 +44,7 @@ class ShardWriter:
         self._waiting: list[pa.RecordBatch] = []
         self._columns: Rows = {name: [] for name in schema.names}
         self._characters = 0
-        self._parquet = pq.ParquetWriter(path, schema, compression="zstd")
+        self._parquet = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
     def add(self, *values: str) -> None:
         """Append one row, its values in the order of the schema."""
@@ -107,7 +107,7 @@ def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.
     """
     wanted = list(columns) if columns else None
     try:
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
             for group in range(file.num_row_groups):
                 yield from (
                     file.read_row_group(group, columns=wanted, use_threads=False)

@@ -25,7 +25,6 @@ ATTEMPTS = 5
 """Consecutive attempts that bring nothing new, before a transfer is given up."""
 BACKOFF_SECONDS = 0.5
 """Wait before the second attempt; doubled for each that follows."""
-CHUNK_BYTES = 1 << 20
 
 
 class Transient(Exception):
@@ -149,7 +148,9 @@ def transfer(session: httpx.Client, listed: Listed, part: Path) -> None:
             part.unlink(missing_ok=True)
             raise UserError(f"{listed.name} changed since the run was planned; run again")
         with open(part, "ab" if status == 206 else "wb") as file:
-            for chunk in response.iter_raw(CHUNK_BYTES):
+            for (
+                chunk
+            ) in response.iter_raw():  # as it comes: a chunk size would hold back what a cut then loses
                 file.write(chunk)
 
 
@@ -199,19 +200,24 @@ def list_folder(name: str, folder: Path) -> Listed:
 def hub_commit(source: HuggingFaceSource) -> str:
     """The commit that ``source.revision`` (default: the main branch) stands for now."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
+    asked = f"source {source.name}: the Hugging Face Hub"
     try:
         found = HfApi().dataset_info(source.dataset, revision=source.revision, timeout=source.timeout_seconds)
+    except HFValidationError as error:
+        raise UserError(
+            f"source {source.name}: {source.dataset} is no folder here and no name of a data set"
+        ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         at = f" at revision {source.revision}" if source.revision else ""
-        raise UserError(
-            f"source {source.name}: the Hugging Face Hub has no data set {source.dataset}{at} (that you may read)"
-        ) from error
-    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:  # OSError: also the Hub's offline mode
+        raise UserError(f"{asked} has no data set {source.dataset}{at} that you may read") from error
+    except (
+        Exception
+    ) as error:  # offline mode, or whatever the Hub's HTTP client raises: that differs by version
         raise Unresolved(
-            f"source {source.name}: can't ask the Hugging Face Hub for {source.dataset}'s revision "
-            f"({type(error).__name__}); give `revision` a full commit hash to plan without network"
+            f"{asked} can't be asked for the revision of {source.dataset} ({type(error).__name__}): "
+            "give `revision` a full commit hash to plan without it"
         ) from error
     assert found.sha is not None
     return found.sha

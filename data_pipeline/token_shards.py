@@ -255,12 +255,10 @@ def merge(merging: Merging, item: TokenShard) -> None:
         TOKENS_KEY: str(lengths.sum()),
         VOCAB_KEY: str(load_tokenizer(merging.tokenizer).get_vocab_size()),
     }
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(
-            temporary, rows.schema.with_metadata(metadata), compression="zstd", use_dictionary=False
-        ) as writer,
-    ):
+    schema = rows.schema.with_metadata(metadata)
+    # Ids and tokens hardly repeat within a page: a dictionary would only cost time.
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    with atomic_path(path) as temporary, pq.ParquetWriter(temporary, schema, **options) as writer:
         group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
         starts = np.flatnonzero(np.diff(group, prepend=-1))
         for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):

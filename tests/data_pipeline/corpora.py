@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow.parquet as pq
-import pytest
 
 from data_pipeline.context import LocalContext, Metrics, StageConfig, StageContext
 from data_pipeline.documents import write_shard
 
-WORDS = (
-    "the of and to in a is that be have with for not as on are this by from or which an was at all one when "
-    "there can more no out so up into time only some could them than then its now over such our very through "
-    "river mountain house garden window letter morning evening winter summer ship captain harbour engine wheel "
-    "bread copper silver paper violin market village teacher doctor soldier farmer painter sailor brother"
-).split()
+WORDS = re.findall(
+    r"\w+",
+    """
+    the of and to in a is that be have with for not as on are this by from or which an was at all one
+    when there can more no out so up into time only some could them than then its now over such our very
+    through river mountain house garden window letter morning evening winter summer ship captain harbour
+    engine wheel bread copper silver paper violin market village teacher doctor soldier farmer painter
+    sailor brother
+    """,
+)
 
 Body = Callable[[StageConfig, Mapping[str, Path], Path, StageContext], Metrics]
 
@@ -106,10 +110,3 @@ def check_restarts(body: Body, config: StageConfig, inputs: Mapping[str, Path], 
         (whole / name).unlink()
         assert body(config, inputs, whole, LocalContext()) == metrics
         assert digests(whole) == expected, f"{name} was lost"
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    """Three document shards of forty documents from two sources."""
-    texts = {f"{'ab'[n % 2]}/doc-{n:02d}.txt": prose(n) for n in range(40)}
-    return write_documents(tmp_path / "corpus", texts)

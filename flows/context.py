@@ -15,7 +15,7 @@ from prefect.logging import get_run_logger
 
 from data_pipeline.context import Item, Result
 from flows import launch
-from flows.terminal import Terminal, duration, quantity
+from flows.terminal import Terminal, duration
 from flows.tracking import Tracker, read_lines
 
 MOST_TASKS = 200  # a stage: each costs tens of milliseconds of orchestration
@@ -94,8 +94,7 @@ class PrefectContext:
         if kind == "start":
             self._total_steps = event["steps"]
             self._validated = ""
-            parameters = quantity(event["parameters"])
-            self.note(f"{parameters} parameters · {event['precision']}: {event['reason']}")
+            self.note(f"{event['parameters']:,} parameters, {event['ranks']} rank(s)")
         elif kind == "resume":
             self.note(f"resumed at step {event['step']}")
         elif kind == "validation":

@@ -85,13 +85,13 @@ class Run:
     def execute(self) -> None:
         """Run the plan as a Prefect flow; `results` then holds (artifact, how, seconds) for each stage."""
         name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
-        identity = {step.stage.name: step.fingerprint for step in self.steps}
+        fingerprints = {step.stage.name: str(step.fingerprint) for step in self.steps}
 
         @flow(name=self.recipe.name, flow_run_name=name, description=self.recipe.description or None)
         def pipeline(recipe: str, fingerprints: dict[str, str]) -> None:
             self._pipeline()
 
-        pipeline(recipe=self.recipe.name, fingerprints=identity)
+        pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
 
     def _pipeline(self) -> None:
         self._start_tracking()
@@ -116,23 +116,23 @@ class Run:
             assert step.artifact
             artifact, how, seconds = step.artifact, "reused", 0.0
         else:
-            workers = self.recipe.runtime.worker_count
-
-            @flow(
-                name=name,
-                flow_run_name=f"{name} {step.fingerprint}",
-                task_runner=ThreadPoolTaskRunner(workers),
-            )
-            def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> Any:
-                return self._build(step, pool)
-
-            assert step.config
-            assert step.fingerprint
-            artifact, how, seconds = stage(step.fingerprint, step.config.identity(), step.inputs)
+            artifact, how, seconds = self._stage_flow(step, pool)
         if how == "reused":
             self.terminal.stage_reused(name, f"{headline(artifact)}  (reused)")
         self.tracker.add_to_parent(artifact, how, step.stage.headline)
         return artifact, how, seconds
+
+    def _stage_flow(self, step: Step, pool: Executor | None) -> tuple[Artifact, str, float]:
+        """Build one stage as a Prefect flow of its own; its parameters are there to be read on the run's page."""
+        assert step.config
+        runner: Any = ThreadPoolTaskRunner(self.recipe.runtime.worker_count)
+
+        @flow(name=step.stage.name, flow_run_name=f"{step.stage.name} {step.fingerprint}", task_runner=runner)
+        def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> Any:
+            return self._build(step, pool)
+
+        result: Any = stage(str(step.fingerprint), step.config.identity(), step.inputs)
+        return result
 
     def _build(self, step: Step, pool: Executor | None) -> tuple[Artifact, str, float]:
         """Build and seal one artifact under its lock, unless another run has just done so."""

@@ -104,7 +104,9 @@ class PrefectServer:
 
     def _start(self) -> str:
         port = free_port()
-        environment = {name: value for name, value in os.environ.items() if name != "PREFECT_LOGGING_SETTINGS_PATH"}
+        environment = {
+            name: value for name, value in os.environ.items() if name != "PREFECT_LOGGING_SETTINGS_PATH"
+        }
         with open(self.log, "ab") as log:
             self._process = subprocess.Popen(
                 [

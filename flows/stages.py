@@ -39,10 +39,15 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("download", download, DownloadConfig, (), 1, ("documents", "bytes")),
-    Stage("clean", clean, CleanConfig, ("download",), 1, ("documents", "dropped")),
-    Stage("dedup", dedup, DedupConfig, ("clean",), 1, ("documents", "removed_exact", "removed_near")),
+    Stage("clean", clean, CleanConfig, ("download",), 1, ("kept", "documents")),
+    Stage("dedup", dedup, DedupConfig, ("clean",), 1, ("kept", "removed/exact", "removed/near")),
     Stage(
-        "train_tokenizer", train_tokenizer, TokenizerConfig, ("dedup",), 1, ("vocab_size", "bytes_per_token")
+        "train_tokenizer",
+        train_tokenizer,
+        TokenizerConfig,
+        ("dedup",),
+        1,
+        ("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(
         "tokenize", tokenize, TokenizeConfig, ("dedup", "train_tokenizer"), 1, ("train_tokens", "val_tokens")
@@ -53,7 +58,7 @@ STAGES: tuple[Stage, ...] = (
         PretrainConfig,
         ("tokenize", "train_tokenizer"),
         1,
-        ("validation_bits_per_byte", "train_loss"),
+        ("val_bits_per_byte", "loss"),
     ),
     Stage(
         "evaluate",

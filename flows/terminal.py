@@ -118,7 +118,7 @@ def measure(name: str, value: float) -> str:
     """A metric with its name, as a person would write it."""
     if name == "bytes":
         return human_bytes(value)
-    return f"{quantity(value, name)} {name.replace('_', ' ')}"
+    return f"{quantity(value, name)} {name.replace('_', ' ').replace('/', ' ')}"
 
 
 def quantity(value: float, unit: str = "") -> str:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
-import signal
-import subprocess
-import sys
 import sysconfig
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import psutil
 import pytest
+from command_line import Llmill
 
 from flows.servers import PrefectServer
 
@@ -38,61 +32,6 @@ evaluate: {{max_new_tokens: 16}}
 """
 
 
-@dataclass(frozen=True)
-class Llmill:
-    """The command line on one home."""
-
-    home: Path
-    recipe: Path
-
-    def environment(self, **changes: str) -> dict[str, str]:
-        kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        return {**kept, "LLMILL_HOME": str(self.home), "COLUMNS": "200", **changes}
-
-    def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment(**changes),
-        )
-
-    def __call__(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
-        """Run ``llmill arguments``, and see that it ends with exit code ``code``."""
-        process = self.start(*arguments, **changes)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == code, f"llmill {' '.join(arguments)}: {process.returncode}\n{out}\n{err}"
-        return subprocess.CompletedProcess(process.args, code, out, err)
-
-    def run(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
-        return self("run", str(self.recipe), *arguments, code=code, **changes)
-
-    def plan(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Stage -> what the plan says of it."""
-        steps = json.loads(self("plan", str(self.recipe), *arguments, "--json").stdout)
-        return {step["stage"]: step for step in steps}
-
-    def actions(self, *arguments: str) -> list[str]:
-        return [step["action"] for step in self.plan(*arguments).values()]
-
-    def payloads(self) -> dict[str, str]:
-        """Stage/fingerprint -> checksum of the payload, of all that is sealed."""
-        manifests = [json.loads(path.read_text()) for path in self.home.glob("store/*/*/manifest.json")]
-        return {f"{m['stage']}/{m['fingerprint']}": m["payload_sha256"] for m in manifests}
-
-
-def kill_tree(process: subprocess.Popen[str]) -> None:
-    """``kill -9`` a process and all that it started, those in sessions of their own too."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
-    process.communicate()
-
-
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
     """One Prefect server for all runs of the session, as a team would have one."""
@@ -111,10 +50,10 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     total = 0
     for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        if 2_000 < path.stat().st_size < 60_000 and total < 600_000:
+        if 2_000 < path.stat().st_size < 120_000 and total < 600_000:
             total += path.stat().st_size
             (folder / f"{path.stem}.txt").write_bytes(path.read_bytes())
-    text = (folder / "ast.txt").read_text()
+    text = (folder / "argparse.txt").read_text()
     (folder / "zz_copy.txt").write_text(text)
     (folder / "zz_almost.txt").write_text(text + "\n# one more line\n")
     return folder

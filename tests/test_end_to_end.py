@@ -10,8 +10,7 @@ import sys
 import time
 
 import pytest
-
-from conftest import Llmill, kill_tree
+from command_line import Llmill, kill_tree
 
 STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate", "export"]
 
@@ -59,17 +58,21 @@ def test_a_changed_field_runs_its_stage_and_those_after_it(finished: Llmill, set
     place = STAGES.index(first)
     assert [step["action"] for step in plan.values()] == ["reuse"] * place + ["run"] * (8 - place)
     key, _, value = setting.partition("=")
-    assert any(key.partition(".")[2] in line and line.endswith(f"-> {float(value):g}") for line in plan[first]["why"])
+    assert any(
+        key.partition(".")[2] in line and line.endswith(f"-> {float(value):g}") for line in plan[first]["why"]
+    )
     later = [step["why"] for name, step in plan.items() if STAGES.index(name) > place]
     assert all("input" in line for lines in later for line in lines)
 
 
-def test_a_changed_file_is_a_new_corpus_and_a_moved_one_is_not(finished: Llmill, make_llmill, corpus, tmp_path):
+def test_a_changed_file_is_a_new_corpus_and_a_moved_one_is_not(
+    finished: Llmill, make_llmill, corpus, tmp_path
+):
     moved = tmp_path / "elsewhere"
     shutil.copytree(corpus, moved)
     path = f"download.sources.0.path={moved}"
     assert finished.actions("--set", path) == ["reuse"] * 8
-    with open(moved / "ast.txt", "a") as file:
+    with open(moved / "argparse.txt", "a") as file:
         file.write("# changed")
     assert finished.actions("--set", path) == ["run"] * 8
 
@@ -103,7 +106,10 @@ def test_two_runs_at_once_build_nothing_twice(finished: Llmill, make_llmill):
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert llmill.payloads() == finished.payloads()
     reports = [out for out, _ in outputs]
-    built = [sum(line.strip().startswith(f"✓ {stage} ") for out in reports for line in out.splitlines()) for stage in STAGES]
+    built = [
+        sum(line.strip().startswith(f"✓ {stage} ") for out in reports for line in out.splitlines())
+        for stage in STAGES
+    ]
     # A stage's own line and its row in the table, of the run that built it.
     assert built == [2] * len(STAGES), outputs
 
@@ -140,7 +146,10 @@ def test_an_artifact_built_again_with_other_bytes_rebuilds_what_was_made_from_it
 
 
 def test_the_exported_model_speaks(finished: Llmill):
-    said = [finished("generate", "--prompt", "def main(", "--max-tokens", "30", "--seed", "5").stdout for _ in range(2)]
+    said = [
+        finished("generate", "--prompt", "def main(", "--max-tokens", "30", "--seed", "5").stdout
+        for _ in range(2)
+    ]
     assert said[0] == said[1]
     assert said[0].startswith("def main(")
     assert len(said[0]) > len("def main(") + 10
@@ -150,7 +159,9 @@ def test_mlflow_being_away_does_not_stop_a_run(finished: Llmill, make_llmill):
     llmill = make_llmill()
     result = llmill.run("--only", "clean", code=2)
     assert "needs download" in result.stderr
-    result = llmill.run("--only", "download", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0")
+    result = llmill.run(
+        "--only", "download", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"
+    )
     assert "this run goes on without it" in result.stdout
     assert [name.split("/")[0] for name in llmill.payloads()] == ["download"]
 

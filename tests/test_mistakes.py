@@ -7,8 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from conftest import Llmill
+from command_line import Llmill
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,12 @@ def mistake(path: Path, *overrides: str) -> str:
 def test_overrides_beat_the_file_and_the_file_beats_defaults(recipe):
     loaded = load_recipe(recipe)
     assert (loaded.clean.min_chars, loaded.dedup.ngram) == (10, 5)
-    changes = ["clean.min_chars=20", "dedup.ngram=7", "pretrain.lr=3e-3", "download.sources.0.path=else/where"]
+    changes = [
+        "clean.min_chars=20",
+        "dedup.ngram=7",
+        "pretrain.lr=3e-3",
+        "download.sources.0.path=else/where",
+    ]
     changed = load_recipe(recipe, changes)
     assert (changed.clean.min_chars, changed.dedup.ngram, changed.pretrain.lr) == (20, 7, 3e-3)
     assert changed.download.sources[0].path == "else/where"

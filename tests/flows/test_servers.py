@@ -71,7 +71,7 @@ def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(tmp_
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     monkeypatch.setattr("flows.servers.START_SECONDS", 0)
     with PrefectServer(tmp_path) as server:
-        with pytest.raises(RuntimeError, match="127.0.0.1:9"):
+        with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9"):
             server.wait()
         assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
     assert not (tmp_path / "prefect").exists()

@@ -120,9 +120,9 @@ def test_a_copy_of_a_removed_document_repeats_the_document_that_is_kept(tmp_path
 
 
 def test_worker_count_does_not_change_the_shards(tmp_path: Path) -> None:
-    one, three = tmp_path / "1", tmp_path / "3"
-    assert run(planted(), one) == run(planted(), three, workers=3)
-    assert digests(one / "out") == digests(three / "out")
+    one, two = tmp_path / "1", tmp_path / "2"
+    assert run(planted(), one) == run(planted(), two, workers=2)
+    assert digests(one / "out") == digests(two / "out")
 
 
 def test_how_documents_lie_in_shards_does_not_change_which_are_kept(tmp_path: Path) -> None:

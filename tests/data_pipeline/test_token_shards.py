@@ -1,0 +1,254 @@
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from corpora import check_restarts, digests, prose, read_documents, write_documents
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.context import LocalContext, UserError
+from data_pipeline.documents import read_shard
+from data_pipeline.encode import append_to_each
+from data_pipeline.token_shards import (
+    ROW_GROUP_TOKENS,
+    SPLITS,
+    TokenizeConfig,
+    TokenShards,
+    tokenize,
+)
+from data_pipeline.tokenizer import TokenizerConfig, load_tokenizer, sha256, train_tokenizer
+
+TEXTS = {f"{'ab'[n % 2]}/{n:03d}": prose(n, 40 + n) for n in range(200)} | {"a/spelt": "x<|endoftext|>y"}
+CONFIG = TokenizeConfig(val_fraction=0.1, shard_tokens=10_000)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("inputs")
+    documents = write_documents(folder / "dedup", TEXTS, shards=4)
+    train_tokenizer(
+        TokenizerConfig(vocab_size=600), {"dedup": documents}, folder / "tokenizer", LocalContext()
+    )
+    return {"dedup": documents, "train_tokenizer": folder / "tokenizer"}
+
+
+@pytest.fixture(scope="module")
+def shards(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenize")
+    tokenize(CONFIG, inputs, out, LocalContext())
+    return out
+
+
+def tokens_by_id(folder: Path) -> dict[str, dict[str, list[int]]]:
+    """Tokens of each document by split and id."""
+    return {
+        split: {
+            id: batch.tokens[start:end].tolist()
+            for batch in TokenShards(folder, split)
+            for id, start, end in zip(batch.ids, batch.offsets, batch.offsets[1:], strict=False)
+        }
+        for split in SPLITS
+    }
+
+
+def test_every_document_is_in_one_split_with_its_own_tokens_and_one_end_of_text(
+    inputs: dict[str, Path], shards: Path
+) -> None:
+    tokenizer = load_tokenizer(inputs["train_tokenizer"])
+    found = tokens_by_id(shards)
+    assert not set(found["train"]) & set(found["val"])
+    for id, tokens in (found["train"] | found["val"]).items():
+        assert tokens == [*tokenizer.encode(TEXTS[id]).ids, 0]
+    assert set(found["train"] | found["val"]) == set(TEXTS)
+    assert 8 <= len(found["val"]) <= 35  # 201 documents at 0.1: four standard deviations
+
+
+def test_the_reader_gives_all_tokens_once_and_what_made_them(inputs: dict[str, Path], shards: Path) -> None:
+    for split in SPLITS:
+        reader = TokenShards(shards, split)
+        flat = reader.read_all()
+        assert flat.dtype == np.uint16
+        assert len(flat) == reader.tokens
+        assert (flat == 0).sum() == len(tokens_by_id(shards)[split])
+        assert np.array_equal(flat, np.concatenate([batch.tokens for batch in reader]))
+        assert reader.vocab_size == 600
+        assert reader.tokenizer_sha256 == sha256(inputs["train_tokenizer"])
+
+
+def test_neither_workers_nor_the_sharding_of_documents_change_a_byte(
+    inputs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    items = list(TEXTS.items())
+    random.Random(5).shuffle(items)
+    other = {**inputs, "dedup": write_documents(tmp_path / "in", items, shards=9)}
+    tokenize(CONFIG, other, tmp_path / "resharded", LocalContext())
+    tokenize(CONFIG, inputs, tmp_path / "workers", LocalContext(2))
+    assert digests(tmp_path / "resharded") == digests(tmp_path / "workers") == digests(shards)
+
+
+def test_a_document_keeps_its_split_when_others_come_or_go(
+    inputs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    fewer = {id: text for n, (id, text) in enumerate(TEXTS.items()) if n % 3}
+    tokenize(
+        CONFIG, {**inputs, "dedup": write_documents(tmp_path / "in", fewer)}, tmp_path / "out", LocalContext()
+    )
+    before, after = tokens_by_id(shards), tokens_by_id(tmp_path / "out")
+    for split in SPLITS:
+        assert set(after[split]) == set(before[split]) & set(fewer)
+
+
+def test_documents_are_shuffled_and_shards_hold_about_what_was_asked(shards: Path) -> None:
+    train = list(tokens_by_id(shards)["train"])
+    assert abs(np.corrcoef([list(TEXTS).index(id) for id in train], range(len(train)))[0, 1]) < 0.3
+    sizes = [
+        int(pq.read_schema(path).metadata[b"llmill.tokens"]) for path in TokenShards(shards, "train").paths
+    ]
+    assert len(sizes) == -(-sum(sizes) // 10_000)
+    assert max(sizes) < 20_000
+
+
+def test_row_groups_hold_about_their_size_and_long_documents_stay_whole(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    texts = {f"a/{n:03d}": prose(n, 3000) for n in range(200)} | {"a/long": prose(999, 200_000)}
+    changed = {**inputs, "dedup": write_documents(tmp_path / "in", texts)}
+    tokenize(TokenizeConfig(val_fraction=0.1), changed, tmp_path / "out", LocalContext())
+    groups = list(TokenShards(tmp_path / "out", "train"))
+    sizes = [len(batch.tokens) for batch in groups if "a/long" not in batch.ids]
+    assert len(sizes) > 2
+    assert all(0.5 < size / ROW_GROUP_TOKENS < 1.5 for size in sizes[:-1])
+    assert len(tokens_by_id(tmp_path / "out")["train"]["a/long"]) > 200_000
+
+
+def test_a_killed_tokenize_ends_the_same_when_started_again(inputs: dict[str, Path], tmp_path: Path) -> None:
+    check_restarts(tokenize, CONFIG, inputs, tmp_path)
+
+
+def change_tokenizer(inputs: dict[str, Path], folder: Path, **pre_tokenizer: object) -> dict[str, Path]:
+    """``inputs`` with a tokenizer whose `ByteLevel` or `Split` step is another one."""
+    shutil.copytree(inputs["train_tokenizer"], folder)
+    description = json.loads((folder / "tokenizer.json").read_text())
+    for step in description["pre_tokenizer"]["pretokenizers"]:
+        step |= {key: value for key, value in pre_tokenizer.items() if key in step}
+    (folder / "tokenizer.json").write_text(json.dumps(description))
+    return {**inputs, "train_tokenizer": folder}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"add_prefix_space": True}, "gigatoken gave other ids than tokenizers"),  # an option that it ignores
+        ({"pattern": {"Regex": r"\p{L}+|\P{L}"}}, "gigatoken can't use this tokenizer"),  # a pattern it lacks
+    ],
+)
+def test_where_gigatoken_differs_all_is_encoded_with_tokenizers_and_said(
+    inputs: dict[str, Path], tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    changed = change_tokenizer(inputs, tmp_path / "tokenizer", **change)
+    context = LocalContext()
+    tokenize(CONFIG, changed, tmp_path / "out", context)
+    assert len(context.notes) == 1
+    assert reason in context.notes[0]
+    assert reason in (tmp_path / "out" / "report.md").read_text()
+    tokenizer = load_tokenizer(changed["train_tokenizer"])
+    found = tokens_by_id(tmp_path / "out")
+    for id, tokens in (found["train"] | found["val"]).items():
+        assert tokens == [*tokenizer.encode(TEXTS[id]).ids, 0]
+
+
+def test_tokens_above_sixteen_bits_are_stored_in_thirty_two(tmp_path: Path) -> None:
+    """Random words support a vocabulary as large as there are of them, and more."""
+    draw = random.Random(0)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(26_000)]
+    texts = {f"a/{n}": " ".join(words[n * 100 : n * 100 + 100]) for n in range(260)}
+    documents = write_documents(tmp_path / "dedup", texts)
+    config = TokenizerConfig(vocab_size=70_000)
+    train_tokenizer(config, {"dedup": documents}, tmp_path / "tokenizer", LocalContext())
+    inputs = {"dedup": documents, "train_tokenizer": tmp_path / "tokenizer"}
+    tokenize(TokenizeConfig(val_fraction=0.2), inputs, tmp_path / "out", LocalContext())
+    flat = TokenShards(tmp_path / "out", "train").read_all()
+    assert flat.dtype == np.uint32
+    assert flat.max() > 1 << 16
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    first = next(iter(TokenShards(tmp_path / "out", "train")))
+    assert tokenizer.decode(first.tokens[: first.offsets[1] - 1].tolist()) == texts[first.ids[0]]
+
+
+@pytest.mark.parametrize(
+    ("fraction", "split", "advice"), [(1e-9, "val", "raise"), (1 - 1e-9, "train", "lower")]
+)
+def test_an_empty_split_is_a_mistake_with_advice(
+    inputs: dict[str, Path], tmp_path: Path, fraction: float, split: str, advice: str
+) -> None:
+    with pytest.raises(
+        UserError,
+        match=f"none of the 201 documents fell into the {split} split: {advice} tokenize.val_fraction",
+    ):
+        tokenize(TokenizeConfig(val_fraction=fraction), inputs, tmp_path, LocalContext())
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped"])
+def test_a_corrupt_shard_is_named_and_verify_is_suggested(shards: Path, tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "damaged"
+    shutil.copytree(shards, folder)
+    path = folder / "train-00000.parquet"
+    data = bytearray(path.read_bytes())
+    if damage == "cut":
+        del data[len(data) // 2 :]
+    else:
+        data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"corrupt shard .*train-00000\.parquet") as told:
+        TokenShards(folder, "train").read_all()
+    assert "llmill verify" in str(told.value)
+
+
+def test_a_corrupt_document_shard_stops_a_stage_by_name(inputs: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(inputs["dedup"], tmp_path / "damaged")
+    path = folder / "documents-00002.parquet"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"corrupt shard .*documents-00002\.parquet"):
+        tokenize(CONFIG, {**inputs, "dedup": folder}, tmp_path / "out", LocalContext())
+
+
+def test_a_folder_without_shards_is_a_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no train shards"):
+        TokenShards(tmp_path, "train")
+
+
+def test_shards_of_two_tokenizers_are_not_mixed(
+    shards: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "mixed")
+    table = pq.read_table(folder / "train-00000.parquet")
+    other = {**table.schema.metadata, b"llmill.tokenizer_sha256": b"another"}
+    pq.write_table(table.replace_schema_metadata(other), folder / "train-00000.parquet")
+    with pytest.raises(UserError, match="different tokenizers"):
+        TokenShards(folder, "train")
+
+
+@given(st.lists(st.lists(st.integers(1, 9), max_size=4), max_size=6))
+def test_a_token_is_appended_to_each_document(documents: list[list[int]]) -> None:
+    offsets = np.cumsum([0, *map(len, documents)])
+    flat = np.array([token for one in documents for token in one], np.uint32)
+    longer, tokens = append_to_each((offsets, flat), 0)
+    assert [tokens[start:end].tolist() for start, end in pairwise(longer)] == [[*one, 0] for one in documents]
+
+
+def test_row_groups_of_document_shards_do_not_depend_on_how_rows_were_handed_over(tmp_path: Path) -> None:
+    folder = write_documents(tmp_path, TEXTS, shards=1)
+    batches = list(read_shard(folder / "documents-00000.parquet"))
+    assert sum(batch.num_rows for batch in batches) == len(TEXTS)
+    assert read_documents(folder) == TEXTS
+    assert batches[0].schema.field("text").type == pa.string()

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from corpora import check_restarts, digests, prose, write_documents
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer
+
+from data_pipeline.context import LocalContext, UserError
+from data_pipeline.encode import load_encoder
+from data_pipeline.tokenizer import (
+    TokenizerConfig,
+    end_of_text,
+    load_tokenizer,
+    sha256,
+    token_bytes,
+    train_tokenizer,
+)
+
+CONFIG = TokenizerConfig(vocab_size=600)
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    texts = {f"s/{n}": prose(n) for n in range(60)} | {"s/snow": "naïve déjà vu ☃ 東京 1234567"}
+    return write_documents(tmp_path_factory.mktemp("documents"), texts)
+
+
+@pytest.fixture(scope="module")
+def folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tokenizer")
+    train_tokenizer(CONFIG, {"dedup": documents}, out, LocalContext())
+    return out
+
+
+TEXT = st.text(alphabet=st.characters(codec="utf-8")) | st.sampled_from(
+    [
+        "<|endoftext|>",
+        "a<|endoftext|>b",
+        "<|reserved_0|>",
+        "x\r\n\r\n  y\t",
+        "don't I'LL ſ'S",
+        "\x00\ufeff\u2028",
+    ]
+)
+
+
+@given(st.lists(TEXT, max_size=5).map("".join))
+def test_any_text_comes_back_from_its_tokens_and_yields_no_special_token(folder: Path, text: str) -> None:
+    tokenizer = load_tokenizer(folder)
+    ids = tokenizer.encode(text).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False) == text
+    special = range(len(CONFIG.special_tokens))
+    assert not set(ids) & set(special)
+    assert token_bytes(folder)[ids].sum() == len(text.encode())
+
+
+@given(st.lists(st.lists(TEXT, max_size=5).map("".join), min_size=1, max_size=4))
+def test_gigatoken_gives_the_ids_of_tokenizers_on_any_text(folder: Path, texts: list[str]) -> None:
+    column = pa.array(texts, pa.string())
+    fast, slow = (load_encoder(name, folder)(column) for name in ("gigatoken", "tokenizers"))
+    assert [part.tolist() for part in fast] == [part.tolist() for part in slow]
+
+
+def test_a_text_that_spells_a_special_token_would_yield_it_without_our_care(folder: Path) -> None:
+    """What `load_tokenizer` and `load_encoder` guard against is real."""
+    careless = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert careless.encode("a<|endoftext|>b").ids.count(end_of_text(careless)) == 1
+
+
+def test_the_same_documents_give_the_same_bytes_whatever_shards_threads_or_hash_seeds(
+    documents: Path, folder: Path, tmp_path: Path
+) -> None:
+    items = [(f"s/{n}", prose(n)) for n in range(60)] + [("s/snow", "naïve déjà vu ☃ 東京 1234567")]
+    random.Random(3).shuffle(items)
+    write_documents(tmp_path / "in", items, shards=5)
+    program = (
+        "import sys; from pathlib import Path; from data_pipeline.context import LocalContext\n"
+        "from data_pipeline.tokenizer import *\n"
+        "source, out = map(Path, sys.argv[1:])\n"
+        "train_tokenizer(TokenizerConfig(vocab_size=600), {'dedup': source}, out, LocalContext())"
+    )
+    for threads, source in ((1, documents), (4, tmp_path / "in")):
+        out = tmp_path / str(threads)
+        environment = {**os.environ, "RAYON_NUM_THREADS": str(threads), "PYTHONHASHSEED": str(threads)}
+        subprocess.run([sys.executable, "-c", program, str(source), str(out)], env=environment, check=True)
+        assert digests(out) == digests(folder)
+
+
+def test_a_killed_training_ends_the_same_when_started_again(documents: Path, tmp_path: Path) -> None:
+    check_restarts(train_tokenizer, CONFIG, {"dedup": documents}, tmp_path)
+
+
+def test_the_sample_is_bounded_and_its_seed_changes_it(documents: Path, tmp_path: Path) -> None:
+    metrics = {}
+    for seed in (0, 1):
+        config = TokenizerConfig(vocab_size=300, sample_bytes=5000, seed=seed)
+        metrics[seed] = train_tokenizer(config, {"dedup": documents}, tmp_path / str(seed), LocalContext())
+        assert 5000 <= metrics[seed]["sample_bytes"] < 6000
+    assert sha256(tmp_path / "0") != sha256(tmp_path / "1")
+
+
+def test_special_tokens_come_first_and_every_other_entry_has_its_bytes(folder: Path) -> None:
+    tokenizer, sizes = load_tokenizer(folder), token_bytes(folder)
+    assert tokenizer.get_vocab_size() == 600 == len(sizes)
+    assert end_of_text(tokenizer) == 0
+    assert sizes[: len(CONFIG.special_tokens)].tolist() == [0] * 8
+    assert sizes[8:264].tolist() == [1] * 256
+    assert sizes[264:].min() >= 2
+
+
+def test_transformers_loads_the_folder_and_agrees(folder: Path) -> None:
+    loaded = AutoTokenizer.from_pretrained(folder)
+    assert loaded.eos_token == "<|endoftext|>"
+    assert loaded.eos_token_id == loaded.bos_token_id == 0
+    text = prose(3) + " naïve ☃"
+    assert loaded(text)["input_ids"] == load_tokenizer(folder).encode(text).ids
+    assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_a_vocabulary_larger_than_the_text_supports_is_a_mistake_with_advice(
+    documents: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        UserError, match=r"support a vocabulary of \d+ entries, not 50000: lower train_tokenizer.vocab_size"
+    ):
+        train_tokenizer(TokenizerConfig(vocab_size=50_000), {"dedup": documents}, tmp_path, LocalContext())
+
+
+def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"vocab_size 260 is below 264"):
+        TokenizerConfig(vocab_size=260)
+
+
+def test_a_damaged_tokenizer_is_named(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes()[:100])
+    with pytest.raises(UserError, match=r"can't load the tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(UserError, match=r"can't load the tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path / "nowhere")

@@ -7,15 +7,19 @@ table A1. The defaults are theirs; ``None`` switches a rule off. Words are separ
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 from pydantic import Field
 
 from data_pipeline.context import Config
+from data_pipeline.repetition import (
+    duplicate_ngram_characters,
+    number_words,
+    repeats,
+    top_ngram_characters,
+)
 
-STOP_WORDS = ("the", "be", "to", "of", "and", "that", "have", "with")
+STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
 BULLETS = ("•", "‣", "●", "-", "*", "–")
 ELLIPSES = ("...", "…")
 HAS_LETTER = re.compile(r"[^\W\d_]")
@@ -98,11 +102,12 @@ class GopherRules(Config):
 
     def _by_vocabulary(self, words: Sequence[str]) -> str | None:
         if self.min_alphabetic_words is not None:
-            alphabetic = sum(1 for word in words if HAS_LETTER.search(word))
-            if alphabetic < self.min_alphabetic_words * len(words):
+            least = self.min_alphabetic_words * len(words)
+            # Words of nothing but letters are counted fast, and mostly suffice.
+            if sum(map(str.isalpha, words)) < least and sum(map(bool, map(HAS_LETTER.search, words))) < least:
                 return "min_alphabetic_words"
         if self.min_stop_words is not None:
-            found = {word.lower() for word in words if len(word) <= 4}.intersection(STOP_WORDS)
+            found = STOP_WORDS.intersection(map(str.lower, set(words)))
             if len(found) < self.min_stop_words:
                 return "min_stop_words"
         return None
@@ -122,50 +127,14 @@ class GopherRules(Config):
         return None
 
     def _by_repeated_ngrams(self, words: Sequence[str]) -> str | None:
-        total = sum(map(len, words))
+        if not self.max_top_ngram_characters and not self.max_duplicate_ngram_characters:
+            return None
+        ids, lengths = number_words(words)
+        total = lengths.sum()
         for n, limit in (self.max_top_ngram_characters or {}).items():
-            if top_ngram_characters(words, n) > limit * total:
+            if top_ngram_characters(ids, lengths, n) > limit * total:
                 return "max_top_ngram_characters"
         for n, limit in (self.max_duplicate_ngram_characters or {}).items():
-            if duplicate_ngram_characters(words, n) > limit * total:
+            if duplicate_ngram_characters(ids, lengths, n) > limit * total:
                 return "max_duplicate_ngram_characters"
         return None
-
-
-def repeats(blocks: Sequence[str]) -> tuple[int, int]:
-    """How many of ``blocks`` equal an earlier one, and their characters."""
-    if len(set(blocks)) == len(blocks):
-        return 0, 0
-    counts = Counter(blocks)
-    return len(blocks) - len(counts), sum((count - 1) * len(block) for block, count in counts.items())
-
-
-def ngrams(words: Sequence[str], n: int) -> Iterator[tuple[str, ...]]:
-    """The n-grams of ``words`` in order."""
-    if n == 2:
-        return pairwise(words)
-    return zip(*(words[start:] for start in range(n)), strict=False)
-
-
-def top_ngram_characters(words: Sequence[str], n: int) -> int:
-    """Characters that the most frequent n-gram covers, counted at each of its occurrences; 0 if none repeats."""
-    counts = Counter(ngrams(words, n))
-    if not counts:
-        return 0
-    most = max(counts.values())
-    if most < 2:
-        return 0
-    return most * max(sum(map(len, gram)) for gram, count in counts.items() if count == most)
-
-
-def duplicate_ngram_characters(words: Sequence[str], n: int) -> int:
-    """Characters of the words that stand in an n-gram that occurs more than once; each word counts once."""
-    counts = Counter(ngrams(words, n))
-    if len(counts) == max(0, len(words) - n + 1):
-        return 0
-    covered, end = 0, 0
-    for start, gram in enumerate(ngrams(words, n)):
-        if counts[gram] > 1:
-            covered += sum(map(len, words[max(start, end) : start + n]))
-            end = start + n
-    return covered

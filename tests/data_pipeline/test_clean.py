@@ -1,18 +1,25 @@
 from __future__ import annotations
 
 import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from corpora import check_restarts, digests, prose, read_documents, write_documents
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean, normalise
 from data_pipeline.context import LocalContext, UserError
-from data_pipeline.quality import GopherRules, duplicate_ngram_characters, repeats, top_ngram_characters
+from data_pipeline.quality import GopherRules
+from data_pipeline.repetition import (
+    duplicate_ngram_characters,
+    number_words,
+    repeats,
+    top_ngram_characters,
+)
 
 OFF = dict.fromkeys(GopherRules.model_fields)
 
@@ -80,12 +87,27 @@ def test_gophers_defaults_keep_prose_and_drop_a_table_of_numbers() -> None:
 
 def test_counts_of_repetition_by_hand() -> None:
     assert repeats(["ab", "c", "ab", "ab"]) == (2, 4)
+    words = number_words(["a", "bb", "a", "bb", "a", "bb", "c"])
+    assert words[1].tolist() == [1, 2, 1, 2, 1, 2, 1]
     # "a bb" stands three times and has three characters; "bb a" stands twice.
-    assert top_ngram_characters(["a", "bb", "a", "bb", "a", "bb", "c"], 2) == 9
-    assert top_ngram_characters(["a", "b", "c"], 2) == 0
+    assert top_ngram_characters(*words, 2) == 9
+    assert top_ngram_characters(*number_words(["a", "b", "c"]), 2) == 0
     # All but the last word stand in a bigram that is repeated; overlaps count once.
-    assert duplicate_ngram_characters(["a", "bb", "a", "bb", "a", "bb", "c"], 2) == 9
-    assert duplicate_ngram_characters(["a"], 5) == 0
+    assert duplicate_ngram_characters(*words, 2) == 9
+    assert duplicate_ngram_characters(*number_words(["a"]), 5) == 0
+    assert duplicate_ngram_characters(*number_words([]), 5) == 0
+
+
+@given(st.lists(st.sampled_from(["a", "bb", "ccc", "dddd"]), max_size=60), st.integers(1, 6))
+@settings(deadline=None)
+def test_the_kernels_count_ngrams_as_counting_tuples_does(words: list[str], n: int) -> None:
+    grams = [tuple(words[at : at + n]) for at in range(len(words) - n + 1)]
+    counts = Counter(grams)
+    most = max(counts.values(), default=0)
+    longest = max((len("".join(gram)) for gram in counts if counts[gram] == most), default=0)
+    covered = {at + k for at, gram in enumerate(grams) if counts[gram] > 1 for k in range(n)}
+    assert top_ngram_characters(*number_words(words), n) == (most * longest if most > 1 else 0)
+    assert duplicate_ngram_characters(*number_words(words), n) == sum(len(words[at]) for at in covered)
 
 
 def test_every_document_is_kept_or_rejected_with_its_reason(tmp_path: Path) -> None:

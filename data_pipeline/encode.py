@@ -1,15 +1,17 @@
 """From a column of texts to token ids: by `gigatoken`, or by `tokenizers` where the two disagree.
 
 `gigatoken` reads the same ``tokenizer.json`` and is tens of times faster. It reads Arrow's text buffers in place
-and gives offsets and ids back as arrays, so no Python object is made for a document.
+and gives offsets and ids back as arrays, so no Python object is made for a document. A run relies on it only
+after it has given the same ids as `tokenizers` for a sample of its own documents.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import awkward
 import gigatoken
@@ -17,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.documents import hash_ids, once, read_shard
 from data_pipeline.tokenizer import load_tokenizer
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.uint32]]
@@ -82,11 +85,6 @@ def empty() -> Encoded:
     return np.zeros(1, np.int64), np.zeros(0, np.uint32)
 
 
-def same(one: Encoded, other: Encoded) -> bool:
-    """Whether two encodings are identical."""
-    return np.array_equal(one[0], other[0]) and np.array_equal(one[1], other[1])
-
-
 def append_to_each(encoded: Encoded, token: int) -> Encoded:
     """Every document with ``token`` after its last."""
     offsets, ids = encoded
@@ -95,3 +93,44 @@ def append_to_each(encoded: Encoded, token: int) -> Encoded:
     document_of_token = np.repeat(np.arange(documents), np.diff(offsets))
     longer[np.arange(len(ids)) + document_of_token] = ids
     return offsets + np.arange(documents + 1), longer
+
+
+@dataclass(frozen=True)
+class Check:
+    """Which documents are encoded both ways before a run relies on `gigatoken`."""
+
+    tokenizer: Path
+    salt: str
+    last: int
+    """Documents whose hash with ``salt`` is at most this."""
+
+
+def choose_checked(tokenizer: Path, shards: Sequence[Path], documents: int, salt: str) -> Check:
+    """A check of the documents with the smallest hashes of all, wherever they lie."""
+    ids = (batch.column("id").to_pylist() for shard in shards for batch in read_shard(shard, ("id",)))
+    keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(hash_ids(part, salt) for part in ids)]))
+    return Check(tokenizer, salt, int(keys[:documents][-1]) if len(keys) else 0)
+
+
+def check_shard(check: Check, scratch: Path, shard: Path) -> dict[str, Any]:
+    """Encode a shard's share of the documents both ways; ``fault`` says how they differ (None: they don't)."""
+    return once(scratch / f"{shard.stem}-check.json", lambda: {"fault": find_fault(check, shard)})
+
+
+def find_fault(check: Check, shard: Path) -> str | None:
+    texts = chosen_texts(shard, check)
+    try:
+        fast = load_encoder("gigatoken", check.tokenizer)(texts)
+    except (RuntimeError, ValueError) as error:
+        return f"gigatoken can't use this tokenizer: {str(error).splitlines()[0]}"
+    slow = load_encoder("tokenizers", check.tokenizer)(texts)
+    equal = np.array_equal(fast[0], slow[0]) and np.array_equal(fast[1], slow[1])
+    return None if equal else f"gigatoken gave other ids than tokenizers in {shard.name}"
+
+
+def chosen_texts(shard: Path, check: Check) -> pa.Array:
+    parts = []
+    for batch in read_shard(shard, ("id", "text")):
+        rows = np.flatnonzero(hash_ids(batch.column("id").to_pylist(), check.salt) <= np.uint64(check.last))
+        parts.append(batch.column("text").take(pa.array(rows)))
+    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())

@@ -91,13 +91,14 @@ class GopherRules(Config):
         return None
 
     def _by_lines(self, lines: Sequence[str]) -> str | None:
-        for name, limit, count in (
-            ("max_bullet_lines", self.max_bullet_lines, str.startswith),
-            ("max_ellipsis_lines", self.max_ellipsis_lines, str.endswith),
-        ):
-            marks = BULLETS if name == "max_bullet_lines" else ELLIPSES
-            if limit is not None and sum(count(line, marks) for line in lines) > limit * len(lines):
-                return name
+        if self.max_bullet_lines is not None:
+            bullets = sum([line.startswith(BULLETS) for line in lines])  # a list: faster than a generator
+            if bullets > self.max_bullet_lines * len(lines):
+                return "max_bullet_lines"
+        if self.max_ellipsis_lines is not None:
+            ellipses = sum([line.endswith(ELLIPSES) for line in lines])
+            if ellipses > self.max_ellipsis_lines * len(lines):
+                return "max_ellipsis_lines"
         return None
 
     def _by_vocabulary(self, words: Sequence[str]) -> str | None:

@@ -24,10 +24,9 @@ def repeats(blocks: Sequence[str]) -> tuple[int, int]:
 
 
 def number_words(words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A number for each word, equal for equal words, and its length in characters."""
-    numbers: dict[str, int] = {}
-    ids = np.fromiter((numbers.setdefault(word, len(numbers)) for word in words), np.int64, len(words))
-    return ids, np.fromiter(map(len, numbers), np.int64, len(numbers))[ids]
+    """A number for each word, equal for equal words alone (by Python's 64-bit hash), and its characters."""
+    ids = np.fromiter(map(hash, words), np.int64, len(words))
+    return ids, np.fromiter(map(len, words), np.int64, len(words))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -48,7 +47,7 @@ def ngram_slots(ids: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDAr
     for at in range(grams):
         gram = np.uint64(0)
         for word in range(n):
-            gram = gram * MULTIPLIER + np.uint64(ids[at + word] + 1)
+            gram = gram * MULTIPLIER + np.uint64(ids[at + word])
         gram = mix(gram)
         slot = np.int64(gram & np.uint64(size - 1))
         while counts[slot] and hashes[slot] != gram:

@@ -97,6 +97,8 @@ class HttpSource(TextSource):
         for url in urls:
             if not has_known_suffix(urlsplit(url).path):
                 raise ValueError(f"{url}: the address's path must end with {known_suffixes()}")
+            if urls.count(url) > 1:
+                raise ValueError(f"{url} is given twice")
         return urls
 
     @model_validator(mode="after")
@@ -231,9 +233,14 @@ def pin(files: Iterable[tuple[str, Path]], max_bytes: int | None = None) -> tupl
             total += path.stat().st_size
         except OSError as error:
             raise UserError(f"can't read {path}: {error.strerror}") from error
-        chosen.append((name, path))
+        chosen.append((printable(name), path))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         return tuple(pool.map(lambda item: pin_file(*item), chosen))
+
+
+def printable(name: str) -> str:
+    """``name`` with what isn't UTF-8 in it (Linux allows that in file names) as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def pin_file(name: str, path: Path) -> Listed:

@@ -33,7 +33,7 @@ from data_pipeline.documents import (
     shard_paths,
     table,
 )
-from data_pipeline.encode import EncoderName, append_to_each, load_encoder, same
+from data_pipeline.encode import EncoderName, append_to_each, check_shard, choose_checked, load_encoder
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, sha256
 
 Split = Literal["train", "val"]
@@ -79,14 +79,15 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
     scratch = out / "scratch"
     steps = 3 * len(shards)
     context.progress(0, steps, "shards")
-    checked = choose_checked(config, shards, context)
-    encoding = Encoding(config, inputs["train_tokenizer"], "gigatoken", scratch, context.workers == 1)
+    check = choose_checked(inputs["train_tokenizer"], shards, config.check_documents, f"check-{config.seed}")
     verdicts = context.map(
-        partial(check_shard, encoding, checked), shards, names=[f"check {name}" for name in names]
+        partial(check_shard, check, scratch), shards, names=[f"check {name}" for name in names]
     )
-    if faults := [verdict["fault"] for verdict in verdicts if verdict["fault"]]:
-        encoding = Encoding(config, inputs["train_tokenizer"], "tokenizers", scratch, context.workers == 1)
+    faults = [verdict["fault"] for verdict in verdicts if verdict["fault"]]
+    if faults:
         context.note(f"encoding with tokenizers (slower): {faults[0]}", warning=True)
+    encoder: EncoderName = "tokenizers" if faults else "gigatoken"
+    encoding = Encoding(config, inputs["train_tokenizer"], encoder, scratch, context.workers == 1)
     context.progress(len(shards), steps, "shards")
     tallies = context.map(partial(encode_shard, encoding), shards, names=[f"encode {name}" for name in names])
     context.progress(2 * len(shards), steps, "shards")
@@ -97,46 +98,6 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
     metrics = summarise(tallies, faults, len(plan), out / "report.md")
     shutil.rmtree(scratch)
     return metrics
-
-
-def choose_checked(config: TokenizeConfig, shards: Sequence[Path], context: StageContext) -> int:
-    """The hash up to which documents are compared: ``check_documents`` of all, wherever they lie."""
-    salt = f"check-{config.seed}"
-    keys = [
-        hash_ids(batch.column("id").to_pylist(), salt)
-        for shard in shards
-        for batch in read_shard(shard, ("id",))
-    ]
-    every = np.sort(np.concatenate(keys)) if keys else np.zeros(0, np.uint64)
-    return int(every[min(config.check_documents, len(every)) - 1]) if len(every) else 0
-
-
-def check_shard(encoding: Encoding, checked: int, shard: Path) -> dict[str, Any]:
-    """Encode a shard's share of the checked documents both ways; ``fault`` says how they differ (None: they don't)."""
-
-    def work() -> dict[str, Any]:
-        texts = chosen_texts(shard, f"check-{encoding.config.seed}", checked)
-        try:
-            fast = load_encoder("gigatoken", encoding.tokenizer)(texts)
-        except RuntimeError as error:
-            return {
-                "fault": f"gigatoken can't use this tokenizer: {str(error).splitlines()[0]}",
-                "checked": 0,
-            }
-        slow = load_encoder("tokenizers", encoding.tokenizer)(texts)
-        fault = None if same(fast, slow) else f"gigatoken gave other ids than tokenizers in {shard.name}"
-        return {"fault": fault, "checked": len(texts)}
-
-    return once(encoding.scratch / f"{shard.stem}-check.json", work)
-
-
-def chosen_texts(shard: Path, salt: str, last: int) -> pa.Array:
-    """Texts of the documents whose hash is at most ``last``."""
-    parts = []
-    for batch in read_shard(shard, ("id", "text")):
-        rows = np.flatnonzero(hash_ids(batch.column("id").to_pylist(), salt) <= np.uint64(last))
-        parts.append(batch.column("text").take(pa.array(rows)))
-    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
 
 
 def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import sys
 import sysconfig
 from pathlib import Path
@@ -137,6 +138,14 @@ def test_max_bytes_ends_the_listing_with_the_file_that_reaches_it(tmp_path: Path
         limit: len(config(tmp_path, max_bytes=limit).resolve().listings[0]) for limit in (1, 100, 101, 999)
     }
     assert sizes == {1: 1, 100: 1, 101: 2, 999: 3}
+
+
+def test_a_file_name_that_is_not_utf8_is_escaped_in_ids(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.txt")).write_text("coffee")
+    download(config(folder), {}, tmp_path / "out", LocalContext())
+    assert read_documents(tmp_path / "out") == {"texts/caf\\udce9.txt": "coffee"}
 
 
 @pytest.mark.parametrize(

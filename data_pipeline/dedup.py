@@ -24,8 +24,8 @@ from pydantic import Field, model_validator
 
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path, human_bytes
 from data_pipeline.documents import byte_lengths, excerpt, read_shard, shard_paths, table, write_shard
-from data_pipeline.minhash import shingle_sets, signatures
-from data_pipeline.neighbours import NONE, band_hashes, buckets, choose, has_words
+from data_pipeline.minhash import band_hashes, has_words, shingle_sets, signatures
+from data_pipeline.neighbours import NONE, buckets, choose
 
 REMOVED = pa.schema(
     [("id", pa.string()), ("duplicate_of", pa.string()), ("jaccard", pa.float64()), ("kind", pa.string())]

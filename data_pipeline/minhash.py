@@ -8,6 +8,7 @@ Shrivastava 2017), after which two signatures agree in a bin with probability eq
 
 from __future__ import annotations
 
+import unicodedata
 from functools import cache
 
 import numba
@@ -15,14 +16,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+
 EMPTY = np.uint32(0xFFFFFFFF)
 """A bin that no shingle fell into. (A hash of this value is taken as one less.)"""
 SEPARATOR, LETTER, IDEOGRAPH = 0, 1, 2
 IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF))
 """Scripts written without spaces between words: each character counts as a word."""
-MULTIPLIER = np.uint64(
-    0x9E3779B97F4A7C15
-)  # 2^64 / golden ratio, odd: a bijection that spreads low bits upward
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+"""2^64 / golden ratio, odd: multiplying by it is a bijection that spreads low bits upward."""
 
 
 @cache
@@ -32,7 +34,7 @@ def character_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
     lower = np.arange(1 << 16, dtype=np.uint16)
     for code in range(1 << 16):
         character = chr(code)
-        if character.isalnum() or character == "_":
+        if unicodedata.category(character)[0] in "LMN" or character == "_":  # M: accents and vowel signs
             classes[code] = LETTER
             lowered = character.lower()
             if len(lowered) == 1 and ord(lowered) < 1 << 16:
@@ -198,6 +200,28 @@ def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> 
     return result
 
 
+def has_words(signatures: NDArray[np.uint32]) -> NDArray[np.bool_]:
+    """Which texts have a word at all, by their signatures: those that don't are never near-duplicates."""
+    return signatures[:, 0] != EMPTY
+
+
+def band_hashes(signatures: NDArray[np.uint32], bands: int, rows: int) -> NDArray[np.uint64]:
+    """Hash of each band of each signature, shape (documents, bands)."""
+    result = np.empty((len(signatures), bands), np.uint64)
+    fold_bands(signatures, rows, result)
+    return result
+
+
+@numba.njit(nogil=True, cache=True)
+def fold_bands(signatures: NDArray[np.uint32], rows: int, result: NDArray[np.uint64]) -> None:
+    for document in range(result.shape[0]):
+        for band in range(result.shape[1]):
+            folded = np.uint64(band)
+            for row in range(rows):
+                folded = mix(folded ^ np.uint64(signatures[document, band * rows + row])) + np.uint64(1)
+            result[document, band] = folded
+
+
 @numba.njit(nogil=True, cache=True)
 def sorted_shingles(
     data: NDArray[np.uint8],
@@ -223,20 +247,3 @@ def shingle_sets(texts: pa.Array, *, ngram: int, seed: int) -> list[NDArray[np.u
         sorted_shingles(data, offsets[row], offsets[row + 1], ngram, np.uint64(seed), *tables)
         for row in range(len(texts))
     ]
-
-
-@numba.njit(nogil=True, cache=True)
-def jaccard(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
-    """Size of the intersection over size of the union of two sorted sets; 0 where both are empty."""
-    left = right = shared = 0
-    while left < len(one) and right < len(other):
-        if one[left] == other[right]:
-            shared += 1
-            left += 1
-            right += 1
-        elif one[left] < other[right]:
-            left += 1
-        else:
-            right += 1
-    union = len(one) + len(other) - shared
-    return shared / union if union else 0.0

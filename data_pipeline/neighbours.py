@@ -11,31 +11,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.minhash import EMPTY, jaccard, mix
-
 NONE = -1
-
-
-def band_hashes(signatures: NDArray[np.uint32], bands: int, rows: int) -> NDArray[np.uint64]:
-    """Hash of each band of each signature, shape (documents, bands)."""
-    result = np.empty((len(signatures), bands), np.uint64)
-    fold_bands(signatures, rows, result)
-    return result
-
-
-@numba.njit(nogil=True, cache=True)
-def fold_bands(signatures: NDArray[np.uint32], rows: int, result: NDArray[np.uint64]) -> None:
-    for document in range(result.shape[0]):
-        for band in range(result.shape[1]):
-            folded = np.uint64(band)
-            for row in range(rows):
-                folded = mix(folded ^ np.uint64(signatures[document, band * rows + row])) + np.uint64(1)
-            result[document, band] = folded
-
-
-def has_words(signatures: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Which texts have a word at all, by their signatures: those that don't are never near-duplicates."""
-    return signatures[:, 0] != EMPTY
 
 
 def buckets(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
@@ -50,6 +26,23 @@ def buckets(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
         used += int(shared.sum())
         result[:, band] = number[bucket]
     return result
+
+
+@numba.njit(nogil=True, cache=True)
+def jaccard(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
+    """Size of the intersection over size of the union of two sorted sets; 0 where both are empty."""
+    left = right = shared = 0
+    while left < len(one) and right < len(other):
+        if one[left] == other[right]:
+            shared += 1
+            left += 1
+            right += 1
+        elif one[left] < other[right]:
+            left += 1
+        else:
+            right += 1
+    union = len(one) + len(other) - shared
+    return shared / union if union else 0.0
 
 
 @numba.njit(nogil=True, cache=True)

@@ -12,7 +12,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.minhash import MULTIPLIER, mix
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 def repeats(blocks: Sequence[str]) -> tuple[int, int]:
@@ -47,8 +47,8 @@ def ngram_slots(ids: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDAr
     for at in range(grams):
         gram = np.uint64(0)
         for word in range(n):
-            gram = gram * MULTIPLIER + np.uint64(ids[at + word])
-        gram = mix(gram)
+            gram = (gram + np.uint64(ids[at + word])) * MULTIPLIER
+            gram ^= gram >> np.uint64(32)
         slot = np.int64(gram & np.uint64(size - 1))
         while counts[slot] and hashes[slot] != gram:
             slot = (slot + 1) & (size - 1)

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_pipeline.context import LocalContext, UserError
-from data_pipeline.documents import read_shard
+from data_pipeline.documents import read_shard, write_shard
 from data_pipeline.encode import append_to_each
 from data_pipeline.token_shards import (
     ROW_GROUP_TOKENS,
@@ -127,6 +127,18 @@ def test_row_groups_hold_about_their_size_and_long_documents_stay_whole(
     assert len(sizes) > 2
     assert all(0.5 < size / ROW_GROUP_TOKENS < 1.5 for size in sizes[:-1])
     assert len(tokens_by_id(tmp_path / "out")["train"]["a/long"]) > 200_000
+
+
+def test_empty_document_shards_change_nothing(inputs: dict[str, Path], shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(inputs["dedup"], tmp_path / "in")
+    with write_shard(folder / "documents-00004.parquet"):
+        pass
+    train_tokenizer(
+        TokenizerConfig(vocab_size=600), {"dedup": folder}, tmp_path / "tokenizer", LocalContext()
+    )
+    assert sha256(tmp_path / "tokenizer") == sha256(inputs["train_tokenizer"])
+    tokenize(CONFIG, {**inputs, "dedup": folder}, tmp_path / "out", LocalContext())
+    assert digests(tmp_path / "out") == digests(shards)
 
 
 def test_a_killed_tokenize_ends_the_same_when_started_again(inputs: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ DeepSpeed's shared-memory collectives (a minute of C++ for ranks on CPUs) are le
 from __future__ import annotations
 
 import os
+import sys
 import warnings
 from collections.abc import Iterable
 from datetime import timedelta
@@ -21,6 +22,10 @@ from torch import Tensor, nn
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators, and says so
 
+if "mlflow" not in sys.modules:
+    # DeepSpeed's autotuner imports MLflow where it can, which takes each rank a second.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+
 import deepspeed
 
 from llm.optim import adamw
@@ -28,6 +33,9 @@ from llm.optim import adamw
 if TYPE_CHECKING:
     from llm.model import Transformer
     from llm.pretrain import PretrainConfig
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 
 # DeepSpeed calls collectives by names that torch has renamed, and torch says so at each call.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

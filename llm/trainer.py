@@ -266,6 +266,15 @@ def report_failure(error: Exception, folder: Path) -> None:
         json.dump(message, file)
 
 
+def orphaned() -> bool:
+    """Whether the process that had the ranks started is gone."""
+    try:
+        os.kill(int(os.environ.get("LLMILL_PARENT", os.getpid())), 0)
+    except ProcessLookupError:
+        return True
+    return False
+
+
 def main(path: Path) -> None:
     """Run one rank of the job in ``path``; exit code 1 when it fails."""
     if "LLMILL_PARENT" in os.environ:
@@ -277,7 +286,8 @@ def main(path: Path) -> None:
             Trainer(job, rank, ranks).run()
             dist.destroy_process_group()
     except Exception as error:
-        report_failure(error, job.out / "logs")
+        if not orphaned():  # else this rank fails because the others are gone, and a new job may be reading
+            report_failure(error, job.out / "logs")
         # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
         os._exit(1)
 

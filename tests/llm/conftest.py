@@ -1,0 +1,59 @@
+"""A small real corpus: some modules of Python's standard library, tokenized by the real stages."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.context import LocalContext
+from data_pipeline.documents import write_shard
+from data_pipeline.token_shards import TokenizeConfig, tokenize
+from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from llm.model import ModelConfig, Transformer, save_model
+
+VOCAB_SIZE = 500  # not a multiple of 64, so that padding is exercised
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Inputs of pretrain and evaluate: the folders of train_tokenizer and tokenize."""
+    root = tmp_path_factory.mktemp("corpus")
+    library = Path(sysconfig.get_path("stdlib"))
+    with write_shard(root / "dedup" / "documents-00000.parquet") as shard:
+        for path in sorted(library.glob("[a-f]*.py")):
+            shard.add(f"stdlib/{path.name}", path.read_text(errors="replace")[:8000], "stdlib", "{}")
+        for path in sorted((library / "json").glob("*.py")):
+            shard.add(f"json/{path.name}", path.read_text(errors="replace"), "json", "{}")
+    folders = {name: root / name for name in ("dedup", "train_tokenizer", "tokenize")}
+    context = LocalContext()
+    train_tokenizer(TokenizerConfig(vocab_size=VOCAB_SIZE), folders, folders["train_tokenizer"], context)
+    tokenize(TokenizeConfig(val_fraction=0.2), folders, folders["tokenize"], context)
+    return folders
+
+
+@pytest.fixture
+def tiny() -> Callable[..., ModelConfig]:
+    """A model config of two small layers, with whatever fields a test wants otherwise."""
+
+    def make(**fields: object) -> ModelConfig:
+        shape = {"layers": 2, "heads": 4, "width": 32, "context": 24, "vocab_size": VOCAB_SIZE, **fields}
+        return ModelConfig.model_validate(shape)
+
+    return make
+
+
+@pytest.fixture
+def saved_model(tmp_path: Path) -> Callable[..., Path]:
+    """Save a model with lively weights as pretrain would, and give its folder."""
+
+    def save(config: ModelConfig, seed: int = 0) -> Path:
+        model = Transformer(config.model_copy(update={"init_std": 0.2}), seed=seed)
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        folder = tmp_path / f"model-{seed}"
+        save_model(config, weights, folder)
+        return folder
+
+    return save

@@ -1,0 +1,106 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.context import UserError
+from llm.batches import Windows, batch_windows, permute, rank_share, require_batch, write_flat
+
+SEEDS = st.integers(0, 2**64 - 1)
+
+
+@given(total=st.integers(1, 3000), seed=SEEDS, epoch=st.integers(0, 2**40))
+def test_permute_sends_every_place_to_a_window_of_its_own(total: int, seed: int, epoch: int) -> None:
+    images = permute(np.arange(total, dtype=np.uint64), total, seed, epoch)
+    assert np.array_equal(np.sort(images), np.arange(total))
+
+
+@given(
+    total=st.integers(2, 2**62), seed=SEEDS, places=st.lists(st.integers(0, 2**62), min_size=1, max_size=50)
+)
+def test_permute_takes_places_one_by_one_or_together(total: int, seed: int, places: list[int]) -> None:
+    wanted = np.array([place % total for place in places], np.uint64)
+    together = permute(wanted, total, seed)
+    apart = [permute(wanted[i : i + 1], total, seed)[0] for i in range(len(wanted))]
+    assert np.array_equal(together, apart)
+    assert (together < total).all()
+
+
+def test_another_epoch_or_seed_is_another_order_and_each_looks_random() -> None:
+    total = 4000
+    orders = [
+        permute(np.arange(total, dtype=np.uint64), total, seed, epoch)
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    ]
+    for order in orders:
+        assert abs(np.corrcoef(np.arange(total), order.astype(float))[0, 1]) < 0.06  # 4 standard deviations
+        assert (order == np.arange(total)).sum() < 10  # Poisson with mean 1
+    for one, other in ((0, 1), (0, 2), (1, 2)):
+        assert (orders[one] == orders[other]).sum() < 10
+        assert abs(np.corrcoef(orders[one].astype(float), orders[other].astype(float))[0, 1]) < 0.06
+
+
+def test_the_order_never_changes_between_versions() -> None:
+    """Golden values: a change here means that a resumed training reads other text than it began with."""
+    assert permute(np.arange(8, dtype=np.uint64), 1000, seed=1).tolist() == [
+        973,
+        554,
+        327,
+        197,
+        604,
+        49,
+        690,
+        296,
+    ]
+    assert batch_windows(3, seed=7, batch=4, total=10).tolist() == [6, 5, 4, 8]
+
+
+@settings(max_examples=50)
+@given(total=st.integers(1, 200), batch=st.integers(1, 40), seed=SEEDS, steps=st.integers(1, 30))
+def test_steps_read_every_window_once_before_any_twice(total: int, batch: int, seed: int, steps: int) -> None:
+    read = np.concatenate([batch_windows(step, seed, batch, total) for step in range(steps)])
+    for epoch in range(0, len(read), total):
+        part = read[epoch : epoch + total]
+        assert len(np.unique(part)) == len(part)
+
+
+@given(
+    step=st.integers(0, 10**9), seed=SEEDS, shape=st.sampled_from([(1, 1), (2, 3), (4, 1), (8, 2), (3, 5)])
+)
+def test_the_number_of_ranks_does_not_change_what_a_step_trains_on(
+    step: int, seed: int, shape: tuple[int, int]
+) -> None:
+    ranks, share = shape
+    whole = batch_windows(step, seed, ranks * share, 12345)
+    shares = [rank_share(whole, rank, ranks) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(shares), whole)
+    assert {len(part) for part in shares} == {share}
+
+
+@pytest.mark.parametrize(("vocab_size", "width"), [(65536, 2), (65537, 4)])
+def test_windows_cover_the_text_once_as_targets(tmp_path: Path, vocab_size: int, width: int) -> None:
+    documents = [np.arange(start, start + size) for start, size in ((0, 5), (5, 0), (5, 17), (65500, 36))]
+    path = tmp_path / "train.bin"
+    assert write_flat(documents, path, vocab_size) == 58
+    assert path.stat().st_size == 58 * width
+    windows = Windows(path, vocab_size, context=8)
+    inputs, targets = windows.take(np.arange(len(windows)))
+    text = np.concatenate(documents)
+    assert len(windows) == 7
+    assert np.array_equal(inputs.ravel(), text[:56])
+    assert np.array_equal(targets.ravel(), text[1:57])
+
+
+def test_an_empty_corpus_has_no_windows(tmp_path: Path) -> None:
+    write_flat([], tmp_path / "none.bin", 100)
+    assert len(Windows(tmp_path / "none.bin", 100, context=8)) == 0
+
+
+def test_a_corpus_smaller_than_one_batch_is_refused_with_figures() -> None:
+    require_batch(1025, context=32, batch_tokens=1024)
+    with pytest.raises(UserError, match=r"1,024 training tokens \(992 in whole.*one batch needs 1,024"):
+        require_batch(1024, context=32, batch_tokens=1024)

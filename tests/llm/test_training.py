@@ -1,0 +1,251 @@
+"""Whole trainings under the launcher. Each costs seconds, so the module's fixture runs are shared by the tests."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from data_pipeline.context import LocalContext, UserError
+from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import token_bytes
+from flows import launch
+from llm import checkpoint
+from llm.batches import permute
+from llm.events import read_events
+from llm.model import Transformer, load_model
+from llm.pretrain import PretrainConfig, pretrain
+
+STEPS = 20
+PAYLOAD = {"losses.parquet", "validation.parquet", "model.json", "model.safetensors", "report.md"}
+
+
+def recipe(**runtime: Any) -> PretrainConfig:
+    """20 steps of 24 windows; every 4 a checkpoint, every 10 a validation."""
+    model = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "context": 64, "qk_norm": True}
+    return PretrainConfig.model_validate(
+        {
+            "model": model,
+            "tokens": STEPS * 24 * 64,
+            "batch_tokens": 24 * 64,
+            "lr": 3e-3,
+            "precision": "fp32",
+            "validation": {"every": 10, "tokens": 12_000},
+            "runtime": {"checkpoint_every": 4, "micro_batch": 6, **runtime},
+        }
+    )
+
+
+Runs = dict[str, Path]
+
+
+CONFIGS = {
+    "1 rank": recipe(),
+    "2 ranks, ZeRO 1": recipe(ranks=2, zero_stage=1, micro_batch=12),
+    "2 ranks, ZeRO 2": recipe(ranks=2, zero_stage=2, micro_batch=4),
+    "2 ranks, ZeRO 3": recipe(ranks=2, zero_stage=3),
+    "2 ranks, bf16": recipe(ranks=2).model_copy(update={"precision": "bf16"}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Undisturbed trainings of one recipe."""
+    root = tmp_path_factory.mktemp("runs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
+        for name, config in CONFIGS.items():
+            pretrain(config, corpus, root / name, LocalContext(launcher=launch.local))
+    return {name: root / name for name in CONFIGS}
+
+
+def losses(run: Path) -> list[float]:
+    return pq.read_table(run / "losses.parquet")["loss"].to_pylist()
+
+
+def checksums(run: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in run.iterdir() if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_zero_stages_and_accumulation_do_not_change_the_losses(runs: Runs, stage: int) -> None:
+    alone, spread = losses(runs["1 rank"]), losses(runs[f"2 ranks, ZeRO {stage}"])
+    assert len(alone) == len(spread) == STEPS
+    assert spread == pytest.approx(alone, rel=1e-5)
+    assert alone[-1] < alone[0] - 0.5  # else the losses would agree for not having learnt
+    for column in ("grad_norm", "lr", "tokens"):
+        tables = [
+            pq.read_table(runs[name] / "losses.parquet")[column]
+            for name in ("1 rank", f"2 ranks, ZeRO {stage}")
+        ]
+        assert tables[1].to_pylist() == pytest.approx(tables[0].to_pylist(), rel=1e-3)
+    bits = [
+        pq.read_table(runs[name] / "validation.parquet")["bits_per_byte"]
+        for name in ("1 rank", f"2 ranks, ZeRO {stage}")
+    ]
+    assert bits[1].to_pylist() == pytest.approx(bits[0].to_pylist(), rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_ranks_zero_stages_and_accumulation_do_not_change_the_model(runs: Runs, stage: int) -> None:
+    alone = load_file(runs["1 rank"] / "model.safetensors")
+    spread = load_file(runs[f"2 ranks, ZeRO {stage}"] / "model.safetensors")
+    assert alone.keys() == spread.keys()
+    for name, weight in alone.items():
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(spread[name], weight, atol=2e-4, rtol=1e-3)
+
+
+def test_bf16_gives_nearly_the_same_losses_and_fp32_weights(runs: Runs) -> None:
+    exact, rounded = losses(runs["1 rank"]), losses(runs["2 ranks, bf16"])
+    assert rounded == pytest.approx(exact, rel=1e-2)
+    assert rounded != exact
+    weights = load_file(runs["2 ranks, bf16"] / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float32}
+
+
+def test_the_artifact_is_complete_and_nothing_else_is_left(runs: Runs) -> None:
+    for run in runs.values():
+        assert {path.name for path in run.iterdir()} == PAYLOAD | {"logs"}
+
+
+def test_the_first_loss_is_that_of_the_untrained_model_on_the_first_batch(
+    runs: Runs, corpus: dict[str, Path]
+) -> None:
+    """By the parts: windows from the permutation, text from the shards, weights from the seed."""
+    text = TokenShards(corpus["tokenize"], "train").read_all().astype(np.int64)
+    total = (len(text) - 1) // 64
+    windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
+    rows = torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
+    model = Transformer(load_model(runs["1 rank"]).config, seed=0)
+    assert losses(runs["1 rank"])[0] == pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-6)
+
+
+def test_the_last_validation_is_that_of_the_saved_model(runs: Runs, corpus: dict[str, Path]) -> None:
+    text = TokenShards(corpus["tokenize"], "val").read_all().astype(np.int64)
+    rows = torch.from_numpy(np.stack([text[start : start + 65] for start in range(0, 12_000 // 64 * 64, 64)]))
+    with torch.inference_mode():
+        nats = load_model(runs["1 rank"])(rows[:, :-1], rows[:, 1:], reduction="none").double().numpy()
+    sizes = token_bytes(corpus["train_tokenizer"])[rows[:, 1:].numpy()]
+    last = pq.read_table(runs["1 rank"] / "validation.parquet").to_pylist()[-1]
+    assert (sizes == 0).any(), "the text should cross the end of a document"
+    assert last["loss"] == pytest.approx(nats.mean(), rel=1e-6)
+    assert last["bits_per_byte"] == pytest.approx(nats[sizes > 0].sum() / sizes.sum() / math.log(2), rel=1e-6)
+
+
+def test_events_tell_every_step_once_with_the_losses_of_the_artifact(runs: Runs) -> None:
+    for run in runs.values():
+        events = read_events(run / "logs" / "events.jsonl")
+        steps = [event for event in events if event["event"] == "step"]
+        assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+        assert [event["loss"] for event in steps] == losses(run)
+        assert all(event["tokens_per_second"] > 0 and 0 < event["mfu"] < 1.5 for event in steps)
+        kinds = [event["event"] for event in events]
+        assert (kinds[0], kinds[-1], kinds.count("validation")) == ("start", "end", 2)
+
+
+DISTURBED = """
+import json, sys
+from pathlib import Path
+from data_pipeline.context import LocalContext
+from flows import launch
+from llm.pretrain import PretrainConfig, pretrain
+
+if __name__ == "__main__":
+    job = json.loads(sys.argv[1])
+    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
+    context = LocalContext(launcher=launch.local)
+    pretrain(PretrainConfig.model_validate(job["config"]), inputs, Path(job["out"]), context)
+"""
+
+
+def start_and_kill(
+    config: PretrainConfig, corpus: dict[str, Path], out: Path, after_step: int, whole_tree: bool
+) -> None:
+    """Run the stage in a process of its own and kill -9 it, or it and all its children, once a step is told."""
+    job = {
+        "config": config.model_dump(mode="json"),
+        "inputs": {name: str(folder) for name, folder in corpus.items()},
+        "out": str(out),
+    }
+    process = subprocess.Popen([sys.executable, "-c", DISTURBED, json.dumps(job)])
+    deadline = time.monotonic() + 120
+    events = out / "logs" / "events.jsonl"
+    while f'"step": {after_step},' not in (events.read_text() if events.exists() else ""):
+        assert process.poll() is None, "the training ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    victims = psutil.Process(process.pid).children(recursive=True) if whole_tree else []
+    for victim in [process.pid, *(child.pid for child in victims)]:
+        os.kill(victim, 9)
+    process.wait()
+
+
+@pytest.mark.parametrize(
+    ("name", "whole_tree"),
+    [("1 rank", True), ("2 ranks, ZeRO 3", False)],
+    ids=["whole-tree", "orphaned-ranks"],
+)
+def test_a_killed_training_goes_on_bit_for_bit(
+    runs: Runs, corpus: dict[str, Path], tmp_path: Path, name: str, whole_tree: bool
+) -> None:
+    config = CONFIGS[name]
+    start_and_kill(config, corpus, tmp_path, after_step=random.randint(9, 14), whole_tree=whole_tree)
+    assert not (tmp_path / "model.safetensors").exists()
+    newest = checkpoint.complete(tmp_path / "checkpoints")[0]
+    events = tmp_path / "logs" / "events.jsonl"
+    if whole_tree:  # and the accident tore the newest checkpoint and the line being written
+        largest = max(newest.files, key=lambda file: newest.files[file][0])
+        with open(checkpoint.folder_of(tmp_path / "checkpoints", newest.step) / largest, "r+b") as file:
+            file.truncate(newest.files[largest][0] // 2)
+        events.write_bytes(events.read_bytes() + b'{"event": "st')
+    context = LocalContext(launcher=launch.local)
+    pretrain(config, corpus, tmp_path, context)
+    assert checksums(tmp_path) == checksums(runs[name])
+    told = read_events(events)
+    resumed = [event["step"] for event in told if event["event"] == "resume"]
+    assert len(resumed) == 1
+    assert 0 < resumed[0] < newest.step if whole_tree else resumed[0] >= newest.step
+    assert [event["step"] for event in told if event["event"] == "step"] == list(range(1, STEPS + 1))
+    assert [event["loss"] for event in told if event["event"] == "step"] == losses(runs[name])
+
+
+def test_a_finished_training_is_not_started_again(
+    runs: Runs, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    for path in runs["1 rank"].iterdir():
+        if path.is_file() and path.name != "report.md":
+            (tmp_path / path.name).write_bytes(path.read_bytes())
+    pretrain(recipe(), corpus, tmp_path, LocalContext(launcher=must_not_start))
+    assert checksums(tmp_path) == checksums(runs["1 rank"])
+
+
+def must_not_start(*_: object, **__: object) -> None:
+    raise AssertionError("ranks were started")
+
+
+def test_nothing_was_compiled(runs: Runs) -> None:
+    """A start that compiles costs minutes, and one killed while it compiles leaves a lock that later ones wait on."""
+    assert not (runs["1 rank"].parent / "extensions").exists()
+
+
+def test_a_loss_that_is_not_finite_ends_with_one_clear_line(corpus: dict[str, Path], tmp_path: Path) -> None:
+    config = recipe().model_copy(update={"lr": 1e30})
+    with pytest.raises(UserError, match=r"the loss of step \d+ is .*diverged; lower pretrain\.lr"):
+        pretrain(config, corpus, tmp_path, LocalContext(launcher=launch.local))

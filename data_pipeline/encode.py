@@ -8,10 +8,9 @@ after it has given the same ids as `tokenizers` for a sample of its own document
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import awkward
 import gigatoken
@@ -19,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.documents import hash_ids, once, read_shard
 from data_pipeline.tokenizer import load_tokenizer
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.uint32]]
@@ -32,15 +30,22 @@ def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> 
     """The encoder of the tokenizer in ``folder``; no text yields a special token.
 
     Raises:
-        RuntimeError: `gigatoken` doesn't know a part of this tokenizer.
+        Unsupported: `gigatoken` doesn't know a part of this tokenizer.
     """
     return with_gigatoken(folder, parallel) if name == "gigatoken" else with_tokenizers(folder)
+
+
+class Unsupported(Exception):
+    """A tokenizer that `gigatoken` can't use."""
 
 
 def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"] = []  # else "<|endoftext|>" written in a text would become the special token
-    tokenizer = gigatoken.Tokenizer.from_json(json.dumps(description))
+    try:
+        tokenizer = gigatoken.Tokenizer.from_json(json.dumps(description))
+    except (RuntimeError, ValueError) as error:
+        raise Unsupported(f"gigatoken can't use this tokenizer: {str(error).splitlines()[0]}") from error
 
     def encode(texts: pa.Array) -> Encoded:
         if not len(texts):
@@ -95,42 +100,9 @@ def append_to_each(encoded: Encoded, token: int) -> Encoded:
     return offsets + np.arange(documents + 1), longer
 
 
-@dataclass(frozen=True)
-class Check:
-    """Which documents are encoded both ways before a run relies on `gigatoken`."""
-
-    tokenizer: Path
-    salt: str
-    last: int
-    """Documents whose hash with ``salt`` is at most this."""
-
-
-def choose_checked(tokenizer: Path, shards: Sequence[Path], documents: int, salt: str) -> Check:
-    """A check of the documents with the smallest hashes of all, wherever they lie."""
-    ids = (batch.column("id").to_pylist() for shard in shards for batch in read_shard(shard, ("id",)))
-    keys = np.sort(np.concatenate([np.zeros(0, np.uint64), *(hash_ids(part, salt) for part in ids)]))
-    return Check(tokenizer, salt, int(keys[:documents][-1]) if len(keys) else 0)
-
-
-def check_shard(check: Check, scratch: Path, shard: Path) -> dict[str, Any]:
-    """Encode a shard's share of the documents both ways; ``fault`` says how they differ (None: they don't)."""
-    return once(scratch / f"{shard.stem}-check.json", lambda: {"fault": find_fault(check, shard)})
-
-
-def find_fault(check: Check, shard: Path) -> str | None:
-    texts = chosen_texts(shard, check)
-    try:
-        fast = load_encoder("gigatoken", check.tokenizer)(texts)
-    except (RuntimeError, ValueError) as error:
-        return f"gigatoken can't use this tokenizer: {str(error).splitlines()[0]}"
-    slow = load_encoder("tokenizers", check.tokenizer)(texts)
-    equal = np.array_equal(fast[0], slow[0]) and np.array_equal(fast[1], slow[1])
-    return None if equal else f"gigatoken gave other ids than tokenizers in {shard.name}"
-
-
-def chosen_texts(shard: Path, check: Check) -> pa.Array:
-    parts = []
-    for batch in read_shard(shard, ("id", "text")):
-        rows = np.flatnonzero(hash_ids(batch.column("id").to_pylist(), check.salt) <= np.uint64(check.last))
-        parts.append(batch.column("text").take(pa.array(rows)))
-    return pa.concat_arrays(parts) if parts else pa.array([], pa.string())
+def find_fault(texts: pa.Array, fast: Encoder, slow: Encoder) -> str | None:
+    """How two encoders differ on ``texts``; None where they give the same ids."""
+    (offsets, ids), (slow_offsets, slow_ids) = fast(texts), slow(texts)
+    if np.array_equal(offsets, slow_offsets) and np.array_equal(ids, slow_ids):
+        return None
+    return "gigatoken gave other ids than tokenizers"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,7 @@ from data_pipeline.documents import (
     shard_paths,
     table,
 )
-from data_pipeline.encode import EncoderName, append_to_each, check_shard, choose_checked, load_encoder
+from data_pipeline.encode import EncoderName, Unsupported, append_to_each, find_fault, load_encoder
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, sha256
 
 Split = Literal["train", "val"]
@@ -64,6 +64,8 @@ class Encoding:
     config: TokenizeConfig
     tokenizer: Path
     encoder: EncoderName
+    last_checked: int
+    """Documents whose hash is at most this are encoded both ways, where ``encoder`` is `gigatoken`."""
     scratch: Path
     parallel: bool
 
@@ -77,22 +79,23 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
     shards = shard_paths(inputs["dedup"])
     names = [path.stem for path in shards]
     scratch = out / "scratch"
-    steps = 3 * len(shards)
+    steps = 2 * len(shards)
     context.progress(0, steps, "shards")
-    check = choose_checked(inputs["train_tokenizer"], shards, config.check_documents, f"check-{config.seed}")
-    verdicts = context.map(
-        partial(check_shard, check, scratch), shards, names=[f"check {name}" for name in names]
+    last = last_checked(shards, config)
+    encoding = Encoding(
+        config, inputs["train_tokenizer"], "gigatoken", last, scratch, parallel=context.workers == 1
     )
-    faults = [verdict["fault"] for verdict in verdicts if verdict["fault"]]
+    tallies = context.map(partial(encode_shard, encoding), shards, names=[f"encode {name}" for name in names])
+    faults = [tally["fault"] for tally in tallies if tally["fault"]]
     if faults:
         context.note(f"encoding with tokenizers (slower): {faults[0]}", warning=True)
-    encoder: EncoderName = "tokenizers" if faults else "gigatoken"
-    encoding = Encoding(config, inputs["train_tokenizer"], encoder, scratch, context.workers == 1)
+        encoding = replace(encoding, encoder="tokenizers")
+        tallies = context.map(
+            partial(encode_shard, encoding), shards, names=[f"encode {name}" for name in names]
+        )
     context.progress(len(shards), steps, "shards")
-    tallies = context.map(partial(encode_shard, encoding), shards, names=[f"encode {name}" for name in names])
-    context.progress(2 * len(shards), steps, "shards")
     plan = plan_shards(config, tallies)
-    merging = Merging(inputs["train_tokenizer"], scratch, out, tuple(path.stem for path in shards))
+    merging = Merging(inputs["train_tokenizer"], out, tuple(piece_stem(encoding, path) for path in shards))
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])
     context.progress(steps, steps, "shards")
     metrics = summarise(tallies, faults, len(plan), out / "report.md")
@@ -100,20 +103,48 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
     return metrics
 
 
+def last_checked(shards: Sequence[Path], config: TokenizeConfig) -> int:
+    """The hash up to which ``check_documents`` lie, of all documents, whatever shard they are in."""
+    ids = (batch.column("id").to_pylist() for shard in shards for batch in read_shard(shard, ("id",)))
+    keys = [hash_ids(part, f"check-{config.seed}") for part in ids]
+    smallest = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))[: config.check_documents]
+    return int(smallest[-1]) if len(smallest) else 0
+
+
+def piece_stem(encoding: Encoding, shard: Path) -> Path:
+    """How the scratch files of a document shard begin."""
+    return encoding.scratch / f"{shard.stem}-{encoding.encoder}"
+
+
 def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
-    """Encode one document shard into a scratch file for each split, sorted by hash; returns its tally."""
-    return once(encoding.scratch / f"{shard.stem}.json", partial(write_encoded, encoding, shard))
+    """Encode one document shard into a scratch file for each split, sorted by hash.
+
+    Returns its tally; ``fault`` in it says why `gigatoken` must not be used, and is None where it may.
+    """
+
+    def work() -> dict[str, Any]:
+        try:
+            return write_encoded(encoding, shard)
+        except Unsupported as error:
+            return {"fault": str(error)}
+
+    return once(piece_stem(encoding, shard).with_suffix(".json"), work)
 
 
 def write_encoded(encoding: Encoding, shard: Path) -> dict[str, Any]:
     encode = load_encoder(encoding.encoder, encoding.tokenizer, parallel=encoding.parallel)
+    slow = load_encoder("tokenizers", encoding.tokenizer)
     tokenizer = load_tokenizer(encoding.tokenizer)
     schema = piece_schema(tokenizer.get_vocab_size())
+    fault = None
     config = encoding.config
     pieces: dict[Split, list[pa.RecordBatch]] = {split: [] for split in SPLITS}
     tally = {name: Counter[str]() for name in ("documents", "tokens", "bytes", "source_tokens")}
     for batch in read_shard(shard, ("id", "text", "source")):
         ids, texts = batch.column("id").to_pylist(), batch.column("text")
+        if encoding.encoder == "gigatoken" and not fault:
+            checked = hash_ids(ids, f"check-{config.seed}") <= np.uint64(encoding.last_checked)
+            fault = find_fault(texts.filter(pa.array(checked)), encode, slow)
         offsets, tokens = append_to_each(encode(texts), end_of_text(tokenizer))
         lists = pa.ListArray.from_arrays(
             pa.array(offsets, pa.int32()), pa.array(tokens, schema.field("tokens").type.value_type)
@@ -131,8 +162,8 @@ def write_encoded(encoding: Encoding, shard: Path) -> dict[str, Any]:
         for source in np.unique(sources):
             tally["source_tokens"][str(source)] += int(lengths[sources == source].sum())
     for split, batches in pieces.items():
-        write_piece(pa.Table.from_batches(batches, schema), piece_path(encoding.scratch, shard.stem, split))
-    return {name: dict(counts) for name, counts in tally.items()}
+        write_piece(pa.Table.from_batches(batches, schema), piece_path(piece_stem(encoding, shard), split))
+    return {"fault": fault, **{name: dict(counts) for name, counts in tally.items()}}
 
 
 def piece_schema(vocab_size: int) -> pa.Schema:
@@ -141,8 +172,8 @@ def piece_schema(vocab_size: int) -> pa.Schema:
     return pa.schema([("id", pa.string()), ("key", pa.uint64()), ("tokens", pa.list_(width))])
 
 
-def piece_path(scratch: Path, stem: str, split: Split) -> Path:
-    return scratch / f"{stem}-{split}.arrow"
+def piece_path(stem: Path, split: Split) -> Path:
+    return stem.with_name(f"{stem.name}-{split}.arrow")
 
 
 def write_piece(rows: pa.Table, path: Path) -> None:
@@ -197,10 +228,9 @@ class Merging:
     """What writes a token shard: passed to the workers."""
 
     tokenizer: Path
-    scratch: Path
     out: Path
-    stems: tuple[str, ...]
-    """Names of the document shards."""
+    pieces: tuple[Path, ...]
+    """How the scratch files of each document shard begin."""
 
 
 def merge(merging: Merging, item: TokenShard) -> None:
@@ -208,7 +238,7 @@ def merge(merging: Merging, item: TokenShard) -> None:
     path = merging.out / f"{item.name}.parquet"
     if path.exists():
         return
-    parts = [slice_piece(piece_path(merging.scratch, stem, item.split), item) for stem in merging.stems]
+    parts = [slice_piece(piece_path(stem, item.split), item) for stem in merging.pieces]
     rows = pa.concat_tables(parts).sort_by([("key", "ascending"), ("id", "ascending")]).drop_columns("key")
     lengths = pc.list_value_length(rows.column("tokens")).to_numpy().astype(np.int64)
     metadata = {

@@ -41,8 +41,9 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
     model = load_model(inputs["pretrain"])
-    if config.dtype == "bfloat16":
-        model = model.to(torch.bfloat16).float()
+    with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, config.dtype)))
     tokenizer_folder = inputs["train_tokenizer"]
     end = end_of_text(load_tokenizer(tokenizer_folder))
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):

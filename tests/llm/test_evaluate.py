@@ -1,0 +1,124 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from data_pipeline.context import LocalContext
+from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
+from llm import evaluate as module
+from llm.evaluate import EvaluateConfig, batched, choose, cut, evaluate, read
+from llm.model import ModelConfig, Transformer, load_model
+
+Make = Callable[..., ModelConfig]
+Save = Callable[..., Path]
+
+
+def by_hand(model: Transformer, tokens: np.ndarray, end: int, sizes: np.ndarray) -> dict[str, float]:
+    """A document's figures, a token at a time: each from the window it lies in, by the definition."""
+    sequence = [end, *tokens.tolist()]
+    nats = text_nats = 0.0
+    for place in range(1, len(sequence)):
+        start = (place - 1) // model.config.context * model.config.context
+        with torch.inference_mode():
+            logits = model(torch.tensor([sequence[start:place]]))[0, -1].double()
+        loss = -logits.log_softmax(-1)[sequence[place]].item()
+        nats += loss
+        text_nats += loss if sizes[sequence[place]] else 0.0
+    size = int(sizes[tokens].sum())
+    return {"nats": nats, "text_nats": text_nats, "bits_per_byte": text_nats / size / math.log(2)}
+
+
+def test_every_document_has_the_figures_that_the_definition_gives(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = saved_model(tiny())
+    out = tmp_path / "out"
+    metrics = evaluate(
+        EvaluateConfig(max_documents=None, prompts=()), {**corpus, "pretrain": folder}, out, LocalContext()
+    )
+    rows = pq.read_table(out / "documents.parquet").to_pylist()
+    documents = dict(read(TokenShards(corpus["tokenize"], "val")))
+    assert [row["id"] for row in rows] == sorted(documents)
+    model, sizes = load_model(folder), token_bytes(corpus["train_tokenizer"])
+    end = end_of_text(load_tokenizer(corpus["train_tokenizer"]))
+    shortest = min(rows, key=lambda row: row["tokens"])
+    assert shortest["tokens"] > 24, "should be longer than one window"
+    for key, value in by_hand(model, documents[shortest["id"]], end, sizes).items():
+        assert shortest[key] == pytest.approx(value, rel=1e-6)
+    assert all(row["tokens"] == len(documents[row["id"]]) for row in rows)
+    assert metrics["loss"] == pytest.approx(
+        sum(row["nats"] for row in rows) / sum(row["tokens"] for row in rows)
+    )
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    total = sum(row["bits_per_byte"] * row["bytes"] for row in rows)
+    assert metrics["bits_per_byte"] == pytest.approx(total / sum(row["bytes"] for row in rows))
+    assert {row["source"] for row in rows} == {"stdlib", "email"}
+    for source in ("stdlib", "email"):
+        its = [row for row in rows if row["source"] == source]
+        value = sum(row["bits_per_byte"] * row["bytes"] for row in its) / sum(row["bytes"] for row in its)
+        assert metrics[f"bits_per_byte/{source}"] == pytest.approx(value)
+        assert json.loads((out / "sources.json").read_text())[source]["documents"] == len(its)
+
+
+def test_bytes_are_those_of_the_text(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    config = EvaluateConfig(max_documents=3, prompts=())
+    evaluate(config, {**corpus, "pretrain": saved_model(tiny())}, tmp_path / "out", LocalContext())
+    texts = pq.read_table(corpus["dedup"] / "documents-00000.parquet").to_pylist()
+    lengths = {row["id"]: len(row["text"].encode()) for row in texts}
+    rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()
+    assert [row["bytes"] for row in rows] == [lengths[row["id"]] for row in rows]
+
+
+def test_evaluating_twice_writes_the_same_bytes(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    config = EvaluateConfig(max_documents=4, max_new_tokens=8)
+    folders = [tmp_path / "one", tmp_path / "two"]
+    metrics = [evaluate(config, inputs, folder, LocalContext()) for folder in folders]
+    assert metrics[0] == metrics[1]
+    for path in folders[0].iterdir():
+        assert path.read_bytes() == (folders[1] / path.name).read_bytes()
+
+
+def test_the_size_of_a_batch_changes_results_by_rounding_only(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    config = EvaluateConfig(max_documents=4, prompts=())
+    whole = evaluate(config, inputs, tmp_path / "whole", LocalContext())
+    monkeypatch.setattr(module, "BATCH_TOKENS", 1)
+    one_by_one = evaluate(config, inputs, tmp_path / "one", LocalContext())
+    assert one_by_one == pytest.approx(whole, rel=1e-5)
+
+
+def test_documents_are_chosen_by_their_ids_alone() -> None:
+    documents = [(f"books/{number}", np.zeros(3, np.uint16)) for number in range(50)]
+    few, more = choose(documents, 10), choose(reversed(documents), 20)
+    assert len(few) == 10
+    assert [name for name, _ in few] == sorted(name for name, _ in few)
+    assert {name for name, _ in few} < {name for name, _ in more}
+    assert len(choose(documents, None)) == 50
+
+
+def test_windows_make_every_token_a_target_once() -> None:
+    documents = [(str(size), np.arange(1, size + 1, dtype=np.uint16)) for size in (1, 7, 8, 9, 30)]
+    windows = cut(documents, end=0, context=8)
+    for index, (_, tokens) in enumerate(documents):
+        parts = sorted((part for owner, part in windows if owner == index), key=lambda part: part[0])
+        assert parts[0][0] == 0
+        assert np.concatenate([part[1:] for part in parts]).tolist() == tokens.tolist()
+        assert all(len(part) <= 9 for part in parts)
+    lengths = [len(tokens) for _, tokens in windows]
+    assert lengths == sorted(lengths, reverse=True)
+    assert [window for batch in batched(windows) for window in batch] == windows

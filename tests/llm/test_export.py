@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_pipeline.context import LocalContext
+from data_pipeline.tokenizer import load_tokenizer
+from llm.export import ExportConfig, export, load_exported, logits_difference
+from llm.generate import generate, generate_from_folder
+from llm.model import ModelConfig, load_model
+
+Make = Callable[..., ModelConfig]
+Save = Callable[..., Path]
+
+
+@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_transformers_loads_the_folder_and_computes_our_logits(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, qk_norm: bool, tied: bool
+) -> None:
+    folder, out = saved_model(tiny(qk_norm=qk_norm, tie_embeddings=tied, kv_heads=2)), tmp_path / "out"
+    metrics = export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    model = load_model(folder)
+    assert metrics == {
+        "parameters": model.parameter_count(),
+        "logits_max_abs_difference": pytest.approx(0, abs=1e-4),
+    }
+    theirs = AutoModelForCausalLM.from_pretrained(out)
+    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert theirs.num_parameters() == model.parameter_count()
+    text = "def main(path):\n    return None"
+    ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"]
+    assert ids[0].tolist() == load_tokenizer(corpus["train_tokenizer"]).encode(text).ids
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(ids).logits, model(ids)[..., :500], atol=1e-4, rtol=0)
+
+
+def test_an_export_that_computes_otherwise_is_noticed(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, out = saved_model(tiny()), tmp_path / "out"
+    export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    weights = load_file(out / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][0] += 0.1
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    assert logits_difference(load_model(folder), out) > 1e-3
+
+
+def test_our_own_model_comes_back_from_the_folder_and_writes_the_same_text(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, out = saved_model(tiny(qk_norm=True, rope_theta=777.0)), tmp_path / "out"
+    export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    ours, back = load_model(folder), load_exported(out)
+    tokens = torch.randint(500, (2, 24))
+    with torch.inference_mode():
+        assert torch.equal(ours(tokens), back(tokens))
+    expected = generate(ours, load_tokenizer(corpus["train_tokenizer"]), "import ", max_new_tokens=20, seed=5)
+    assert generate_from_folder(out, "import ", max_new_tokens=20, seed=5) == expected
+
+
+def test_bfloat16_weights_are_stored_rounded(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, out = saved_model(tiny()), tmp_path / "out"
+    metrics = export(ExportConfig(dtype="bfloat16"), {**corpus, "pretrain": folder}, out, LocalContext())
+    assert metrics["logits_max_abs_difference"] <= 1e-4
+    assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_the_model_card_tells_what_the_manifests_hold_and_exporting_twice_writes_the_same_bytes(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    inputs = {
+        **corpus,
+        "pretrain": saved_model(tiny()),
+        "evaluate": tmp_path / "evaluate",
+        "download": tmp_path / "d",
+    }
+    for stage, config, metrics in (
+        ("evaluate", {}, {"bits_per_byte": 1.23456, "tokens": 12345.0}),
+        ("d", {"sources": [{"name": "novels", "kind": "local"}]}, {"documents": 12.0}),
+    ):
+        (tmp_path / stage).mkdir()
+        manifest = {
+            "stage": stage,
+            "fingerprint": "0123456789abcdef" * 4,
+            "config": config,
+            "metrics": metrics,
+        }
+        (tmp_path / stage / "manifest.json").write_text(
+            json.dumps({**manifest, "started": "2026", "host": "h"})
+        )
+    for name in ("one", "two"):
+        export(ExportConfig(name="a-name"), inputs, tmp_path / name, LocalContext())
+    card = (tmp_path / "one" / "README.md").read_text()
+    for expected in (
+        "# a-name",
+        "| bits_per_byte | 1.235 |",
+        "| novels | kind local |",
+        "`0123456789ab`",
+        "12,345",
+    ):
+        assert expected in card
+    assert str(tmp_path) not in card
+    assert "2026" not in card
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()

@@ -1,0 +1,130 @@
+"""What can be known before a rank starts: derived values, precision, and mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from data_pipeline.context import LocalContext, UserError
+from llm import checkpoint
+from llm import pretrain as module
+from llm.pretrain import PretrainConfig, hardware_precision, pretrain, require_ranks
+
+
+def config(**fields: Any) -> PretrainConfig:
+    model = {"layers": 1, "heads": 2, "width": 16, "context": 32}
+    return PretrainConfig.model_validate({"model": model, "tokens": 10_000, "batch_tokens": 1024, **fields})
+
+
+def must_not_start(*_: object, **__: object) -> None:
+    raise AssertionError("ranks were started")
+
+
+def refused(given: PretrainConfig, corpus: dict[str, Path], out: Path) -> str:
+    with pytest.raises(UserError) as failure:
+        pretrain(given, corpus, out, LocalContext(launcher=must_not_start))
+    return str(failure.value)
+
+
+def test_derived_values_follow_their_rules() -> None:
+    derived = config(warmup_share=0.3, runtime={"ranks": 4})
+    assert (derived.steps, derived.warmup_steps) == (9, 3)
+    assert (derived.batch_windows, derived.rank_windows) == (32, 8)
+    assert (derived.micro_batch, derived.accumulation) == (8, 1)
+    assert config(runtime={"micro_batch": 4}).accumulation == 8
+    assert config(tokens=1).steps == 1
+
+
+def test_the_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert config(batch_tokens=32 * 200).micro_batch == 100  # of 200 windows, at most 4096 / 32 = 128
+    assert config(batch_tokens=32 * 131).micro_batch == 1  # 131 is prime
+
+
+def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
+    other = config(
+        runtime={"ranks": 2, "zero_stage": 3, "micro_batch": 1, "checkpoint_every": 7, "log_every": 9}
+    )
+    assert other.identity() == config().identity()
+    assert config(seed=1).identity() != config().identity()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of model.context 32"),
+        ({"runtime": {"ranks": 5}}, "32 windows does not divide among 5 ranks"),
+        ({"runtime": {"micro_batch": 5}}, "micro_batch 5 does not divide a rank's 32 windows"),
+        ({"runtime": {"zero_stage": 4}}, "less than or equal to 3"),
+        ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
+        ({"precision": "fp16"}, "'auto', 'fp32' or 'bf16'"),
+        ({"learning_rate": 1e-3}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_config_that_cannot_work_says_what_to_change(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        config(**fields)
+
+
+@pytest.mark.parametrize(
+    ("flags", "precision", "reason"),
+    [
+        ("fpu avx2 avx512f avx512_bf16", "bf16", "avx512_bf16"),
+        ("fpu amx_tile amx_bf16 avx512_bf16", "bf16", "amx_bf16"),
+        ("fpu avx2 avx512f", "fp32", "neither"),
+    ],
+)
+def test_auto_is_bf16_only_where_the_processor_computes_in_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flags: str, precision: str, reason: str
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor : 0\nflags\t\t: {flags}\n")
+    found = module.cpu_flags(cpuinfo)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "cpu_flags", lambda: found)
+    assert hardware_precision()[0] == precision
+    assert reason in hardware_precision()[1]
+    assert config().resolve().precision == precision
+    assert config(precision="fp32").resolve().precision == "fp32"
+
+
+def test_a_machine_that_lists_no_flags_computes_in_fp32(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert module.cpu_flags(tmp_path / "none") == frozenset()
+
+
+def test_more_ranks_than_the_machine_has_places_are_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
+    require_ranks(1)
+    many = config(batch_tokens=32 * 4096, runtime={"ranks": 4096})
+    message = refused(many, corpus, tmp_path)
+    assert "pretrain.runtime.ranks is 4096, but this machine has" in message
+    assert "set pretrain.runtime.ranks to at most" in message
+
+
+def test_a_corpus_smaller_than_one_batch_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
+    message = refused(config(batch_tokens=32 * 100_000), corpus, tmp_path)
+    assert "one batch needs 3,200,000:\nlower pretrain.batch_tokens" in message
+
+
+def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
+    from data_pipeline.token_shards import TokenShards
+
+    held_out = TokenShards(corpus["tokenize"], "val").tokens
+    train = TokenShards(corpus["tokenize"], "train").tokens
+    assert held_out < train - 1
+    model = {"layers": 1, "heads": 2, "width": 16, "context": held_out}
+    message = refused(config(model=model, batch_tokens=held_out), corpus, tmp_path)
+    assert f"the held-out split has {held_out:,} tokens, less than one window" in message
+
+
+def test_a_checkpoint_of_other_ranks_is_refused_before_anything_starts(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = checkpoint.begin(tmp_path / "checkpoints", 4)
+    checkpoint.commit(folder, step=4, ranks=2, zero_stage=3, history={})
+    assert "made with 2 rank(s) at ZeRO stage 3" in refused(config(), corpus, tmp_path)

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import yaml
 from prefect import flow
+from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -91,7 +92,11 @@ class Run:
         def pipeline(recipe: str, fingerprints: dict[str, str]) -> None:
             self._pipeline()
 
-        pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
+        try:
+            pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
+        finally:
+            # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
+            APILogHandler().flush()
 
     def _pipeline(self) -> None:
         self._start_tracking()

@@ -18,6 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_pipeline.context import Config, Metrics, Runtime, StageConfig, StageContext, UserError, atomic_path
 from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
 from llm.model import ModelConfig, ModelShape, load_model
 
@@ -233,6 +234,10 @@ def precision_reason(config: PretrainConfig) -> str:
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and lay the tokens flat."""
     train, held_out = TokenShards(inputs["tokenize"], "train"), TokenShards(inputs["tokenize"], "val")
+    expected = tokenizer_sha256(inputs["train_tokenizer"])
+    assert train.tokenizer_sha256 == expected, (
+        f"the token shards were made with tokenizer {train.tokenizer_sha256}"
+    )
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
     for made in checkpoint.complete(job.checkpoints)[:1]:

@@ -6,8 +6,10 @@ Exit codes: 0 done, 1 a stage failed, 2 the user's mistake (one or two lines say
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,9 +262,8 @@ def quiet_libraries() -> None:
     }.items():
         os.environ.setdefault(name, value)
     if not sys.warnoptions:
-        import warnings
-
         warnings.simplefilter("ignore")
+    logging.raiseExceptions = False  # a log record that can't be delivered is no news for the terminal
 
 
 def main() -> None:

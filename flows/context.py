@@ -32,6 +32,7 @@ class PrefectContext:
         self.stage, self.out, self.workers = stage, out, workers
         self.notes: list[str] = []
         self._pool, self._terminal, self._tracker = pool, terminal, tracker
+        self._progress: tuple[float, float | None, str] | None = None
         self._progress_artifact: Any = None
         self._progress_shown = time.monotonic()
         self._shown_events = 0
@@ -54,6 +55,9 @@ class PrefectContext:
         results: list[Result] = []
         for future in futures:
             results.extend(future.result())
+            if self._progress and self._progress[2] == "shards":  # a body that counts shards has one an item
+                done, total, unit = self._progress
+                self.progress(done + 1, total, unit)
         return results
 
     def _run(self, fn: Callable[[Item], Result], group: list[Item]) -> list[Result]:
@@ -62,6 +66,7 @@ class PrefectContext:
         return [future.result() for future in [self._pool.submit(fn, item) for item in group]]
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
+        self._progress = (done, total, unit)
         self._terminal.progress(done, total, unit)
         self._show_in_prefect(done, total, unit)
 

@@ -49,6 +49,7 @@ LIBRARIES = (
     "prefect",
     "mlflow",
 )
+FULL_BYTES = 1_000_000  # less free space than this, and no stage can seal its manifest
 
 
 class StageFailed(Exception):
@@ -94,6 +95,13 @@ class Run:
 
         try:
             pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
+        except Exception as error:
+            if not isinstance(error, UserError) and disk_is_full(self.store.home, error):
+                where = f"{self.store.home.resolve()} ({human_bytes(shutil.disk_usage(self.store.home).free)} free)"
+                raise UserError(
+                    f"the disk is full: {where}; make room, then {self.command} goes on"
+                ) from None
+            raise
         finally:
             # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
             APILogHandler().flush()
@@ -198,14 +206,6 @@ class Run:
         except UserError as error:
             self._failed(str(error))
             raise UserError(f"{stage}: {error}") from None
-        except OSError as error:
-            self._failed(str(error))
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-                raise self._stage_failed(stage, out, error) from error
-            free = human_bytes(shutil.disk_usage(self.store.home).free)
-            raise UserError(
-                f"{stage}: the disk is full ({free} free at {self.store.home}); make room, then {self.command}"
-            ) from None
         except Exception as error:
             self._failed(str(error))
             raise self._stage_failed(stage, out, error) from error
@@ -281,6 +281,18 @@ class Run:
     def overhead_seconds(self) -> float:
         """Wall time so far outside the stages' bodies: planning, sealing, Prefect and MLflow."""
         return time.monotonic() - self._started - self._body_seconds
+
+
+def disk_is_full(home: Path, error: BaseException | None) -> bool:
+    """Whether a failure comes from want of room: it says so, or hardly anything is left where all is written.
+
+    Not only our own writes fail then; the databases of Prefect and MLflow have other words for it.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return shutil.disk_usage(home).free < FULL_BYTES
 
 
 def git_commit() -> str | None:

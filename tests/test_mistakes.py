@@ -71,19 +71,26 @@ def test_a_full_disk_is_an_error_and_what_was_sealed_stays(finished: Llmill, tmp
     llmill = Llmill(tmp_path / "home", finished.recipe)
     command = f"{sys.executable} -m flows.cli"
     script = f"""
-        mount -t tmpfs -o size=3m tmpfs {tmp_path}
+        mount -t tmpfs -o size=30m tmpfs {tmp_path}
+        {command} run {llmill.recipe} --only download
+        dd if=/dev/zero of={tmp_path}/filler bs=1k count=30720; truncate -s -200K {tmp_path}/filler
         {command} run {llmill.recipe}; echo code $?
-        {command} status; {command} verify
+        {command} verify
+        rm {tmp_path}/filler
+        {command} run {llmill.recipe} --only clean; echo code $?
+        {command} status
     """
     result = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script],
         env=llmill.environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=300,
     )
-    assert "code 2" in result.stdout, result
+    assert [line for line in result.stdout.splitlines() if line.startswith("code")] == ["code 2", "code 0"], (
+        result
+    )
     assert "the disk is full" in result.stderr
     assert "Traceback" not in result.stdout + result.stderr
     assert "✓ download" in result.stdout
-    assert "unfinished" in result.stdout
+    assert "2 sealed" in result.stdout

@@ -102,6 +102,8 @@ class PrefectContext:
             self.note(f"{event['parameters']:,} parameters, {event['ranks']} rank(s)")
         elif kind == "resume":
             self.note(f"resumed at step {event['step']}")
+        elif kind == "warning":
+            self.note(event["message"], warning=True)
         elif kind == "validation":
             self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
         elif kind == "step":

@@ -27,6 +27,7 @@ from mlflow import MlflowClient  # noqa: E402  (after the settings that it reads
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
+from flows.plots import plots  # noqa: E402
 from flows.recipe import flatten  # noqa: E402
 from flows.store import TRACKING_STATE, Artifact, canonical_json, write_durably  # noqa: E402
 
@@ -159,6 +160,8 @@ class Tracker:
         for name in ("manifest.json", "report.md"):
             if (artifact.path / name).exists():
                 self._client.log_artifact(self.stage_id, str(artifact.path / name))
+        for name, figure in plots(artifact).items():
+            self._client.log_figure(self.stage_id, figure, name)
         if artifact.size <= upload_bytes:
             self._client.log_artifacts(self.stage_id, str(artifact.path), "payload")
         else:

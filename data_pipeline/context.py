@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import select
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -42,13 +43,17 @@ class Config(BaseModel):
 
 
 class Runtime(Config):
-    """How a stage is executed. Nothing in here may change what the stage writes."""
+    """How a stage is executed: no part of an artifact's identity.
+
+    Nothing in here changes what a stage writes, but for the last bits of floating point in training, where the
+    number of ranks and the micro-batch decide the order of sums.
+    """
 
 
 class StageConfig(Config):
     """Base of the stages' configs. Every field but ``runtime`` is part of the artifact's identity."""
 
-    runtime: Any = Runtime()
+    runtime: Runtime = Runtime()
 
     def resolve(self) -> Self:
         """A copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
@@ -146,32 +151,53 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def die_with(parent: int, poll_seconds: float = 0.5) -> None:
-    """End this process, from a daemon thread, soon after process ``parent`` is gone.
+    """End this process, from a daemon thread, soon after process ``parent`` has ended.
 
     Works where the parent of this process is not ``parent`` itself (a fork server, torchrun's agent).
     """
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(parent, 0)
-            except OSError:
-                os._exit(1)
-            time.sleep(poll_seconds)
+        wait_for_end(parent, poll_seconds)
+        os._exit(1)
 
     threading.Thread(target=watch, name="die-with-parent", daemon=True).start()
+
+
+def wait_for_end(pid: int, poll_seconds: float) -> None:
+    """Return when process ``pid`` has ended, even if nobody has collected it yet (a zombie)."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    except (AttributeError, OSError):  # not Linux, or an old one
+        while is_there(pid):
+            time.sleep(poll_seconds)
+        return
+    select.select([descriptor], [], [])
+    os.close(descriptor)
+
+
+def is_there(pid: int) -> bool:
+    """Whether a process of this number exists."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary name beside ``path``, renamed to it when the block ends well, removed when it does not.
 
-    So whatever has its final name is whole, and a stage that starts again may skip it.
+    So whatever has its final name is whole, after a power cut too, and a stage that starts again may skip it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

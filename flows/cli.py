@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import sys
 import warnings
 from pathlib import Path
@@ -227,10 +228,15 @@ def ui(
         return
     if not (home / "mlflow.db").exists():
         raise UserError(f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml")
+    with socket.socket() as listener:
+        if listener.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} of this machine is in use; name another with --port")
     typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
     sys.stdout.flush()
-    arguments = ["ui", "--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
-    os.execv(sys.executable, [sys.executable, "-m", "mlflow", *arguments])
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    quiet = ["--uvicorn-opts", "--log-level warning"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments, *quiet])
 
 
 def writable(home: Path) -> None:

@@ -25,6 +25,7 @@ from filelock import FileLock
 MANIFEST_SCHEMA = 1
 FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with probability 3e-8
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
+SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
 TRACKING_STATE = (
     ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
 )
@@ -128,6 +129,8 @@ class Store:
         (partial / TRACKING_STATE).unlink(missing_ok=True)
         (partial / "manifest.json").unlink(missing_ok=True)
         files = checksum_files(partial, fsync=True)
+        if (partial / SCRATCH).exists():
+            shutil.rmtree(partial / SCRATCH)
         sealed = {
             "schema": MANIFEST_SCHEMA,
             "stage": stage,
@@ -182,8 +185,9 @@ def read_artifact(path: Path) -> Artifact | None:
 
 
 def checksum_files(folder: Path, fsync: bool = False) -> list[dict[str, Any]]:
-    """``[{path, size, sha256}]`` of all files below ``folder``, sorted by path."""
-    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    """``[{path, size, sha256}]`` of all files below ``folder`` but scratch, sorted by path."""
+    scratch = folder / SCRATCH
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and scratch not in path.parents)
 
     def describe(path: Path) -> dict[str, Any]:
         sha256 = file_sha256(path, fsync)

@@ -6,7 +6,6 @@ Every drop has a named, counted reason; the report shows a few of each, and ``re
 from __future__ import annotations
 
 import re
-import shutil
 import unicodedata
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -78,7 +77,6 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
             f"{name} {count:.0f}" for name, count in metrics.items() if name.startswith("dropped/")
         )
         raise UserError(f"clean dropped every document ({found}); loosen the rules under `clean`")
-    shutil.rmtree(out / "scratch")
     return metrics
 
 

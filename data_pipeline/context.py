@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import secrets
 import select
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -39,7 +41,7 @@ class Unresolved(UserError):
 class Config(BaseModel):
     """Base of every configuration: frozen, unknown keys refused, defaults checked like given values."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
 
 class Runtime(Config):
@@ -142,12 +144,22 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock.
     """
     pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("forkserver"), initializer=die_with, initargs=(os.getpid(),)
+        workers, multiprocessing.get_context("forkserver"), initializer=start_worker, initargs=(os.getpid(),)
     )
     try:
         yield pool
+    except BaseException:
+        for process in list(pool._processes.values()):
+            process.kill()  # what it was writing has a temporary name
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def start_worker(parent: int) -> None:
+    """Leave Ctrl-C to ``parent``, and end when it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with(parent)
 
 
 def die_with(parent: int, poll_seconds: float = 0.5) -> None:
@@ -193,7 +205,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     So whatever has its final name is whole, after a power cut too, and a stage that starts again may skip it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    # A name of our own: an orphan of a killed run may still be writing the same file.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:

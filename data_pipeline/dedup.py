@@ -7,13 +7,12 @@ differ, both ends stay. Order and outcome depend on texts and ids only, never on
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import pyarrow as pa
@@ -68,7 +67,12 @@ class DedupConfig(StageConfig):
 
 
 def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Copy ``inputs["clean"]`` shard by shard without duplicates; ``removed.parquet`` says what each one repeats."""
+    """Copy ``inputs["clean"]`` shard by shard without duplicates; ``removed.parquet`` says what each one repeats.
+
+    Workers hold a row group of texts and one shard's shingles. The process that calls this holds, for each
+    document, 8 bytes a band and about 100 more (hash, length, order; ids stay on disk), and for each document that
+    shares a bucket with another a further 16 bytes a band and 8 bytes a shingle, which is about one a word.
+    """
     shards = shard_paths(inputs["clean"])
     names = [path.stem for path in shards]
     config, scratch = config.model_copy(update={"runtime": Runtime()}), out / "scratch"
@@ -92,9 +96,7 @@ def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: S
     context.map(partial(filter_shard, scratch, out), shards, names=[f"write {name}" for name in names])
     context.progress(steps, steps, "shards")
     write_removed(corpus, removal, out / "removed.parquet")
-    metrics = summarise(config, corpus, removal, out / "report.md")
-    shutil.rmtree(scratch)
-    return metrics
+    return summarise(config, corpus, removal, out / "report.md")
 
 
 def sign_shard(config: DedupConfig, scratch: Path, shard: Path) -> None:
@@ -163,19 +165,18 @@ class Corpus:
     @classmethod
     def load(cls, config: DedupConfig, scratch: Path, shards: Sequence[Path]) -> Self:
         """Gather what `sign_shard` wrote."""
-        tables = [
-            pa.ipc.open_file(pa.memory_map(str(scratch / f"{shard.stem}-signed.arrow"))).read_all()
-            for shard in shards
-        ]
+        tables = [read_mapped(scratch / f"{shard.stem}-signed.arrow") for shard in shards]
         rows = pa.concat_tables(tables)
         by_id = [("id", "ascending")]
         keys = [("bytes", "descending"), *by_id] if config.prefer == "longest" else by_id
         preferred = pc.sort_indices(rows, keys).to_numpy().astype(np.int64)
         original = first_equal(rows.column("digest"), preferred)
-        hashes = rows.column("bands").combine_chunks().flatten().to_numpy().reshape(-1, config.bands)
         near = (original == np.arange(len(original))) & rows.column("words").to_numpy()
-        found = np.full(hashes.shape, NONE, np.int64)
-        found[near] = buckets(hashes[near])
+        hashes = np.empty((len(original), config.bands), np.uint64)
+        end = 0
+        for chunk in rows.column("bands").chunks:
+            start, end = end, end + len(chunk)
+            hashes[start:end] = chunk.flatten().to_numpy().reshape(-1, config.bands)
         return cls(
             shards=tuple(shards),
             first_row=np.cumsum([0, *(one.num_rows for one in tables)]),
@@ -183,7 +184,7 @@ class Corpus:
             bytes=rows.column("bytes").to_numpy(),
             preferred=preferred,
             original=original,
-            buckets=found,
+            buckets=buckets(hashes, near),
         )
 
     def text(self, row: int) -> str:
@@ -203,19 +204,12 @@ class Corpus:
     def save_rows(self, mask: NDArray[np.bool_], scratch: Path, name: str) -> None:
         """Write each shard's part of a mask over all rows, for the workers."""
         for shard, start, end in zip(self.shards, self.first_row, self.first_row[1:], strict=False):
-            with (
-                atomic_path(scratch / f"{shard.stem}-{name}.npy") as temporary,
-                open(temporary, "wb") as file,
-            ):
-                np.save(file, mask[start:end])
+            save_array(scratch / f"{shard.stem}-{name}.npy", mask[start:end])
 
     def remove(self, config: DedupConfig, candidates: NDArray[np.bool_], scratch: Path) -> Removal:
         """Decide: near-duplicates among the originals first, then the copies of what is kept or removed."""
-        parts = [np.load(scratch / f"{shard.stem}-shingles.npz") for shard in self.shards]
-        sizes = np.zeros(len(candidates), np.int64)
-        sizes[candidates] = np.concatenate([part["sizes"] for part in parts])
-        shingles = np.concatenate([part["shingles"] for part in parts])
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        sizes, shingles = self.load_shingles(candidates, scratch)
+        starts = np.cumsum(sizes) - sizes
         order = self.preferred[candidates[self.preferred]]
         chosen, found, cut_short = choose(
             self.buckets[order],
@@ -232,6 +226,23 @@ class Corpus:
         similarity[order[near]] = found[near]
         return self.with_copies(duplicate_of, similarity, cut_short)
 
+    def load_shingles(
+        self, candidates: NDArray[np.bool_], scratch: Path
+    ) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
+        """Number of shingles of each row (0 where it is no candidate), and all of them, row after row."""
+        sizes = np.zeros(len(candidates), np.int64)
+        sizes[candidates] = np.concatenate(
+            [np.load(scratch / f"{shard.stem}-sizes.npy") for shard in self.shards]
+        )
+        shingles = np.empty(sizes.sum(), np.uint64)
+        end = 0
+        for shard in self.shards:
+            part = np.load(scratch / f"{shard.stem}-shingles.npy")
+            start, end = end, end + len(part)
+            shingles[start:end] = part
+        assert end == len(shingles), f"{end} shingles in scratch, {len(shingles)} counted"
+        return sizes, shingles
+
     def with_copies(
         self, duplicate_of: NDArray[np.int64], similarity: NDArray[np.float64], cut_short: int
     ) -> Removal:
@@ -247,6 +258,12 @@ class Corpus:
         )
 
 
+def read_mapped(path: Path) -> pa.Table:
+    """An Arrow file as a table whose columns stay on disk, though the file is closed."""
+    with pa.memory_map(str(path)) as file:
+        return pa.ipc.open_file(file).read_all()
+
+
 def first_equal(digests: pa.ChunkedArray, preferred: NDArray[np.int64]) -> NDArray[np.int64]:
     """For each row, the row with the same digest that comes first in ``preferred``."""
     ordered = np.frombuffer(digests.combine_chunks().buffers()[1], "V16")[preferred]
@@ -256,9 +273,14 @@ def first_equal(digests: pa.ChunkedArray, preferred: NDArray[np.int64]) -> NDArr
     return original
 
 
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
+
+
 def shingle_shard(config: DedupConfig, scratch: Path, shard: Path) -> None:
     """Write the sorted shingle sets of a shard's candidates, one after another, with their sizes."""
-    path = scratch / f"{shard.stem}-shingles.npz"
+    path = scratch / f"{shard.stem}-shingles.npy"
     if path.exists():
         return
     wanted = np.load(scratch / f"{shard.stem}-candidates.npy")
@@ -269,8 +291,8 @@ def shingle_shard(config: DedupConfig, scratch: Path, shard: Path) -> None:
         sets += shingle_sets(texts, ngram=config.ngram, seed=config.seed)
         row += batch.num_rows
     flat = np.concatenate(sets) if sets else np.zeros(0, np.uint64)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.savez(file, shingles=flat, sizes=np.array([len(one) for one in sets], np.int64))
+    save_array(scratch / f"{shard.stem}-sizes.npy", np.array([len(one) for one in sets], np.int64))
+    save_array(path, flat)
 
 
 def filter_shard(scratch: Path, out: Path, shard: Path) -> None:

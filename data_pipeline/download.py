@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -152,9 +151,7 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     out.joinpath("rejected").mkdir(exist_ok=True)
     number_shards(scratch, [tally["parts"] for tally in tallies], out)
     write_listing(config, out / "sources.json")
-    metrics = summarise(config, tallies, out / "report.md")
-    shutil.rmtree(scratch)
-    return metrics
+    return summarise(config, tallies, out / "report.md")
 
 
 def name_of(group: Group) -> str:

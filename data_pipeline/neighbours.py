@@ -14,17 +14,21 @@ from numpy.typing import NDArray
 NONE = -1
 
 
-def buckets(hashes: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Number of the bucket of each document in each band, shape (documents, bands); `NONE` where it is alone."""
-    result = np.full(hashes.shape, NONE, np.int64)
+def buckets(hashes: NDArray[np.uint64], among: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Number of the bucket of each document in each band, shape (documents, bands), in the memory of ``hashes``.
+
+    `NONE` where it is alone, and in all bands of a document that ``among`` leaves out.
+    """
+    result = hashes.view(np.int64)
+    result[~among] = NONE
     used = 0
     for band in range(hashes.shape[1]):
-        _, bucket, sizes = np.unique(hashes[:, band], return_inverse=True, return_counts=True)
+        _, bucket, sizes = np.unique(hashes[among, band], return_inverse=True, return_counts=True)
         shared = sizes > 1
         number = np.full(len(sizes), NONE, np.int64)
         number[shared] = used + np.arange(shared.sum())
         used += int(shared.sum())
-        result[:, band] = number[bucket]
+        result[among, band] = number[bucket]
     return result
 
 

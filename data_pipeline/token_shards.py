@@ -7,7 +7,6 @@ same documents give the same token shards, however they were sharded and whateve
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -98,9 +97,7 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
     merging = Merging(inputs["train_tokenizer"], out, tuple(piece_stem(encoding, path) for path in shards))
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])
     context.progress(steps, steps, "shards")
-    metrics = summarise(tallies, faults, len(plan), out / "report.md")
-    shutil.rmtree(scratch)
-    return metrics
+    return summarise(tallies, faults, len(plan), out / "report.md")
 
 
 def last_checked(shards: Sequence[Path], config: TokenizeConfig) -> int:
@@ -258,7 +255,8 @@ def merge(merging: Merging, item: TokenShard) -> None:
 
 def slice_piece(path: Path, item: TokenShard) -> pa.Table:
     """The rows of a scratch file that belong into a token shard, memory-mapped."""
-    rows = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    with pa.memory_map(str(path)) as file:  # what was read of it stays mapped
+        rows = pa.ipc.open_file(file).read_all()
     keys = rows.column("key").to_numpy()
     start = int(np.searchsorted(keys, np.uint64(item.first), side="left"))
     end = int(np.searchsorted(keys, np.uint64(item.last), side="right"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -95,7 +94,6 @@ def train_tokenizer(
         "sample_bytes_per_token": bytes_per_token(tokenizer, texts),
     }
     write_report(tokenizer, config, metrics, out / "report.md")
-    shutil.rmtree(out / "scratch")
     return metrics
 
 

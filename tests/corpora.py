@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -53,13 +54,13 @@ def read_documents(folder: Path) -> dict[str, str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Hash of every file under a folder but the logs, as the store would seal it."""
+    """Hash of every file that the store would seal: all under a folder but ``logs/`` and ``scratch/``."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     names = {path.relative_to(folder).as_posix(): path for path in files}
     return {
         name: hashlib.sha256(path.read_bytes()).hexdigest()
         for name, path in names.items()
-        if not name.startswith("logs/")
+        if not name.startswith(("logs/", "scratch/"))
     }
 
 
@@ -91,11 +92,14 @@ class InterruptedContext(LocalContext):
 
 
 def check_restarts(body: Body, config: StageConfig, inputs: Mapping[str, Path], folder: Path) -> None:
-    """The law of resuming: killed anywhere, or with any finished file lost, a stage that starts again ends the same."""
+    """The law of resuming: killed anywhere, or ended but without scratch and any one file, a stage that starts again
+    ends the same.
+    """
     whole = folder / "undisturbed"
     metrics = body(config, inputs, whole, LocalContext())
     expected = digests(whole)
-    assert not any(name.startswith("scratch/") for name in expected)
+    assert body(config, inputs, whole, LocalContext()) == metrics
+    assert digests(whole) == expected, "killed after its end"
     for calls in range(10_000):
         out = folder / f"killed-{calls}"
         try:
@@ -107,6 +111,7 @@ def check_restarts(body: Body, config: StageConfig, inputs: Mapping[str, Path], 
         break
     assert calls > 3, "the stage was hardly interrupted"
     for name in expected:
+        shutil.rmtree(whole / "scratch", ignore_errors=True)
         (whole / name).unlink()
         assert body(config, inputs, whole, LocalContext()) == metrics
         assert digests(whole) == expected, f"{name} was lost"

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import os
 import random
 import re
+import resource
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -145,6 +147,17 @@ def test_empty_shards_stay_and_a_corpus_without_words_passes(tmp_path: Path) -> 
     run({"a/1": "?", "a/2": "!"}, tmp_path, shards=5)
     assert len(list((tmp_path / "out").glob("documents-*"))) == 5
     assert set(read_documents(tmp_path / "out")) == {"a/1", "a/2"}
+
+
+def test_open_files_do_not_grow_with_the_shards(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "in", planted(), shards=60)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        metrics = dedup(DedupConfig(), {"clean": source}, tmp_path / "out", LocalContext())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert metrics["removed/near"] > 0
 
 
 def test_a_bucket_of_thousands_is_compared_within_bounds_and_the_cut_is_told(tmp_path: Path) -> None:

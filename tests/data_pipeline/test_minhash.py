@@ -103,5 +103,6 @@ def test_lsh_finds_pairs_as_often_as_its_formula_says() -> None:
 
 
 def test_buckets_number_the_hashes_that_several_documents_share() -> None:
-    hashes = np.array([[1, 7], [1, 8], [2, 7], [3, 9]], np.uint64)
-    assert buckets(hashes).tolist() == [[0, 1], [0, -1], [-1, 1], [-1, -1]]
+    hashes = np.array([[1, 7], [1, 8], [2, 7], [3, 9], [1, 9]], np.uint64)
+    among = np.array([True, True, True, True, False])
+    assert buckets(hashes, among).tolist() == [[0, 1], [0, -1], [-1, 1], [-1, -1], [-1, -1]]

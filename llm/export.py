@@ -19,7 +19,7 @@ from torch import Tensor
 from data_pipeline.context import Metrics, StageConfig, StageContext, atomic_path
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
 from llm.model import ModelConfig, Transformer, load_model
-from llm.model_card import model_card
+from llm.model_card import model_card, table
 
 TOLERANCE = 1e-4
 """Largest difference between a logit of `transformers` and ours, in fp32."""
@@ -60,11 +60,21 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
             f"transformers' logits differ from ours by {difference:.2e}, more than {TOLERANCE:.0e}"
         )
     metrics = {"parameters": float(model.parameter_count()), "logits_max_abs_difference": difference}
-    card = model_card(config.name, model.config, read_manifests(inputs), metrics)
-    for name in ("README.md", "report.md"):
-        with atomic_path(out / name) as path:
-            path.write_text(card)
+    write_text(out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics))
+    write_text(out / "report.md", report(config, model.config, difference, out))
     return metrics
+
+
+def report(config: ExportConfig, model: ModelConfig, difference: float, out: Path) -> str:
+    """The stage's report in Markdown: what the model card, ``README.md``, does not say."""
+    architecture = transformers_config(model, 0, config.dtype)["architectures"][0]
+    files = sorted(path for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
+    rows = [(path.name, f"{path.stat().st_size:,}") for path in files if path.name != "report.md"]
+    return (
+        f"# Export of {config.name}\n\n"
+        f"`transformers` loads it as {architecture}, weights in {config.dtype}. Its logits differ from ours by at "
+        f"most {difference:.1e} (allowed: {TOLERANCE:.0e}).\n\n{table(('file', 'bytes'), rows)}\n"
+    )
 
 
 def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
@@ -106,7 +116,7 @@ def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor
 
 def load_exported(folder: Path) -> Transformer:
     """Our model from an exported folder: the inverse of `export`. fp32, in evaluation mode, on the CPU."""
-    theirs = json.loads((folder / "config.json").read_text())
+    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config = ModelConfig(
         vocab_size=theirs["vocab_size"],
         width=theirs["hidden_size"],
@@ -155,10 +165,17 @@ def logits_difference(model: Transformer, folder: Path, sequences: int = 2, posi
 def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """The manifests of the stages that have one, in the order of the line."""
     paths = {stage: folder / "manifest.json" for stage, folder in inputs.items()}
-    return {stage: json.loads(path.read_text()) for stage, path in paths.items() if path.exists()}
+    return {
+        stage: json.loads(path.read_text(encoding="utf-8")) for stage, path in paths.items() if path.exists()
+    }
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` to ``path``, atomically."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
+        temporary.write_text(text, encoding="utf-8")

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.context import Metrics
+from data_pipeline.context import Metrics, human_bytes
 from llm.model import ModelConfig
 
 Manifests = Mapping[str, Mapping[str, Any]]
@@ -64,12 +64,27 @@ def sources(manifest: Mapping[str, Any]) -> str:
     """Where the text came from, as the download stage resolved it."""
     if not manifest:
         return "Unknown."
-    kept = ("name", "kind", "repo", "dataset", "revision", "split", "urls", "license", "licence")
-    rows = []
-    for source in manifest["config"].get("sources", []):
-        said = [f"{key} {source[key]}" for key in kept if key != "name" and source.get(key)]
-        rows.append((source.get("name", ""), ", ".join(said)))
-    return table(("source", "what"), rows) if rows else "Unknown."
+    rows = [
+        (
+            source["name"],
+            source["kind"],
+            origin(source),
+            source.get("license") or "not stated",
+            f"{source['files']:,}",
+            human_bytes(source["bytes"]) if source["bytes"] else "unknown",
+        )
+        for source in manifest["config"]["sources"]
+    ]
+    return table(("source", "kind", "from", "licence", "files", "size"), rows)
+
+
+def origin(source: Mapping[str, Any]) -> str:
+    """Where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
+    said = [source["dataset"]] if source.get("dataset") else []
+    said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
+    said += source.get("urls", ())
+    said += [source["url"]] if source.get("url") else []
+    return ", ".join(said)
 
 
 def lineage(manifests: Manifests) -> str:
@@ -87,6 +102,11 @@ def figure(value: float) -> str:
 
 
 def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table."""
+    """A Markdown table; bars and line breaks in its cells stay text."""
     lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """``value`` as it may stand between the bars of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.context import LocalContext
+from data_pipeline.download import DownloadConfig
 from data_pipeline.tokenizer import load_tokenizer
 from llm.export import ExportConfig, export, load_exported, logits_difference
 from llm.generate import generate, generate_from_folder
 from llm.model import ModelConfig, load_model
+from llm.model_card import sources
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]
@@ -75,36 +78,52 @@ def test_bfloat16_weights_are_stored_rounded(
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
 
 
+def write_manifest(folder: Path, config: dict[str, Any], metrics: dict[str, float]) -> Path:
+    """A manifest of a stage, with things in it that no card may hold."""
+    folder.mkdir()
+    manifest = {"fingerprint": "0123456789abcdef" * 4, "config": config, "metrics": metrics}
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "started": "2026", "host": "h"}))
+    return folder
+
+
 def test_the_model_card_tells_what_the_manifests_hold_and_exporting_twice_writes_the_same_bytes(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
+    (tmp_path / "novel.txt").write_text("It was a dark night.\n" * 60)
+    download = DownloadConfig.model_validate(
+        {
+            "sources": [
+                {
+                    "kind": "local",
+                    "name": "novels",
+                    "path": str(tmp_path / "novel.txt"),
+                    "license": "CC0 | MIT",
+                },
+                {
+                    "kind": "installed-python",
+                    "name": "python",
+                    "url": "https://python.org",
+                    "max_bytes": 10_000,
+                },
+            ]
+        }
+    )
+    found = download.resolve().identity()
     inputs = {
         **corpus,
+        "download": write_manifest(tmp_path / "download", found, {"documents": 12.0}),
         "pretrain": saved_model(tiny()),
-        "evaluate": tmp_path / "evaluate",
-        "download": tmp_path / "d",
+        "evaluate": write_manifest(tmp_path / "evaluate", {}, {"bits_per_byte": 1.23456, "tokens": 12345.0}),
     }
-    for stage, config, metrics in (
-        ("evaluate", {}, {"bits_per_byte": 1.23456, "tokens": 12345.0}),
-        ("d", {"sources": [{"name": "novels", "kind": "local"}]}, {"documents": 12.0}),
-    ):
-        (tmp_path / stage).mkdir()
-        manifest = {
-            "stage": stage,
-            "fingerprint": "0123456789abcdef" * 4,
-            "config": config,
-            "metrics": metrics,
-        }
-        (tmp_path / stage / "manifest.json").write_text(
-            json.dumps({**manifest, "started": "2026", "host": "h"})
-        )
     for name in ("one", "two"):
         export(ExportConfig(name="a-name"), inputs, tmp_path / name, LocalContext())
     card = (tmp_path / "one" / "README.md").read_text()
+    python = found["sources"][1]
     for expected in (
         "# a-name",
         "| bits_per_byte | 1.235 |",
-        "| novels | kind local |",
+        "| novels | local |  | CC0 \\| MIT | 1 | 1.3 kB |",
+        f"| python | installed-python | https://python.org | not stated | {python['files']} |",
         "`0123456789ab`",
         "12,345",
     ):
@@ -113,3 +132,31 @@ def test_the_model_card_tells_what_the_manifests_hold_and_exporting_twice_writes
     assert "2026" not in card
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+def test_the_card_names_data_set_commit_and_addresses() -> None:
+    hub = {
+        "name": "web", "kind": "huggingface", "dataset": "HuggingFaceFW/fineweb-edu", "config": "sample-10BT",
+        "split": "train", "revision": "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9", "license": "odc-by",
+        "url": None, "files": 1, "bytes": 0,
+    }  # fmt: skip
+    http = {
+        "name": "books", "kind": "http", "urls": ["https://a.org/1.txt", "https://a.org/2.txt"],
+        "license": None, "url": None, "files": 2, "bytes": 2_500_000,
+    }  # fmt: skip
+    assert sources({"config": {"sources": [hub, http]}}).splitlines()[2:] == [
+        "| web | huggingface | HuggingFaceFW/fineweb-edu, config sample-10BT, split train, revision "
+        "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9 | odc-by | 1 | unknown |",
+        "| books | http | https://a.org/1.txt, https://a.org/2.txt | not stated | 2 | 2.5 MB |",
+    ]
+
+
+def test_the_report_says_how_near_the_logits_are_and_what_was_written(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(ExportConfig(), {**corpus, "pretrain": saved_model(tiny(qk_norm=True))}, out, LocalContext())
+    report = (out / "report.md").read_text()
+    assert "Qwen3ForCausalLM, weights in float32" in report
+    for path in out.iterdir():
+        assert path.name == "report.md" or f"| {path.name} | {path.stat().st_size:,} |" in report

@@ -7,6 +7,7 @@ windows of the model's context that do not overlap.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.bits import bits_per_byte
 from llm.generate import generate
 from llm.model import Transformer, load_model
+from llm.model_card import cell
 
 BATCH_TOKENS = 8192
 """Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
@@ -73,16 +75,19 @@ Document = tuple[str, NDArray[Any]]
 
 
 def read(shards: TokenShards) -> Iterator[Document]:
-    """(id, tokens) of every document."""
+    """(id, tokens) of every document. Tokens are copies, so that keeping some does not keep their row group."""
     for batch in shards:
         for row, name in enumerate(batch.ids):
-            yield name, batch.tokens[batch.offsets[row] : batch.offsets[row + 1]]
+            yield name, batch.tokens[batch.offsets[row] : batch.offsets[row + 1]].copy()
 
 
 def choose(documents: Iterable[Document], most: int | None) -> list[Document]:
-    """The documents whose ids hash lowest, at most ``most``, in order of id."""
-    ranked = sorted(documents, key=lambda document: hashlib.sha256(document[0].encode()).digest())
-    return sorted(ranked[:most], key=lambda document: document[0])
+    """The documents whose ids hash lowest, at most ``most``, in order of id. No others stay in memory."""
+    if most is not None:
+        documents = heapq.nsmallest(
+            most, documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()
+        )
+    return sorted(documents, key=lambda document: document[0])
 
 
 def score(
@@ -189,11 +194,12 @@ def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) 
     with atomic_path(out / "documents.parquet") as path:
         pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
     with atomic_path(out / "sources.json") as path:
-        path.write_text(json.dumps(sources, indent=1) + "\n")
+        path.write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
     with atomic_path(out / "samples.jsonl") as path:
-        path.write_text("".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples))
+        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        path.write_text("".join(lines), encoding="utf-8")
     with atomic_path(out / "report.md") as path:
-        path.write_text(report(metrics, sources, rows, samples))
+        path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")
     by_source = {f"bits_per_byte/{source}": figures["bits_per_byte"] for source, figures in sources.items()}
     return metrics | by_source
 
@@ -220,7 +226,7 @@ def report(
     ranked = sorted((row for row in rows if row["bytes"]), key=lambda row: (row["bits_per_byte"], row["id"]))
     lines += ["", "| easiest and hardest documents | bytes | bits per byte |", "| --- | ---: | ---: |"]
     for row in ranked if len(ranked) <= 10 else [*ranked[:5], *ranked[-5:]]:
-        lines.append(f"| {row['id']} | {row['bytes']:,} | {row['bits_per_byte']:.4f} |")
+        lines.append(f"| {cell(row['id'])} | {row['bytes']:,} | {row['bits_per_byte']:.4f} |")
     for sample in samples:
         lines += ["", f"## Sample: {sample['prompt']!r}", "", *quoted(sample["prompt"] + sample["text"])]
     return "\n".join(lines) + "\n"

@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from data_pipeline.context import LocalContext
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm import evaluate as module
-from llm.evaluate import EvaluateConfig, batched, choose, cut, evaluate, read
+from llm.evaluate import Document, EvaluateConfig, batched, choose, cut, evaluate, read
 from llm.model import ModelConfig, Transformer, load_model
 
 Make = Callable[..., ModelConfig]
@@ -109,6 +110,27 @@ def test_documents_are_chosen_by_their_ids_alone() -> None:
     assert [name for name, _ in few] == sorted(name for name, _ in few)
     assert {name for name, _ in few} < {name for name, _ in more}
     assert len(choose(documents, None)) == 50
+
+
+def test_only_the_documents_chosen_stay_in_memory() -> None:
+    freed: list[int] = []
+    most_alive = 0
+
+    def documents() -> Iterator[Document]:
+        nonlocal most_alive
+        for number in range(500):
+            tokens = np.zeros(3, np.uint16)
+            weakref.finalize(tokens, freed.append, number)
+            most_alive = max(most_alive, number + 1 - len(freed))
+            yield f"books/{number}", tokens
+
+    assert len(choose(documents(), 10)) == 10
+    assert most_alive < 15
+
+
+def test_a_document_does_not_hold_the_row_group_it_was_read_from(corpus: dict[str, Path]) -> None:
+    for _, tokens in read(TokenShards(corpus["tokenize"], "val")):
+        assert tokens.base is None
 
 
 def test_windows_make_every_token_a_target_once() -> None:

@@ -38,6 +38,8 @@ from data_pipeline.quality import GopherRules
 EXAMPLES = 3
 """Dropped documents that the report shows for each reason."""
 
+BREAKS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
+"""What ends a line (those of `str.splitlines`) other than a line feed: form feed, next line, separators, ..."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters (C0, DEL, C1) but line feed and tab."""
 
@@ -112,8 +114,7 @@ def write_cleaned(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]
 
 def normalise(text: str, form: Literal["NFC", "NFKC", "NFD", "NFKD"] | None) -> str:
     """``text`` in a Unicode form, with line feeds alone as line ends, without control characters, stripped."""
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = BREAKS.sub("\n", text)
     text = CONTROLS.sub("", text)  # before composing, which a control character in between would hinder
     if form and not text.isascii():
         text = unicodedata.normalize(form, text)

@@ -120,10 +120,15 @@ def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.
 
 def corrupt(path: Path, error: Exception) -> UserError:
     """The error for a shard that can't be read."""
-    what = str(error).splitlines()[0] if str(error) else type(error).__name__
     return UserError(
-        f"corrupt shard {path}: {what}\nrun `llmill verify`, then build its stage again with --force <stage>"
+        f"corrupt shard {path}: {first_line(error)}\n"
+        "run `llmill verify`, then build its stage again with --force <stage>"
     )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def byte_lengths(column: pa.Array) -> NDArray[np.int64]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, assert_never
+from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, field_validator
 
@@ -30,8 +31,9 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import REJECTED, ShardWriter, add_up, once, table, write_shard
+from data_pipeline.hub import list_hugging_face, read_hugging_face
 from data_pipeline.readers import Record, Rejected, read_file
-from data_pipeline.remote import fetch, list_http, list_hugging_face, read_hugging_face
+from data_pipeline.remote import fetch, list_http
 from data_pipeline.sources import (
     HttpSource,
     HuggingFaceSource,
@@ -49,13 +51,20 @@ EXPANSION = 3
 """Text is taken to be this many times larger than its compressed file, when files are grouped."""
 
 
+class DownloadRuntime(Runtime):
+    """How servers are asked."""
+
+    timeout_seconds: float = Field(default=20, gt=0)
+    """Wait for a connection, or for the next bytes on one; the Hub's own client is told for plans only."""
+
+
 class DownloadConfig(StageConfig):
     """Which sources to read. `resolve` pins what they hold."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
     shard_bytes: int = Field(default=8_000_000, gt=0)
     """Text in a document shard, about: a shard ends with the document that reaches it."""
-    runtime: Runtime = Runtime()
+    runtime: DownloadRuntime = DownloadRuntime()
 
     _listings: tuple[tuple[Listed, ...], ...] | None = PrivateAttr(default=None)
 
@@ -78,29 +87,37 @@ class DownloadConfig(StageConfig):
         if self._listings is not None:
             return self
         pinned = self.model_copy()
-        pinned._listings = tuple(list_source(source) for source in self.sources)
+        pinned._listings = tuple(list_source(source, self.runtime.timeout_seconds) for source in self.sources)
         return pinned
 
     def identity(self) -> dict[str, Any]:
-        """Options of the sources with the hash of what they hold; no path of this machine is in it."""
-        sources = []
-        for source, listing in zip(self.sources, self.listings, strict=True):
-            canonical = json.dumps([[one.name, one.size, one.version] for one in listing])
-            sources.append(
-                source.model_dump(
-                    mode="json", exclude={"path", "urls", "sha256", "dataset", "revision", "timeout_seconds"}
-                )
-                | {
-                    "listing_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
-                    "files": len(listing),
-                    "bytes": sum(one.size for one in listing),
-                }
-            )
+        """Options of the sources with the hash of what they hold; no path of this machine and no key is in it."""
+        pairs = zip(self.sources, self.listings, strict=True)
+        sources = [describe(source, listing) for source, listing in pairs]
         return {"sources": sources, "shard_bytes": self.shard_bytes}
 
 
-def list_source(source: Source) -> tuple[Listed, ...]:
-    """What a source holds now.
+def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
+    """A source as manifests name it: its options, where it is found by anyone, and the hash of what it holds."""
+    public: dict[str, Any] = {}
+    if isinstance(source, HttpSource):
+        public["urls"] = [urlsplit(url)._replace(query="", fragment="").geturl() for url in source.urls]
+    elif isinstance(source, HuggingFaceSource) and listing[0].version.startswith("commit:"):
+        public |= {"dataset": source.dataset, "revision": listing[0].version.rpartition("@")[2]}
+    canonical = json.dumps([[one.name, one.size, one.version] for one in listing])
+    return (
+        source.model_dump(mode="json", exclude={"path", "urls", "sha256", "dataset", "revision"})
+        | public
+        | {
+            "listing_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
+            "files": len(listing),
+            "bytes": sum(one.size for one in listing),
+        }
+    )
+
+
+def list_source(source: Source, timeout: float) -> tuple[Listed, ...]:
+    """What a source holds now; ``timeout`` (seconds) is for servers.
 
     Raises:
         UserError: there is nothing, or it can't be read.
@@ -112,9 +129,9 @@ def list_source(source: Source) -> tuple[Listed, ...]:
         case InstalledPythonSource():
             return list_installed_python(source)
         case HttpSource():
-            return list_http(source)
+            return list_http(source, timeout)
         case HuggingFaceSource():
-            return list_hugging_face(source)
+            return list_hugging_face(source, timeout)
         case _:
             assert_never(source)
 
@@ -139,7 +156,9 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     total = sum(listed.size for group in groups for _, listed in group.files) / 1e6
     context.progress(0, total, "MB")
     tallies = context.map(
-        partial(read_group, scratch, config.shard_bytes), groups, names=[name_of(group) for group in groups]
+        partial(read_group, Reading(scratch, config.shard_bytes, config.runtime.timeout_seconds)),
+        groups,
+        names=[name_of(group) for group in groups],
     )
     context.progress(total, total, "MB")
     if not any(tally["documents"] for tally in tallies):
@@ -176,20 +195,31 @@ def group_files(config: DownloadConfig) -> list[Group]:
     return [Group(index, tuple(files)) for index, files in enumerate(filter(None, groups))]
 
 
-def read_group(scratch: Path, shard_bytes: int, group: Group) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Reading:
+    """What reads a group: passed to the workers."""
+
+    scratch: Path
+    shard_bytes: int
+    timeout: float
+    """Seconds."""
+
+
+def read_group(reading: Reading, group: Group) -> dict[str, Any]:
     """Read one group of files; returns its tally (documents, bytes, rejected, bytes by source, parts)."""
-    return once(scratch / f"{group.index:05d}.json", partial(write_group, scratch, shard_bytes, group))
+    return once(reading.scratch / f"{group.index:05d}.json", partial(write_group, reading, group))
 
 
-def write_group(scratch: Path, shard_bytes: int, group: Group) -> dict[str, Any]:
+def write_group(reading: Reading, group: Group) -> dict[str, Any]:
     tally = Tally()
+    fetched = reading.scratch / "fetched" / f"{group.index:05d}"
     with (
-        Parts(scratch / f"part-{group.index:05d}", shard_bytes) as parts,
-        write_shard(scratch / f"rejected-{group.index:05d}.parquet", REJECTED) as rejected,
+        Parts(reading.scratch / f"part-{group.index:05d}", reading.shard_bytes) as parts,
+        write_shard(reading.scratch / f"rejected-{group.index:05d}.parquet", REJECTED) as rejected,
     ):
         for source, listed in group.files:
             meta = json.dumps({k: v for k, v in (("license", source.license), ("url", source.url)) if v})
-            for record in read(source, listed, scratch):
+            for record in read(source, listed, fetched, reading.timeout):
                 row = "" if record.row is None else f"#{record.row}"
                 one = f"{source.name}/{listed.name}{row}"
                 if isinstance(record, Rejected):
@@ -243,12 +273,15 @@ class Parts:
         self._open.__exit__(*fault)
 
 
-def read(source: Source, listed: Listed, scratch: Path) -> Iterator[Record]:
-    """The records of one listed file, which must still be what it was when the run was planned."""
+def read(source: Source, listed: Listed, fetched: Path, timeout: float) -> Iterator[Record]:
+    """The records of one listed file, which must still be what it was when the run was planned.
+
+    ``fetched`` is the folder that an HTTP file is brought into.
+    """
     if isinstance(source, HuggingFaceSource):
         yield from read_hugging_face(source, listed)
     elif isinstance(source, HttpSource):
-        path = fetch(source, listed, scratch / "fetched")
+        path = fetch(listed, fetched, timeout)
         yield from read_file(path, source.text_field)
         path.unlink()
     else:

@@ -18,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.documents import first_line
 from data_pipeline.tokenizer import load_tokenizer
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.uint32]]
@@ -45,7 +46,7 @@ def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
     try:
         tokenizer = gigatoken.Tokenizer.from_json(json.dumps(description))
     except (RuntimeError, ValueError) as error:
-        raise Unsupported(f"gigatoken can't use this tokenizer: {str(error).splitlines()[0]}") from error
+        raise Unsupported(f"gigatoken can't use this tokenizer: {first_line(error)}") from error
 
     def encode(texts: pa.Array) -> Encoded:
         if not len(texts):

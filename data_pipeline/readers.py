@@ -6,6 +6,7 @@ a whole file (a cut gzip, an unreadable Parquet), after the good records that st
 
 from __future__ import annotations
 
+import codecs
 import io
 import json
 import re
@@ -17,11 +18,14 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipeline.documents import MAX_DOCUMENT_BYTES, excerpt
+from data_pipeline.documents import MAX_DOCUMENT_BYTES, excerpt, first_line
 from data_pipeline.sources import split_suffix
 
 MAX_JSON_BYTES = 1 << 30
 """A ``.json`` file (which must be held in memory) above this is rejected; JSON lines have no such bound."""
+
+BLOCK_BYTES = 1 << 24
+BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +67,9 @@ def read_file(path: Path, text_field: str, split_chars: int | None = None) -> It
             else:
                 yield from read_text(stream, split_chars)
     except (OSError, pa.ArrowException) as error:
-        yield Rejected(None, "unreadable_file", str(error).splitlines()[0])
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's fault: reading again may go well. A codec's fault has no number.
+        yield Rejected(None, "unreadable_file", first_line(error))
 
 
 def open_stream(path: Path, compression: str | None) -> BinaryIO:
@@ -74,31 +80,73 @@ def open_stream(path: Path, compression: str | None) -> BinaryIO:
 
 
 def read_text(stream: BinaryIO, split_chars: int | None) -> Iterator[Record]:
-    data = stream.read(MAX_DOCUMENT_BYTES + 1)
-    if len(data) > MAX_DOCUMENT_BYTES:
-        yield Rejected(None, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
-        return
     try:
-        text = data.decode("utf-8-sig")
+        if split_chars is None:
+            yield read_whole(stream)
+            return
+        row = -1
+        for row, part in enumerate(split_paragraphs(decoded(stream), split_chars)):
+            yield whole(row, part)
+        if row < 0:
+            yield whole(None, "")
     except UnicodeDecodeError as error:
-        yield Rejected(None, "not_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start}")
-        return
-    if split_chars is None or not text:
-        yield whole(None, text)
-    else:
-        for row, part in enumerate(split_paragraphs(text, split_chars)):
-            yield Text(row, part)
+        yield Rejected(None, "not_utf8", error.reason)
 
 
-def split_paragraphs(text: str, characters: int) -> Iterator[str]:
-    """Cut ``text`` at blank lines into parts of at least ``characters``; the parts add up to the text."""
-    start = 0
-    for gap in re.finditer(r"\n[ \t\r]*\n\s*", text):
-        if gap.end() - start >= characters:
-            yield text[start : gap.end()]
-            start = gap.end()
-    if start < len(text):
-        yield text[start:]
+def read_whole(stream: BinaryIO) -> Record:
+    """A text file as one document."""
+    blocks, size = [], 0
+    for block in decoded(stream):
+        blocks.append(block)
+        size += len(block.encode())
+        if size > MAX_DOCUMENT_BYTES:
+            advice = "a local source's split_chars cuts it at paragraphs"
+            return Rejected(None, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes; {advice}")
+    return whole(None, "".join(blocks))
+
+
+def decoded(stream: BinaryIO) -> Iterator[str]:
+    """The text of a file in blocks, without a byte order mark.
+
+    Raises:
+        UnicodeDecodeError: it isn't UTF-8; the reason says which byte of the file.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    end = 0
+    while True:
+        block = stream.read(BLOCK_BYTES)
+        end += len(block)
+        try:
+            yield decoder.decode(block, final=not block)
+        except UnicodeDecodeError as error:
+            offset = end - len(error.object) + error.start
+            error.reason = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+            raise
+        if not block:
+            return
+
+
+def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
+    """Cut a text, which comes in blocks, at blank lines into parts of at least ``characters``.
+
+    The parts add up to the text and don't depend on the blocks, but where a paragraph is longer than a document
+    may be.
+    """
+    text = ""
+    for block in blocks:
+        text += block
+        start = 0
+        for gap in BLANK_LINES.finditer(text):
+            # A gap that reaches the end of what is there may go on in the next block.
+            if gap.end() - start >= characters and gap.end() < len(text):
+                yield text[start : gap.end()]
+                start = gap.end()
+        text = text[start:]
+        if len(text) > MAX_DOCUMENT_BYTES:
+            yield text
+            text = ""
+    if text:
+        yield text
 
 
 def read_jsonl(stream: BinaryIO, text_field: str) -> Iterator[Record]:

@@ -80,6 +80,15 @@ def without_credentials(url: str) -> str:
     return url
 
 
+def url_name(url: str) -> str:
+    """Host and path of an address; a query (it may hold a key) only as a hash, in front of the suffix."""
+    parts = urlsplit(url)
+    if not parts.query:
+        return f"{parts.netloc}{parts.path}"
+    stem, slash, last = parts.path.rpartition("/")
+    return f"{parts.netloc}{stem}{slash}{hashlib.sha256(parts.query.encode()).hexdigest()[:12]}-{last}"
+
+
 class HttpSource(TextSource):
     """Files fetched by HTTP(S); the suffix of the address's path says the format. Uses ~/.netrc."""
 
@@ -89,7 +98,6 @@ class HttpSource(TextSource):
         default_factory=dict
     )
     """Expected hash by address; optional."""
-    timeout_seconds: float = Field(default=20, gt=0)
 
     @field_validator("urls")
     @classmethod
@@ -97,8 +105,10 @@ class HttpSource(TextSource):
         for url in urls:
             if not has_known_suffix(urlsplit(url).path):
                 raise ValueError(f"{url}: the address's path must end with {known_suffixes()}")
-            if urls.count(url) > 1:
-                raise ValueError(f"{url} is given twice")
+        names = [url_name(url) for url in urls]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two addresses stand for {name}; a document's id is made of host and path")
         return urls
 
     @model_validator(mode="after")
@@ -121,7 +131,6 @@ class HuggingFaceSource(TextSource):
     max_rows: int | None = Field(default=None, gt=0)
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the row that reaches this many bytes of text."""
-    timeout_seconds: float = Field(default=10, gt=0)
 
 
 Source = Annotated[
@@ -168,7 +177,7 @@ def local_files(path: str) -> tuple[Path, list[Path]]:
         return given, sorted(found, key=lambda one: one.relative_to(given).as_posix())
     fixed = Path(*_take_until_magic(given.parts))
     matches = (Path(match) for match in glob.glob(str(given), recursive=True))
-    return fixed, sorted(match for match in matches if match.is_file())
+    return fixed, sorted({match for match in matches if match.is_file()})  # `**` finds some twice
 
 
 def _take_until_magic(parts: Iterable[str]) -> Iterator[str]:
@@ -238,6 +247,11 @@ def pin(files: Iterable[tuple[str, Path]], max_bytes: int | None = None) -> tupl
         return tuple(pool.map(lambda item: pin_file(*item), chosen))
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def printable(name: str) -> str:
     """``name`` with what isn't UTF-8 in it (Linux allows that in file names) as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
@@ -250,9 +264,8 @@ def pin_file(name: str, path: Path) -> Listed:
         UserError: it can't be read.
     """
     try:
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-            return Listed(name=name, size=file.tell(), version=f"sha256:{digest}", location=str(path))
+        size = path.stat().st_size
+        return Listed(name=name, size=size, version=f"sha256:{file_sha256(path)}", location=str(path))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error
 

@@ -35,7 +35,11 @@ def only(**rules: object) -> GopherRules:
         ("Cafe\u0301", "Café"),
         ("Cafe\x00\u0301", "Café"),
         ("a\r\nb\rc", "a\nb\nc"),
-        ("\x00a\x07\tb\x7f\x85c\n", "a\tbc"),
+        ("\x00a\x07\tb\x7f\x9fc\n", "a\tbc"),
+        (
+            "one\x0btwo\x0cthree\x1cfour\x85five\u2028six\u2029seven",
+            "one\ntwo\nthree\nfour\nfive\nsix\nseven",
+        ),
         ("  spaced \n\n", "spaced"),
         ("日本語 👍🏽", "日本語 👍🏽"),
     ],

@@ -12,6 +12,7 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline import readers
 from data_pipeline.readers import Rejected, Text, read_file, split_paragraphs
 
 TEXTS = ["first line\nsecond", "Zürich, 東京", "third \u2028 text"]
@@ -101,6 +102,38 @@ def test_bytes_that_are_not_utf8_reject_a_text_file_and_say_where(tmp_path: Path
     ]
 
 
+def test_a_text_above_the_size_limit_is_rejected_with_a_way_out_which_streams_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, "MAX_DOCUMENT_BYTES", 1000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 64)
+    path = tmp_path / "book.txt"
+    paragraphs = [f"{n} " + "wörter " * 9 + "\n\n" for n in range(50)]
+    path.write_text("".join(paragraphs))
+    (fault,) = read_file(path, "text")
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "too_large"
+    assert "split_chars" in fault.detail
+    assert list(read_file(path, "text", split_chars=60)) == [Text(n, one) for n, one in enumerate(paragraphs)]
+    path.write_text("".join(paragraphs[:2]) + "x" * 5000 + "\n\n" + paragraphs[2])
+    kinds = [type(record) for record in read_file(path, "text", split_chars=60)]
+    assert kinds[:3] == [Text, Text, Rejected]
+    assert kinds[-1] is Text
+    path.write_bytes("".join(paragraphs).encode() + b"\xff tail")
+    *parts, fault = read_file(path, "text", split_chars=60)
+    assert len(parts) >= 48
+    size = len("".join(paragraphs).encode())
+    assert fault == Rejected(None, "not_utf8", f"byte 0xff at offset {size}")
+
+
+def test_a_fault_of_the_disk_is_raised_and_never_taken_for_a_bad_record(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        list(read_file(tmp_path / "gone.txt", "text"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(IsADirectoryError):
+        list(read_file(tmp_path / "folder.jsonl", "text"))
+
+
 def test_a_cut_gzip_gives_the_records_before_the_cut_and_one_rejected_file(tmp_path: Path) -> None:
     texts = [f"{n} " + "".join(chr(33 + (n * i * i) % 90) for i in range(300)) for n in range(2000)]
     data = gzip.compress(jsonl(texts))
@@ -131,8 +164,13 @@ def test_a_parquet_file_without_the_column_is_rejected_and_names_its_columns(tmp
     assert "'text'" in fault.detail
 
 
-@given(st.text(alphabet="ab\n \r\t.", max_size=400), st.integers(1, 60))
-def test_the_parts_of_a_split_text_add_up_to_it_and_are_long_enough(text: str, characters: int) -> None:
-    parts = list(split_paragraphs(text, characters))
+@given(st.text(alphabet="ab\n \r\t.", max_size=400), st.integers(1, 60), st.integers(1, 50))
+def test_the_parts_of_a_split_text_add_up_to_it_are_long_enough_and_do_not_depend_on_blocks(
+    text: str, characters: int, block: int
+) -> None:
+    parts = list(split_paragraphs([text], characters))
+    assert parts == list(
+        split_paragraphs((text[at : at + block] for at in range(0, len(text), block)), characters)
+    )
     assert "".join(parts) == text
     assert all(len(part) >= characters for part in parts[:-1])

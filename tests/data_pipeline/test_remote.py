@@ -10,6 +10,9 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from corpora import digests, prose, read_documents
 from pydantic import ValidationError
@@ -17,6 +20,8 @@ from pydantic import ValidationError
 from data_pipeline import remote
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
+from data_pipeline.hub import explained, rows_of
+from data_pipeline.sources import HuggingFaceSource
 
 LINES = "\n".join(json.dumps({"text": prose(n, 400)}) for n in range(400)).encode()
 
@@ -33,6 +38,8 @@ class Site:
     """Answers with 503 that stand before the first good one."""
     ranges: list[str | None] = field(default_factory=list)
     """The Range header of each GET."""
+    if_ranges: list[str | None] = field(default_factory=list)
+    knows_head: bool = True
     address: str = ""
 
     def config(self, **options: Any) -> DownloadConfig:
@@ -53,6 +60,11 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
                 site.busy -= 1
                 self.send_error(503)
                 return None
+            if self.path.startswith("/loop/"):
+                self.send_response(302)
+                self.send_header("Location", self.path)
+                self.end_headers()
+                return None
             if not self.path.startswith("/texts/"):
                 self.send_error(404)
                 return None
@@ -66,10 +78,14 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
             return start
 
         def do_HEAD(self) -> None:
-            self.begin()
+            if site.knows_head:
+                self.begin()
+            else:
+                self.send_error(405)
 
         def do_GET(self) -> None:
             site.ranges.append(self.headers["Range"])
+            site.if_ranges.append(self.headers["If-Range"])
             start = self.begin()
             if start is not None:
                 end = len(site.content) if site.cut_after is None else start + site.cut_after
@@ -94,6 +110,7 @@ def test_a_cut_transfer_goes_on_where_it_stopped_and_gives_the_same_bytes(site: 
     download(site.config(), {}, tmp_path / "cut", LocalContext())
     third = len(LINES) // 3
     assert site.ranges == [None, f"bytes={third}-", f"bytes={2 * third}-", f"bytes={3 * third}-"]
+    assert site.if_ranges[-4:] == [None, '"v1"', '"v1"', '"v1"']
     assert digests(tmp_path / "smooth") == digests(tmp_path / "cut")
     texts = list(read_documents(tmp_path / "cut").values())
     assert texts == [prose(n, 400) for n in range(400)]
@@ -105,6 +122,37 @@ def test_a_busy_server_is_asked_again(site: Site, tmp_path: Path) -> None:
     metrics = download(planned, {}, tmp_path / "out", LocalContext())
     assert metrics["documents"] == 400
     assert len(site.ranges) == 4
+
+
+def test_a_plan_waits_for_a_busy_server_too_but_not_for_ever(site: Site) -> None:
+    site.busy = 3
+    assert site.config().resolve().listings[0][0].version == 'etag:"v1"'
+    site.busy = 1000
+    with pytest.raises(Unresolved, match=r"lines\.jsonl answers 503"):
+        site.config().resolve()
+    assert site.busy == 1000 - 5
+
+
+def test_a_server_that_knows_no_head_is_asked_with_get(site: Site) -> None:
+    expected = site.config().resolve().listings
+    site.knows_head = False
+    assert site.config().resolve().listings == expected
+
+
+def test_redirects_without_end_are_a_mistake(site: Site) -> None:
+    with pytest.raises(UserError, match=r"x\.txt redirects without end"):
+        site.config(urls=[f"{site.address}/loop/x.txt"]).resolve()
+
+
+def test_two_sources_may_fetch_one_address_at_once_and_one_source_may_not(site: Site, tmp_path: Path) -> None:
+    one = site.config().sources[0]
+    both = DownloadConfig(sources=(one, one.model_copy(update={"name": "again"})))
+    download(both, {}, tmp_path / "out", LocalContext(2))
+    documents = read_documents(tmp_path / "out")
+    assert len(documents) == 800
+    assert len({id for id in documents if id.startswith("again/")}) == 400
+    with pytest.raises(ValidationError, match=r"two addresses stand for example\.org/a\.txt"):
+        site.config(urls=["https://example.org/a.txt", "http://example.org/a.txt#top"])
 
 
 def test_a_server_that_stays_busy_ends_the_stage_after_a_few_attempts(site: Site, tmp_path: Path) -> None:
@@ -159,6 +207,7 @@ def test_credentials_in_an_address_are_refused_and_a_query_never_reaches_the_ide
     assert "hunter2" not in str(refused.value.errors()[0]["msg"])
     signed = site.config(urls=[f"{site.address}/texts/lines.jsonl?key=hunter2"]).resolve()
     assert "hunter2" not in json.dumps(signed.identity())
+    assert signed.identity()["sources"][0]["urls"] == [f"{site.address}/texts/lines.jsonl"]
     assert "hunter2" not in signed.listings[0][0].name
 
 
@@ -223,3 +272,61 @@ def test_a_full_commit_is_resolved_without_network() -> None:
     commit = "0123456789abcdef" * 2 + "01234567"
     pinned = hugging_face("nobody/nothing", revision=commit).resolve()
     assert pinned.listings[0][0].version == f"commit:nobody/nothing@{commit}"
+    said = pinned.identity()["sources"][0]
+    assert (said["dataset"], said["revision"], said["split"]) == ("nobody/nothing", commit, "train")
+
+
+def test_of_a_column_format_only_the_text_is_read(tmp_path: Path) -> None:
+    folder = tmp_path / "columns"
+    folder.mkdir()
+    pq.write_table(pa.table({"n": range(3), "content": ["a", "b", "c"]}), folder / "train.parquet")
+    config = hugging_face(folder, text_field="content").resolve()
+    source, listed = config.sources[0], config.listings[0][0]
+    assert isinstance(source, HuggingFaceSource)
+    assert list(rows_of(source, listed)) == [{"content": "a"}, {"content": "b"}, {"content": "c"}]
+    with pytest.raises(UserError, match=r"source hub: .*text") as refused:
+        download(hugging_face(folder), {}, tmp_path / "out", LocalContext())
+    assert "\n" not in str(refused.value)
+
+
+def test_a_hub_lost_between_plan_and_run_is_one_line_with_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    planned = hugging_face("nobody/nothing", revision="0" * 40).resolve()
+    with pytest.raises(ConnectionError, match=r"source hub: .*nobody/nothing.*run again when") as lost:
+        download(planned, {}, tmp_path / "out", LocalContext())
+    assert "\n" not in str(lost.value)
+
+
+@pytest.mark.parametrize(
+    ("fault", "kind"),
+    [
+        (httpx.ReadTimeout("timed out"), ConnectionError),
+        (OSError(), ConnectionError),
+        (ValueError("bad\nparquet"), UserError),
+        (
+            httpx.HTTPStatusError(
+                "no", request=httpx.Request("GET", "http://x"), response=httpx.Response(403)
+            ),
+            UserError,
+        ),
+        (
+            httpx.HTTPStatusError(
+                "no", request=httpx.Request("GET", "http://x"), response=httpx.Response(503)
+            ),
+            ConnectionError,
+        ),
+    ],
+)
+def test_a_fault_amid_the_rows_says_whether_to_wait_or_to_mend(
+    fault: Exception, kind: type[Exception]
+) -> None:
+    (source,) = hugging_face("nobody/nothing").sources
+    assert isinstance(source, HuggingFaceSource)
+    told = explained(source, fault, 7)
+    assert isinstance(told, kind)
+    assert "source hub" in str(told)
+    assert "beyond 7 rows" in str(told)
+    assert "\n" not in str(told)

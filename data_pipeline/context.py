@@ -190,12 +190,32 @@ def wait_for_end(pid: int, poll_seconds: float) -> None:
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process of this number exists."""
+    """Whether a process of this number exists, be it a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
+    except PermissionError:
+        pass  # someone else's
     return True
+
+
+def has_ended(pid: int) -> bool:
+    """Whether process ``pid`` has ended, even if nobody has collected it yet (where the system can tell)."""
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    except (AttributeError, OSError):  # not Linux, or an old one
+        return not is_there(pid)
+    ended, _, _ = select.select([descriptor], [], [], 0)
+    os.close(descriptor)
+    return bool(ended)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -8,10 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
+import signal
 import socket
 import sys
 import warnings
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -51,24 +54,28 @@ def run(
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
 ) -> None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
-    from flows.servers import PrefectServer
-
     quiet_libraries()
-    writable(home)
-    with PrefectServer(home) as server:
-        from flows.pipeline import Run
-        from flows.plan import Selection
-        from flows.recipe import load_recipe
-        from flows.terminal import Terminal
+    from flows.plan import Selection
+    from flows.recipe import load_recipe
+    from flows.servers import PrefectServer
+    from flows.terminal import Terminal, fail
 
-        selection = Selection(start, only, force)
-        terminal = Terminal()
-        loaded = load_recipe(recipe, set_ or ())
-        terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+    selection, loaded = Selection(start, only, force), load_recipe(recipe, set_ or ())
+    writable(home)
+    end_like_ctrl_c()
+    terminal = Terminal()
+    terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+    with PrefectServer(home) as server:
+        from flows.pipeline import Run  # Prefect reads its settings when it is imported
+
         pipeline = Run(loaded, home, selection, terminal, f"`{typed()}`")
-        pipeline.prepare()
-        server.wait()
-        pipeline.execute()
+        try:
+            pipeline.prepare()
+            server.wait()
+            pipeline.execute()
+        except KeyboardInterrupt:
+            fail(f"stopped; the same command goes on from here: {typed()}")
+            raise typer.Exit(130) from None
         report(pipeline, home)
 
 
@@ -76,22 +83,24 @@ def report(pipeline: Any, home: Path) -> None:
     """The end of a run: the table, what it cost, and where to look."""
     from flows.terminal import duration
 
-    terminal, results = pipeline.terminal, pipeline.results
-    terminal.summary(results)
-    reused = sum(how == "reused" for _, how, _ in results)
-    seconds = sum(took for _, _, took in results)
+    console, results = pipeline.terminal.console, pipeline.results.values()
+    pipeline.terminal.summary((result.artifact, result.how, result.seconds) for result in results)
+    reused = sum(result.how == "reused" for result in results)
+    seconds = duration(sum(result.seconds for result in results))
     what = "every stage was reused" if reused == len(results) else f"{reused} of {len(results)} stages reused"
-    terminal.console.print(
-        f"\n{what}; stages {duration(seconds)}, everything else {duration(pipeline.overhead_seconds)}"
-    )
-    if results[-1][0].stage == "export":
-        terminal.console.print(f"model   {results[-1][0].path}")
-    if pipeline.tracker.parent_name and not pipeline.tracker.failed:
-        terminal.console.print(
-            f"MLflow  run “{pipeline.tracker.parent_name}” of experiment {pipeline.recipe.name}"
+    console.print(f"\n{what}; stages {seconds}, everything else {duration(pipeline.overhead_seconds)}")
+    if exported := pipeline.results.get("export"):
+        console.print(f"model   {exported.artifact.path}")
+    tracker = pipeline.tracker
+    if tracker.failure:
+        pipeline.terminal.note(
+            f"not all figures reached MLflow at {tracker.uri}: {tracker.failure}", warning=True
         )
+    elif tracker.parent_name:
+        console.print(f"MLflow  run “{tracker.parent_name}” of experiment {pipeline.recipe.name}")
     option = "" if home == HOME else f" --home {home}"
-    terminal.console.print(f'next    llmill ui{option}   ·   llmill generate{option} --prompt "..."')
+    speak = f'   ·   llmill generate{option} --prompt "..."' if exported else ""
+    console.print(f"next    llmill ui{option}{speak}")
 
 
 @app.command()
@@ -154,15 +163,23 @@ def verify(
     home: Home = HOME,
 ) -> None:
     """Check sealed files against their checksums."""
-    from flows.store import Store
+    from flows.store import Damaged, Store
     from flows.terminal import Terminal
 
     store, console = Store(home), Terminal().console
-    artifacts = [a for a in store.artifacts() if fingerprint is None or a.fingerprint.startswith(fingerprint)]
-    if not artifacts:
+    folders = [path for path in store.sealed_folders() if path.name.startswith(fingerprint or "")]
+    if not folders:
         raise UserError(f"nothing sealed in {home}" + (f" is called {fingerprint}" if fingerprint else ""))
     bad = 0
-    for artifact in artifacts:
+    for folder in folders:
+        try:
+            artifact = store.get(folder.parent.name, folder.name)
+        except Damaged as error:
+            bad += 1
+            console.print(f"✗ {folder.parent.name:<16}{folder.name}\n    {error}")
+            continue
+        if artifact is None:
+            continue  # removed meanwhile
         problems = store.verify(artifact)
         bad += bool(problems)
         mark = "✗" if problems else "✓"
@@ -174,7 +191,7 @@ def verify(
         if problems:
             console.print(f"    build it again with: llmill run RECIPE --force {artifact.stage}")
     if bad:
-        raise UserError(f"{bad} of {len(artifacts)} artifacts are damaged")
+        raise UserError(f"{bad} of {len(folders)} artifacts are damaged")
 
 
 @app.command()
@@ -196,9 +213,14 @@ def generate(
     folder = exported_model(Store(home), model)
     from llm.generate import generate_from_folder
 
-    text = generate_from_folder(
-        folder, prompt, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
+    try:
+        text = generate_from_folder(
+            folder, prompt, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+        )
+    except (KeyError, ValueError, OSError) as error:
+        raise UserError(
+            f"{folder} holds no model that llmill exported: {type(error).__name__}: {error}"
+        ) from None
     typer.echo(prompt + text)
 
 
@@ -216,7 +238,7 @@ def exported_model(store: Any, model: str | None) -> Path:
 
 @app.command()
 def ui(
-    port: Annotated[int, typer.Option(help="Where on this machine.")] = 5000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where on this machine.")] = 5000,
     home: Home = HOME,
 ) -> None:
     """Open MLflow's web pages on the runs of this home; stop with Ctrl-C."""
@@ -226,7 +248,7 @@ def ui(
     if uri.startswith("http"):
         typer.echo(f"the runs are on the MLflow server at {uri}")
         return
-    if not (home / "mlflow.db").exists():
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         raise UserError(f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml")
     with socket.socket() as listener:
         if listener.connect_ex(("127.0.0.1", port)) == 0:
@@ -251,8 +273,20 @@ def writable(home: Path) -> None:
 
 
 def typed() -> str:
-    """The command line as a person typed it."""
-    return " ".join(["llmill", *(f"'{part}'" if " " in part else part for part in sys.argv[1:])])
+    """The command line as a person typed it, to be typed again."""
+    home = os.environ.get("LLMILL_HOME")
+    prefix = f"LLMILL_HOME={shlex.quote(home)} " if home and "--home" not in sys.argv else ""
+    return prefix + shlex.join(["llmill", *sys.argv[1:]])
+
+
+def end_like_ctrl_c() -> None:
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that ranks, workers and our server end with us."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, interrupt)
 
 
 def quiet_libraries() -> None:
@@ -277,18 +311,13 @@ def main() -> None:
     from flows.terminal import fail
 
     try:
-        app(standalone_mode=True)
-    except UserError as error:
-        if "--debug" in sys.argv:
-            raise
-        fail(str(error))
-        sys.exit(2)
-    except KeyboardInterrupt:
-        fail(f"stopped; the same command goes on from here: {typed()}")
-        sys.exit(130)
+        app()
     except Exception as error:
         if "--debug" in sys.argv:
             raise
+        if isinstance(error, UserError):
+            fail(str(error))
+            sys.exit(2)
         fail(str(error) if type(error).__name__ == "StageFailed" else f"{type(error).__name__}: {error}")
         sys.exit(1)
 

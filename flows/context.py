@@ -6,11 +6,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.futures import wait
 from prefect.logging import get_run_logger
 
 from data_pipeline.context import Item, Result
@@ -27,15 +29,16 @@ class PrefectContext:
     """Serves one stage body inside that stage's Prefect flow."""
 
     def __init__(
-        self, stage: str, out: Path, workers: int, pool: Executor | None, terminal: Terminal, tracker: Tracker
+        self, stage: str, workers: int, pool: Executor | None, terminal: Terminal, tracker: Tracker
     ) -> None:
-        self.stage, self.out, self.workers = stage, out, workers
+        self.stage, self.workers = stage, workers
         self.notes: list[str] = []
         self._pool, self._terminal, self._tracker = pool, terminal, tracker
         self._progress: tuple[float, float | None, str] | None = None
         self._progress_artifact: Any = None
         self._progress_shown = time.monotonic()
         self._shown_events = 0
+        self._stopped = False
         self._followed = 0.0
 
     def map(
@@ -43,27 +46,40 @@ class PrefectContext:
     ) -> list[Result]:
         """Each item, or group of neighbours when there are many, is a task of the stage's task runner."""
         size = max(1, -(-len(items) // MOST_TASKS))
-        groups = [items[start : start + size] for start in range(0, len(items), size)]
+        groups = [list(items[start : start + size]) for start in range(0, len(items), size)]
+        labels = [names[start] if names else str(start) for start in range(0, len(items), size)]
         futures = []
-        for position, group in enumerate(groups):
-            label = names[position * size] if names else f"{position * size}"
-            label += f" and {len(group) - 1} more" if len(group) > 1 else ""
-            run = task(name=self.stage, task_run_name=f"{self.stage} {label}", persist_result=False)(
-                self._run
-            )
-            futures.append(run.submit(fn, list(group)))
         results: list[Result] = []
-        for future in futures:
-            results.extend(future.result())
-            if self._progress and self._progress[2] == "shards":  # a body that counts shards has one an item
-                done, total, unit = self._progress
-                self.progress(done + 1, total, unit)
+        try:
+            for label, group in zip(labels, groups, strict=True):
+                more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+                name = constantly(f"{self.stage} {label}{more}")
+                run = task(name=self.stage, task_run_name=name, persist_result=False, retries=0)(self._run)
+                futures.append(run.submit(fn, group))
+            for future, group in zip(futures, groups, strict=True):
+                results.extend(future.result())
+                self._advance(len(group), len(results), len(items))
+        except Exception:
+            # Nothing may go on writing when the stage's lock is given back.
+            self._stopped = True
+            wait(futures)
+            raise
         return results
 
     def _run(self, fn: Callable[[Item], Result], group: list[Item]) -> list[Result]:
-        if self._pool is None:
-            return [fn(item) for item in group]
-        return [future.result() for future in [self._pool.submit(fn, item) for item in group]]
+        results = []
+        for item in group:
+            if self._stopped:
+                raise RuntimeError("another part of the stage failed")
+            results.append(fn(item) if self._pool is None else self._pool.submit(fn, item).result())
+        return results
+
+    def _advance(self, finished: int, done: int, total: int) -> None:
+        """Show that items are finished: in shards, where the body counts in these, else as parts of the whole."""
+        if self._progress and self._progress[2] == "shards":
+            self.progress(self._progress[0] + finished, *self._progress[1:])
+        else:
+            self._terminal.line(f"{done} of {total} parts")
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
         self._progress = (done, total, unit)
@@ -81,7 +97,7 @@ class PrefectContext:
                 self._followed = time.monotonic()
                 self._follow(events)
 
-        self._shown_events = events.stat().st_size if events.exists() else 0
+        _, self._shown_events = read_lines(events, 0)
         try:
             launch.local(module, job, ranks, logs=logs, while_running=follow)
         finally:
@@ -91,7 +107,7 @@ class PrefectContext:
         lines, self._shown_events = read_lines(events, self._shown_events)
         for line in lines:
             self._show_event(json.loads(line))
-        self._tracker.follow(events, self.out)
+        self._tracker.follow(events)
 
     def _show_event(self, event: dict[str, Any]) -> None:
         """One training event on the terminal; the last validation stays on the line."""
@@ -120,7 +136,15 @@ class PrefectContext:
             return
         self._progress_shown = time.monotonic()
         percent = 100 * done / total
-        if self._progress_artifact is None:
-            self._progress_artifact = create_progress_artifact(percent, description=f"{self.stage} ({unit})")
-        else:
-            update_progress_artifact(self._progress_artifact, progress=percent)
+        with suppress(Exception):  # no training run should end for want of a progress bar
+            if self._progress_artifact is None:
+                self._progress_artifact = create_progress_artifact(
+                    percent, description=f"{self.stage} ({unit})"
+                )
+            else:
+                update_progress_artifact(self._progress_artifact, progress=percent)
+
+
+def constantly(text: str) -> Callable[[], str]:
+    """A function that returns ``text``: Prefect takes braces in a plain name for its placeholders."""
+    return lambda: text

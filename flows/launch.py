@@ -8,9 +8,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
-from data_pipeline.context import UserError, last_lines
+import psutil
+
+from data_pipeline.context import UserError, cores, last_lines
 
 ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 """Keep freed memory: a step frees and takes the same large tensors again, and fresh pages cost a fifth of it."""
@@ -60,25 +63,29 @@ def local(
             raise
     if code == 0:
         return
-    if error.exists():
-        failure = json.loads(error.read_text())
-        if failure["user"]:
-            raise UserError(failure["message"])
-        raise RuntimeError(f"{failure['message']}\n(full log: {logs / 'ranks.log'})")
-    tail = last_lines((logs / "ranks.log").read_text(errors="replace"))
+    if failure := read_failure(error):
+        user, message = failure
+        raise UserError(message) if user else RuntimeError(f"{message}\n(full log: {logs / 'ranks.log'})")
+    tail = last_lines((logs / "ranks.log").read_text(encoding="utf-8", errors="replace"))
     raise RuntimeError(f"the ranks ended with exit code {code}; the end of {logs / 'ranks.log'}:\n{tail}")
 
 
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def read_failure(path: Path) -> tuple[bool, str] | None:
+    """(whether it is a user's mistake, message) as a rank left it; None where it could not, or not all of it."""
+    try:
+        failure = json.loads(path.read_text(encoding="utf-8"))
+        return bool(failure["user"]), str(failure["message"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
-    """End torchrun and its ranks: politely first, so that they may save, then for good."""
+    """End torchrun and its ranks: politely first, then for good."""
+    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
     process.send_signal(signal.SIGTERM)
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(grace_seconds)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    for member in family:
+        with suppress(psutil.NoSuchProcess):
+            member.kill()
+    process.wait()

@@ -34,6 +34,10 @@ class Selection:
                 raise UserError(f"{option} {name}: no such stage; there are {', '.join(BY_NAME)}")
         if self.start and self.only:
             raise UserError("--from and --only exclude one another: choose one")
+        if self.force and not self.may_run(self.force):
+            raise UserError(
+                f"--force {self.force}: that stage is not among those that --from or --only lets run"
+            )
 
     def may_run(self, stage: str) -> bool:
         order = list(BY_NAME)
@@ -145,8 +149,8 @@ def differences(stage: Stage, config: StageConfig, inputs: Mapping[str, str], st
         if before.get(key) != after.get(key)
     ]
     lines += [
-        f"input {name}: {newest['inputs'][name]['fingerprint']} -> {inputs[name]}"
+        f"input {name}: {newest['inputs'].get(name, {}).get('fingerprint')} -> {inputs[name]}"
         for name in stage.inputs
-        if newest["inputs"][name]["fingerprint"] != inputs[name]
+        if newest["inputs"].get(name, {}).get("fingerprint") != inputs[name]
     ]
     return lines

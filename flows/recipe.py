@@ -6,9 +6,10 @@ Precedence: defaults < YAML < ``--set stage.field=value``. Mistakes are reported
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError
@@ -31,7 +32,7 @@ class RecipeRuntime(Runtime):
     task_runner: Literal["threads", "processes"] = "processes"
     """Where work over shards runs. Either way each item is a Prefect task."""
 
-    workers: int | Literal["auto"] = "auto"
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Items worked on at once; ``auto`` is the number of cores."""
 
     upload_mb: float = Field(default=10, ge=0)
@@ -71,10 +72,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         raise UserError(f"no recipe at {path}; those that come with llmill: {', '.join(shipped_recipes())}")
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
+        refuse_repeated_keys(node, path)
         values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, ValueError) as error:  # YAML's dates and numbers may be impossible ones
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
         raise UserError(f"{path}: a recipe is a mapping of stage names to settings")
@@ -84,6 +88,20 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise UserError(describe_mistakes(error, path, node, overrides)) from None
+
+
+def refuse_repeated_keys(node: Any, path: Path) -> None:
+    """YAML lets a later key silently replace an earlier one; a person who writes ``clean:`` twice means both."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                raise UserError(f"{path}:{key.start_mark.line + 1}: {key.value} is there twice")
+            seen.add(key.value)
+            refuse_repeated_keys(value, path)
+    elif isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            refuse_repeated_keys(item, path)
 
 
 def shipped_recipes() -> list[str]:
@@ -103,8 +121,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise UserError(f"--set {override}: {' '.join(str(error).split())}") from None
-    if isinstance(value, str):
-        value = number_or_text(value)
+    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
+        value = float(value)  # YAML 1.1 reads 3e-4 as text; people mean the number
     *parents, last = key.split(".")
     target: Any = values
     for part in parents:
@@ -126,16 +144,8 @@ def child(mapping: dict[str, Any], key: str) -> Any:
     return mapping[key]
 
 
-def number_or_text(text: str) -> float | str:
-    """YAML 1.1 reads ``3e-4`` as text; people mean the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text
-
-
 def list_position(values: list[Any], part: str, override: str) -> int:
-    if not part.isdigit() or int(part) >= len(values):
+    if not part.isdecimal() or int(part) >= len(values):
         raise UserError(
             f"--set {override}: {part} is not a position in a list of {len(values)} (they start at 0)"
         )
@@ -144,25 +154,40 @@ def list_position(values: list[Any], part: str, override: str) -> int:
 
 def describe_mistakes(error: ValidationError, path: Path, node: Any, overrides: Sequence[str]) -> str:
     """One line a mistake: where (file and line, or --set), which key, and what is wrong with it."""
-    lines = []
-    for mistake in error.errors():
-        location = [part for part in mistake["loc"] if not is_union_tag(part, mistake["loc"])]
+    mistakes = [(as_written(mistake["loc"]), mistake) for mistake in error.errors()]
+    lines: dict[str, str] = {}
+    for location, mistake in mistakes:
+        if any(len(other) > len(location) and other[: len(location)] == location for other, _ in mistakes):
+            continue  # a list that lacks its only item because that item is wrong
         key = ".".join(str(part) for part in location)
-        override = next((text for text in overrides if text.partition("=")[0] == key), None)
-        where = f"--set {override}" if override else f"{path}:{line_of(node, location)}"
+        named = [text for text in overrides if f"{key}.".startswith(text.partition("=")[0] + ".")]
+        where = f"--set {named[-1]}" if named else f"{path}:{line_of(node, location)}"
         message = mistake["msg"].removeprefix("Value error, ")
+        given = mistake.get("input")
         if mistake["type"] == "extra_forbidden":
             message = "no such key" + suggestion(location)
-        elif "input" in mistake and isinstance(mistake["input"], str | int | float | bool | None):
-            message += f" (got {mistake['input']!r})" if mistake["type"] != "missing" else ""
-        lines.append(f"{where}: {key}: {message}")
-    return "\n".join(dict.fromkeys(lines))
+        elif mistake["type"] not in ("missing", "value_error") and isinstance(
+            given, str | int | float | bool | None
+        ):
+            message += f" (got {given!r})"
+        place = f"{where}: {key}"
+        lines[place] = f"{lines[place]}, or {message}" if place in lines else f"{place}: {message}"
+    return "\n".join(lines.values())
 
 
-def is_union_tag(part: str | int, location: tuple[str | int, ...]) -> bool:
-    """Pydantic names the chosen kind of source after its position; a person did not write that."""
-    position = location.index(part)
-    return isinstance(part, str) and position > 0 and isinstance(location[position - 1], int)
+def as_written(location: Sequence[str | int]) -> tuple[str | int, ...]:
+    """A mistake's place as a person wrote it: without the names that pydantic gives to the parts of a union."""
+    kept: list[str | int] = []
+    for part in location:
+        of_union = isinstance(part, str) and re.search(r"[\[(]|^int$|^str$|^constrained-int$", part)
+        if not of_union and not (kept and isinstance(kept[-1], int) and is_kind(part)):
+            kept.append(part)
+    return tuple(kept)
+
+
+def is_kind(part: str | int) -> bool:
+    """Whether this is the tag of a kind of source, which pydantic names after its position in the list."""
+    return part in ("local", "installed-python", "http", "huggingface")
 
 
 def suggestion(location: Sequence[str | int]) -> str:

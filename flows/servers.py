@@ -8,6 +8,7 @@ the same home. Where ``PREFECT_API_URL`` names a server, that one is used and no
 from __future__ import annotations
 
 import fcntl
+import http.client
 import json
 import os
 import signal
@@ -22,10 +23,11 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from data_pipeline.context import last_lines
+from data_pipeline.context import UserError, last_lines
 from flows.store import write_durably
 
 START_SECONDS = 120
+GIVEN_SECONDS = 15
 
 CLIENT_SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -81,16 +83,20 @@ class PrefectServer:
         """Return when the API answers.
 
         Raises:
-            RuntimeError: it did not come up; the message holds the end of its log.
+            UserError: the server that the environment names does not answer.
+            RuntimeError: ours did not come up; the message holds the end of its log.
         """
-        deadline = time.monotonic() + START_SECONDS
+        deadline = time.monotonic() + (GIVEN_SECONDS if self.given else START_SECONDS)
         while not answers(self.given or self._url):
             ended = self._process is not None and self._process.poll() is not None
             if ended or time.monotonic() > deadline:
-                where = (
-                    self.given or f"the local server; the end of {self.log}:\n{last_lines(read(self.log))}"
+                if self.given:
+                    raise UserError(
+                        f"PREFECT_API_URL={self.given} does not answer: start that server, or unset it"
+                    )
+                raise RuntimeError(
+                    f"Prefect's server did not start; the end of {self.log}:\n{read_end(self.log)}"
                 )
-                raise RuntimeError(f"no answer from Prefect's API: {where}")
             time.sleep(0.1)
 
     def _running(self) -> str | None:
@@ -144,11 +150,13 @@ class PrefectServer:
 
 
 def answers(url: str) -> bool:
-    """Whether a Prefect API is healthy at this address."""
+    """Whether something speaks HTTP at this address; it may well ask who we are first."""
     try:
-        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5) as response:
-            return response.status == 200
-    except (urllib.error.URLError, OSError):
+        with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):
+            return True
+    except urllib.error.HTTPError as error:
+        return error.code < 500
+    except (OSError, ValueError, http.client.HTTPException):
         return False
 
 
@@ -159,5 +167,5 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def read(path: Path) -> str:
-    return path.read_text(errors="replace") if path.exists() else "(nothing was written there)"
+def read_end(path: Path) -> str:
+    return last_lines(path.read_text(errors="replace")) if path.exists() else "(nothing was written there)"

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,9 +22,12 @@ from typing import Any
 
 from filelock import FileLock
 
+from data_pipeline.context import UserError
+
 MANIFEST_SCHEMA = 1
 FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with probability 3e-8
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
+ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
 SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
 TRACKING_STATE = (
     ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
@@ -96,9 +99,16 @@ class Store:
 
     def artifacts(self, stage: str | None = None) -> list[Artifact]:
         """All sealed artifacts (of one stage), oldest first."""
-        found = (read_artifact(path.parent) for path in self.root.glob(f"{stage or '*'}/*/manifest.json"))
-        sealed = [artifact for artifact in found if artifact and "." not in artifact.path.name]
-        return sorted(sealed, key=lambda artifact: artifact.manifest["finished"])
+        sealed = []
+        for path in self.sealed_folders(stage):
+            with suppress(Damaged):  # `llmill verify` lists those
+                sealed.append(read_artifact(path))
+        return sorted(filter(None, sealed), key=lambda artifact: artifact.manifest["finished"])
+
+    def sealed_folders(self, stage: str | None = None) -> list[Path]:
+        """The folders that hold a manifest and have their final name."""
+        found = (path.parent for path in self.root.glob(f"{stage or '*'}/*/manifest.json"))
+        return sorted(path for path in found if "." not in path.name)
 
     def unfinished(self) -> list[Path]:
         """Folders of artifacts that a run builds now or that a killed or failed one left."""
@@ -110,14 +120,23 @@ class Store:
         path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(path)
 
-    @contextmanager
-    def building(self, stage: str, fingerprint: str) -> Iterator[Path]:
-        """The partial folder, cleared of torn files. Call it while holding `lock`."""
+    def begin(self, stage: str, fingerprint: str, origin: Mapping[str, Any]) -> tuple[Path, bool]:
+        """The partial folder to build in, and whether an earlier run has begun it. Call it while holding `lock`.
+
+        ``origin`` says what the artifact is made from beyond its name (checksums of the inputs' payloads). What
+        was begun from another origin is thrown away, and so are the torn files that a kill left.
+        """
         partial = self.partial(stage, fingerprint)
+        text = canonical_json(origin)
+        begun = partial.exists()
+        if begun and (not (partial / ORIGIN).exists() or (partial / ORIGIN).read_text() != text):
+            shutil.rmtree(partial)
+            begun = False
         partial.mkdir(parents=True, exist_ok=True)
         for torn in partial.rglob(".*.tmp"):
-            torn.unlink()
-        yield partial
+            torn.unlink(missing_ok=True)
+        write_durably(partial / ORIGIN, text)
+        return partial, begun
 
     def seal(self, stage: str, fingerprint: str, manifest: Mapping[str, Any]) -> Artifact:
         """Checksum and fsync the partial folder, write its manifest last, and give it its final name.
@@ -126,7 +145,6 @@ class Store:
         are added here. An artifact that is being replaced (``--force``) gives way in the same moment.
         """
         partial, final = self.partial(stage, fingerprint), self.path(stage, fingerprint)
-        (partial / TRACKING_STATE).unlink(missing_ok=True)
         (partial / "manifest.json").unlink(missing_ok=True)
         files = checksum_files(partial, fsync=True)
         if (partial / SCRATCH).exists():
@@ -141,7 +159,9 @@ class Store:
         }
         write_durably(partial / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
         for path in partial.rglob("*"):
-            if path.is_file():
+            if path.is_dir():
+                fsync_folder(path)
+            else:
                 path.chmod(0o444)
         replaced = final.with_name(f"{fingerprint}.replaced")
         if final.exists():
@@ -158,7 +178,7 @@ class Store:
         found = {
             path.relative_to(artifact.path).as_posix()
             for path in artifact.path.rglob("*")
-            if path.is_file() and path.name != "manifest.json"
+            if path.is_file() and path.name not in ("manifest.json", ORIGIN)
         }
         problems = [f"{path}: missing" for path in sorted(expected.keys() - found)]
         problems += [f"{path}: not in the manifest" for path in sorted(found - expected.keys())]
@@ -173,6 +193,10 @@ class Store:
         return problems
 
 
+class Damaged(UserError):
+    """A manifest that can't be read."""
+
+
 def read_artifact(path: Path) -> Artifact | None:
     """The artifact sealed in ``path``, or None where there is no manifest."""
     try:
@@ -181,13 +205,14 @@ def read_artifact(path: Path) -> Artifact | None:
         return None
     except json.JSONDecodeError:
         # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
-        raise ValueError(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
+        raise Damaged(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
 
 
 def checksum_files(folder: Path, fsync: bool = False) -> list[dict[str, Any]]:
     """``[{path, size, sha256}]`` of all files below ``folder`` but scratch, sorted by path."""
     scratch = folder / SCRATCH
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and scratch not in path.parents)
+    found = (path for path in folder.rglob("*") if path.is_file() and path != folder / ORIGIN)
+    paths = sorted(path for path in found if scratch not in path.parents)
 
     def describe(path: Path) -> dict[str, Any]:
         sha256 = file_sha256(path, fsync)

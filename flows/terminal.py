@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich.console import Console
 from rich.live import Live
@@ -32,15 +32,13 @@ class Terminal:
         self.console.print(text, style="bold")
 
     def stage_started(self, stage: str, what: str) -> None:
-        """Begin a stage's line; ``what`` says why it runs."""
+        """Begin a stage's line, which says ``what`` until there is progress to tell."""
         self._stage, self._started, self._shown = stage, time.monotonic(), time.monotonic()
         if self.console.is_terminal:
             self._live = Live(
                 self._line("…", what), console=self.console, refresh_per_second=8, transient=True
             )
             self._live.start()
-        else:
-            self.console.print(self._line("…", what))
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
         """The stage has done ``done`` of ``total`` ``unit``."""
@@ -81,18 +79,18 @@ class Terminal:
         self._stage, self._started = stage, 0.0
         self.console.print(self._line("=", text, "blue"))
 
-    def summary(self, rows: Sequence[tuple[Artifact, str, float]]) -> None:
+    def summary(self, rows: Iterable[tuple[Artifact, str, float]]) -> None:
         """The table at the end: what each stage made, whether it ran, and for how long."""
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in ("", "stage", "result", "time", "artifact"):
+        for column in ("stage", "", "result", "time", "artifact"):
             table.add_column(
                 column, justify="right" if column == "time" else "left", no_wrap=column != "result"
             )
         for artifact, how, seconds in rows:
-            mark, style = ("=", "blue") if how == "reused" else ("✓", "green")
-            took = duration(seconds) if seconds else how
+            style = "blue" if how == "reused" else "green"
+            took = duration(seconds) if seconds else ""
             table.add_row(
-                Text(mark, style), artifact.stage, headline(artifact), took, Text(artifact.fingerprint, "dim")
+                artifact.stage, Text(how, style), headline(artifact), took, Text(artifact.fingerprint, "dim")
             )
         self.console.print()
         self.console.print(table)
@@ -106,7 +104,8 @@ def headline(artifact: Artifact) -> str:
     """The stage's result in a few words: its headline metrics."""
     from flows.stages import BY_NAME
 
-    return describe(artifact.metrics, BY_NAME[artifact.stage].headline)
+    stage = BY_NAME.get(artifact.stage)  # a stage of another version of llmill has no headline
+    return describe(artifact.metrics, stage.headline) if stage else ""
 
 
 def describe(metrics: Mapping[str, float], names: Sequence[str]) -> str:

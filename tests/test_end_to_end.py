@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from command_line import Llmill, kill_tree
+from mlflow import MlflowClient
 
 STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate", "export"]
 
@@ -114,11 +117,11 @@ def killed_at_work(llmill: Llmill, stage: str, delay: float) -> bool:
 
 
 def resumed_or_begun(llmill: Llmill, stage: str, before: set[Path]) -> bool:
-    """Whether ``stage`` is at work: its folder is new, or its tracking state was written again."""
+    """Whether ``stage`` is at work: its folder is new, or a run has just begun it again."""
     found = set(llmill.home.glob(f"store/{stage}/*.partial"))
     if found - before or not found:
         return bool(found)
-    return any(time.time() - path.stat().st_mtime < 0.5 for path in next(iter(found)).glob(".tracking.json"))
+    return any(time.time() - path.stat().st_mtime < 0.5 for path in next(iter(found)).glob(".origin.json"))
 
 
 def test_two_runs_at_once_build_nothing_twice(finished: Llmill, make_llmill):
@@ -176,15 +179,73 @@ def test_the_exported_model_speaks(finished: Llmill):
     assert len(said[0]) > len("def main(") + 10
 
 
-def test_mlflow_being_away_does_not_stop_a_run(finished: Llmill, make_llmill):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_told_to_stop_stops_whole_and_says_how_to_go_on(make_llmill, number):
     llmill = make_llmill()
-    result = llmill.run("--only", "clean", code=2)
-    assert "needs download" in result.stderr
-    result = llmill.run(
-        "--only", "download", MLFLOW_TRACKING_URI="http://127.0.0.1:9", MLFLOW_HTTP_REQUEST_MAX_RETRIES="0"
-    )
-    assert "this run goes on without it" in result.stdout
+    run = llmill.start("run", str(llmill.recipe))
+    while not list(llmill.home.glob("store/pretrain/*.partial/logs/events.jsonl")):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.05)
+    family = psutil.Process(run.pid).children(recursive=True)
+    run.send_signal(number)
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 130, (out, err)
+    assert "the same command goes on from here" in err
+    assert "Traceback" not in out + err
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert not alive
+    assert "resumed" in llmill.run("--only", "pretrain").stdout
+
+
+def test_mlflow_being_away_stops_no_run_and_its_figures_follow(finished: Llmill, make_llmill):
+    llmill = make_llmill()
+    assert "needs download" in llmill.run("--only", "clean", code=2).stderr
+    away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    result = llmill.run("--only", "download", **away)
+    assert "does not answer; the run goes on" in result.stdout
+    assert "not all figures reached MLflow" in result.stdout
     assert [name.split("/")[0] for name in llmill.payloads()] == ["download"]
+
+
+def test_what_was_sealed_by_a_run_killed_before_it_told_mlflow_is_told_by_the_next(
+    finished: Llmill, tmp_path
+):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    llmill = Llmill(home, finished.recipe)
+    [manifest] = [json.loads(path.read_text()) for path in home.glob("store/pretrain/*/manifest.json")]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    untold = client.create_run(
+        client.get_experiment_by_name("small").experiment_id, run_name="pretrain"
+    ).info.run_id
+    state = home / "runs" / f"pretrain-{manifest['fingerprint']}.json"
+    state.write_text(json.dumps({"run_id": untold, "offset": 0}))
+    llmill.run()
+    told = client.get_run(untold)
+    assert told.info.status == "FINISHED"
+    assert manifest["metrics"].items() <= told.data.metrics.items()
+    assert len(client.get_metric_history(untold, "train/loss")) == manifest["metrics"]["steps"]
+    assert not state.exists()
+
+
+def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finished: Llmill, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home)
+    llmill = Llmill(home, finished.recipe)
+    [path] = home.glob("store/train_tokenizer/*/manifest.json")
+    path.chmod(0o644)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "payload_sha256": "0" * 64}))
+    for later in home.glob("store/*/*/manifest.json"):  # as if all had been made from those other bytes
+        manifest = json.loads(later.read_text())
+        if "train_tokenizer" in manifest["inputs"]:
+            manifest["inputs"]["train_tokenizer"]["payload_sha256"] = "0" * 64
+            later.chmod(0o644)
+            later.write_text(json.dumps(manifest))
+    assert llmill.actions() == ["reuse"] * 8
+    out = llmill.run("--force", "train_tokenizer").stdout
+    for stage in STAGES[3:]:
+        assert f"✓ {stage} " in out
+    assert llmill.payloads() == finished.payloads()
 
 
 def test_without_a_server_a_run_starts_its_own_and_leaves_none(finished: Llmill):

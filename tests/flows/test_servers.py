@@ -9,6 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_pipeline.context import UserError
 from flows.servers import PrefectServer, answers
 
 USER = """
@@ -69,9 +70,9 @@ def test_runs_share_one_server_and_the_last_one_stops_it(tmp_path):
 
 def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(tmp_path, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    monkeypatch.setattr("flows.servers.START_SECONDS", 0)
+    monkeypatch.setattr("flows.servers.GIVEN_SECONDS", 0)
     with PrefectServer(tmp_path) as server:
-        with pytest.raises(RuntimeError, match=r"127\.0\.0\.1:9"):
+        with pytest.raises(UserError, match=r"127\.0\.0\.1:9"):
             server.wait()
         assert os.environ["PREFECT_API_URL"] == "http://127.0.0.1:9/api"
     assert not (tmp_path / "prefect").exists()

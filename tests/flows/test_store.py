@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from flows.store import Store, fingerprint, payload_checksum
+from flows.store import Damaged, Store, fingerprint, payload_checksum
 
+ORIGIN = {"inputs": {}}
 MANIFEST = {
     "version": 1,
     "config": {},
@@ -19,7 +20,8 @@ MANIFEST = {
 
 
 def build(store: Store, name: str = "f00d", files: dict[str, str] | None = None):
-    with store.lock("clean", name), store.building("clean", name) as out:
+    with store.lock("clean", name):
+        out, _ = store.begin("clean", name, ORIGIN)
         for path, text in (files or {"documents.txt": "hello"}).items():
             (out / path).parent.mkdir(parents=True, exist_ok=True)
             (out / path).write_text(text)
@@ -62,8 +64,8 @@ def test_a_sealed_artifact_is_found_again_and_verifies(tmp_path):
 
 def test_an_unfinished_artifact_is_no_artifact(tmp_path):
     store = Store(tmp_path)
-    with store.building("clean", "f00d") as out:
-        (out / "documents.txt").write_text("half")
+    out, _ = store.begin("clean", "f00d", ORIGIN)
+    (out / "documents.txt").write_text("half")
     assert store.get("clean", "f00d") is None
     assert store.artifacts() == []
     assert store.unfinished() == [out]
@@ -71,12 +73,41 @@ def test_an_unfinished_artifact_is_no_artifact(tmp_path):
 
 def test_torn_files_of_a_killed_run_are_removed_and_whole_ones_kept(tmp_path):
     store = Store(tmp_path)
-    with store.building("clean", "f00d") as out:
-        (out / "rejected").mkdir()
-        (out / "rejected" / ".a.parquet.tmp").write_text("torn")
-        (out / "a.parquet").write_text("whole")
-    with store.building("clean", "f00d") as out:
-        assert [path.name for path in out.rglob("*") if path.is_file()] == ["a.parquet"]
+    out, begun = store.begin("clean", "f00d", ORIGIN)
+    assert not begun
+    (out / "rejected").mkdir()
+    (out / "rejected" / ".a.parquet.tmp").write_text("torn")
+    (out / "a.parquet").write_text("whole")
+    out, begun = store.begin("clean", "f00d", ORIGIN)
+    assert begun
+    assert [path.name for path in out.rglob("*.parquet*") if path.is_file()] == ["a.parquet"]
+
+
+def test_what_was_begun_from_other_bytes_is_not_gone_on_with(tmp_path):
+    store = Store(tmp_path)
+    out, _ = store.begin("clean", "f00d", {"inputs": {"download": "one"}})
+    (out / "a.parquet").write_text("made from one")
+    out, begun = store.begin("clean", "f00d", {"inputs": {"download": "two"}})
+    assert not begun
+    assert not (out / "a.parquet").exists()
+
+
+def test_scratch_is_dropped_when_all_else_is_sealed(tmp_path):
+    artifact = build(Store(tmp_path), files={"a.txt": "one", "scratch/b/c.txt": "two"})
+    assert [entry["path"] for entry in artifact.manifest["files"]] == ["a.txt"]
+    assert not (artifact.path / "scratch").exists()
+    assert Store(tmp_path).verify(artifact) == []
+
+
+def test_a_damaged_manifest_is_told_and_the_others_are_still_listed(tmp_path):
+    store = Store(tmp_path)
+    build(store, "f00d")
+    damaged = build(store, "beef").path / "manifest.json"
+    damaged.chmod(0o644)
+    damaged.write_text("{")
+    assert [artifact.fingerprint for artifact in store.artifacts()] == ["f00d"]
+    with pytest.raises(Damaged, match="remove that folder"):
+        store.get("clean", "beef")
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "add", "manifest"])

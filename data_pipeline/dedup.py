@@ -12,17 +12,25 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path, human_bytes
-from data_pipeline.documents import byte_lengths, excerpt, read_shard, shard_paths, table, write_shard
+from data_pipeline.documents import (
+    byte_lengths,
+    excerpt,
+    read_shard,
+    save_array,
+    shard_paths,
+    table,
+    write_shard,
+)
 from data_pipeline.minhash import band_hashes, has_words, shingle_sets, signatures
 from data_pipeline.neighbours import NONE, buckets, choose
 
@@ -38,28 +46,22 @@ class DedupConfig(StageConfig):
 
     ngram: int = Field(default=5, ge=1)
     """Words in a shingle."""
-    permutations: int = Field(default=112, ge=1)
-    """Entries of a signature."""
-    bands: int = Field(default=14, ge=1)
-    rows: int = Field(default=8, ge=1)
-    """Entries of the signature in a band."""
+    bands: int = Field(default=18, ge=1)
+    rows: int = Field(default=7, ge=1)
+    """Entries of the signature in a band: more rows find fewer pairs, more bands find more."""
     threshold: float = Field(default=0.8, gt=0, le=1)
     """Jaccard similarity from which on two documents are near-duplicates."""
     prefer: Literal["longest", "first"] = "longest"
     """Which duplicate is kept: the longest (in bytes, then by id), or the first by id."""
     max_comparisons: int = Field(default=1000, ge=1)
     """Documents of a bucket that one is compared with, at most: bounds the work on degenerate buckets."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=1 << 64)
     runtime: Runtime = Runtime()
 
-    @model_validator(mode="after")
-    def _signature_long_enough(self) -> Self:
-        if self.bands * self.rows > self.permutations:
-            raise ValueError(
-                f"{self.bands} bands of {self.rows} rows need {self.bands * self.rows} permutations, "
-                f"more than permutations = {self.permutations}"
-            )
-        return self
+    @property
+    def permutations(self) -> int:
+        """Entries of a signature: bands * rows."""
+        return self.bands * self.rows
 
     def chance(self, similarity: float) -> float:
         """Probability that LSH finds a pair of this similarity: 1 - (1 - s^rows)^bands."""
@@ -271,11 +273,6 @@ def first_equal(digests: pa.ChunkedArray, preferred: NDArray[np.int64]) -> NDArr
     original = np.empty(len(preferred), np.int64)
     original[preferred] = preferred[first[group]]
     return original
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def shingle_shard(config: DedupConfig, scratch: Path, shard: Path) -> None:

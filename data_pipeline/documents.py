@@ -7,6 +7,7 @@ a shard; the bytes written depend on the rows alone, not on how they were handed
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -41,8 +42,9 @@ class ShardWriter:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self.rows = 0
         self._schema = schema
-        self._waiting: list[pa.RecordBatch] = []
+        self._batches: list[pa.RecordBatch] = []
         self._columns: Rows = {name: [] for name in schema.names}
+        self._waiting = 0
         self._characters = 0
         self._parquet = pq.ParquetWriter(path, schema, compression="zstd", write_page_checksum=True)
 
@@ -51,26 +53,45 @@ class ShardWriter:
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
             self._characters += len(value)
-        self.rows += 1
-        if self._characters >= ROW_GROUP_CHARACTERS or len(self._columns["id"]) >= ROW_GROUP_ROWS:
-            self.flush()
+        self._waiting += 1
+        self._write_if_full()
 
     def add_batch(self, batch: pa.RecordBatch) -> None:
-        """Append the rows of ``batch``, which is written as a row group of its own unless it is empty."""
-        self.flush()
-        if batch.num_rows:
-            self._parquet.write_batch(batch)
-            self.rows += batch.num_rows
+        """Append the rows of ``batch``, as if one by one."""
+        self._collect()
+        sizes = sum(pc.utf8_length(column).to_numpy(zero_copy_only=False) for column in batch.columns)
+        total = np.cumsum(sizes, dtype=np.int64)
+        start = before = 0
+        while start < batch.num_rows:
+            reaches = int(np.searchsorted(total, before + ROW_GROUP_CHARACTERS - self._characters)) + 1
+            end = min(reaches, start + ROW_GROUP_ROWS - self._waiting, batch.num_rows)
+            self._batches.append(batch.slice(start, end - start))
+            self._waiting += end - start
+            self._characters += int(total[end - 1]) - before
+            start, before = end, int(total[end - 1])
+            self._write_if_full()
 
-    def flush(self) -> None:
-        """Write what is waiting as a row group."""
+    def _collect(self) -> None:
+        """Make a batch of the rows that were added one by one."""
         if self._columns["id"]:
-            self._parquet.write_batch(pa.RecordBatch.from_pydict(self._columns, self._schema))
+            self._batches.append(pa.RecordBatch.from_pydict(self._columns, self._schema))
             self._columns = {name: [] for name in self._schema.names}
-            self._characters = 0
+
+    def _write_if_full(self) -> None:
+        if self._characters >= ROW_GROUP_CHARACTERS or self._waiting >= ROW_GROUP_ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        """Write what is waiting as a row group."""
+        self._collect()
+        if self._batches:
+            self._parquet.write_table(pa.Table.from_batches(self._batches, self._schema).combine_chunks())
+        self.rows += self._waiting
+        self._batches = []
+        self._waiting = self._characters = 0
 
     def close(self) -> None:
-        self.flush()
+        self._write()
         self._parquet.close()
 
 
@@ -141,6 +162,17 @@ def hash_ids(ids: Iterable[str], salt: str) -> NDArray[np.uint64]:
     seed = blake2b(salt.encode(), digest_size=16).digest()
     digests = b"".join(blake2b(one.encode(), digest_size=8, key=seed).digest() for one in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as ``.npy``."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

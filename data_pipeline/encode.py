@@ -31,13 +31,13 @@ def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> 
     """The encoder of the tokenizer in ``folder``; no text yields a special token.
 
     Raises:
-        Unsupported: `gigatoken` doesn't know a part of this tokenizer.
+        Unsupported: `gigatoken` doesn't know a part of this tokenizer. The encoder raises it where it fails.
     """
     return with_gigatoken(folder, parallel) if name == "gigatoken" else with_tokenizers(folder)
 
 
 class Unsupported(Exception):
-    """A tokenizer that `gigatoken` can't use."""
+    """A tokenizer or text that `gigatoken` can't use."""
 
 
 def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
@@ -51,7 +51,12 @@ def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
     def encode(texts: pa.Array) -> Encoded:
         if not len(texts):
             return empty()
-        layout = awkward.to_layout(tokenizer.encode_batch(in_place(texts), parallel=parallel))
+        try:
+            layout = awkward.to_layout(tokenizer.encode_batch(in_place(texts), parallel=parallel))
+        except (KeyboardInterrupt, SystemExit, MemoryError):
+            raise
+        except BaseException as error:  # a panic of its Rust code is no Exception
+            raise Unsupported(f"gigatoken failed: {first_line(error)}") from error
         offsets = np.asarray(layout.offsets.data).astype(np.int64)
         return offsets - offsets[0], np.asarray(layout.content.data)[offsets[0] : offsets[-1]]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Annotated
 
 from pydantic import Field
 
@@ -25,34 +26,39 @@ ELLIPSES = ("...", "…")
 HAS_LETTER = re.compile(r"[^\W\d_]")
 PARAGRAPHS = re.compile(r"\n[^\S\n]*\n\s*")
 
+Count = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
 
 class GopherRules(Config):
     """Thresholds; a document beyond one is dropped for the reason that bears the field's name."""
 
-    min_words: int | None = 50
-    max_words: int | None = 100_000
-    min_mean_word_length: float | None = 3
+    min_words: Count | None = 50
+    max_words: Count | None = 100_000
+    min_mean_word_length: Ratio | None = 3
     """Characters."""
-    max_mean_word_length: float | None = 10
-    max_symbols_per_word: float | None = 0.1
+    max_mean_word_length: Ratio | None = 10
+    max_symbols_per_word: Ratio | None = 0.1
     """For hash signs and for ellipses, each on its own."""
-    max_bullet_lines: float | None = 0.9
+    max_bullet_lines: Fraction | None = 0.9
     """Fraction of lines that begin with a bullet."""
-    max_ellipsis_lines: float | None = 0.3
+    max_ellipsis_lines: Fraction | None = 0.3
     """Fraction of lines that end with an ellipsis."""
-    min_alphabetic_words: float | None = 0.8
+    min_alphabetic_words: Fraction | None = 0.8
     """Fraction of words that hold a letter."""
-    min_stop_words: int | None = 2
+    min_stop_words: Count | None = 2
     """How many different ones of the, be, to, of, and, that, have, with must occur."""
-    max_duplicate_lines: float | None = 0.3
+    max_duplicate_lines: Fraction | None = 0.3
     """Fraction of lines that repeat an earlier one."""
-    max_duplicate_paragraphs: float | None = 0.3
-    max_duplicate_line_characters: float | None = 0.2
+    max_duplicate_paragraphs: Fraction | None = 0.3
+    max_duplicate_line_characters: Fraction | None = 0.2
     """Fraction of the characters that stand in repeated lines."""
-    max_duplicate_paragraph_characters: float | None = 0.2
-    max_top_ngram_characters: dict[int, float] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
+    max_duplicate_paragraph_characters: Fraction | None = 0.2
+    max_top_ngram_characters: dict[Width, Fraction] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
     """By n: fraction of the words' characters that the most frequent n-gram covers."""
-    max_duplicate_ngram_characters: dict[int, float] | None = Field(
+    max_duplicate_ngram_characters: dict[Width, Fraction] | None = Field(
         default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     )
     """By n: fraction of the words' characters that stand in n-grams which occur more than once."""

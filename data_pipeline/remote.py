@@ -11,7 +11,8 @@ from pathlib import Path, PurePath
 import httpx
 
 from data_pipeline.context import Unresolved, UserError
-from data_pipeline.sources import HttpSource, Listed, file_sha256, url_name
+from data_pipeline.documents import file_sha256
+from data_pipeline.sources import HttpSource, Listed, url_name
 
 ATTEMPTS = 5
 """Consecutive attempts that bring nothing new, before a transfer is given up."""

@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from data_pipeline.context import Config, UserError
+from data_pipeline.documents import file_sha256
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -245,11 +246,6 @@ def pin(files: Iterable[tuple[str, Path]], max_bytes: int | None = None) -> tupl
         chosen.append((printable(name), path))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
         return tuple(pool.map(lambda item: pin_file(*item), chosen))
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def printable(name: str) -> str:

@@ -42,6 +42,13 @@ HASHES = 1 << 64
 TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY = b"llmill.tokenizer_sha256", b"llmill.tokens", b"llmill.vocab_size"
 
 
+class TokenizeRuntime(Runtime):
+    """How documents are encoded."""
+
+    check_documents: int = Field(default=256, gt=0)
+    """Documents whose ids from `gigatoken` are compared with those from `tokenizers`."""
+
+
 class TokenizeConfig(StageConfig):
     """How documents are split and laid out in token shards."""
 
@@ -49,11 +56,9 @@ class TokenizeConfig(StageConfig):
     """Fraction of the documents (by hash of their id) that is held out."""
     shard_tokens: int = Field(default=1 << 26, gt=0)
     """Tokens in a shard, about."""
-    check_documents: int = Field(default=256, gt=0)
-    """Documents whose ids from `gigatoken` are compared with those from `tokenizers`."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     """Decides split, order and which documents are compared."""
-    runtime: Runtime = Runtime()
+    runtime: TokenizeRuntime = TokenizeRuntime()
 
 
 @dataclass(frozen=True)
@@ -101,10 +106,10 @@ def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, cont
 
 
 def last_checked(shards: Sequence[Path], config: TokenizeConfig) -> int:
-    """The hash up to which ``check_documents`` lie, of all documents, whatever shard they are in."""
+    """The hash up to which ``runtime.check_documents`` lie, of all documents, whatever shard they are in."""
     ids = (batch.column("id").to_pylist() for shard in shards for batch in read_shard(shard, ("id",)))
     keys = [hash_ids(part, f"check-{config.seed}") for part in ids]
-    smallest = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))[: config.check_documents]
+    smallest = np.sort(np.concatenate([np.zeros(0, np.uint64), *keys]))[: config.runtime.check_documents]
     return int(smallest[-1]) if len(smallest) else 0
 
 

@@ -5,14 +5,14 @@ There is no normaliser and every byte is in the alphabet, so decoding gives back
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,11 +26,22 @@ from data_pipeline.context import (
     atomic_path,
     human_bytes,
 )
-from data_pipeline.documents import byte_lengths, hash_ids, once, read_shard, shard_paths, table
+from data_pipeline.documents import (
+    byte_lengths,
+    file_sha256,
+    hash_ids,
+    read_shard,
+    save_array,
+    shard_paths,
+    table,
+    write_shard,
+)
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 """Entries that every byte-level vocabulary begins with."""
+
+SAMPLE = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -48,7 +59,7 @@ class TokenizerConfig(StageConfig):
     """Special tokens without a meaning yet (``<|reserved_0|>``, ...), for later fine-tuning."""
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Text to learn from: documents are drawn by hash of their id until this is reached."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     runtime: Runtime = Runtime()
 
     @property
@@ -102,39 +113,63 @@ def draw_sample(
 ) -> list[str]:
     """Texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
 
-    So the sample depends on the documents and the seed, never on how they lie in shards.
+    So the sample depends on the documents and the seed, never on how they lie in shards. Held in memory are the
+    sample, which is ``sample_bytes`` and at most one document more, and some 50 bytes for each document there is.
     """
     salt = f"tokenizer-sample-{config.seed}"
-    work = partial(measure, salt, scratch)
-    measured = context.map(work, shards, names=[f"measure {path.stem}" for path in shards])
-    keys = np.concatenate([np.array(one["keys"], np.uint64) for one in measured])
-    sizes = np.concatenate([np.array(one["bytes"], np.int64) for one in measured])
+    context.map(partial(measure, salt, scratch), shards, names=[f"measure {path.stem}" for path in shards])
+    measured = [np.load(measured_path(scratch, shard)) for shard in shards]
+    last = last_drawn(np.concatenate(measured, axis=1), config.sample_bytes)
+    drawn = [shard for shard, (keys, _) in zip(shards, measured, strict=True) if (keys <= last).any()]
+    del measured
+    work = partial(sample, salt, last, scratch)
+    context.map(work, drawn, names=[f"sample {path.stem}" for path in drawn])
+    rows: list[tuple[int, str, str]] = []
+    for shard in drawn:
+        for batch in read_shard(sample_path(scratch, shard)):
+            ids = batch.column("id").to_pylist()
+            rows += zip(hash_ids(ids, salt).tolist(), ids, batch.column("text").to_pylist(), strict=True)
+    rows.sort()
+    return [text for _, _, text in rows]
+
+
+def last_drawn(measured: NDArray[np.uint64], sample_bytes: int) -> int:
+    """The hash up to which documents make up ``sample_bytes``; ``measured`` holds hashes and bytes, shape (2, n)."""
+    keys, sizes = measured
     order = np.argsort(keys, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), config.sample_bytes))
-    last = keys[order[min(enough, len(order) - 1)]] if len(order) else np.uint64(0)
-    drawn = [one for shard in shards for one in documents_up_to(shard, salt, last)]
-    return [text for _, _, text in sorted(drawn)]
+    enough = int(np.searchsorted(np.cumsum(sizes[order]), np.uint64(sample_bytes)))
+    return int(keys[order[min(enough, len(order) - 1)]]) if len(order) else 0
 
 
-def measure(salt: str, scratch: Path, shard: Path) -> dict[str, Any]:
-    """Hash of the id and bytes of text of every document in a shard."""
-
-    def work() -> dict[str, Any]:
-        keys, sizes = [], []
-        for batch in read_shard(shard, ("id", "text")):
-            keys += hash_ids(batch.column("id").to_pylist(), salt).tolist()
-            sizes += byte_lengths(batch.column("text")).tolist()
-        return {"keys": keys, "bytes": sizes}
-
-    return once(scratch / f"{shard.stem}.json", work)
+def measured_path(scratch: Path, shard: Path) -> Path:
+    return scratch / f"{shard.stem}-measured.npy"
 
 
-def documents_up_to(shard: Path, salt: str, last: np.uint64) -> Iterator[tuple[int, str, str]]:
-    """(hash, id, text) of the documents whose hash is at most ``last``."""
+def sample_path(scratch: Path, shard: Path) -> Path:
+    return scratch / f"{shard.stem}-sample.parquet"
+
+
+def measure(salt: str, scratch: Path, shard: Path) -> None:
+    """Write the hash of the id and the bytes of text of every document in a shard, shape (2, documents)."""
+    path = measured_path(scratch, shard)
+    if path.exists():
+        return
+    parts = [np.zeros((2, 0), np.uint64)]
     for batch in read_shard(shard, ("id", "text")):
         keys = hash_ids(batch.column("id").to_pylist(), salt)
-        for row in np.flatnonzero(keys <= last):
-            yield int(keys[row]), batch.column("id")[row].as_py(), batch.column("text")[row].as_py()
+        parts.append(np.stack([keys, byte_lengths(batch.column("text")).astype(np.uint64)]))
+    save_array(path, np.concatenate(parts, axis=1))
+
+
+def sample(salt: str, last: int, scratch: Path, shard: Path) -> None:
+    """Copy a shard's documents whose hash is at most ``last``."""
+    path = sample_path(scratch, shard)
+    if path.exists():
+        return
+    with write_shard(path, SAMPLE) as writer:
+        for batch in read_shard(shard, SAMPLE.names):
+            drawn = hash_ids(batch.column("id").to_pylist(), salt) <= np.uint64(last)
+            writer.add_batch(batch.filter(pa.array(drawn)))
 
 
 def train(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
@@ -255,4 +290,4 @@ def token_bytes(folder: Path) -> NDArray[np.int32]:
 
 def sha256(folder: Path) -> str:
     """Hash of ``tokenizer.json``: token shards and models carry it, so that a mix-up is noticed."""
-    return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    return file_sha256(folder / "tokenizer.json")

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import tempfile
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import check_restarts, digests, prose, read_documents, write_documents
+from corpora import check_restarts, digests, prose, write_documents
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline import documents, encode
 from data_pipeline.context import LocalContext, UserError
-from data_pipeline.documents import read_shard, write_shard
+from data_pipeline.documents import SCHEMA, write_shard
 from data_pipeline.encode import append_to_each
 from data_pipeline.token_shards import (
     ROW_GROUP_TOKENS,
@@ -177,6 +179,22 @@ def test_where_gigatoken_differs_all_is_encoded_with_tokenizers_and_said(
         assert tokens == [*tokenizer.encode(TEXTS[id]).ids, 0]
 
 
+def test_where_gigatoken_fails_all_is_encoded_with_tokenizers_and_said(
+    inputs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        """As pyo3 raises it."""
+
+    def fail(texts: pa.Array) -> None:
+        raise Panic("index out of bounds")
+
+    monkeypatch.setattr(encode, "in_place", fail)
+    context = LocalContext()
+    tokenize(CONFIG, inputs, tmp_path / "out", context)
+    assert "gigatoken failed: index out of bounds" in context.notes[0]
+    assert tokens_by_id(tmp_path / "out") == tokens_by_id(shards)
+
+
 def test_tokens_above_sixteen_bits_are_stored_in_thirty_two(tmp_path: Path) -> None:
     """Random words support a vocabulary as large as there are of them, and more."""
     draw = random.Random(0)
@@ -258,9 +276,27 @@ def test_a_token_is_appended_to_each_document(documents: list[list[int]]) -> Non
     assert [tokens[start:end].tolist() for start, end in pairwise(longer)] == [[*one, 0] for one in documents]
 
 
-def test_row_groups_of_document_shards_do_not_depend_on_how_rows_were_handed_over(tmp_path: Path) -> None:
-    folder = write_documents(tmp_path, TEXTS, shards=1)
-    batches = list(read_shard(folder / "documents-00000.parquet"))
-    assert sum(batch.num_rows for batch in batches) == len(TEXTS)
-    assert read_documents(folder) == TEXTS
-    assert batches[0].schema.field("text").type == pa.string()
+@given(st.lists(st.integers(1, 40), max_size=8), st.integers(0, 8), st.integers(1, 2000), st.integers(1, 30))
+def test_the_bytes_of_a_document_shard_do_not_depend_on_how_rows_were_handed_over(
+    cuts: list[int], singly: int, characters: int, rows: int
+) -> None:
+    """Rows as batches of any sizes, some of them one by one, against all one by one."""
+    values = [[id, text[: len(id) * 30], id.split("/")[0], "{}"] for id, text in TEXTS.items()]
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(documents, "ROW_GROUP_CHARACTERS", characters)
+        patch.setattr(documents, "ROW_GROUP_ROWS", rows)
+        one, other = Path(folder, "one"), Path(folder, "other")
+        with write_shard(one) as writer:
+            for row in values:
+                writer.add(*row)
+        with write_shard(other) as writer:
+            ends = [min(len(values), end) for end in np.cumsum([0, *cuts])] + [len(values)]
+            for number, (start, end) in enumerate(pairwise(ends)):
+                if number == singly:
+                    for row in values[start:end]:
+                        writer.add(*row)
+                else:
+                    columns = zip(*values[start:end], strict=True) if end > start else [[]] * 4
+                    writer.add_batch(pa.record_batch([pa.array(c, pa.string()) for c in columns], SCHEMA))
+        assert one.read_bytes() == other.read_bytes()
+        assert pq.ParquetFile(one).num_row_groups > 1

@@ -1,7 +1,7 @@
 """Checkpoints in two phases: every rank writes into ``step-00000050.tmp``, all is synced to disk and rank 0 records
 each file's size and SHA-256, and only then is the folder renamed. So a folder with its final name is whole unless
 the disk failed, and that the checksums tell before anything is loaded. The newest whole one is what a start
-continues from; a torn one is passed over. There is no ``latest`` file that could be wrong.
+continues from; a torn one is removed. There is no ``latest`` file that could be wrong.
 """
 
 from __future__ import annotations
@@ -22,13 +22,24 @@ HISTORY = "history.json"
 
 
 @dataclass(frozen=True)
+class Setup:
+    """What decides the order of sums, and so the last bits of all that follows: a resume must keep it."""
+
+    ranks: int
+    zero_stage: int
+    micro_batch: int
+    precision: str
+    device: str
+    """"cpu" or "cuda"."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """What a complete checkpoint says of itself."""
 
     step: int
     """Optimizer steps taken."""
-    ranks: int
-    zero_stage: int
+    setup: Setup
     files: dict[str, list[Any]]
     """Path inside the folder -> [size, SHA-256]."""
 
@@ -61,36 +72,39 @@ def begin(root: Path, step: int, size: int = 0) -> Path:
     return folder
 
 
-def commit(folder: Path, *, step: int, ranks: int, zero_stage: int, history: Any) -> int:
+def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
     """Seal what all ranks wrote into ``folder`` (from `begin`), rename it, and return its size in bytes.
 
     Call on one rank, when all have written.
     """
-    (folder / HISTORY).write_text(json.dumps(history))
+    (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
     files = {str(path.relative_to(folder)): describe(path) for path in walk(folder)}
-    record = Checkpoint(step, ranks, zero_stage, files)
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1))
+    record = Checkpoint(step, setup, files)
+    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
     sync(folder / RECORD)
     sync(folder)
-    target = folder_of(folder.parent, step)
-    shutil.rmtree(target, ignore_errors=True)  # a torn one that a resume passed over
-    folder.rename(target)
+    folder.rename(folder_of(folder.parent, step))
     sync(folder.parent)
     return sum(size for size, _ in files.values())
 
 
 def complete(root: Path) -> list[Checkpoint]:
     """The checkpoints under ``root`` that have their record, newest first. Checksums are not read."""
-    names = (folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name))
-    found = [record for folder in names if (record := read_record(folder))]
-    return sorted(found, key=lambda checkpoint: checkpoint.step, reverse=True)
+    return [record for folder in committed(root) if (record := read_record(folder))]
+
+
+def committed(root: Path) -> list[Path]:
+    """The folders under ``root`` that have a checkpoint's final name, newest first."""
+    folders = [folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name)]
+    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
 
 
 def read_record(folder: Path) -> Checkpoint | None:
     """The record in ``folder``, or None where it is missing or torn."""
     try:
-        return Checkpoint(**json.loads((folder / RECORD).read_text()))
-    except (OSError, ValueError, TypeError):
+        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return Checkpoint(record["step"], Setup(**record["setup"]), record["files"])
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -106,35 +120,41 @@ def damage(root: Path, checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def newest_whole(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that passes its checksums, and what was passed over and why."""
-    passed_over: list[str] = []
-    for checkpoint in complete(root):
-        problem = damage(root, checkpoint)
+def recover(root: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that passes its checksums, and what was wrong with newer ones.
+
+    Those are removed: they are of no use, and `prune` would count them among the newest.
+    """
+    problems: list[str] = []
+    for folder in committed(root):
+        checkpoint = read_record(folder)
+        problem = damage(root, checkpoint) if checkpoint else f"{RECORD} is missing or torn"
         if problem is None:
-            return checkpoint, passed_over
-        passed_over.append(f"checkpoint of step {checkpoint.step}: {problem}")
-    return None, passed_over
+            return checkpoint, problems
+        problems.append(f"removed {folder.name}: {problem}")
+        shutil.rmtree(folder)
+    return None, problems
 
 
-def require_same_shape(checkpoint: Checkpoint, *, ranks: int, zero_stage: int) -> None:
-    """Refuse to go on with other ranks or another ZeRO stage than a checkpoint was made with.
+def require_same_setup(checkpoint: Checkpoint, setup: Setup) -> None:
+    """Refuse to go on otherwise than a checkpoint was made: the bytes of the result would depend on the accident.
 
     Raises:
-        UserError: they differ.
+        UserError: the setups differ.
     """
-    if (checkpoint.ranks, checkpoint.zero_stage) != (ranks, zero_stage):
+    made, now = asdict(checkpoint.setup), asdict(setup)
+    changed = [name for name in made if made[name] != now[name]]
+    if changed:
+        was, is_now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (made, now))
         raise UserError(
-            f"the checkpoint of step {checkpoint.step} was made with {checkpoint.ranks} rank(s) at ZeRO stage "
-            f"{checkpoint.zero_stage}, but pretrain.runtime asks for {ranks} at stage {zero_stage}:\n"
-            f"set runtime.ranks={checkpoint.ranks} and runtime.zero_stage={checkpoint.zero_stage} to go on, "
-            "or force pretrain to start again"
+            f"the checkpoint of step {checkpoint.step} was made with {was}, but pretrain would go on with {is_now}:\n"
+            f"run it with {was} again (pretrain.runtime), or force pretrain to start again"
         )
 
 
 def read_history(root: Path, checkpoint: Checkpoint) -> Any:
     """What `commit` was given as ``history``."""
-    return json.loads((folder_of(root, checkpoint.step) / HISTORY).read_text())
+    return json.loads((folder_of(root, checkpoint.step) / HISTORY).read_text(encoding="utf-8"))
 
 
 def prune(root: Path, keep: int) -> None:

@@ -25,7 +25,7 @@ class EventLog:
         for event in read_events(path):
             if event["event"] in ONCE:
                 self.written[event["event"]] = max(self.written[event["event"]], event["step"])
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - lives as long as the process
+        self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time (seconds since 1970), unless the file tells of its step already."""
@@ -47,5 +47,5 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     """The whole events of a file, in order; none where there is no file."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    lines = path.read_text(encoding="utf-8").split("\n")
     return [json.loads(line) for line in lines[:-1] if line]

@@ -250,7 +250,7 @@ def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Pa
     from safetensors.torch import save_file
 
     with atomic_path(folder / "model.json") as path:
-        path.write_text(model_config.model_dump_json(indent=2) + "\n")
+        path.write_text(model_config.model_dump_json(indent=2) + "\n", encoding="utf-8")
     with atomic_path(folder / "model.safetensors") as path:
         save_file(weights, path)
         path.chmod(0o644)  # safetensors makes it readable by its owner only
@@ -264,7 +264,7 @@ def load_model(folder: Path) -> Transformer:
     """
     from safetensors.torch import load_file
 
-    config = ModelConfig.model_validate_json((folder / "model.json").read_text())
+    config = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
     model = Transformer(config)
     weights = load_file(folder / "model.safetensors")
     if config.tie_embeddings:

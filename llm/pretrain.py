@@ -6,8 +6,6 @@ newest whole checkpoint and ends with the same bytes.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Self
@@ -16,7 +14,16 @@ import pyarrow.parquet as pq
 import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from data_pipeline.context import Config, Metrics, Runtime, StageConfig, StageContext, UserError, atomic_path
+from data_pipeline.context import (
+    Config,
+    Metrics,
+    Runtime,
+    StageConfig,
+    StageContext,
+    UserError,
+    atomic_path,
+    cores,
+)
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
@@ -99,7 +106,12 @@ class PretrainConfig(StageConfig):
         return self
 
     def resolve(self) -> Self:
-        """A copy with ``precision`` pinned to what this machine computes in."""
+        """A copy with ``precision`` pinned to what this machine computes in.
+
+        Raises:
+            UserError: more ranks than this machine has places for.
+        """
+        require_ranks(self.runtime.ranks)
         if self.precision != "auto":
             return self
         return self.model_copy(update={"precision": hardware_precision()[0]})
@@ -119,8 +131,7 @@ class PretrainConfig(StageConfig):
         """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device."""
         if self.runtime.micro_batch != "auto":
             return self.runtime.micro_batch
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        most = max(1, MICRO_BATCH_TOKENS[device] // self.model.context)
+        most = max(1, MICRO_BATCH_TOKENS[device_kind()] // self.model.context)
         return max(
             size for size in range(1, min(most, self.rank_windows) + 1) if self.rank_windows % size == 0
         )
@@ -151,12 +162,12 @@ class Job(Config):
 
     @property
     def scratch(self) -> Path:
-        """What is removed when training has ended."""
+        """What is needed while training lasts; whoever seals the artifact drops it."""
         return self.out / "scratch"
 
     @property
     def checkpoints(self) -> Path:
-        return self.out / "checkpoints"
+        return self.scratch / "checkpoints"
 
     @property
     def events(self) -> Path:
@@ -165,6 +176,23 @@ class Job(Config):
     def windows(self, split: str) -> batches.Windows:
         """The windows of split "train" or "val"."""
         return batches.Windows(self.scratch / f"{split}.bin", self.model.vocab_size, self.model.context)
+
+    @property
+    def setup(self) -> checkpoint.Setup:
+        """What a checkpoint of this job must have been made with, to be gone on from."""
+        runtime = self.config.runtime
+        return checkpoint.Setup(
+            ranks=runtime.ranks,
+            zero_stage=runtime.zero_stage,
+            micro_batch=self.config.micro_batch,
+            precision=self.config.precision,
+            device=device_kind(),
+        )
+
+
+def device_kind() -> Literal["cpu", "cuda"]:
+    """What ranks on this machine compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
@@ -184,7 +212,9 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     """The processor's features as Linux lists them; empty elsewhere."""
     if not cpuinfo.exists():
         return frozenset()
-    line = next((line for line in cpuinfo.read_text().splitlines() if line.startswith("flags")), "")
+    line = next(
+        (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ""
+    )
     return frozenset(line.partition(":")[2].split())
 
 
@@ -195,7 +225,7 @@ def require_ranks(ranks: int) -> None:
         UserError: more than its GPUs or, without any, its processor cores.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    places, kind = (gpus, "GPUs") if gpus else (len(os.sched_getaffinity(0)), "processor cores")
+    places, kind = (gpus, "GPUs") if gpus else (cores(), "processor cores")
     if ranks > places:
         raise UserError(
             f"pretrain.runtime.ranks is {ranks}, but this machine has {places} {kind}:\n"
@@ -209,19 +239,15 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet`` and ``report.md``.
 
     Raises:
-        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of other ranks.
+        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another setup.
     """
-    require_ranks(config.runtime.ranks)
-    if config.precision == "auto":
-        config = config.resolve()
+    config = config.resolve()
     context.note(f"precision {config.precision}: {precision_reason(config)}")
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
         job = prepare(config, inputs, out, context)
         path = job.scratch / "job.json"
-        path.write_text(job.model_dump_json(indent=1))
+        path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
         context.launch("llm.trainer", path, config.runtime.ranks, events=job.events, logs=out / "logs")
-    shutil.rmtree(out / "checkpoints", ignore_errors=True)
-    shutil.rmtree(out / "scratch", ignore_errors=True)
     return summarise(config, out)
 
 
@@ -240,8 +266,7 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     )
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
-    for made in checkpoint.complete(job.checkpoints)[:1]:
-        checkpoint.require_same_shape(made, ranks=config.runtime.ranks, zero_stage=config.runtime.zero_stage)
+    job = as_begun(job)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
         raise UserError(
@@ -255,6 +280,22 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     context.note(
         f"{config.steps:,} steps of {config.batch_tokens:,} tokens: {config.tokens / train.tokens:.2f} epochs"
     )
+    return job
+
+
+def as_begun(job: Job) -> Job:
+    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it has one.
+
+    Raises:
+        UserError: that checkpoint was made with another setup.
+    """
+    newest = next(iter(checkpoint.complete(job.checkpoints)), None)
+    if newest is None:
+        return job
+    if job.config.runtime.micro_batch == "auto":
+        runtime = job.config.runtime.model_copy(update={"micro_batch": newest.setup.micro_batch})
+        job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
+    checkpoint.require_same_setup(newest, job.setup)
     return job
 
 
@@ -274,7 +315,7 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
         "best_val_bits_per_byte": min(check["bits_per_byte"] for check in checks),
     }
     with atomic_path(out / "report.md") as path:
-        path.write_text(report(config, model.config, metrics, losses, checks))
+        path.write_text(report(config, model.config, metrics, losses, checks), encoding="utf-8")
     return metrics
 
 

@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.context import UserError, atomic_path, die_with
+from data_pipeline.context import UserError, atomic_path, die_with, has_ended
 from data_pipeline.tokenizer import token_bytes
 from llm import checkpoint
 from llm.batches import batch_windows, rank_share
@@ -40,8 +40,12 @@ LOCK_SECONDS = 60
 """How long to wait for the ranks of a killed run to be gone: they notice within a second."""
 
 
-CHECKPOINT_BYTES = 12
-"""Of a checkpoint for each parameter: its value and Adam's two moments, in fp32."""
+CHECKPOINT_BYTES = {0: 12, 1: 16, 2: 16, 3: 12}
+"""Of a checkpoint for each parameter, by ZeRO stage: its value and Adam's two moments, in fp32. At stages 1 and 2
+DeepSpeed saves the value twice: in the module, and in the optimizer's partitions."""
+
+DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
+"""What libraries say of a full disk that raise no OSError: safetensors, and torch's writer of archives."""
 
 
 class Trainer:
@@ -53,6 +57,7 @@ class Trainer:
         self.train, self.held_out = job.windows("train"), job.windows("val")
         model = Transformer(job.model, seed=self.config.seed)
         self.parameters = model.parameter_count()
+        self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
@@ -136,16 +141,13 @@ class Trainer:
         start = time.perf_counter()
         root = self.job.checkpoints
         if self.rank == 0:
-            checkpoint.begin(root, done, size=CHECKPOINT_BYTES * self.parameters)
+            checkpoint.begin(root, done, size=self.checkpoint_bytes)
         dist.barrier()
         folder = checkpoint.unfinished(root, done)
         self.engine.save(folder)
         dist.barrier()
         if self.rank == 0:
-            zero_stage = self.config.runtime.zero_stage
-            size = checkpoint.commit(
-                folder, step=done, ranks=self.ranks, zero_stage=zero_stage, history=self.history
-            )
+            size = checkpoint.commit(folder, step=done, setup=self.job.setup, history=self.history)
             checkpoint.prune(root, self.config.runtime.keep_checkpoints)
             self.tell("checkpoint", step=done, seconds=round(time.perf_counter() - start, 3), bytes=size)
         dist.barrier()
@@ -155,14 +157,14 @@ class Trainer:
         found: list[Any] = [None]
         root = self.job.checkpoints
         if self.rank == 0:
-            found[0], passed_over = checkpoint.newest_whole(root)
-            for message in passed_over:
+            found[0], problems = checkpoint.recover(root)
+            for message in problems:
                 self.tell("warning", message=message)
         dist.broadcast_object_list(found)
         newest: checkpoint.Checkpoint | None = found[0]
         if newest is None:
             return 0
-        checkpoint.require_same_shape(newest, ranks=self.ranks, zero_stage=self.config.runtime.zero_stage)
+        checkpoint.require_same_setup(newest, self.job.setup)
         self.engine.load(checkpoint.folder_of(root, newest.step))
         self.history = checkpoint.read_history(root, newest)
         self.tell("resume", step=newest.step)
@@ -243,7 +245,7 @@ def only_trainer(scratch: Path) -> Iterator[None]:
     Raises:
         RuntimeError: another job still held it after `LOCK_SECONDS`.
     """
-    with open(scratch / "trainer.lock", "w") as file:
+    with open(scratch / "trainer.lock", "w", encoding="utf-8") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
             try:
@@ -258,40 +260,45 @@ def only_trainer(scratch: Path) -> Iterator[None]:
 
 def report_failure(error: Exception, folder: Path) -> None:
     """Leave what went wrong where the launcher looks, unless another rank was first."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if no_room(error):
         error = UserError(f"the disk of {folder.parent} is full: make room and run again")
-    message = {"user": isinstance(error, UserError), "message": str(error)}
-    if not message["user"]:
-        message["message"] = f"{type(error).__name__}: {error}"
-        traceback.print_exception(error)
-    with suppress(FileExistsError), open(folder / "error.json", "x") as file:
+    elif isinstance(error, torch.OutOfMemoryError):
+        error = UserError("the GPU's memory does not hold a micro-batch: lower pretrain.runtime.micro_batch")
+    user = isinstance(error, UserError)
+    message = {"user": user, "message": str(error) if user else f"{type(error).__name__}: {error}"}
+    with suppress(OSError), open(folder / "error.json", "x", encoding="utf-8") as file:
         json.dump(message, file)
+    if not user:
+        traceback.print_exception(error)
 
 
-def orphaned() -> bool:
-    """Whether the process that had the ranks started is gone."""
-    try:
-        os.kill(int(os.environ.get("LLMILL_PARENT", os.getpid())), 0)
-    except ProcessLookupError:
-        return True
-    return False
+def no_room(error: Exception) -> bool:
+    """Whether an error says that the disk is full."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return any(words in str(error) for words in DISK_FULL)
 
 
 def main(path: Path) -> None:
     """Run one rank of the job in ``path``; exit code 1 when it fails."""
-    if "LLMILL_PARENT" in os.environ:
-        die_with(int(os.environ["LLMILL_PARENT"]))
-    job = Job.model_validate_json(path.read_text())
+    parent = int(os.environ.get("LLMILL_PARENT", os.getpid()))
+    if parent != os.getpid():
+        die_with(parent)
+    job = Job.model_validate_json(path.read_text(encoding="utf-8"))
     try:
         with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
             rank, ranks = start_ranks()
             Trainer(job, rank, ranks).run()
             dist.destroy_process_group()
     except Exception as error:
-        if not orphaned():  # else this rank fails because the others are gone, and a new job may be reading
-            report_failure(error, job.out / "logs")
-        # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
-        os._exit(1)
+        try:
+            if not has_ended(
+                parent
+            ):  # else we fail because the others are gone, and a new job may be reading
+                report_failure(error, job.out / "logs")
+        finally:
+            # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
+            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -1,33 +1,37 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_pipeline.context import UserError
 from llm import checkpoint
-from llm.checkpoint import Checkpoint
+from llm.checkpoint import Checkpoint, Setup
+
+SETUP = Setup(ranks=2, zero_stage=1, micro_batch=4, precision="bf16", device="cpu")
 
 
 def make(root: Path, step: int, text: str = "weights") -> Path:
     """A complete checkpoint of one file."""
     folder = checkpoint.begin(root, step)
     (folder / "rank0.pt").write_text(text)
-    checkpoint.commit(folder, step=step, ranks=2, zero_stage=1, history={"step": [step]})
+    checkpoint.commit(folder, step=step, setup=SETUP, history={"step": [step]})
     return checkpoint.folder_of(root, step)
 
 
 def test_the_newest_complete_checkpoint_is_found_and_its_history_read(tmp_path: Path) -> None:
     for step in (8, 90, 100_000_000):
         make(tmp_path, step)
-    newest, passed_over = checkpoint.newest_whole(tmp_path)
+    newest, problems = checkpoint.recover(tmp_path)
     assert newest is not None
-    assert (newest.step, passed_over) == (100_000_000, [])
+    assert (newest.step, newest.setup, problems) == (100_000_000, SETUP, [])
     assert checkpoint.read_history(tmp_path, newest) == {"step": [100_000_000]}
 
 
 def test_nothing_is_found_where_nothing_was_saved(tmp_path: Path) -> None:
-    assert checkpoint.newest_whole(tmp_path / "missing") == (None, [])
+    assert checkpoint.recover(tmp_path / "missing") == (None, [])
 
 
 def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
@@ -37,7 +41,7 @@ def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "record"])
-def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, harm: str) -> None:
+def test_a_torn_checkpoint_is_removed_and_the_one_before_taken(tmp_path: Path, harm: str) -> None:
     make(tmp_path, 4)
     torn = make(tmp_path, 8) / "rank0.pt"
     whole = torn.read_text()
@@ -49,19 +53,26 @@ def test_a_torn_checkpoint_is_passed_over_for_the_one_before(tmp_path: Path, har
         torn.unlink()
     else:
         (torn.parent / "checkpoint.json").write_text('{"step": 8, "ra')
-    newest, passed_over = checkpoint.newest_whole(tmp_path)
+    newest, problems = checkpoint.recover(tmp_path)
     assert newest is not None
     assert newest.step == 4
-    assert len(passed_over) == (0 if harm == "record" else 1)
-    assert all("step 8: rank0.pt is" in message for message in passed_over)
+    file = "checkpoint.json" if harm == "record" else "rank0.pt"
+    assert [problem.startswith(f"removed step-00000008: {file} is") for problem in problems] == [True]
+    make(tmp_path, 8, "again")
+    assert (checkpoint.folder_of(tmp_path, 8) / "rank0.pt").read_text() == "again"
 
 
-def test_a_torn_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_path: Path) -> None:
-    (make(tmp_path, 8, "old") / "rank0.pt").write_text("torn")
-    make(tmp_path, 8, "new")
-    newest, _ = checkpoint.newest_whole(tmp_path)
+@pytest.mark.parametrize("name", ["rank0.pt", "checkpoint.json"])
+def test_a_torn_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path, name: str) -> None:
+    make(tmp_path, 4)
+    (make(tmp_path, 8) / name).write_text("torn")
+    checkpoint.recover(tmp_path)
+    make(tmp_path, 6)
+    checkpoint.prune(tmp_path, keep=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000006"]
+    newest, _ = checkpoint.recover(tmp_path)
     assert newest is not None
-    assert (checkpoint.folder_of(tmp_path, 8) / "rank0.pt").read_text() == "new"
+    assert newest.step == 6
 
 
 def test_only_the_newest_are_kept(tmp_path: Path) -> None:
@@ -79,11 +90,19 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
         checkpoint.begin(tmp_path, 4, size=10**18)
 
 
-@pytest.mark.parametrize(("ranks", "stage"), [(1, 1), (2, 2), (4, 0)])
-def test_other_ranks_or_another_stage_are_refused_with_what_to_set(ranks: int, stage: int) -> None:
-    made = Checkpoint(step=8, ranks=2, zero_stage=1, files={})
-    checkpoint.require_same_shape(made, ranks=2, zero_stage=1)
-    with pytest.raises(
-        UserError, match=r"(?s)step 8 was made with 2 rank\(s\) at ZeRO stage 1.*runtime\.ranks=2"
-    ):
-        checkpoint.require_same_shape(made, ranks=ranks, zero_stage=stage)
+@pytest.mark.parametrize(
+    ("changed", "was", "is_now"),
+    [
+        ({"ranks": 1}, "ranks=2", "ranks=1"),
+        ({"ranks": 4, "zero_stage": 0}, "ranks=2, zero_stage=1", "ranks=4, zero_stage=0"),
+        ({"micro_batch": 8}, "micro_batch=4", "micro_batch=8"),
+        ({"device": "cuda"}, "device=cpu", "device=cuda"),
+    ],
+)
+def test_another_setup_is_refused_with_what_it_was(changed: dict[str, Any], was: str, is_now: str) -> None:
+    made = Checkpoint(step=8, setup=SETUP, files={})
+    checkpoint.require_same_setup(made, SETUP)
+    with pytest.raises(UserError) as refusal:
+        checkpoint.require_same_setup(made, replace(SETUP, **changed))
+    assert f"step 8 was made with {was}, but pretrain would go on with {is_now}:" in str(refusal.value)
+    assert f"run it with {was} again" in str(refusal.value)

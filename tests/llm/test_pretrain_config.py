@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from pydantic import ValidationError
 from data_pipeline.context import LocalContext, UserError
 from llm import checkpoint
 from llm import pretrain as module
-from llm.pretrain import PretrainConfig, hardware_precision, pretrain, require_ranks
+from llm.model import ModelConfig
+from llm.pretrain import Job, PretrainConfig, as_begun, hardware_precision, pretrain
 
 
 def config(**fields: Any) -> PretrainConfig:
@@ -98,10 +100,12 @@ def test_a_machine_that_lists_no_flags_computes_in_fp32(
     assert module.cpu_flags(tmp_path / "none") == frozenset()
 
 
-def test_more_ranks_than_the_machine_has_places_are_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
-    require_ranks(1)
-    many = config(batch_tokens=32 * 4096, runtime={"ranks": 4096})
-    message = refused(many, corpus, tmp_path)
+def test_more_ranks_than_the_machine_has_places_are_refused_when_planned() -> None:
+    config().resolve()
+    many = config(batch_tokens=32 * 4096, precision="fp32", runtime={"ranks": 4096})
+    with pytest.raises(UserError) as refusal:
+        many.resolve()
+    message = str(refusal.value)
     assert "pretrain.runtime.ranks is 4096, but this machine has" in message
     assert "set pretrain.runtime.ranks to at most" in message
 
@@ -122,9 +126,39 @@ def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Pat
     assert f"the held-out split has {held_out:,} tokens, less than one window" in message
 
 
+def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any) -> Job:
+    """What ``given`` is to do in ``out``, where a checkpoint of another setup may lie."""
+    model = ModelConfig(**given.model.model_dump(), vocab_size=500)
+    made = Job(config=given, model=model, tokenizer=corpus["train_tokenizer"], out=out)
+    if setup:
+        folder = checkpoint.begin(made.checkpoints, 4)
+        checkpoint.commit(folder, step=4, setup=replace(made.setup, **setup), history={})
+    return made
+
+
 def test_a_checkpoint_of_other_ranks_is_refused_before_anything_starts(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    folder = checkpoint.begin(tmp_path / "checkpoints", 4)
-    checkpoint.commit(folder, step=4, ranks=2, zero_stage=3, history={})
-    assert "made with 2 rank(s) at ZeRO stage 3" in refused(config(), corpus, tmp_path)
+    given = config(precision="fp32")
+    job(given, corpus, tmp_path, ranks=2, zero_stage=3)
+    assert "made with ranks=2, zero_stage=3" in refused(given, corpus, tmp_path)
+
+
+def test_an_automatic_micro_batch_is_that_of_the_checkpoint_and_a_given_one_must_be(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    automatic = job(config(precision="fp32"), corpus, tmp_path, micro_batch=2)
+    assert automatic.config.micro_batch != 2
+    assert as_begun(automatic).config.micro_batch == 2
+    given = job(config(precision="fp32", runtime={"micro_batch": 4}), corpus, tmp_path)
+    with pytest.raises(
+        UserError, match="made with micro_batch=2, but pretrain would go on with micro_batch=4"
+    ):
+        as_begun(given)
+
+
+def test_a_training_without_checkpoints_is_begun_as_the_recipe_says(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    given = job(config(), corpus, tmp_path)
+    assert as_begun(given) == given

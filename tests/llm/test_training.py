@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from llm.batches import permute
 from llm.events import read_events
 from llm.model import Transformer, load_model
 from llm.pretrain import PretrainConfig, pretrain
+from llm.trainer import CHECKPOINT_BYTES
 
 STEPS = 20
 PAYLOAD = {"losses.parquet", "validation.parquet", "model.json", "model.safetensors", "report.md"}
@@ -50,6 +50,11 @@ def recipe(**runtime: Any) -> PretrainConfig:
     )
 
 
+def tied(config: PretrainConfig) -> PretrainConfig:
+    """The same with one matrix for embeddings and head."""
+    return config.model_copy(update={"model": config.model.model_copy(update={"tie_embeddings": True})})
+
+
 Runs = dict[str, Path]
 
 
@@ -57,9 +62,18 @@ CONFIGS = {
     "1 rank": recipe(),
     "2 ranks, ZeRO 1": recipe(ranks=2, zero_stage=1, micro_batch=12),
     "2 ranks, ZeRO 2": recipe(ranks=2, zero_stage=2, micro_batch=4),
-    "2 ranks, ZeRO 3": recipe(ranks=2, zero_stage=3),
+    "1 rank, tied": tied(recipe()),
+    "2 ranks, ZeRO 3, tied": tied(recipe(ranks=2, zero_stage=3)),
     "2 ranks, bf16": recipe(ranks=2).model_copy(update={"precision": "bf16"}),
 }
+
+
+SPREAD = [
+    ("1 rank", "2 ranks, ZeRO 1"),
+    ("1 rank", "2 ranks, ZeRO 2"),
+    ("1 rank, tied", "2 ranks, ZeRO 3, tied"),
+]
+"""A training on one rank, and the same one spread over two."""
 
 
 @pytest.fixture(scope="module")
@@ -83,30 +97,24 @@ def checksums(run: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_zero_stages_and_accumulation_do_not_change_the_losses(runs: Runs, stage: int) -> None:
-    alone, spread = losses(runs["1 rank"]), losses(runs[f"2 ranks, ZeRO {stage}"])
+@pytest.mark.parametrize(("one", "two"), SPREAD)
+def test_ranks_zero_stages_and_accumulation_do_not_change_the_losses(runs: Runs, one: str, two: str) -> None:
+    alone, spread = losses(runs[one]), losses(runs[two])
     assert len(alone) == len(spread) == STEPS
     assert spread == pytest.approx(alone, rel=1e-5)
     assert alone[-1] < alone[0] - 0.5  # else the losses would agree for not having learnt
     for column in ("grad_norm", "lr", "tokens"):
-        tables = [
-            pq.read_table(runs[name] / "losses.parquet")[column]
-            for name in ("1 rank", f"2 ranks, ZeRO {stage}")
-        ]
+        tables = [pq.read_table(runs[name] / "losses.parquet")[column] for name in (one, two)]
         assert tables[1].to_pylist() == pytest.approx(tables[0].to_pylist(), rel=1e-3)
-    bits = [
-        pq.read_table(runs[name] / "validation.parquet")["bits_per_byte"]
-        for name in ("1 rank", f"2 ranks, ZeRO {stage}")
-    ]
+    bits = [pq.read_table(runs[name] / "validation.parquet")["bits_per_byte"] for name in (one, two)]
     assert bits[1].to_pylist() == pytest.approx(bits[0].to_pylist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_ranks_zero_stages_and_accumulation_do_not_change_the_model(runs: Runs, stage: int) -> None:
-    alone = load_file(runs["1 rank"] / "model.safetensors")
-    spread = load_file(runs[f"2 ranks, ZeRO {stage}"] / "model.safetensors")
+@pytest.mark.parametrize(("one", "two"), SPREAD)
+def test_ranks_zero_stages_and_accumulation_do_not_change_the_model(runs: Runs, one: str, two: str) -> None:
+    alone, spread = (load_file(runs[name] / "model.safetensors") for name in (one, two))
     assert alone.keys() == spread.keys()
+    assert ("lm_head.weight" in spread) == ("tied" not in two)
     for name, weight in alone.items():
         assert weight.dtype == torch.float32
         torch.testing.assert_close(spread[name], weight, atol=2e-4, rtol=1e-3)
@@ -120,9 +128,9 @@ def test_bf16_gives_nearly_the_same_losses_and_fp32_weights(runs: Runs) -> None:
     assert {weight.dtype for weight in weights.values()} == {torch.float32}
 
 
-def test_the_artifact_is_complete_and_nothing_else_is_left(runs: Runs) -> None:
+def test_the_artifact_is_complete_and_all_else_lies_in_logs_and_scratch(runs: Runs) -> None:
     for run in runs.values():
-        assert {path.name for path in run.iterdir()} == PAYLOAD | {"logs"}
+        assert {path.name for path in run.iterdir()} == PAYLOAD | {"logs", "scratch"}
 
 
 def test_the_first_loss_is_that_of_the_untrained_model_on_the_first_batch(
@@ -199,20 +207,21 @@ def start_and_kill(
 
 @pytest.mark.parametrize(
     ("name", "whole_tree"),
-    [("1 rank", True), ("2 ranks, ZeRO 3", False)],
+    [("1 rank", True), ("2 ranks, ZeRO 3, tied", False)],
     ids=["whole-tree", "orphaned-ranks"],
 )
 def test_a_killed_training_goes_on_bit_for_bit(
     runs: Runs, corpus: dict[str, Path], tmp_path: Path, name: str, whole_tree: bool
 ) -> None:
     config = CONFIGS[name]
-    start_and_kill(config, corpus, tmp_path, after_step=random.randint(9, 14), whole_tree=whole_tree)
+    start_and_kill(config, corpus, tmp_path, after_step=10, whole_tree=whole_tree)
     assert not (tmp_path / "model.safetensors").exists()
-    newest = checkpoint.complete(tmp_path / "checkpoints")[0]
+    root = tmp_path / "scratch" / "checkpoints"
+    newest = checkpoint.complete(root)[0]
     events = tmp_path / "logs" / "events.jsonl"
     if whole_tree:  # and the accident tore the newest checkpoint and the line being written
         largest = max(newest.files, key=lambda file: newest.files[file][0])
-        with open(checkpoint.folder_of(tmp_path / "checkpoints", newest.step) / largest, "r+b") as file:
+        with open(checkpoint.folder_of(root, newest.step) / largest, "r+b") as file:
             file.truncate(newest.files[largest][0] // 2)
         events.write_bytes(events.read_bytes() + b'{"event": "st')
     context = LocalContext(launcher=launch.local)
@@ -249,3 +258,11 @@ def test_a_loss_that_is_not_finite_ends_with_one_clear_line(corpus: dict[str, Pa
     config = recipe().model_copy(update={"lr": 1e30})
     with pytest.raises(UserError, match=r"the loss of step \d+ is .*diverged; lower pretrain\.lr"):
         pretrain(config, corpus, tmp_path, LocalContext(launcher=launch.local))
+
+
+def test_a_checkpoint_is_about_as_large_as_the_room_that_is_asked_for(runs: Runs) -> None:
+    for name, run in runs.items():
+        asked = CHECKPOINT_BYTES[CONFIGS[name].runtime.zero_stage] * load_model(run).parameter_count()
+        events = read_events(run / "logs" / "events.jsonl")
+        made = [event["bytes"] for event in events if event["event"] == "checkpoint"]
+        assert made == pytest.approx([asked] * 4, rel=0.1), name

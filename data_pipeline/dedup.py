@@ -72,8 +72,8 @@ def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: S
     """Copy ``inputs["clean"]`` shard by shard without duplicates; ``removed.parquet`` says what each one repeats.
 
     Workers hold a row group of texts and one shard's shingles. The process that calls this holds, for each
-    document, 8 bytes a band and about 100 more (hash, length, order; ids stay on disk), and for each document that
-    shares a bucket with another a further 16 bytes a band and 8 bytes a shingle, which is about one a word.
+    document, 8 bytes a band and at the peak some 200 more (hash, length, order, sorting; ids stay on disk), and for
+    each document that shares a bucket with another 16 more bytes a band and 8 a shingle, which is about one a word.
     """
     shards = shard_paths(inputs["clean"])
     names = [path.stem for path in shards]

@@ -224,13 +224,31 @@ def read_parquet(stream: BinaryIO, text_field: str) -> Iterator[Record]:
             return
         row = 0
         for batch in file.iter_batches(batch_size=1024, columns=[text_field], use_threads=False):
-            yield from rows(batch.column(0).to_pylist(), row, text_field)
+            yield from rows(values_of(batch.column(0)), row, text_field)
             row += batch.num_rows
+
+
+def values_of(column: pa.Array) -> list[object]:
+    """A column's values as Python's; a string that isn't UTF-8, which Arrow doesn't check, as the error it gives."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [value_of(scalar) for scalar in column]
+
+
+def value_of(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
 
 
 def rows(values: Iterable[object], first: int, text_field: str) -> Iterator[Record]:
     for row, value in enumerate(values, first):
         if isinstance(value, str):
             yield whole(row, value)
+        elif isinstance(value, UnicodeDecodeError):
+            byte = value.object[value.start]
+            yield Rejected(row, "not_utf8", f"byte 0x{byte:02x} at offset {value.start} of the text")
         else:
             yield Rejected(row, "field_not_text", f"{text_field!r} holds {type(value).__name__}")

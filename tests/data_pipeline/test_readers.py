@@ -164,6 +164,16 @@ def test_a_parquet_file_without_the_column_is_rejected_and_names_its_columns(tmp
     assert "'text'" in fault.detail
 
 
+def test_a_parquet_row_that_is_not_utf8_is_rejected_alone(tmp_path: Path) -> None:
+    bad = pa.array([b"before", b"caf\xe9", b"after"]).view(pa.string())
+    pq.write_table(pa.table({"text": bad}), tmp_path / "file.parquet")
+    assert list(read_file(tmp_path / "file.parquet", "text")) == [
+        Text(0, "before"),
+        Rejected(1, "not_utf8", "byte 0xe9 at offset 3 of the text"),
+        Text(2, "after"),
+    ]
+
+
 @given(st.text(alphabet="ab\n \r\t.", max_size=400), st.integers(1, 60), st.integers(1, 50))
 def test_the_parts_of_a_split_text_add_up_to_it_are_long_enough_and_do_not_depend_on_blocks(
     text: str, characters: int, block: int

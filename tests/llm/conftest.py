@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.context import LocalContext
 from data_pipeline.documents import write_shard
@@ -15,6 +16,12 @@ from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
 from llm.model import ModelConfig, Transformer, save_model
 
 VOCAB_SIZE = 500  # not a multiple of 64, so that padding is exercised
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random tokens in each run of a test, and whichever tests run before it."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

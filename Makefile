@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "llmill needs Python 3.11 or newer; this is `$(PYTHON) --version`. Try: make setup PYTHON=python3.12"; exit 1; }
 	@echo "installing into .venv (a few minutes, once)"
 	@$(PYTHON) -m venv .venv
-	@$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@PIP_CONSTRAINT=constraints.txt $(BIN)/pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
 run: setup  ## Run the quickstart recipe: text to an exported language model

@@ -10,6 +10,16 @@ from flows.recipe import load_recipe
 from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
+GOLDEN = {
+    "download": "a2e084e4fdd3051a",
+    "clean": "bcd0113fce4b4c45",
+    "dedup": "7d0a0e3014ef2758",
+    "train_tokenizer": "6ad9f83562700ea5",
+    "tokenize": "bb16dcf0f5a188b5",
+    "pretrain": "bfa1ccc9f660cc70",
+    "evaluate": "93ef9f02675494b0",
+    "export": "8b71aeb4e4a333cd",
+}
 
 
 def test_a_hub_out_of_reach_leaves_the_rest_of_the_plan_standing(tmp_path, monkeypatch):
@@ -42,3 +52,16 @@ def test_a_selection_that_makes_no_sense_is_refused():
         Selection(start="clean", only="dedup")
     with pytest.raises(UserError, match="no such stage"):
         Selection(force="cleam")
+
+
+def test_the_artifacts_of_an_unchanged_recipe_keep_their_names(tmp_path):
+    """A change here orphans what people have sealed: if the output differs too, bump the stage's version."""
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    path = tmp_path / "golden.yaml"
+    path.write_text(f"""
+name: golden
+download: {{sources: [{{name: a, kind: local, path: {tmp_path / "a.txt"}}}]}}
+pretrain: {{tokens: 1024, batch_tokens: 1024, precision: fp32}}
+""")
+    steps = make_plan(load_recipe(path), Store(tmp_path / "home"))
+    assert {step.stage.name: step.fingerprint for step in steps} == GOLDEN

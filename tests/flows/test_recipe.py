@@ -57,7 +57,9 @@ def test_an_override_may_switch_a_rule_off(recipe):
         ("clean.min_charz=3", ["--set clean.min_charz=3", "no such key; did you mean min_chars?"]),
         ("clean.min_chars=many", ["--set clean.min_chars=many", "valid integer", "'many'"]),
         ("clean.min_chars=-1", ["greater than or equal to 1", "-1"]),
-        ("dedup.bands=100", ["small.yaml:1", "need 800 permutations"]),
+        ("dedup.bands=0", ["greater than or equal to 1"]),
+        ("runtime.workers=many", ["--set runtime.workers=many: runtime.workers", "'auto'", "valid integer"]),
+        ("pretrain.weight_decay=.inf", ["finite number"]),
         ("clean.min_chars", ["write it as stage.field=value"]),
         ("cleam.min_chars=3", ["did you mean clean?"]),
         ("download.sources.7.path=x", ["7 is not a position in a list of 2"]),
@@ -81,12 +83,24 @@ def test_a_wrong_override_is_told_in_one_line(recipe, wrong, told):
         (RECIPE.replace("kind: installed-python", "kind: gopher"), "small.yaml:5: download.sources.1"),
         (RECIPE.replace("tokens: 1000", "toks: 1000"), "small.yaml:9: pretrain.toks"),
         ("name: [", "not valid YAML"),
+        (RECIPE + "clean: {}\n", "small.yaml:10: clean is there twice"),
+        (RECIPE.replace("small", "2026-13-45"), "not valid YAML"),
         ("- a\n- b", "a recipe is a mapping"),
     ],
 )
 def test_a_wrong_recipe_is_told_with_file_line_and_key(recipe, text, told):
     recipe.write_text(text)
     assert told in mistake(recipe)
+
+
+def test_a_password_in_a_mistake_is_not_repeated(recipe):
+    recipe.write_text(
+        RECIPE.replace(
+            "kind: installed-python", "kind: http\n      urls: ['https://me:hunter2@example.org/a.txt']"
+        )
+    )
+    assert "hunter2" not in mistake(recipe)
+    assert "example.org" in mistake(recipe)
 
 
 def test_a_missing_recipe_names_those_there_are(tmp_path):

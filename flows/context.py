@@ -38,6 +38,8 @@ class PrefectContext:
         self._progress_artifact: Any = None
         self._progress_shown = time.monotonic()
         self._shown_events = 0
+        self._total_steps = 0
+        self._validated = ""
         self._stopped = False
         self._followed = 0.0
 

@@ -1,9 +1,8 @@
 """The store's laws: a name is a promise, what is sealed is whole, and a killed builder leaves no lock."""
 
 import json
-import multiprocessing
-import time
-from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -151,22 +150,25 @@ def test_building_again_replaces_the_artifact_at_once(tmp_path):
     assert [path.name for path in artifact.path.parent.iterdir() if not path.name.startswith(".")] == ["f00d"]
 
 
-def hold(home: Path, held) -> None:
-    with Store(home).lock("clean", "f00d"):
-        held.set()
-        time.sleep(60)
+HOLDER = """
+import pathlib, sys, time
+from flows.store import Store
+with Store(pathlib.Path(sys.argv[1])).lock("clean", "f00d"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
 
 
 def test_the_lock_of_a_killed_builder_is_free(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    held = context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, held))
-    holder.start()
-    assert held.wait(30)
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
     lock = Store(tmp_path).lock("clean", "f00d")
     with pytest.raises(TimeoutError):
         lock.acquire(timeout=0)
     holder.kill()
-    holder.join()
+    holder.communicate()
     lock.acquire(timeout=5)
     lock.release()

@@ -100,6 +100,7 @@ class PrefectContext:
                 self._follow(events)
 
         _, self._shown_events = read_lines(events, 0)
+        self._terminal.line(f"starting {ranks} rank(s)")
         try:
             launch.local(module, job, ranks, logs=logs, while_running=follow)
         finally:

@@ -90,7 +90,8 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
         step = plan_stage(stage, getattr(recipe, stage.name), steps, store, selection)
         if step.action != "reuse" and not selection.may_run(stage.name):
             option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
-            raise UserError(f"{option} needs {stage.name}, which is not sealed: {'; '.join(step.why)}")
+            lacks = "can't be looked up" if step.action == "unknown" else "is not sealed"
+            raise UserError(f"{option} needs {stage.name}, which {lacks}: {'; '.join(step.why)}")
         steps[stage.name] = step
     return list(steps.values())
 

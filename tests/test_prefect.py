@@ -1,0 +1,55 @@
+"""What a run leaves in Prefect, read back through its API."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+from command_line import Llmill
+
+from flows.stages import BY_NAME
+
+
+@pytest.fixture(scope="module")
+def ask(finished: Llmill, prefect_server: str):
+    """``ask("flow_runs", flow_runs={...})``: everything of that kind that the filter lets through."""
+
+    def ask(kind: str, **filters: Any) -> list[dict[str, Any]]:
+        response = httpx.post(f"{prefect_server}/{kind}/filter", json=filters)
+        response.raise_for_status()
+        return response.json()
+
+    return ask
+
+
+@pytest.fixture(scope="module")
+def pipeline(ask, finished: Llmill) -> dict[str, Any]:
+    """The flow run of the first run in the home `finished`."""
+    [download] = [path.name for path in (finished.home / "store" / "download").glob("[0-9a-f]*")]
+    runs = ask("flow_runs", flows={"name": {"any_": ["small"]}})
+    return next(run for run in runs if run["parameters"]["fingerprints"]["download"] == download)
+
+
+def test_a_run_is_a_flow_and_each_stage_a_subflow_that_says_what_it_makes(ask, pipeline, finished: Llmill):
+    assert pipeline["name"].startswith("small ")
+    assert pipeline["state_type"] == "COMPLETED"
+    subflows = ask("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [pipeline["id"]]}})
+    subflows.sort(key=lambda run: run["start_time"])
+    assert [run["name"].split()[0] for run in subflows] == list(BY_NAME)
+    assert {run["state_type"] for run in subflows} == {"COMPLETED"}
+    assert {f"{run['name'].split()[0]}/{run['name'].split()[1]}" for run in subflows} == set(
+        finished.payloads()
+    )
+    [pretrain] = [run for run in subflows if run["name"].startswith("pretrain ")]
+    assert pretrain["parameters"]["config"]["batch_tokens"] == 1024
+
+
+def test_work_over_shards_is_tasks_named_after_them(ask, pipeline):
+    subflows = ask("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [pipeline["id"]]}})
+    [clean] = [run for run in subflows if run["name"].startswith("clean ")]
+    tasks = ask("task_runs", flow_runs={"id": {"any_": [clean["id"]]}})
+    names = sorted(run["name"] for run in tasks)
+    assert names == [f"clean documents-{number:05}" for number in range(len(names))]
+    assert len(names) > 1
+    assert {run["state_type"] for run in tasks} == {"COMPLETED"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import httpx
@@ -26,9 +27,11 @@ def ask(finished: Llmill, prefect_server: str):
 @pytest.fixture(scope="module")
 def pipeline(ask, finished: Llmill) -> dict[str, Any]:
     """The flow run of the first run in the home `finished`."""
-    [download] = [path.name for path in (finished.home / "store" / "download").glob("[0-9a-f]*")]
-    runs = ask("flow_runs", flows={"name": {"any_": ["small"]}})
-    return next(run for run in runs if run["parameters"]["fingerprints"]["download"] == download)
+    [manifest] = [json.loads(path.read_text()) for path in finished.home.glob("store/export/*/manifest.json")]
+    [export] = ask("flow_runs", flow_runs={"id": {"any_": [manifest["prefect_flow_run_id"]]}})
+    [call] = ask("task_runs", task_runs={"id": {"any_": [export["parent_task_run_id"]]}})
+    [parent] = ask("flow_runs", flow_runs={"id": {"any_": [call["flow_run_id"]]}})
+    return parent
 
 
 def test_a_run_is_a_flow_and_each_stage_a_subflow_that_says_what_it_makes(ask, pipeline, finished: Llmill):

@@ -1,6 +1,6 @@
 """The line, in one table: each stage's body, its config, what it reads, and its version.
 
-The pipeline, the plan, the command line and the deployments are all generated from ``STAGES``. Bump a stage's
+The pipeline, the plan and the command line are all generated from ``STAGES``. Bump a stage's
 version when its output for the same config and inputs changes: every artifact from there on is then rebuilt.
 """
 

@@ -1,0 +1,1 @@
+"""Comparisons with peers that anyone can run, one command each: ``python -m benchmarks.<name>``; see README.md."""

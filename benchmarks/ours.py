@@ -1,0 +1,89 @@
+"""llmill's own stages as contestants: the bodies that the line runs, on `LocalContext`."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from benchmarks.measure import Work
+from data_pipeline.context import LocalContext
+from data_pipeline.dedup import DedupConfig, dedup
+from data_pipeline.documents import SCHEMA, read_shard, shard_paths, write_shard
+from data_pipeline.minhash import signatures
+from data_pipeline.token_shards import TokenizeConfig, tokenize
+
+
+def empty_folder(path: str) -> Path:
+    """``path`` as an empty folder."""
+    folder = Path(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    return folder
+
+
+def sign(texts: pa.Array, permutations: int) -> int:
+    """Signatures of a column of texts; how many."""
+    return len(signatures(texts, permutations=permutations, ngram=DedupConfig().ngram, seed=0))
+
+
+def sign_in_memory(corpus: str, permutations: int, threads: int) -> Work:
+    """Arrow columns in memory to signatures, on threads (the kernel releases the GIL)."""
+    columns = [batch.column("text") for path in shard_paths(Path(corpus)) for batch in read_shard(path, ["text"])]
+    sign(columns[0][:1], permutations)
+
+    def work() -> int:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(lambda column: sign(column, permutations), columns))
+
+    return work
+
+
+def sign_shards(corpus: str, permutations: int, threads: int) -> Work:
+    """Parquet shards to signatures, on threads."""
+    shards = shard_paths(Path(corpus))
+    sign(pa.array([""]), permutations)
+
+    def one(shard: Path) -> int:
+        return sum(sign(batch.column("text"), permutations) for batch in read_shard(shard, ["text"]))
+
+    def work() -> int:
+        with ThreadPoolExecutor(threads) as pool:
+            return sum(pool.map(one, shards))
+
+    return work
+
+
+def remove_duplicates(corpus: str, out: str, workers: int, config: dict[str, Any]) -> Work:
+    """Document shards to document shards; gives the stage's metrics."""
+    folder = empty_folder(out)
+    compile_kernels(folder / "warm-up")
+
+    def work() -> Any:
+        return dedup(DedupConfig(**config), {"clean": Path(corpus)}, folder / "run", LocalContext(workers))
+
+    return work
+
+
+def compile_kernels(folder: Path) -> None:
+    """Run the stage once on a few words: what numba compiles, it keeps on disk for ever."""
+    for name in ("in", "out"):
+        folder.joinpath(name).mkdir(parents=True)
+    with write_shard(folder / "in" / "documents-00000.parquet", SCHEMA) as writer:
+        for number in range(4):
+            writer.add(f"{number}", f"one two three four five six seven eight nine {number // 2}", "warm-up", "{}")
+    dedup(DedupConfig(), {"clean": folder / "in"}, folder / "out", LocalContext())
+
+
+def encode(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
+    """Document shards to token shards; gives the stage's metrics."""
+    folder = empty_folder(out)
+    inputs = {"dedup": Path(corpus), "train_tokenizer": Path(tokenizer)}
+
+    def work() -> Any:
+        return tokenize(TokenizeConfig(), inputs, folder, LocalContext(workers))
+
+    return work

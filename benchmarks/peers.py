@@ -1,0 +1,232 @@
+"""Peers as contestants, each set up as its documentation says, for the same text and shingles.
+
+Every function imports its peer itself: one that is not installed shows as such in the table.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from benchmarks.measure import Work
+from benchmarks.ours import empty_folder
+from data_pipeline.documents import read_shard, shard_paths
+from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
+
+WORD = re.compile(r"\w+")
+SHINGLE = 5
+"""Words; llmill's default."""
+
+
+class Words:
+    """A word tokenizer for datatrove that costs next to nothing: runs of letters, digits and underscores."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return WORD.findall(text)
+
+
+def daft_minhash(corpus: str, permutations: int, normalize: bool) -> Work:
+    """Text in memory to signatures, by Daft's own runner; words are what spaces part, unless ``normalize``."""
+    import daft
+    from daft.functions import minhash
+    from daft.functions import normalize as normalized
+
+    frame = daft.read_parquet(f"{corpus}/documents-*.parquet").select("text").collect()
+    text = daft.col("text")
+    if normalize:
+        text = normalized(text, lowercase=True, remove_punct=True, white_space=True)
+    signature = minhash(text, num_hashes=permutations, ngram_size=SHINGLE)
+
+    def work() -> int:
+        return len(frame.select(signature.alias("signature")).collect())
+
+    return work
+
+
+def daft_minhash_parquet(corpus: str, permutations: int) -> Work:
+    """Parquet shards to signatures, by Daft."""
+    import daft
+    from daft.functions import minhash
+
+    def work() -> int:
+        frame = daft.read_parquet(f"{corpus}/documents-*.parquet")
+        signature = minhash(daft.col("text"), num_hashes=permutations, ngram_size=SHINGLE)
+        return len(frame.select(signature.alias("signature")).collect())
+
+    return work
+
+
+def rensa_minhash(corpus: str, permutations: int) -> Work:
+    """Text in memory to signatures, by rensa, which wants the shingles as strings."""
+    from rensa import RMinHash
+
+    texts = [text for path in shard_paths(Path(corpus)) for text in pq.read_table(path)["text"].to_pylist()]
+
+    def shingles(text: str) -> list[str]:
+        words = WORD.findall(text.lower())
+        return [" ".join(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1))]
+
+    def work() -> int:
+        return len(RMinHash.digests_from_token_sets(map(shingles, texts), permutations, 0))
+
+    return work
+
+
+def datatrove_signature(corpus: str, out: str, workers: int, bands: int, rows: int, words: bool) -> Work:
+    """Parquet shards to signature files: the first of datatrove's four steps."""
+    folder = empty_folder(out)
+    step = signature_step(folder, bands, rows, words)
+
+    def work() -> None:
+        run_datatrove([reader(corpus), step], len(shard_paths(Path(corpus))), workers, folder)
+
+    return work
+
+
+def signature_step(folder: Path, bands: int, rows: int, words: bool) -> Any:
+    """`MinhashDedupSignature` as it comes, or, with ``words``, with llmill's shingles and the cheapest tokenizer."""
+    from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+
+    step = MinhashDedupSignature(str(folder / "signatures"), minhash_config(bands, rows, words))
+    step._hash_func = xxh64  # its own hands a string to xxhash, which refuses that from version 4 on
+    if words:
+        step.word_tokenizer = Words()
+    return step
+
+
+def xxh64(shingle: str) -> int:
+    import xxhash
+
+    return int(xxhash.xxh64_intdigest(shingle.encode()))
+
+
+def minhash_config(bands: int, rows: int, words: bool) -> Any:
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.utils.text import TextNormConfig
+
+    lower_only = TextNormConfig(
+        norm_whitespace=False, remove_punctuation=False, norm_unicode_diacritics=False, norm_numbers=False
+    )
+    norm = lower_only if words else TextNormConfig()
+    return MinhashConfig(n_grams=SHINGLE, num_buckets=bands, hashes_per_bucket=rows, norm_config=norm)
+
+
+def reader(corpus: str) -> Any:
+    from datatrove.pipeline.readers import ParquetReader
+
+    return ParquetReader(corpus, glob_pattern="documents-*.parquet", recursive=False)
+
+
+def run_datatrove(steps: list[Any], tasks: int, workers: int, folder: Path) -> None:
+    """Run one pipeline on datatrove's local executor."""
+    from datatrove.executor import LocalPipelineExecutor
+
+    name = type(steps[-1]).__name__ + type(steps[0]).__name__
+    LocalPipelineExecutor(steps, tasks=tasks, workers=workers, logging_dir=str(folder / "logs" / name)).run()
+
+
+def datatrove_dedup(corpus: str, out: str, workers: int, bands: int, rows: int, words: bool) -> Work:
+    """Document shards to document shards by datatrove's four MinHash steps."""
+    from datatrove.pipeline.dedup import minhash
+    from datatrove.pipeline.writers import ParquetWriter
+
+    folder = empty_folder(out)
+    config = minhash_config(bands, rows, words)
+    sign = signature_step(folder, bands, rows, words)
+    signatures, pairs, remove = (str(folder / name) for name in ("signatures", "pairs", "remove"))
+    buckets = minhash.MinhashDedupBuckets(signatures, pairs, config=config)
+    cluster = minhash.MinhashDedupCluster(pairs, remove, config=config)
+    keep = minhash.MinhashDedupFilter(remove)
+    tasks = len(shard_paths(Path(corpus)))
+
+    def work() -> None:
+        run_datatrove([reader(corpus), sign], tasks, workers, folder)
+        run_datatrove([buckets], bands, workers, folder)
+        run_datatrove([cluster], 1, 1, folder)
+        write = ParquetWriter(str(folder / "run"), compression="zstd")
+        run_datatrove([reader(corpus), keep, write], tasks, workers, folder)
+
+    return work
+
+
+def text_dedup(corpus: str, out: str, workers: int, bands: int, rows: int) -> Work:
+    """Document shards to a saved data set by text-dedup's MinHash, with its fastest hash."""
+    from text_dedup.minhash import main
+
+    folder = empty_folder(out)
+    options = {
+        "path": "parquet",
+        "data_files": f"{corpus}/documents-*.parquet",
+        "split": "train",
+        "cache_dir": folder / "cache",
+        "output": folder / "run",
+        "column": "text",
+        "num_proc": workers,
+        "ngram": SHINGLE,
+        "min_length": 1,
+        "b": bands,
+        "r": rows,
+        "num_perm": bands * rows,
+        "hash_func": "xxh3",
+        "hash_bits": 32,
+    }
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+    def work() -> None:
+        main.main(args=words, standalone_mode=False)
+
+    return work
+
+
+def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
+    """Document shards to token Parquet by `datasets.map` with `tokenizers`, batched, in ``workers`` processes."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import datasets
+
+    folder = empty_folder(out)
+    encoder = load_tokenizer(Path(tokenizer))
+    end = encoder.token_to_id(END_OF_TEXT)
+
+    def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        return {"tokens": [[*one.ids, end] for one in encoder.encode_batch_fast(batch["text"])]}
+
+    def work() -> int:
+        files = [str(path) for path in shard_paths(Path(corpus))]
+        loaded = datasets.load_dataset(
+            "parquet", data_files=files, split="train", columns=["id", "text"], cache_dir=str(folder / "cache")
+        )
+        encoded = loaded.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
+        encoded.to_parquet(str(folder / "documents-00000.parquet"))
+        return len(encoded)
+
+    return work
+
+
+def datatrove_tokens(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
+    """Document shards to datatrove's token files, by its tokenizer step (documents not shuffled)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    folder = empty_folder(out)
+    step = DocumentTokenizer(
+        str(folder / "run"), f"{tokenizer}/tokenizer.json", eos_token=END_OF_TEXT, shuffle_documents=False
+    )
+
+    def work() -> None:
+        run_datatrove([reader(corpus), step], len(shard_paths(Path(corpus))), workers, folder)
+
+    return work
+
+
+def kept_ids(folder: Path) -> Iterator[str]:
+    """Ids of the documents that a contestant's removal of duplicates left."""
+    paths = sorted(folder.glob("*.parquet"))
+    for path in paths:
+        if path.name != "removed.parquet":
+            for batch in read_shard(path, ("id",)):
+                yield from batch.column("id").to_pylist()

@@ -1,0 +1,56 @@
+"""Signatures: MB/s of text on one core and on two, against Daft, rensa and datatrove."""
+
+from __future__ import annotations
+
+from benchmarks import ours, peers
+from benchmarks.corpus import installed_text, random_part, text_bytes
+from benchmarks.measure import Contestant, alternate
+from benchmarks.report import Report, arguments
+from data_pipeline.dedup import DedupConfig
+
+
+def main() -> None:
+    options = arguments(__doc__, megabytes=120, peer_megabytes=12, repeats=3).parse_args()
+    corpus = installed_text(options.work, options.megabytes)
+    part = random_part(corpus, options.peer_megabytes)
+    size, part_size, cores = text_bytes(corpus), text_bytes(part), options.cores
+    bands, rows = DedupConfig().bands, DedupConfig().rows
+    entries, outs = bands * rows, options.work.resolve() / "signatures"
+
+    def signer(name: str, prepare, cores: int, **job) -> Contestant:  # type: ignore[no-untyped-def]
+        return Contestant(name, prepare, {"corpus": str(corpus), "permutations": entries, **job}, size, cores)
+
+    def datatrove(name: str, words: bool, repeats: int | None = None) -> Contestant:
+        job = {"corpus": str(part), "workers": cores, "bands": bands, "rows": rows, "words": words}
+        job["out"] = str(outs / f"datatrove-{words}")
+        return Contestant(name, peers.datatrove_signature, job, part_size, cores, repeats)
+
+    one = [signer("llmill", ours.sign_in_memory, 1, threads=1)]
+    many = [
+        signer("llmill", ours.sign_in_memory, cores, threads=cores),
+        signer("llmill, from Parquet", ours.sign_shards, cores, threads=cores),
+    ]
+    if not options.no_peers:
+        one.append(signer("Daft", peers.daft_minhash, 1, normalize=False))
+        one.append(signer("Daft, normalised", peers.daft_minhash, 1, normalize=True))
+        one.append(signer("rensa", peers.rensa_minhash, 1))
+        many.append(signer("Daft", peers.daft_minhash, cores, normalize=False))
+        many.append(signer("Daft, normalised", peers.daft_minhash, cores, normalize=True))
+        many.append(signer("Daft, from Parquet", peers.daft_minhash_parquet, cores))
+        many.append(datatrove("datatrove, words by one regular expression", True))
+        many.append(datatrove("datatrove, its English tokenizer", False, 1))
+    report = Report("signatures", "Signatures", {"entries": entries, "ngram": peers.SHINGLE})
+    report.text(
+        f"MinHash signatures of {entries} entries from {peers.SHINGLE}-word shingles. Text and signatures are in memory, "
+        "unless it says from Parquet (datatrove: from Parquet to its signature files). Daft takes what stands between "
+        "spaces for words, case kept; normalised, it lower-cases and drops punctuation first, as all others do."
+    )
+    report.text("## One core\n")
+    report.race("one_core", alternate(one, options.repeats, outs / "logs"))
+    report.text(f"## {cores} cores\n")
+    report.race("all_cores", alternate(many, options.repeats, outs / "logs"))
+    report.write(options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -48,6 +48,7 @@ def run(
     start: Annotated[
         str | None, typer.Option("--from", help="Run from this stage on; earlier ones are sealed.")
     ] = None,
+    stop: Annotated[str | None, typer.Option("--to", help="Run no stage after this one.")] = None,
     only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs are sealed.")] = None,
     force: Annotated[str | None, typer.Option(help="Build this stage again although it is sealed.")] = None,
     home: Home = HOME,
@@ -60,7 +61,7 @@ def run(
     from flows.servers import PrefectServer
     from flows.terminal import Terminal, fail
 
-    selection, loaded = Selection(start, only, force), load_recipe(recipe, set_ or ())
+    selection, loaded = Selection(start, stop, only, force), load_recipe(recipe, set_ or ())
     writable(home)
     end_like_ctrl_c()
     terminal = Terminal()

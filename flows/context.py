@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from prefect import task
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.futures import wait
 from prefect.logging import get_run_logger
 
 from data_pipeline.context import Item, Result
 from flows import launch
+from flows.parts import Part, Stopped, compute
+from flows.runners import Workers
 from flows.terminal import Terminal, duration
 from flows.tracking import Tracker, read_lines
 
@@ -28,52 +29,55 @@ ARTIFACT_SECONDS = 10.0  # between updates of the progress that Prefect shows
 class PrefectContext:
     """Serves one stage body inside that stage's Prefect flow."""
 
-    def __init__(
-        self, stage: str, workers: int, pool: Executor | None, terminal: Terminal, tracker: Tracker
-    ) -> None:
-        self.stage, self.workers = stage, workers
+    def __init__(self, stage: str, out: Path, workers: Workers, terminal: Terminal, tracker: Tracker) -> None:
+        self.stage, self.workers = stage, workers.count
         self.notes: list[str] = []
-        self._pool, self._terminal, self._tracker = pool, terminal, tracker
+        self._out, self._workers, self._terminal, self._tracker = out, workers, terminal, tracker
         self._progress: tuple[float, float | None, str] | None = None
         self._progress_artifact: Any = None
         self._progress_shown = time.monotonic()
         self._shown_events = 0
         self._total_steps = 0
         self._validated = ""
-        self._stopped = False
         self._followed = 0.0
 
     def map(
         self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
     ) -> list[Result]:
-        """Each item, or group of neighbours when there are many, is a task of the stage's task runner."""
+        """Each item, or group of neighbours when there are many, is a task of the stage's task runner.
+
+        When one fails, the parts that are queued or at work end at their next item, and only then is the failure
+        raised: nothing may go on writing when the stage's lock is given back.
+        """
         size = max(1, -(-len(items) // MOST_TASKS))
-        groups = [list(items[start : start + size]) for start in range(0, len(items), size)]
-        labels = [names[start] if names else str(start) for start in range(0, len(items), size)]
+        stop = self._out / f".stop-{secrets.token_hex(4)}.tmp"
+        computing = task(name=self.stage, task_run_name="{name}", persist_result=False, retries=0)(compute)
         futures = []
         results: list[Result] = []
+        failure: Exception | None = None
         try:
-            for label, group in zip(labels, groups, strict=True):
-                more = f" and {len(group) - 1} more" if len(group) > 1 else ""
-                name = constantly(f"{self.stage} {label}{more}")
-                run = task(name=self.stage, task_run_name=name, persist_result=False, retries=0)(self._run)
-                futures.append(run.submit(fn, group))
-            for future, group in zip(futures, groups, strict=True):
-                results.extend(future.result())
-                self._advance(len(group), len(results), len(items))
-        except Exception:
-            # Nothing may go on writing when the stage's lock is given back.
-            self._stopped = True
-            wait(futures)
+            for start in range(0, len(items), size):
+                group = items[start : start + size]
+                label = f"{self.stage} {names[start] if names else start}"
+                name = f"{label} and {len(group) - 1} more" if len(group) > 1 else label
+                futures.append(computing.submit(name, self._workers.prepare(Part(fn, group, stop))))
+            for future in futures:
+                try:
+                    part = future.result()
+                except Stopped as error:
+                    failure = failure or error
+                except Exception as error:
+                    if failure is None or isinstance(failure, Stopped):
+                        failure = error
+                else:
+                    results.extend(part)
+                    self._advance(len(part), len(results), len(items))
+        except BaseException:
+            stop.touch()
             raise
-        return results
-
-    def _run(self, fn: Callable[[Item], Result], group: list[Item]) -> list[Result]:
-        results = []
-        for item in group:
-            if self._stopped:
-                raise RuntimeError("another part of the stage failed")
-            results.append(fn(item) if self._pool is None else self._pool.submit(fn, item).result())
+        if failure:
+            stop.unlink(missing_ok=True)
+            raise failure
         return results
 
     def _advance(self, finished: int, done: int, total: int) -> None:
@@ -146,8 +150,3 @@ class PrefectContext:
                 )
             else:
                 update_progress_artifact(self._progress_artifact, progress=percent)
-
-
-def constantly(text: str) -> Callable[[], str]:
-    """A function that returns ``text``: Prefect takes braces in a plain name for its placeholders."""
-    return lambda: text

@@ -11,8 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,17 +21,18 @@ import yaml
 from prefect import flow
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
-from prefect.task_runners import ThreadPoolTaskRunner
 
-from data_pipeline.context import UserError, human_bytes, process_pool
+from data_pipeline.context import UserError, human_bytes
 from flows.context import PrefectContext
 from flows.manifest import describe_making
 from flows.plan import Selection, Step, make_plan
 from flows.recipe import Recipe
+from flows.runners import Workers, start_workers
 from flows.store import LOGS, Artifact, Store, now
 from flows.terminal import Terminal, headline
 from flows.tracking import Tracker
 
+MOST_ENTRIES = 20  # of a list among a flow run's parameters
 FULL_BYTES = 1_000_000  # less free space than this, and no stage can seal its manifest
 
 
@@ -60,11 +60,18 @@ class Run:
         self.recipe, self.selection, self.terminal = recipe, selection, terminal
         self.command = command
         """What a person types to run this again; said when a stage fails."""
+        if recipe.runtime.task_runner in ("dask", "ray"):
+            home = home.resolve()  # a worker elsewhere has another current folder
         self.store = Store(home)
         self.tracker = Tracker(home, recipe.name, lambda text: terminal.note(text, warning=True))
         self.steps: list[Step] = []
         self.results: dict[str, Result] = {}
         self._started = time.monotonic()
+        self._workers: Workers
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Prefect sends a stage's flow along with its tasks; no worker ever calls it, so nothing of the run goes."""
+        return object, ()
 
     def prepare(self) -> None:
         """Make the plan and reach MLflow.
@@ -90,7 +97,10 @@ class Run:
             self._pipeline()
 
         try:
-            pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
+            with ExitStack() as stack:
+                if any(step.action != "reuse" for step in self.steps):
+                    self._workers = stack.enter_context(start_workers(self.recipe.runtime, self.store.home))
+                pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
         except Exception as error:
             if not isinstance(error, UserError) and disk_is_full(self.store.home, error):
                 where = f"{self.store.home.resolve()} ({human_bytes(shutil.disk_usage(self.store.home).free)} free)"
@@ -110,15 +120,12 @@ class Run:
     def _pipeline(self) -> None:
         """The body of the pipeline's flow: every step in order, told to MLflow."""
         self._start_tracking()
-        runtime = self.recipe.runtime
-        pool = process_pool(runtime.worker_count) if runtime.task_runner == "processes" else nullcontext()
         status = "KILLED"
         try:
-            with pool as executor:
-                for step in self.steps:
-                    result = self._stage(step, executor)
-                    self.results[step.stage.name] = result
-                    self.tracker.add_to_parent(result.artifact, result.how, step.stage.headline)
+            for step in self.steps:
+                result = self._stage(step)
+                self.results[step.stage.name] = result
+                self.tracker.add_to_parent(result.artifact, result.how, step.stage.headline)
             status = "FINISHED"
         except Exception:
             status = "FAILED"
@@ -126,7 +133,7 @@ class Run:
         finally:
             self._finish_tracking(status)
 
-    def _stage(self, step: Step, pool: Executor | None) -> Result:
+    def _stage(self, step: Step) -> Result:
         """Reuse one stage's artifact, or build it in a Prefect flow of its own."""
         assert step.config
         name = step.stage.name
@@ -134,14 +141,14 @@ class Run:
             self._settle(step.artifact)
             result = Result(step.artifact, "reused", 0.0)
         else:
-            runner: Any = ThreadPoolTaskRunner(self.recipe.runtime.worker_count)
+            runner: Any = self._workers.task_runner()
 
             @flow(name=name, flow_run_name=f"{name} {step.fingerprint}", task_runner=runner, retries=0)
             def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> Any:
-                return self._build(step, pool)
+                return self._build(name)
 
             # The parameters are there to be read on the flow run's page.
-            built: Any = stage(str(step.fingerprint), step.config.identity(), step.inputs)
+            built: Any = stage(str(step.fingerprint), shortened(step.config.identity()), step.inputs)
             result = built
         if result.how == "reused":
             self.terminal.stage_reused(name, f"{headline(result.artifact)}  (reused)")
@@ -162,9 +169,10 @@ class Run:
                 self._start_tracking_stage(artifact.stage, artifact.fingerprint, artifact.manifest["config"])
                 self.tracker.finish_stage(artifact, self.recipe.runtime.upload_mb * 1e6)
 
-    def _build(self, step: Step, pool: Executor | None) -> Result:
+    def _build(self, stage: str) -> Result:
         """Build and seal one artifact under its lock, unless another run has just done so."""
-        name, stage = str(step.fingerprint), step.stage.name
+        step = next(step for step in self.steps if step.stage.name == stage)
+        name = str(step.fingerprint)
         with self._locked(stage, name):
             sealed = self.store.get(stage, name)
             planned = step.artifact.manifest["finished"] if step.artifact else None
@@ -175,18 +183,18 @@ class Run:
             out, begun = self.store.begin(stage, name, origin)
             self.terminal.stage_started(stage, "; ".join(step.why)[:120])
             with self._failures(stage, out):
-                artifact = self._run_body(step, out, pool)
+                artifact = self._run_body(step, out)
             self.terminal.stage_ended("✓", headline(artifact))
             self.tracker.finish_stage(artifact, self.recipe.runtime.upload_mb * 1e6)
         return Result(artifact, "resumed" if begun else "ran", artifact.manifest["seconds"])
 
-    def _run_body(self, step: Step, out: Path, pool: Executor | None) -> Artifact:
+    def _run_body(self, step: Step, out: Path) -> Artifact:
         """Call the stage's body on its folders, and seal what it wrote."""
         assert step.config
         stage, name = step.stage.name, str(step.fingerprint)
         inputs = {source: self.results[source].artifact for source in step.stage.inputs}
         self._start_tracking_stage(stage, name, step.config.identity())
-        context = PrefectContext(stage, self.recipe.runtime.worker_count, pool, self.terminal, self.tracker)
+        context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker)
         manifest = describe_making(step, self.recipe, inputs) | {"started": now()}
         clock = time.monotonic()
         metrics = step.stage.body(
@@ -290,3 +298,13 @@ def disk_is_full(home: Path, error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return shutil.disk_usage(home).free < FULL_BYTES
+
+
+def shortened(value: Any) -> Any:
+    """``value`` with long lists cut: Prefect refuses parameters above half a megabyte, and a source may list more."""
+    if isinstance(value, Mapping):
+        return {key: shortened(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        more = [f"and {len(value) - MOST_ENTRIES} more"] if len(value) > MOST_ENTRIES else []
+        return [shortened(item) for item in value[:MOST_ENTRIES]] + more
+    return value

@@ -22,6 +22,9 @@ class Selection:
     start: str | None = None
     """Run from this stage on; those before it must be sealed."""
 
+    stop: str | None = None
+    """Run up to this stage, and none after it."""
+
     only: str | None = None
     """Run this stage; its inputs must be sealed."""
 
@@ -29,17 +32,21 @@ class Selection:
     """Build this stage again although it is sealed."""
 
     def __post_init__(self) -> None:
-        for option, name in (("--from", self.start), ("--only", self.only), ("--force", self.force)):
+        options = {"--from": self.start, "--to": self.stop, "--only": self.only, "--force": self.force}
+        for option, name in options.items():
             if name is not None and name not in BY_NAME:
                 raise UserError(f"{option} {name}: no such stage; there are {', '.join(BY_NAME)}")
-        if self.start and self.only:
-            raise UserError("--from and --only exclude one another: choose one")
-        if self.force and not self.may_run(self.force):
+        if self.only and (self.start or self.stop):
+            raise UserError("--only excludes --from and --to: choose one")
+        if self.start and not self.includes(self.start):
+            raise UserError(f"--from {self.start} comes after --to {self.stop}: nothing would run")
+        if self.force and not (self.may_run(self.force) and self.includes(self.force)):
             raise UserError(
-                f"--force {self.force}: that stage is not among those that --from or --only lets run"
+                f"--force {self.force}: that stage is not among those that --from, --to or --only lets run"
             )
 
     def may_run(self, stage: str) -> bool:
+        """Whether this stage may be built; one before it, that may not, must be sealed."""
         order = list(BY_NAME)
         if self.only:
             return stage == self.only
@@ -47,8 +54,8 @@ class Selection:
 
     def includes(self, stage: str) -> bool:
         """Whether the run goes as far as this stage."""
-        order = list(BY_NAME)
-        return self.only is None or order.index(stage) <= order.index(self.only)
+        order, last = list(BY_NAME), self.only or self.stop
+        return last is None or order.index(stage) <= order.index(last)
 
 
 @dataclass(frozen=True)

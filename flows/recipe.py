@@ -9,18 +9,17 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from data_pipeline.clean import CleanConfig
-from data_pipeline.context import Config, Runtime, UserError
+from data_pipeline.context import Config, Runtime, UserError, cores
 from data_pipeline.dedup import DedupConfig
 from data_pipeline.download import DownloadConfig
 from data_pipeline.token_shards import TokenizeConfig
 from data_pipeline.tokenizer import TokenizerConfig
-from flows.launch import cores
 from llm.evaluate import EvaluateConfig
 from llm.export import ExportConfig
 from llm.pretrain import PretrainConfig
@@ -29,18 +28,28 @@ from llm.pretrain import PretrainConfig
 class RecipeRuntime(Runtime):
     """How the whole run is executed; changes no artifact."""
 
-    task_runner: Literal["threads", "processes"] = "processes"
-    """Where work over shards runs. Either way each item is a Prefect task."""
+    task_runner: Literal["threads", "processes", "dask", "ray"] = "processes"
+    """Where work over shards runs; always as Prefect tasks, and always to the same bytes."""
+
+    address: str | None = Field(default=None, min_length=1)
+    """Of the Dask scheduler or the Ray cluster to use; without it, one of local processes is started for the run."""
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
-    """Items worked on at once; ``auto`` is the number of cores."""
+    """Items worked on at once; ``auto`` is the number of cores. A cluster at an address has its own number."""
 
     upload_mb: float = Field(default=10, ge=0)
     """Payloads up to this size are uploaded to MLflow; larger ones are logged by reference."""
 
     @property
     def worker_count(self) -> int:
+        """Of workers on this machine."""
         return cores() if self.workers == "auto" else self.workers
+
+    @model_validator(mode="after")
+    def _address_of_a_cluster(self) -> Self:
+        if self.address and self.task_runner not in ("dask", "ray"):
+            raise ValueError("an address needs task_runner: dask or ray")
+        return self
 
 
 class Recipe(Config):

@@ -38,6 +38,7 @@ def test_a_hub_out_of_reach_leaves_the_rest_of_the_plan_standing(tmp_path, monke
         (Selection(), ["clean", "tokenize", "export"], "export"),
         (Selection(only="tokenize"), ["tokenize"], "tokenize"),
         (Selection(start="tokenize"), ["tokenize", "export"], "export"),
+        (Selection(stop="tokenize"), ["clean", "tokenize", "export"], "tokenize"),
     ],
 )
 def test_a_selection_says_what_may_run_and_how_far(selection, runs, goes_as_far_as):
@@ -48,8 +49,12 @@ def test_a_selection_says_what_may_run_and_how_far(selection, runs, goes_as_far_
 
 
 def test_a_selection_that_makes_no_sense_is_refused():
-    with pytest.raises(UserError, match="exclude one another"):
+    with pytest.raises(UserError, match="--only excludes --from and --to"):
         Selection(start="clean", only="dedup")
+    with pytest.raises(UserError, match="nothing would run"):
+        Selection(start="tokenize", stop="clean")
+    with pytest.raises(UserError, match="not among those"):
+        Selection(stop="clean", force="tokenize")
     with pytest.raises(UserError, match="no such stage"):
         Selection(force="cleam")
 

@@ -15,7 +15,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -69,6 +69,15 @@ class StageConfig(Config):
     def identity(self) -> dict[str, Any]:
         """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
         return self.model_dump(mode="json", exclude={"runtime"})
+
+    def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
+        """Lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
+
+        Args:
+            metrics: of the sealed artifact that is the stage's first input; empty where that is not built yet.
+            workers: items that are worked on at once.
+        """
+        return []
 
 
 class StageContext(Protocol):

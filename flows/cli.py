@@ -124,7 +124,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json:
         ]
         first, *rest = step.why or [headline(step.artifact) if step.artifact else ""]
         console.print(f"{mark} {step.stage.name:<16}{step.fingerprint or '-':<18}{first}")
-        for line in rest:
+        for line in [*rest, *step.predicted]:
             console.print(f"{'':<44}{line}")
 
 

@@ -6,7 +6,7 @@ Fingerprints depend on configs and inputs only, so the whole plan is known befor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from data_pipeline.context import StageConfig, Unresolved, UserError
@@ -73,6 +73,8 @@ class Step:
     fingerprint: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
     artifact: Artifact | None = None
+    predicted: list[str] = field(default_factory=list)
+    """What a run of the stage will need and find, as far as its config can tell."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -80,6 +82,7 @@ class Step:
             "action": self.action,
             "fingerprint": self.fingerprint,
             "why": self.why,
+            "predicted": self.predicted,
             "path": str(self.artifact.path) if self.artifact else None,
         }
 
@@ -99,8 +102,17 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
             option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
             lacks = "can't be looked up" if step.action == "unknown" else "is not sealed"
             raise UserError(f"{option} needs {stage.name}, which {lacks}: {'; '.join(step.why)}")
-        steps[stage.name] = step
+        steps[stage.name] = with_prediction(step, steps, recipe.runtime.worker_count)
     return list(steps.values())
+
+
+def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step:
+    """``step`` with what its config predicts, where it will run."""
+    if step.action == "reuse" or not step.config:
+        return step
+    source = steps[step.stage.inputs[0]] if step.stage.inputs else None
+    known = source.artifact.metrics if source and source.action == "reuse" and source.artifact else {}
+    return replace(step, predicted=step.config.predict(known, workers))
 
 
 def plan_stage(

@@ -1,12 +1,14 @@
 """What a plan says when something can't be known from here."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from data_pipeline.clean import CleanConfig
 from data_pipeline.context import UserError
 from flows.plan import Selection, make_plan
-from flows.recipe import load_recipe
+from flows.recipe import Recipe, load_recipe
 from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -57,6 +59,33 @@ def test_a_selection_that_makes_no_sense_is_refused():
         Selection(stop="clean", force="tokenize")
     with pytest.raises(UserError, match="no such stage"):
         Selection(force="cleam")
+
+
+def test_a_stage_that_will_run_says_what_it_needs_given_what_is_sealed(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    recipe = Recipe.model_validate(
+        {
+            "name": "small",
+            "download": {"sources": [{"name": "a", "kind": "local", "path": str(tmp_path / "a.txt")}]},
+            "runtime": {"workers": 3},
+            "pretrain": {"tokens": 1024, "batch_tokens": 1024},
+        }
+    )
+
+    def predict(config: CleanConfig, metrics: Mapping[str, float], workers: int) -> list[str]:
+        return [f"{metrics.get('bytes', 'unknown')} bytes, {workers} workers"]
+
+    monkeypatch.setattr(CleanConfig, "predict", predict)
+    store = Store(tmp_path / "home")
+    download, clean, *_ = make_plan(recipe, store)
+    assert download.predicted == []
+    assert clean.predicted == ["unknown bytes, 3 workers"]
+
+    manifest = {"metrics": {"bytes": 18}, "inputs": {}, "finished": "2026-01-01"}
+    store.begin("download", str(download.fingerprint), {})
+    store.seal("download", str(download.fingerprint), manifest)
+    _, clean, *_ = make_plan(recipe, store)
+    assert clean.as_json()["predicted"] == ["18 bytes, 3 workers"]
 
 
 def test_the_artifacts_of_an_unchanged_recipe_keep_their_names(tmp_path):

@@ -1,58 +1,44 @@
 """Stage ``clean``: normalise texts and drop those that break a rule.
 
-Every drop has a named, counted reason; the report shows a few of each, and ``rejected/`` holds them all.
+Every drop has a named, counted reason; the report shows a few of each, and ``rejected/`` holds them all. The rules
+see whole columns: what they need is counted by kernels over Arrow's buffers, and only texts that are dropped or
+changed become Python strings.
 """
 
 from __future__ import annotations
 
-import re
-import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from data_pipeline.context import (
-    Metrics,
-    Runtime,
-    StageConfig,
-    StageContext,
-    UserError,
-    atomic_path,
-    human_bytes,
-)
-from data_pipeline.documents import (
-    REJECTED,
-    add_up,
-    excerpt,
-    once,
-    read_shard,
-    shard_paths,
-    table,
-    write_shard,
-)
+from data_pipeline.clean_report import Tally, summarise, values_of
+from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, UserError
+from data_pipeline.documents import REJECTED, ShardWriter, excerpt, once, read_shard, shard_paths, write_shard
+from data_pipeline.fineweb import FineWebRules
+from data_pipeline.normalise import Form, normalise_column
 from data_pipeline.quality import GopherRules
-
-EXAMPLES = 3
-"""Dropped documents that the report shows for each reason."""
-
-BREAKS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-"""What ends a line (those of `str.splitlines`) other than a line feed: form feed, next line, separators, ..."""
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""Control characters (C0, DEL, C1) but line feed and tab."""
+from data_pipeline.text_stats import TextStats, measure
+from data_pipeline.verdicts import KEPT, Verdicts
 
 
 class CleanConfig(StageConfig):
-    """How texts are normalised, and which are dropped."""
+    """How texts are normalised, and which are dropped; the rules are asked in the order of the fields."""
 
-    unicode: Literal["NFC", "NFKC", "NFD", "NFKD"] | None = "NFC"
+    unicode: Form | None = "NFC"
     min_chars: int = Field(default=1, ge=1)
     """Length bounds of the normalised text."""
     max_chars: int | None = Field(default=None, ge=1)
     gopher: GopherRules | None = GopherRules()
-    """Quality rules; None switches all of them off."""
+    """Quality and repetition; None switches all of them off."""
+    fineweb: FineWebRules | None = None
     runtime: Runtime = Runtime()
 
     @model_validator(mode="after")
@@ -73,7 +59,7 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
     work = partial(clean_shard, config.model_copy(update={"runtime": Runtime()}), out)
     tallies = context.map(work, shards, names=[path.stem for path in shards])
     context.progress(len(shards), len(shards), "shards")
-    metrics = summarise(tallies, out / "report.md")
+    metrics = summarise(tallies, out)
     if not metrics["kept"]:
         found = ", ".join(
             f"{name} {count:.0f}" for name, count in metrics.items() if name.startswith("dropped/")
@@ -83,67 +69,87 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
 
 
 def clean_shard(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]:
-    """Clean one shard; returns its tally (documents, bytes in and out, dropped by reason, examples)."""
+    """Clean one shard; returns its `Tally` as JSON."""
     return once(out / "scratch" / f"{shard.stem}.json", partial(write_cleaned, config, out, shard))
 
 
 def write_cleaned(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]:
-    counts = {"documents": 0, "kept": 0, "bytes_in": 0, "bytes_out": 0}
-    dropped: dict[str, int] = {}
-    examples: dict[str, list[tuple[str, str]]] = {}
+    tally = Tally()
     rejected_path = out / "rejected" / shard.name.replace("documents", "rejected")
     with write_shard(out / shard.name) as kept, write_shard(rejected_path, REJECTED) as rejected:
         for batch in read_shard(shard):
-            for id, text, source, meta in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                counts["documents"] += 1
-                counts["bytes_in"] += len(text.encode())
-                cleaned = normalise(text, config.unicode)
-                reason = reason_to_drop(cleaned, config)
-                if reason is None:
-                    kept.add(id, cleaned, source, meta)
-                    counts["kept"] += 1
-                    counts["bytes_out"] += len(cleaned.encode())
-                    continue
-                rejected.add(id, reason, excerpt(cleaned))
-                dropped[reason] = dropped.get(reason, 0) + 1
-                shown = examples.setdefault(reason, [])
-                if len(shown) < EXAMPLES:
-                    shown.append((id, excerpt(cleaned, 100)))
-    return {"counts": counts, "dropped": dropped, "examples": examples}
+            cleaned = clean_batch(config, batch)
+            write_batch(batch, cleaned, kept, rejected, tally)
+    return tally.as_json()
 
 
-def normalise(text: str, form: Literal["NFC", "NFKC", "NFD", "NFKD"] | None) -> str:
-    """``text`` in a Unicode form, with line feeds alone as line ends, without control characters, stripped."""
-    text = BREAKS.sub("\n", text)
-    text = CONTROLS.sub("", text)  # before composing, which a control character in between would hinder
-    if form and not text.isascii():
-        text = unicodedata.normalize(form, text)
-    return text.strip()
+@dataclass
+class Cleaned:
+    """A batch of documents after the rules."""
+
+    texts: pa.Array
+    verdicts: Verdicts
+    stats: TextStats
+    """Of the normalised texts, before any rule changed them."""
+    counts: dict[str, int] = field(default_factory=dict)
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+    def alive(self) -> tuple[NDArray[np.int64], pa.Array]:
+        """The rows not dropped so far, and their texts."""
+        rows = self.verdicts.alive()
+        return rows, self.texts if len(rows) == len(self.texts) else self.texts.take(pa.array(rows))
 
 
-def reason_to_drop(text: str, config: CleanConfig) -> str | None:
-    """Why a normalised text is dropped: ``min_chars``, ``max_chars`` or a Gopher rule; None where it is kept."""
-    if len(text) < config.min_chars:
-        return "min_chars"
-    if config.max_chars is not None and len(text) > config.max_chars:
-        return "max_chars"
-    return config.gopher.reason_to_drop(text) if config.gopher else None
+def clean_batch(config: CleanConfig, batch: pa.RecordBatch) -> Cleaned:
+    """Normalise the texts of a batch and apply the rules, the cheap ones first."""
+    texts = normalise_column(batch.column("text"), config.unicode)
+    short = config.fineweb.short_line_characters if config.fineweb else 0
+    stats = measure(texts, short)
+    cleaned = Cleaned(texts, Verdicts(len(texts)), stats, values=values_of(stats))
+    verdicts = cleaned.verdicts
+    verdicts.drop(stats.characters < config.min_chars, "min_chars")
+    if config.max_chars is not None:
+        verdicts.drop(stats.characters > config.max_chars, "max_chars")
+    if config.gopher:
+        apply_gopher(config.gopher, cleaned)
+    if config.fineweb:
+        for reason, broken in config.fineweb.broken(stats):
+            verdicts.drop(broken, reason)
+    return cleaned
 
 
-def summarise(tallies: Sequence[Mapping[str, Any]], report: Path) -> Metrics:
-    """Write the report and return the metrics."""
-    counts = add_up(tally["counts"] for tally in tallies)
-    dropped = add_up(tally["dropped"] for tally in tallies)
-    text = (
-        f"# Clean\n\nKept {counts['kept']} of {counts['documents']} documents, "
-        f"{human_bytes(counts['bytes_out'])} of {human_bytes(counts['bytes_in'])} of text.\n"
+def apply_gopher(rules: GopherRules, cleaned: Cleaned) -> None:
+    for reason, broken in rules.broken(cleaned.stats):
+        cleaned.verdicts.drop(broken, reason)
+    rows, texts = cleaned.alive()
+    for reason, broken in rules.broken_by_ngrams(texts, cleaned.stats.take(rows)):
+        cleaned.verdicts.drop(broken, reason, rows)
+
+
+def write_batch(
+    batch: pa.RecordBatch, cleaned: Cleaned, kept: ShardWriter, rejected: ShardWriter, tally: Tally
+) -> None:
+    """Write a batch's documents to where they belong, and count them."""
+    verdicts = cleaned.verdicts
+    alive = verdicts.codes == 0
+    whole = batch.set_column(batch.schema.get_field_index("text"), "text", cleaned.texts)
+    kept.add_batch(whole if alive.all() else whole.filter(pa.array(alive)))
+    tally.add_groups(
+        batch.column("source"),
+        verdicts,
+        pc.binary_length(batch.column("text")),
+        pc.binary_length(cleaned.texts),
     )
-    if dropped:
-        text += "\n" + table(("reason", "dropped"), dropped.items())
-    for reason in dropped:
-        shown = [one for tally in tallies for one in tally["examples"].get(reason, [])][:EXAMPLES]
-        text += f"\n## {reason}\n\n" + table(("document", "begins"), shown)
-    with atomic_path(report) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-    figures = counts | {f"dropped/{reason}": count for reason, count in dropped.items()}
-    return {name: float(value) for name, value in figures.items()}
+    tally.add_values(cleaned.values, alive)
+    for name, amount in cleaned.counts.items():
+        tally.count(name, amount)
+    for row in np.flatnonzero(alive)[:3].tolist():
+        tally.add_example(KEPT, batch.column("id")[row].as_py(), cleaned.texts[row].as_py())
+    dropped = np.flatnonzero(~alive)
+    ids = batch.column("id").take(pa.array(dropped)).to_pylist()
+    beginnings = pc.utf8_slice_codeunits(cleaned.texts.take(pa.array(dropped)), 0, 320).to_pylist()
+    for row, id, beginning in zip(dropped.tolist(), ids, beginnings, strict=True):
+        evidence = verdicts.evidence.get(row)
+        shown = f"[{evidence}] {beginning}" if evidence else beginning
+        rejected.add(id, verdicts.reason(row), excerpt(shown))
+        tally.add_example(verdicts.reason(row), id, shown)

@@ -1,35 +1,33 @@
 """The quality and repetition rules of Gopher, each a threshold that may be switched off.
 
 Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix A.1.1 and
-table A1. The defaults are theirs; ``None`` switches a rule off. Words are separated by white space.
+table A1. The defaults are theirs; ``None`` switches a rule off. Where the paper leaves a choice: words are separated
+by white space, as punctuation is not spoken of; a line or paragraph is a duplicate if it equals an earlier one; the
+characters of n-grams are those of their words and are measured against those of all words; of the most frequent
+n-gram, "characters contained within" it count once where its occurrences overlap, so that no fraction exceeds one.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Annotated
 
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
 from pydantic import Field
 
 from data_pipeline.context import Config
-from data_pipeline.repetition import (
-    duplicate_ngram_characters,
-    number_words,
-    repeats,
-    top_ngram_characters,
-)
-
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-BULLETS = ("•", "‣", "●", "-", "*", "–")
-ELLIPSES = ("...", "…")
-HAS_LETTER = re.compile(r"[^\W\d_]")
-PARAGRAPHS = re.compile(r"\n[^\S\n]*\n\s*")
+from data_pipeline.repetition import ngram_characters
+from data_pipeline.text_stats import TextStats
 
 Count = Annotated[int, Field(ge=0)]
 Width = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Broken = tuple[str, NDArray[np.bool_]]
+"""The reason to drop for which a rule stands, and which texts of a column break it."""
 
 
 class GopherRules(Config):
@@ -57,91 +55,72 @@ class GopherRules(Config):
     """Fraction of the characters that stand in repeated lines."""
     max_duplicate_paragraph_characters: Fraction | None = 0.2
     max_top_ngram_characters: dict[Width, Fraction] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
-    """By n: fraction of the words' characters that the most frequent n-gram covers."""
+    """By n: fraction of the words' characters that the most frequent n-gram covers, if it occurs twice or more."""
     max_duplicate_ngram_characters: dict[Width, Fraction] | None = Field(
         default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     )
     """By n: fraction of the words' characters that stand in n-grams which occur more than once."""
 
-    def reason_to_drop(self, text: str) -> str | None:
-        """The name of the first rule that ``text`` breaks, cheapest rules first; None where it keeps all."""
-        words = text.split()
-        lines = [line for line in (line.strip() for line in text.split("\n")) if line]
-        return (
-            self._by_words(words)
-            or self._by_symbols(text, words)
-            or self._by_lines(lines)
-            or self._by_vocabulary(words)
-            or self._by_repeated_blocks(text, lines)
-            or self._by_repeated_ngrams(words)
-        )
+    def broken(self, stats: TextStats) -> Iterator[Broken]:
+        """The rules that need only counts, and the texts that break each."""
+        yield from self._by_words(stats)
+        yield from self._by_lines(stats)
+        yield from self._by_vocabulary(stats)
+        yield from self._by_repeated_blocks(stats)
 
-    def _by_words(self, words: Sequence[str]) -> str | None:
-        count = len(words)
-        mean = sum(map(len, words)) / max(1, count)
-        if self.min_words is not None and count < self.min_words:
-            return "min_words"
-        if self.max_words is not None and count > self.max_words:
-            return "max_words"
-        if self.min_mean_word_length is not None and mean < self.min_mean_word_length:
-            return "min_mean_word_length"
-        if self.max_mean_word_length is not None and mean > self.max_mean_word_length:
-            return "max_mean_word_length"
-        return None
-
-    def _by_symbols(self, text: str, words: Sequence[str]) -> str | None:
+    def _by_words(self, stats: TextStats) -> Iterator[Broken]:
+        mean = stats.word_characters / np.maximum(1, stats.words)
+        if self.min_words is not None:
+            yield "min_words", stats.words < self.min_words
+        if self.max_words is not None:
+            yield "max_words", stats.words > self.max_words
+        if self.min_mean_word_length is not None:
+            yield "min_mean_word_length", mean < self.min_mean_word_length
+        if self.max_mean_word_length is not None:
+            yield "max_mean_word_length", mean > self.max_mean_word_length
         if self.max_symbols_per_word is not None:
-            allowed = self.max_symbols_per_word * len(words)
-            if text.count("#") > allowed or sum(text.count(one) for one in ELLIPSES) > allowed:
-                return "max_symbols_per_word"
-        return None
+            symbols = np.maximum(stats.hashes, stats.ellipses)
+            yield "max_symbols_per_word", symbols > self.max_symbols_per_word * stats.words
 
-    def _by_lines(self, lines: Sequence[str]) -> str | None:
+    def _by_lines(self, stats: TextStats) -> Iterator[Broken]:
         if self.max_bullet_lines is not None:
-            bullets = sum([line.startswith(BULLETS) for line in lines])  # a list: faster than a generator
-            if bullets > self.max_bullet_lines * len(lines):
-                return "max_bullet_lines"
+            yield "max_bullet_lines", stats.bullet_lines > self.max_bullet_lines * stats.lines
         if self.max_ellipsis_lines is not None:
-            ellipses = sum([line.endswith(ELLIPSES) for line in lines])
-            if ellipses > self.max_ellipsis_lines * len(lines):
-                return "max_ellipsis_lines"
-        return None
+            yield "max_ellipsis_lines", stats.ellipsis_lines > self.max_ellipsis_lines * stats.lines
 
-    def _by_vocabulary(self, words: Sequence[str]) -> str | None:
+    def _by_vocabulary(self, stats: TextStats) -> Iterator[Broken]:
         if self.min_alphabetic_words is not None:
-            least = self.min_alphabetic_words * len(words)
-            # Words of nothing but letters are counted fast, and mostly suffice.
-            if sum(map(str.isalpha, words)) < least and sum(map(bool, map(HAS_LETTER.search, words))) < least:
-                return "min_alphabetic_words"
+            yield "min_alphabetic_words", stats.alphabetic_words < self.min_alphabetic_words * stats.words
         if self.min_stop_words is not None:
-            found = STOP_WORDS.intersection(map(str.lower, set(words)))
-            if len(found) < self.min_stop_words:
-                return "min_stop_words"
-        return None
+            yield "min_stop_words", stats.stop_words < self.min_stop_words
 
-    def _by_repeated_blocks(self, text: str, lines: Sequence[str]) -> str | None:
-        of_lines = (self.max_duplicate_lines, self.max_duplicate_line_characters)
-        of_paragraphs = (self.max_duplicate_paragraphs, self.max_duplicate_paragraph_characters)
-        for kind, (by_count, by_characters) in (("line", of_lines), ("paragraph", of_paragraphs)):
-            if by_count is None and by_characters is None:
-                continue
-            blocks = lines if kind == "line" else [part for part in PARAGRAPHS.split(text.strip()) if part]
-            repeated, characters = repeats(blocks)
-            if by_count is not None and repeated > by_count * len(blocks):
-                return f"max_duplicate_{kind}s"
-            if by_characters is not None and characters > by_characters * sum(map(len, blocks)):
-                return f"max_duplicate_{kind}_characters"
-        return None
+    def _by_repeated_blocks(self, stats: TextStats) -> Iterator[Broken]:
+        for name, limit, part, whole in (
+            ("lines", self.max_duplicate_lines, stats.duplicate_lines, stats.lines),
+            (
+                "line_characters",
+                self.max_duplicate_line_characters,
+                stats.duplicate_line_characters,
+                stats.line_characters,
+            ),
+            ("paragraphs", self.max_duplicate_paragraphs, stats.duplicate_paragraphs, stats.paragraphs),
+            (
+                "paragraph_characters",
+                self.max_duplicate_paragraph_characters,
+                stats.duplicate_paragraph_characters,
+                stats.line_characters,
+            ),
+        ):
+            if limit is not None:
+                yield f"max_duplicate_{name}", part > limit * whole
 
-    def _by_repeated_ngrams(self, words: Sequence[str]) -> str | None:
-        if not self.max_top_ngram_characters and not self.max_duplicate_ngram_characters:
-            return None
-        ids, lengths = number_words(words)
-        total = lengths.sum()
-        for n, limit in (self.max_top_ngram_characters or {}).items():
-            if top_ngram_characters(ids, lengths, n) > limit * total:
-                return "max_top_ngram_characters"
-        for n, limit in (self.max_duplicate_ngram_characters or {}).items():
-            if duplicate_ngram_characters(ids, lengths, n) > limit * total:
-                return "max_duplicate_ngram_characters"
-        return None
+    def broken_by_ngrams(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
+        """The rules that count n-grams: the dearest, so ask them of what the others left."""
+        tops, duplicates = self.max_top_ngram_characters or {}, self.max_duplicate_ngram_characters or {}
+        if not tops and not duplicates:
+            return
+        of_top, of_duplicates = ngram_characters(texts, stats.words, [*tops], [*duplicates])
+        for found, limit in zip(of_top, tops.values(), strict=True):
+            yield "max_top_ngram_characters", found > limit * stats.word_characters
+        for found, limit in zip(of_duplicates, duplicates.values(), strict=True):
+            yield "max_duplicate_ngram_characters", found > limit * stats.word_characters

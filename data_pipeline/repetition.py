@@ -1,87 +1,220 @@
-"""How much of a text is repetition: lines, paragraphs and n-grams of words that occur more than once.
+"""How much of a text is n-grams of words that occur more than once, by a numba kernel over Arrow's buffers.
 
-N-grams are counted by numba over the words' numbers, since there are as many of them as words, for each n.
+An n-gram can only repeat where the (n-1)-grams that it begins and ends with repeat. So each n looks at what n-1 left
+over, which in prose is little from n = 3 on, and an n-gram's key is the exact pair of the number of its first
+n-1 words and that of its last: no two different ones are ever taken for the same.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import numba
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.text_columns import buffers
+from data_pipeline.text_stats import character_kinds
+
+Counts = NDArray[np.int64]
+
+# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+SPACE = np.uint8(1)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
-def repeats(blocks: Sequence[str]) -> tuple[int, int]:
-    """How many of ``blocks`` equal an earlier one, and their characters."""
-    if len(set(blocks)) == len(blocks):
-        return 0, 0
-    counts = Counter(blocks)
-    return len(blocks) - len(counts), sum((count - 1) * len(block) for block, count in counts.items())
+def ngram_characters(
+    texts: pa.Array, words: Counts, top: Sequence[int], duplicate: Sequence[int]
+) -> tuple[Counts, Counts]:
+    """Characters of the words that stand in repeated n-grams; a word counts once, in however many it stands.
 
-
-def number_words(words: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A number for each word, equal for equal words alone (by Python's 64-bit hash), and its characters."""
-    ids = np.fromiter(map(hash, words), np.int64, len(words))
-    return ids, np.fromiter(map(len, words), np.int64, len(words))
-
-
-@numba.njit(nogil=True, cache=True)
-def ngram_slots(ids: NDArray[np.int64], n: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Count n-grams in a hash table with linear probing.
+    Args:
+        words: how many words each text has (see `text_stats.measure`).
+        top: the n for which the most frequent n-gram's occurrences are counted; of several, those of the one that
+            covers most; none where no n-gram occurs twice.
+        duplicate: the n for which all n-grams that occur more than once are counted, at each occurrence.
 
     Returns:
-        The slot of each n-gram in order, shape (words - n + 1,), and the count of each slot. Grams are told apart
-        by 64 bits: that two of a text's different ones share them is beyond practice.
+        Counts of shape (len(top), texts) and (len(duplicate), texts).
     """
-    grams = max(0, len(ids) - n + 1)
-    size = 1
-    while size < 2 * grams:
-        size *= 2
-    hashes = np.zeros(size, np.uint64)
-    counts = np.zeros(size, np.int64)
-    slots = np.empty(grams, np.int64)
-    for at in range(grams):
-        gram = np.uint64(0)
-        for word in range(n):
-            gram = (gram + np.uint64(ids[at + word])) * MULTIPLIER
-            gram ^= gram >> np.uint64(32)
-        slot = np.int64(gram & np.uint64(size - 1))
-        while counts[slot] and hashes[slot] != gram:
-            slot = (slot + 1) & (size - 1)
-        hashes[slot] = gram
-        counts[slot] += 1
-        slots[at] = slot
-    return slots, counts
+    data, offsets = buffers(texts)
+    widest = max([*top, *duplicate, 0])
+    most = int(words.max(initial=0))
+    of_top = np.zeros((widest + 1, len(texts)), np.int64)
+    of_duplicates = np.zeros((widest + 1, len(texts)), np.int64)
+    wanted = np.zeros(widest + 1, np.bool_)
+    wanted[list(top)] = True
+    count_ngrams(data, offsets, character_kinds(), most, wanted, of_top, of_duplicates)
+    return of_top[list(top)], of_duplicates[list(duplicate)]
 
 
 @numba.njit(nogil=True, cache=True)
-def top_ngram_characters(ids: NDArray[np.int64], lengths: NDArray[np.int64], n: int) -> int:
-    """Characters that the most frequent n-gram covers, counted at each occurrence; 0 where none repeats.
+def hash_words(
+    data: NDArray[np.uint8],
+    start: int,
+    end: int,
+    kinds: NDArray[np.uint8],
+    keys: NDArray[np.uint64],
+    before: Counts,
+) -> int:
+    """A key for each word of a text, and the characters of all words before it; returns how many words there are.
 
-    Of several that are the most frequent, the longest counts.
+    Keys of words of up to 8 bytes are a bijection of their bytes; longer ones share all 64 bits by chance only.
     """
-    slots, counts = ngram_slots(ids, n)
-    most = longest = 0
-    for at in range(len(slots)):
-        count = counts[slots[at]]
-        if count >= max(2, most):
-            characters = lengths[at : at + n].sum()
-            longest = characters if count > most else max(longest, characters)
-            most = count
-    return most * longest
+    count = characters = 0
+    at = start
+    while at < end:
+        key, block = np.uint64(0), np.uint64(0)
+        size = letters = 0
+        while at < end:
+            code, length = int(data[at]), 1
+            if code >= 0xF0:
+                code = ((code & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
+                code |= ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F)
+                length = 4
+            elif code >= 0xE0:
+                code = ((code & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)
+                length = 3
+            elif code >= 0x80:
+                code = ((code & 31) << 6) | (data[at + 1] & 0x3F)
+                length = 2
+            if code < len(kinds) and kinds[code] & SPACE:
+                at += length
+                break
+            letters += 1
+            for byte in range(at, at + length):
+                if size and not size & 7:
+                    key = (key ^ block) * MULTIPLIER
+                    key ^= key >> np.uint64(32)
+                    block = np.uint64(0)
+                block = block << np.uint64(8) | np.uint64(data[byte])
+                size += 1
+            at += length
+        if size:
+            key = (key ^ block) * MULTIPLIER
+            keys[count] = key ^ (key >> np.uint64(32))
+            before[count] = characters
+            characters += letters
+            count += 1
+    before[count] = characters
+    return count
 
 
 @numba.njit(nogil=True, cache=True)
-def duplicate_ngram_characters(ids: NDArray[np.int64], lengths: NDArray[np.int64], n: int) -> int:
-    """Characters of the words that stand in an n-gram which occurs more than once; each word counts once."""
-    slots, counts = ngram_slots(ids, n)
-    covered = end = 0
-    for at in range(len(slots)):
-        if counts[slots[at]] > 1:
-            covered += lengths[max(at, end) : at + n].sum()
-            end = at + n
-    return covered
+def number(
+    keys: NDArray[np.uint64],
+    count: int,
+    table: NDArray[np.uint64],
+    held: NDArray[np.int32],
+    numbers: NDArray[np.int32],
+    times: NDArray[np.int32],
+) -> None:
+    """Number the first ``count`` keys in order of appearance, equal ones alike, and count each number's ``times``.
+
+    ``table`` and ``held`` are room for an open-addressing hash table of at least four times as many slots.
+    """
+    slots = 4
+    while slots < 2 * count:
+        slots *= 2
+    held[:slots] = -1
+    distinct = 0
+    for at in range(count):
+        key = keys[at]
+        mixed = key * MULTIPLIER
+        slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(slots - 1))
+        while held[slot] >= 0 and table[slot] != key:
+            slot = (slot + 1) & (slots - 1)
+        if held[slot] < 0:
+            table[slot] = key
+            held[slot] = distinct
+            times[distinct] = 0
+            distinct += 1
+        numbers[at] = held[slot]
+        times[held[slot]] += 1
+
+
+@numba.njit(nogil=True, cache=True)
+def covered(places: NDArray[np.int32], count: int, width: int, before: Counts) -> int:
+    """Characters of the words in the windows of ``width`` words that begin at these places (ascending)."""
+    total, end = 0, np.int64(0)
+    for at in range(count):
+        place = np.int64(places[at])
+        begin = place if place > end else end
+        end = place + width
+        total += int(before[end] - before[begin])
+    return total
+
+
+@numba.njit(nogil=True, cache=True)
+def most_covered(
+    places: NDArray[np.int32],
+    numbers: NDArray[np.int32],
+    count: int,
+    times: NDArray[np.int32],
+    width: int,
+    before: Counts,
+    ends: Counts,
+    totals: Counts,
+) -> int:
+    """Characters of the words in the most frequent of the n-grams at these places, each word counted once."""
+    most = best = 0
+    for at in range(count):
+        most = max(most, times[numbers[at]])
+        ends[numbers[at]] = totals[numbers[at]] = 0
+    for at in range(count):
+        gram = numbers[at]
+        if times[gram] == most:
+            place = np.int64(places[at])
+            begin = place if place > ends[gram] else ends[gram]
+            totals[gram] += before[place + width] - before[begin]
+            ends[gram] = place + width
+            best = max(best, totals[gram])
+    return best
+
+
+@numba.njit(nogil=True, cache=True)
+def count_ngrams(
+    data: NDArray[np.uint8],
+    offsets: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    most: int,
+    wanted: NDArray[np.bool_],
+    of_top: Counts,
+    of_duplicates: Counts,
+) -> None:
+    """Fill ``of_top`` (where ``wanted``) and ``of_duplicates``, shape (widest n + 1, texts) each."""
+    keys, before = np.empty(most + 1, np.uint64), np.empty(most + 1, np.int64)
+    words, numbers = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
+    times, places = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
+    table, held = np.empty(4 * most + 4, np.uint64), np.empty(4 * most + 4, np.int32)
+    ends, totals = np.empty(most + 1, np.int64), np.empty(most + 1, np.int64)
+    for row in range(len(offsets) - 1):
+        count = hash_words(data, offsets[row], offsets[row + 1], kinds, keys, before)
+        number(keys, count, table, held, words, times)
+        for at in range(count):
+            places[at] = at
+        numbers[:count] = words[:count]
+        for width in range(1, len(wanted)):
+            if width > 1:  # extend by a word what repeats together with what follows
+                longer = 0
+                for at in range(count - 1):
+                    place = places[at]
+                    if places[at + 1] == place + 1:
+                        last = words[place + width - 1]
+                        keys[longer] = np.uint64(numbers[at]) << np.uint64(32) | np.uint64(last)
+                        places[longer] = place
+                        longer += 1
+                count = longer
+                number(keys, count, table, held, numbers, times)
+            repeated = 0
+            for at in range(count):
+                if times[numbers[at]] > 1:
+                    places[repeated], numbers[repeated] = places[at], numbers[at]
+                    repeated += 1
+            count = repeated
+            if count == 0:
+                break
+            of_duplicates[width, row] = covered(places, count, width, before)
+            if wanted[width]:
+                of_top[width, row] = most_covered(places, numbers, count, times, width, before, ends, totals)

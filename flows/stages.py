@@ -39,7 +39,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("download", download, DownloadConfig, (), 1, ("documents", "bytes")),
-    Stage("clean", clean, CleanConfig, ("download",), 1, ("kept", "documents")),
+    Stage("clean", clean, CleanConfig, ("download",), 2, ("kept", "documents")),
     Stage("dedup", dedup, DedupConfig, ("clean",), 1, ("kept", "removed/exact", "removed/near")),
     Stage(
         "train_tokenizer",

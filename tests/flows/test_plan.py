@@ -13,14 +13,14 @@ from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
-    "download": "a2e084e4fdd3051a",
-    "clean": "bcd0113fce4b4c45",
-    "dedup": "7d0a0e3014ef2758",
-    "train_tokenizer": "6ad9f83562700ea5",
-    "tokenize": "bb16dcf0f5a188b5",
-    "pretrain": "bfa1ccc9f660cc70",
-    "evaluate": "93ef9f02675494b0",
-    "export": "8b71aeb4e4a333cd",
+    "download": "e94b2d8519594363",
+    "clean": "e931b52137bd9708",
+    "dedup": "b9de2a1219706d34",
+    "train_tokenizer": "9b4bdf57681b6410",
+    "tokenize": "4b312d6a3ebc41a7",
+    "pretrain": "05cfddd3d64a26cc",
+    "evaluate": "91bf8407d06909ec",
+    "export": "d0d996882bc36508",
 }
 
 

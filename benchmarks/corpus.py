@@ -57,6 +57,11 @@ def text_bytes(folder: Path, kind: str = "documents") -> int:
     )
 
 
+def documents(folder: Path) -> int:
+    """Number of documents in a folder of document shards."""
+    return sum(int(pq.read_metadata(path).num_rows) for path in shard_paths(folder))
+
+
 def random_part(folder: Path, megabytes: float, shards: int = 8) -> Path:
     """About ``megabytes`` of the text in ``folder``, whole documents drawn by hash of their id; all where it has less."""
     total = text_bytes(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import Work
 from benchmarks.ours import empty_folder
-from data_pipeline.documents import read_shard, shard_paths
+from data_pipeline.documents import shard_paths
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 
 WORD = re.compile(r"\w+")
@@ -155,7 +154,7 @@ def datatrove_dedup(corpus: str, out: str, workers: int, bands: int, rows: int, 
 
 
 def text_dedup(corpus: str, out: str, workers: int, bands: int, rows: int) -> Work:
-    """Document shards to a saved data set by text-dedup's MinHash, with its fastest hash."""
+    """Document shards to a saved data set by text-dedup's MinHash, with the faster of its two hashes."""
     from text_dedup.minhash import main
 
     folder = empty_folder(out)
@@ -173,7 +172,7 @@ def text_dedup(corpus: str, out: str, workers: int, bands: int, rows: int) -> Wo
         "r": rows,
         "num_perm": bands * rows,
         "hash_func": "xxh3",
-        "hash_bits": 32,
+        "hash_bits": 64,
     }
     words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
@@ -223,10 +222,16 @@ def datatrove_tokens(corpus: str, tokenizer: str, out: str, workers: int) -> Wor
     return work
 
 
-def kept_ids(folder: Path) -> Iterator[str]:
+def kept_ids(folder: Path) -> list[str]:
     """Ids of the documents that a contestant's removal of duplicates left."""
-    paths = sorted(folder.glob("*.parquet"))
-    for path in paths:
-        if path.name != "removed.parquet":
-            for batch in read_shard(path, ("id",)):
-                yield from batch.column("id").to_pylist()
+    if (folder / "dataset_info.json").exists():  # text-dedup's
+        import datasets
+
+        return list(datasets.load_from_disk(str(folder))["id"])
+    paths = [path for path in sorted(folder.glob("*.parquet")) if path.name != "removed.parquet"]
+    return [id for path in paths for id in pq.read_table(path, columns=["id"])["id"].to_pylist()]
+
+
+def count_kept(folder: Path) -> int:
+    """How many `kept_ids` there are."""
+    return len(kept_ids(folder))

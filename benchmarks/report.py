@@ -61,21 +61,28 @@ class Report:
         self.data[key] = [dict(zip(header, row, strict=True)) for row in rows]
         self.sections.append(table(header, [[shown(cell) for cell in row] for row in rows]))
 
-    def race(self, key: str, all_runs: Sequence[Runs], ours: Runs | None = None) -> None:
-        """The table of contestants: medians, and how many times as fast ``ours`` (the first, by default) is."""
-        ours = ours or all_runs[0]
-        header = ("", "cores", "text MB", "runs", "median s", "MB/s", "peak MB", "llmill is faster by")
-        rows = []
+    def race(
+        self, key: str, all_runs: Sequence[Runs], *, ours: Runs | None = None, whole: Runs | None = None
+    ) -> None:
+        """The table of contestants: medians, and how many times as fast llmill is.
+
+        Compared with ``ours`` (the first, by default), llmill on the same text as its peers, and with ``whole``, if
+        given, llmill on more, where the seconds that starting takes count less.
+        """
+        references = {"llmill / this": ours or all_runs[0]}
+        if whole:
+            references["llmill on the whole / this"] = whole
+        header = ("", "cores", "text MB", "runs", "median s", "MB/s", "peak MB", *references)
+        rows: list[list[object]] = []
         for runs in all_runs:
             one = runs.contestant
+            row: list[object] = [one.name, one.cores, one.text_bytes / 1e6, len(runs.seconds)]
             if runs.missing:
-                rows.append([one.name, one.cores, one.text_bytes / 1e6, 0, None, None, None, runs.missing])
-                continue
-            factor = None if runs is ours else ours.rate / runs.rate
-            peak = max(runs.peak_bytes) / 1e6
-            rows.append(
-                [one.name, one.cores, one.text_bytes / 1e6, len(runs.seconds), runs.median, runs.rate, peak, factor]
-            )
+                row += [None, None, None, *(runs.missing for _ in references)]
+            else:
+                factors = (None if runs in references.values() else by.rate / runs.rate for by in references.values())
+                row += [runs.median, runs.rate, max(runs.peak_bytes) / 1e6, *factors]
+            rows.append(row)
         self.table(key, header, rows)
         self.data[f"{key}_seconds"] = {runs.contestant.name: runs.seconds for runs in all_runs}
 

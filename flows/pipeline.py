@@ -7,6 +7,7 @@ are all the same thing: sealed stages are reused, an unfinished one goes on wher
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import time
 import traceback
@@ -21,6 +22,8 @@ import yaml
 from prefect import flow
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY as HEARTBEATS
+from prefect.settings import temporary_settings
 
 from data_pipeline.context import UserError, human_bytes
 from flows.context import PrefectContext
@@ -98,6 +101,9 @@ class Run:
 
         try:
             with ExitStack() as stack:
+                if HEARTBEATS.name not in os.environ:
+                    # A flow waits up to a second for the thread that sends them to wake and end.
+                    stack.enter_context(temporary_settings({HEARTBEATS: None}))
                 if any(step.action != "reuse" for step in self.steps):
                     self._workers = stack.enter_context(start_workers(self.recipe.runtime, self.store.home))
                 pipeline(recipe=self.recipe.name, fingerprints=fingerprints)

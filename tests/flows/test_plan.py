@@ -13,14 +13,14 @@ from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
-    "download": "e94b2d8519594363",
-    "clean": "e931b52137bd9708",
-    "dedup": "b9de2a1219706d34",
-    "train_tokenizer": "9b4bdf57681b6410",
-    "tokenize": "4b312d6a3ebc41a7",
-    "pretrain": "05cfddd3d64a26cc",
-    "evaluate": "91bf8407d06909ec",
-    "export": "d0d996882bc36508",
+    "download": "10132a85c3acfb58",
+    "clean": "f3f0b60d43016ff6",
+    "dedup": "4366328189dfb6da",
+    "train_tokenizer": "a23c0f38baa492fa",
+    "tokenize": "41eb80e2aff05f2f",
+    "pretrain": "fe13aee535e8de37",
+    "evaluate": "282c1cc3be81df1f",
+    "export": "d6a95155896dbbd4",
 }
 
 

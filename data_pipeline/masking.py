@@ -1,0 +1,110 @@
+"""Mask personal data: e-mail addresses, public IP addresses and telephone numbers become placeholders.
+
+Conservative by intent: a number that merely might be a telephone number stays. What is found: addresses as
+``name@host.tld`` (not "name at host", nor a quoted or internationalised one); IPv4 in four decimal parts and IPv6 in
+any of its spellings, where the address is public (`ipaddress`: globally routable), so that neither 127.0.0.1 nor
+192.168.0.1 nor most version numbers go; telephone numbers with ``+`` and country code (8 to 15 digits, ITU-T E.164),
+North American ones in groups of 3, 3, 4, French ones in five pairs and those of 10 or 11 digits in groups of which
+the first begins with 0 (Britain, Germany, ...). Not found: numbers written without any separator or ``+``, other
+national forms, extensions, and numbers spelled out. Names and postal addresses are not looked for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from data_pipeline.context import Config
+
+EMAIL = re.compile(
+    r"(?<![\w.+%-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?"
+    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w@-])"
+)
+IP = re.compile(
+    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\w)|(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,39}(?![\w:]|\.\w))"
+)
+PHONE = re.compile(
+    r"(?<![\w+.,:/=#-])(?:"
+    r"\+\d{1,3}(?:[ .\-\u2010-\u2013\u00a0]?\(\d{1,5}\))?(?:[ .\-/\u2010-\u2013\u00a0]?\d){6,14}"
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d([ .-]))[2-9]\d\d[ .-]\d{4}"
+    r"|0[1-9](?:([ .-])\d\d)(?:\2\d\d){3}"
+    r"|(?:\(0\d{2,4}\)|0\d{2,4})[ /-]\d{3,4}[ -]\d{3,4}"
+    r")(?![\w@]|[.,:/=-]\d)"
+)
+
+UNICAST = ipaddress.ip_network("2000::/3")
+"""All the IPv6 addresses that are given out for general use (IANA's registry; RFC 4291)."""
+
+HINTS = {"email": "@", "ip": r"\d\.\d+\.\d|:[0-9A-Fa-f]*:", "phone": r"\d{2}[^0-9A-Za-z\n]{0,3}\d{2}|\+\d"}
+"""A text in which RE2 finds nothing of this holds nothing to mask; most have nothing."""
+
+
+class Masking(Config):
+    """What each kind is replaced by; None leaves it alone."""
+
+    email: str | None = "<EMAIL>"
+    ip: str | None = "<IP_ADDRESS>"
+    phone: str | None = "<PHONE_NUMBER>"
+
+    def mask(self, text: str) -> tuple[str, dict[str, int]]:
+        """The text with placeholders, and how many of each kind were put in."""
+        counts: dict[str, int] = {}
+        for kind, pattern, placeholder, accept in (
+            ("email", EMAIL, self.email, any_match),
+            ("ip", IP, self.ip, is_public),
+            ("phone", PHONE, self.phone, has_phone_digits),
+        ):
+            if placeholder is not None:
+                text, counts[kind] = replace(pattern, text, placeholder, accept)
+        return text, counts
+
+    def candidates(self, texts: pa.Array) -> NDArray[np.int64]:
+        """The rows that may hold something to mask."""
+        found = np.zeros(len(texts), np.bool_)
+        for kind, hint in HINTS.items():
+            if getattr(self, kind) is not None:
+                found |= pc.match_substring_regex(texts, hint).to_numpy(zero_copy_only=False)
+        return np.flatnonzero(found)
+
+
+def replace(
+    pattern: re.Pattern[str], text: str, placeholder: str, accept: Callable[[str], bool]
+) -> tuple[str, int]:
+    """Replace the matches that are accepted; returns how many too."""
+    replaced = 0
+
+    def put(match: re.Match[str]) -> str:
+        nonlocal replaced
+        if not accept(match[0]):
+            return match[0]
+        replaced += 1
+        return placeholder
+
+    return pattern.sub(put, text), replaced
+
+
+def any_match(found: str) -> bool:
+    return True
+
+
+def is_public(found: str) -> bool:
+    """Whether this is an IP address that anyone on the internet may have."""
+    try:
+        address = ipaddress.ip_address(found)
+    except ValueError:
+        return False
+    if address.version == 6 and address not in UNICAST:  # ``a::b`` is C++ and an address that nobody has
+        return False
+    return address.is_global and not address.is_multicast
+
+
+def has_phone_digits(found: str) -> bool:
+    """Whether it has as many digits as a telephone number: 8 to 15 with a country code, else 10 or 11."""
+    digits = sum(map(str.isdecimal, found))
+    return 8 <= digits <= 15 if found.startswith("+") else 10 <= digits <= 11

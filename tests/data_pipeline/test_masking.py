@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.masking import Masking
+
+MASKS = {"email": "<EMAIL>", "ip": "<IP_ADDRESS>", "phone": "<PHONE_NUMBER>"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("email", "jane.doe+lists@mail.example.co.uk"),
+        ("email", "a@b.io"),
+        ("email", "x_1%y-z@sub-domain.example.museum"),
+        ("ip", "8.8.8.8"),
+        ("ip", "203.0.114.255"),
+        ("ip", "2001:4860:4860::8888"),
+        ("ip", "2606:4700:4700:0:0:0:0:1111"),
+        ("phone", "+49 30 901820"),
+        ("phone", "+1 (212) 555-0187"),
+        ("phone", "+442079460958"),
+        ("phone", "+33 1 23 45 67 89"),
+        ("phone", "(212) 555-0187"),
+        ("phone", "212-555-0187"),
+        ("phone", "1-800-555-0199"),
+        ("phone", "01 23 45 67 89"),
+        ("phone", "020 7946 0958"),
+        ("phone", "(0161) 496 0123"),
+    ],
+)
+@pytest.mark.parametrize("around", ["{}", "Write to {}.", "({}), or", "see: <{}>\n", "“{}”", "é {}, and"])
+def test_what_is_personal_is_masked_and_nothing_beside_it(kind: str, found: str, around: str) -> None:
+    masked, counts = Masking().mask(around.format(found))
+    assert masked == around.format(MASKS[kind])
+    assert counts == {one: int(one == kind) for one in MASKS}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "user@host",  # no domain
+        "@decorator.name and a@b",
+        "name@example..com",
+        "127.0.0.1, 10.1.2.3, 192.168.0.1, 169.254.1.1, 224.0.0.1, 0.0.0.0",
+        "fe80::1 ::1 :: 2001:db8::1 fd00::7",
+        "999.1.1.1 and 1.2.3.4.5 and version 1.2.3",
+        "std::vector a::b cafe::x 12:30:45 10:15",
+        "::8888 of a scope",
+        "2024-01-15 10:30:00, 1999-2004, 15/03/2021",
+        "12345678901234567890",
+        "2125550187",
+        "3.14159265358979 +1234567",
+        "100 200 3000, 1 000 000 000",
+        "112-555-0187",  # area codes begin with 2 to 9
+        "ISBN 978-3-16-148410-0",
+        "£1,234,567.89 0.123456789",
+        "x = 0x7f and +5 -3",
+        "10.1000/182 doi:10.1000/212-555-0187",
+    ],
+)
+def test_what_only_looks_like_it_stays(text: str) -> None:
+    assert Masking().mask(text) == (text, dict.fromkeys(MASKS, 0))
+
+
+def test_each_kind_is_switched_off_alone_and_its_placeholder_is_the_recipes() -> None:
+    text = "a@example.com 8.8.4.4 +49 30 901820"
+    assert Masking(email=None).mask(text)[0] == "a@example.com <IP_ADDRESS> <PHONE_NUMBER>"
+    assert Masking(ip=None, phone=None, email="[mail]").mask(text) == (
+        "[mail] 8.8.4.4 +49 30 901820",
+        {"email": 1},
+    )
+
+
+PIECES = [
+    "a@b.com",
+    "8.8.8.8",
+    "2001:4860::1",
+    "+49 30 901820",
+    "212-555-0187",
+    "01.23.45.67.89",
+    " ",
+    "é",
+    "1",
+    ".",
+]
+
+
+@given(st.lists(st.sampled_from([*PIECES, "-", "(020) 7946 0958", "\n", "@", ":"]), max_size=12).map("".join))
+def test_no_text_with_something_to_mask_is_passed_over(text: str) -> None:
+    masked, counts = Masking().mask(text)
+    assert (masked != text) == any(counts.values())
+    assert masked == text or Masking().candidates(pa.array([text])).tolist() == [0]

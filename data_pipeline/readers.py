@@ -1,96 +1,143 @@
-"""Files of text, JSON lines, JSON and Parquet, plain or compressed, as a stream of documents and rejected records.
+"""Files of text, JSON lines, JSON, Parquet and WARC, plain, compressed or in archives, as a stream of records.
 
 A record that can't be used never ends the reading: it comes out as `Rejected` with a reason. So does the fault of
-a whole file (a cut gzip, an unreadable Parquet), after the good records that stand before it.
+a whole file (a cut gzip, an unreadable Parquet, a decompression bomb), after the good records that stand before it.
+Memory is bounded by `MAX_DOCUMENT_BYTES` and not by the size of a file. Text is UTF-8 unless its source says
+another ``encoding``; none is ever guessed.
 """
 
 from __future__ import annotations
 
 import codecs
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
+from data_pipeline.archives import Member, members
+from data_pipeline.columns import read_parquet
 from data_pipeline.documents import MAX_DOCUMENT_BYTES, excerpt, first_line
-from data_pipeline.sources import split_suffix
-
-MAX_JSON_BYTES = 1 << 30
-"""A ``.json`` file (which must be held in memory) above this is rejected; JSON lines have no such bound."""
+from data_pipeline.formats import is_archive, split_suffix
+from data_pipeline.json_values import json_values
+from data_pipeline.records import Record, Rejected, pick, whole
+from data_pipeline.streams import (
+    CODEC_FAULTS,
+    ExpandsTooFar,
+    Limit,
+    Recoded,
+    buffered,
+    decompressed,
+    is_fault_of_disk,
+)
+from data_pipeline.warc import read_warc
 
 BLOCK_BYTES = 1 << 24
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A document as read: its text and its row in the file (None where the file is the document)."""
+@dataclass(frozen=True)
+class Reading:
+    """How the files of a source are read."""
 
-    row: int | None
-    text: str
+    text_field: str = "text"
+    """The field or column that holds the text, in JSON and Parquet."""
+    meta_fields: tuple[str, ...] = ()
+    """Fields or columns that are kept of each document."""
+    split_chars: int | None = None
+    """Cut ``.txt`` at ends of paragraphs into documents of at least this many characters."""
+    encoding: str = "utf-8"
+    max_expansion: float = 200
+    max_unpacked_bytes: int = 1 << 40
+    spool: Path | None = None
+    """A folder for the temporary copy of a Parquet file that stands in another file; None: the system's."""
+
+    def limit(self, stored: int) -> Limit:
+        """A fresh limit for a file of ``stored`` bytes."""
+        return Limit(stored, self.max_expansion, self.max_unpacked_bytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Rejected:
-    """A record (or, where ``row`` is None, a file) that can't be used, and why."""
+def read_file(path: Path, reading: Reading) -> Iterator[Record]:
+    """The documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
 
-    row: int | None
-    reason: str
-    detail: str
-
-
-Record = Text | Rejected
-
-
-def read_file(path: Path, text_field: str, split_chars: int | None = None) -> Iterator[Record]:
-    """The documents of a file, its format taken from its name. Rows count from 0.
-
-    Args:
-        text_field: the field or column that holds the text, in JSON and Parquet.
-        split_chars: cut ``.txt`` at ends of paragraphs into documents of at least this many characters.
+    Raises:
+        OSError: of the disk; what is wrong with the content comes out as `Rejected`.
     """
     suffix, compression = split_suffix(path.name)
-    try:
-        with open_stream(path, compression) as stream:
-            if suffix == ".jsonl":
-                yield from read_jsonl(stream, text_field)
-            elif suffix == ".json":
-                yield from read_json(stream, text_field)
-            elif suffix == ".parquet":
-                yield from read_parquet(stream, text_field)
+    size = path.stat().st_size
+
+    def records() -> Iterator[Record]:
+        with decompressed(path, compression, lambda: reading.limit(size)) as stream:
+            if is_archive(path.name):
+                yield from read_archive(stream, suffix, reading, reading.limit(size))
             else:
-                yield from read_text(stream, split_chars)
-    except (OSError, pa.ArrowException) as error:
-        if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's fault: reading again may go well. A codec's fault has no number.
+                yield from read_stream(stream, suffix, reading, size)
+
+    yield from judged(records(), reading)
+
+
+def read_archive(stream: BinaryIO, suffix: str, reading: Reading, limit: Limit) -> Iterator[Record]:
+    """The documents of an archive's members, each as if it were a file; every record says its member."""
+    for name, member in members(stream, suffix, limit):
+        if isinstance(member, Rejected):
+            yield member
+            continue
+        for record in judged(read_member(name, member, reading), reading):
+            record.member = name
+            yield record
+        if limit.exceeded:
+            return
+
+
+def read_member(name: str, member: Member, reading: Reading) -> Iterator[Record]:
+    suffix, compression = split_suffix(name)
+    stream = decompressed(member.stream, compression, lambda: reading.limit(member.size))
+    yield from read_stream(stream, suffix, reading, member.size)
+
+
+def read_stream(stream: BinaryIO, suffix: str, reading: Reading, stored: int) -> Iterator[Record]:
+    """The documents in a stream of one format; ``stored`` is the size of its file."""
+    if suffix == ".parquet":
+        yield from read_parquet(
+            stream, reading.text_field, reading.meta_fields, reading.limit(stored), reading.spool
+        )
+    elif suffix in (".warc", ".wet"):
+        yield from read_warc(stream)
+    else:
+        if codecs.lookup(reading.encoding).name != "utf-8":
+            stream = buffered(Recoded(stream, reading.encoding))
+        if suffix == ".jsonl":
+            yield from read_jsonl(stream, reading)
+        elif suffix == ".json":
+            yield from read_json(stream, reading)
+        else:
+            yield from read_text(stream, reading.split_chars)
+
+
+def judged(records: Iterator[Record], reading: Reading) -> Iterator[Record]:
+    """``records``, and what ended them early as the last one."""
+    try:
+        yield from records
+    except UnicodeDecodeError as error:
+        yield Rejected(None, f"not_{reading.encoding.replace('utf-8', 'utf8')}", error.reason)
+    except ExpandsTooFar as error:
+        yield Rejected(None, "expands_too_far", str(error))
+    except CODEC_FAULTS as error:
+        if is_fault_of_disk(error):
+            raise
         yield Rejected(None, "unreadable_file", first_line(error))
 
 
-def open_stream(path: Path, compression: str | None) -> BinaryIO:
-    """A file as bytes, decompressed on the way."""
-    if compression is None:
-        return open(path, "rb")
-    return io.BufferedReader(pa.input_stream(str(path), compression=compression))
-
-
 def read_text(stream: BinaryIO, split_chars: int | None) -> Iterator[Record]:
-    try:
-        if split_chars is None:
-            yield read_whole(stream)
-            return
-        row = -1
-        for row, part in enumerate(split_paragraphs(decoded(stream), split_chars)):
-            yield whole(row, part)
-        if row < 0:
-            yield whole(None, "")
-    except UnicodeDecodeError as error:
-        yield Rejected(None, "not_utf8", error.reason)
+    if split_chars is None:
+        yield read_whole(stream)
+        return
+    row = -1
+    for row, part in enumerate(split_paragraphs(decoded(stream), split_chars)):
+        yield whole(row, part)
+    if row < 0:
+        yield whole(None, "")
 
 
 def read_whole(stream: BinaryIO) -> Record:
@@ -98,29 +145,33 @@ def read_whole(stream: BinaryIO) -> Record:
     blocks, size = [], 0
     for block in decoded(stream):
         blocks.append(block)
-        size += len(block.encode())
+        size += len(block)
         if size > MAX_DOCUMENT_BYTES:
-            advice = "a local source's split_chars cuts it at paragraphs"
+            advice = "the source's split_chars cuts it at paragraphs"
             return Rejected(None, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes; {advice}")
     return whole(None, "".join(blocks))
 
 
-def decoded(stream: BinaryIO) -> Iterator[str]:
-    """The text of a file in blocks, without a byte order mark.
+def decoded(stream: BinaryIO, head: bytes = b"") -> Iterator[str]:
+    """The text of a file, which begins with ``head``, in blocks, without a byte order mark.
 
     Raises:
-        UnicodeDecodeError: it isn't UTF-8; the reason says which byte of the file.
+        UnicodeDecodeError: it isn't UTF-8; the reason says which byte of the file, after the text before it.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     end = 0
     while True:
-        block = stream.read(BLOCK_BYTES)
+        block = head or stream.read(BLOCK_BYTES)
+        head = b""
         end += len(block)
         try:
             yield decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            offset = end - len(error.object) + error.start
-            error.reason = f"byte 0x{error.object[error.start]:02x} at offset {offset}"
+            rest = len(error.object) - error.start
+            yield decoder.decode(block[: max(0, len(block) - rest)])
+            error.reason = f"byte 0x{error.object[error.start]:02x} at offset {end - rest}"
+            if end == rest and error.object[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                error.reason += ": looks like UTF-16, so set the source's encoding to utf-16"
             raise
         if not block:
             return
@@ -149,106 +200,50 @@ def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def read_jsonl(stream: BinaryIO, text_field: str) -> Iterator[Record]:
-    row = 0
+def read_jsonl(stream: BinaryIO, reading: Reading, first: int = 0) -> Iterator[Record]:
+    """One document a line; rows are lines, counted from ``first``."""
+    row = first
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
         if len(line) > MAX_DOCUMENT_BYTES:
             yield Rejected(row, "too_large", f"a line of more than {MAX_DOCUMENT_BYTES} bytes")
             while line and not line.endswith(b"\n"):
-                line = stream.readline(MAX_DOCUMENT_BYTES)
-        elif line.strip():
-            yield parse(row, line, text_field)
+                line = stream.readline(BLOCK_BYTES)
+        elif not line.isspace():
+            yield parse(row, line, reading)
         row += 1
 
 
-def parse(row: int, line: bytes, text_field: str) -> Record:
+def parse(row: int, line: bytes, reading: Reading) -> Record:
     """The document in one line of JSON."""
     try:
-        return pick(row, json.loads(line), text_field)
+        return pick(row, json.loads(line), reading.text_field, reading.meta_fields)
     except UnicodeDecodeError as error:
         return Rejected(
             row, "not_utf8", f"byte 0x{line[error.start]:02x} at offset {error.start} of the line"
         )
     except (ValueError, RecursionError) as error:
-        return Rejected(row, "bad_json", f"{error}: {excerpt(line.decode('utf-8', 'replace'), 80)}")
+        return Rejected(row, "bad_json", f"{error}: {excerpt(line[:400].decode('utf-8', 'replace'), 80)}")
 
 
-def pick(row: int | None, value: Any, text_field: str) -> Record:
-    """The text of one parsed record."""
-    if not isinstance(value, dict):
-        return Rejected(row, "not_an_object", f"found {type(value).__name__}")
-    if text_field not in value:
-        return Rejected(row, "missing_field", f"no field {text_field!r} among {sorted(value)[:8]}")
-    text = value[text_field]
-    if not isinstance(text, str):
-        return Rejected(row, "field_not_text", f"{text_field!r} holds {type(text).__name__}")
-    return whole(row, text)
-
-
-def whole(row: int | None, text: str) -> Record:
-    """``text`` as a document, if UTF-8 can hold it (half a surrogate pair can't be) and it isn't too large."""
-    if not text:
-        return Rejected(row, "empty", "")
+def read_json(stream: BinaryIO, reading: Reading) -> Iterator[Record]:
+    """The elements of an array, or one value; many call JSON lines ``.json`` too, which the first line shows."""
+    line = stream.readline(MAX_DOCUMENT_BYTES + 1)
     try:
-        size = len(text.encode())
-    except UnicodeEncodeError as error:
-        return Rejected(row, "not_utf8", f"lone surrogate at character {error.start}")
-    if size > MAX_DOCUMENT_BYTES:
-        return Rejected(row, "too_large", f"{size} bytes")
-    return Text(row, text)
-
-
-def read_json(stream: BinaryIO, text_field: str) -> Iterator[Record]:
-    data = stream.read(MAX_JSON_BYTES + 1)
-    if len(data) > MAX_JSON_BYTES:
-        yield Rejected(None, "too_large", f"more than {MAX_JSON_BYTES} bytes; use JSON lines")
-        return
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        yield Rejected(None, "bad_json", str(error))
-        return
-    if isinstance(value, list):
-        yield from (pick(row, one, text_field) for row, one in enumerate(value))
+        by_line = isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        by_line = False
+    if by_line:
+        first = parse(0, line, reading)
+        following = read_jsonl(stream, reading, first=1)
+        second = next(following, None)
+        first.row = None if second is None else 0
+        yield first
+        if second is not None:
+            yield second
+            yield from following
     else:
-        yield pick(None, value, text_field)
-
-
-def read_parquet(stream: BinaryIO, text_field: str) -> Iterator[Record]:
-    source = stream if stream.seekable() else pa.BufferReader(stream.read())
-    with pq.ParquetFile(source) as file:
-        if text_field not in file.schema_arrow.names:
-            yield Rejected(
-                None, "missing_field", f"no column {text_field!r} among {file.schema_arrow.names[:8]}"
-            )
-            return
-        row = 0
-        for batch in file.iter_batches(batch_size=1024, columns=[text_field], use_threads=False):
-            yield from rows(values_of(batch.column(0)), row, text_field)
-            row += batch.num_rows
-
-
-def values_of(column: pa.Array) -> list[object]:
-    """A column's values as Python's; a string that isn't UTF-8, which Arrow doesn't check, as the error it gives."""
-    try:
-        return list(column.to_pylist())
-    except UnicodeDecodeError:
-        return [value_of(scalar) for scalar in column]
-
-
-def value_of(scalar: pa.Scalar) -> object:
-    try:
-        return scalar.as_py()
-    except UnicodeDecodeError as error:
-        return error
-
-
-def rows(values: Iterable[object], first: int, text_field: str) -> Iterator[Record]:
-    for row, value in enumerate(values, first):
-        if isinstance(value, str):
-            yield whole(row, value)
-        elif isinstance(value, UnicodeDecodeError):
-            byte = value.object[value.start]
-            yield Rejected(row, "not_utf8", f"byte 0x{byte:02x} at offset {value.start} of the text")
-        else:
-            yield Rejected(row, "field_not_text", f"{text_field!r} holds {type(value).__name__}")
+        for value in json_values(decoded(stream, line)):
+            if isinstance(value, Rejected):
+                yield value
+            else:
+                yield pick(*value, reading.text_field, reading.meta_fields)

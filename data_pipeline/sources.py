@@ -2,29 +2,24 @@
 
 A listing says what a source consists of (relative names, sizes, hashes or revisions). It is made when a run is
 planned; its hash is part of the identity of the downloaded artifact, so that a changed file is a new artifact,
-while absolute paths are not, so that the same files elsewhere are the same artifact.
+while absolute paths are not, so that the same files elsewhere are the same artifact. No source has a key, a
+password or a token among its options: drivers find these where the user keeps them (environment, ~/.netrc,
+~/.aws, ...), so they can't reach a manifest.
 """
 
 from __future__ import annotations
 
-import glob
+import codecs
 import hashlib
-import os
 import re
-import sysconfig
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import Annotated, Literal
+from datetime import date
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
-from data_pipeline.context import Config, UserError
-from data_pipeline.documents import file_sha256
-
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet")
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+from data_pipeline.context import Config
+from data_pipeline.formats import has_known_suffix, known_suffixes
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -42,26 +37,68 @@ class Listed(Config):
     """Absolute path or URL. No part of the identity."""
 
 
+def without_password(url: str | None) -> str | None:
+    """``url``, if it carries no user name or password: these would end up in every document."""
+    if url and "@" in url.partition("://")[2].partition("/")[0]:
+        raise ValueError("an address with a user name or password in it")
+    return url
+
+
 class TextSource(Config):
     """What all kinds of source share."""
 
     name: SourceName
     text_field: str = "text"
     """Field or column that holds the text, in JSON and Parquet."""
+    meta_fields: tuple[str, ...] = ()
+    """Fields or columns kept in each document's ``meta``, where it has them: a URL, a date, a quality score."""
     license: str | None = None
-    url: str | None = None
+    url: Annotated[str | None, AfterValidator(without_password)] = None
     """Where the text comes from, for a person; kept with each document, as is the licence."""
+    retrieved: date | None = None
+    """The day on which the text was taken from there, as its collector says. Never the clock's: the same
+    recipe gives the same bytes on any day."""
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """What is kept with every document of the source; a field of the document's own name comes before it."""
+        said = {"license": self.license, "url": self.url}
+        said |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
+        return {key: value for key, value in said.items() if value}
 
 
-class LocalSource(TextSource):
+def text_encoding(name: str) -> str:
+    """The standard name of an encoding."""
+    try:
+        found = codecs.lookup(name)
+    except LookupError:
+        raise ValueError("no encoding of this name: try utf-8, utf-16, latin-1, cp1252, ...") from None
+    if not found._is_text_encoding or found.incrementaldecoder is None:
+        raise ValueError("not an encoding of text")
+    return found.name
+
+
+class FileSource(TextSource):
+    """What sources that consist of files share: how these are read."""
+
+    split_chars: int | None = Field(default=None, gt=0)
+    """Cut each ``.txt`` at ends of paragraphs into documents of at least this many characters (books)."""
+    encoding: Annotated[str, AfterValidator(text_encoding)] = "utf-8"
+    """Of ``.txt`` and JSON. It is never guessed: what isn't in this encoding is rejected."""
+    max_expansion: float = Field(default=200, gt=0)
+    """A compressed file or an archive is read until it held this many times its own size (or 100 MB, if that is
+    more). Beyond is a decompression bomb: text shrinks to a tenth or so."""
+    max_unpacked_bytes: int = Field(default=1_000_000_000_000, gt=0)
+    """The same, in bytes."""
+
+
+class LocalSource(FileSource):
     """Files of this machine: a file, a folder (all files in it with a known suffix) or a glob pattern."""
 
     kind: Literal["local"] = "local"
     path: str
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the file (in order of name) that reaches this many bytes as stored."""
-    split_chars: int | None = Field(default=None, gt=0)
-    """Cut each ``.txt`` at ends of paragraphs into documents of at least this many characters (books)."""
 
 
 class InstalledPythonSource(TextSource):
@@ -90,7 +127,7 @@ def url_name(url: str) -> str:
     return f"{parts.netloc}{stem}{slash}{hashlib.sha256(parts.query.encode()).hexdigest()[:12]}-{last}"
 
 
-class HttpSource(TextSource):
+class HttpSource(FileSource):
     """Files fetched by HTTP(S); the suffix of the address's path says the format. Uses ~/.netrc."""
 
     kind: Literal["http"] = "http"
@@ -103,21 +140,68 @@ class HttpSource(TextSource):
     @field_validator("urls")
     @classmethod
     def _readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        seen: set[str] = set()
         for url in urls:
+            name = url_name(url)
             if not has_known_suffix(urlsplit(url).path):
-                raise ValueError(f"{url}: the address's path must end with {known_suffixes()}")
-        names = [url_name(url) for url in urls]
-        for name in names:
-            if names.count(name) > 1:
+                raise ValueError(f"{name}: the address's path must end with {known_suffixes()}")
+            if name in seen:
                 raise ValueError(f"two addresses stand for {name}; a document's id is made of host and path")
+            seen.add(name)
         return urls
 
     @model_validator(mode="after")
     def _hashes_of_urls(self) -> HttpSource:
         for url in self.sha256:
             if url not in self.urls:
-                raise ValueError(f"sha256 names {url}, which is not among urls")
+                raise ValueError(f"sha256 names {url_name(url)}, which is not among urls")
         return self
+
+
+NOT_STORES = {
+    "file": "use `kind: local`",
+    "local": "use `kind: local`",
+    "http": "use `kind: http`",
+    "https": "use `kind: http`",
+    "hf": "use `kind: huggingface`",
+    "memory": "it is gone when the process ends",
+    "data": "it holds the data itself",
+}
+NAMES_A_CONTAINER = ("abfs", "abfss", "az", "wasb", "wasbs")  # as in abfs://container@account.dfs...
+
+
+def of_a_store(url: str) -> str:
+    """``url``, if it is one of an object store and carries no credentials."""
+    scheme, colon, rest = url.partition("://")
+    if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or not rest.strip("/"):
+        raise ValueError("not an address such as s3://bucket/folder")
+    if scheme in NOT_STORES:
+        raise ValueError(f"{scheme}:// is no object store: {NOT_STORES[scheme]}")
+    if "::" in url:
+        raise ValueError("chained addresses (::) are not read; archives are opened by their suffix")
+    user, at, _ = rest.partition("/")[0].rpartition("@")
+    if at and (":" in user or scheme not in NAMES_A_CONTAINER):
+        raise ValueError(
+            f"a {scheme}:// address with a user name or password in it; drivers take these from the environment"
+        )
+    if re.search(r"\?[\w.-]+=", rest):
+        raise ValueError(f"a {scheme}:// address with a query, which may hold a key: leave it away")
+    return url
+
+
+class ObjectSource(FileSource):
+    """Files of an object store, or of any other file system that `fsspec` knows: one, a folder or a glob pattern.
+
+    Credentials, endpoints and other options of the driver come from where it looks itself (``AWS_PROFILE``,
+    ``AWS_ENDPOINT_URL``, ``GOOGLE_APPLICATION_CREDENTIALS``, ``AZURE_STORAGE_CONNECTION_STRING``, ...) or from
+    fsspec's own configuration (``FSSPEC_S3='{"anon": true}'``, ~/.config/fsspec/*.json).
+    """
+
+    kind: Literal["objects"] = "objects"
+    url: Annotated[str, AfterValidator(of_a_store)]
+    """``s3://bucket/folder``, ``gs://bucket/*.parquet``, ``az://container/file.jsonl.gz``, ..."""
+    max_bytes: int | None = Field(default=None, gt=0)
+    """Reading ends with the file (in order of name) that reaches this many bytes as stored."""
 
 
 class HuggingFaceSource(TextSource):
@@ -134,143 +218,6 @@ class HuggingFaceSource(TextSource):
     """Reading ends with the row that reaches this many bytes of text."""
 
 
-Source = Annotated[
-    LocalSource | InstalledPythonSource | HttpSource | HuggingFaceSource, Field(discriminator="kind")
-]
-
-
-def known_suffixes() -> str:
-    return ", ".join(SUFFIXES) + " (also .gz or .zst)"
-
-
-def split_suffix(name: str) -> tuple[str, str | None]:
-    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression that a file name says."""
-    stem, last = os.path.splitext(name.lower())
-    compression = COMPRESSIONS.get(last)
-    return (os.path.splitext(stem)[1] if compression else last), compression
-
-
-def has_known_suffix(name: str) -> bool:
-    return split_suffix(name)[0] in SUFFIXES
-
-
-def list_local(source: LocalSource) -> tuple[Listed, ...]:
-    """The files of a local source, sorted by name, hashed."""
-    root, paths = local_files(source.path)
-    readable = [path for path in paths if has_known_suffix(path.name)]
-    if not readable:
-        raise UserError(
-            f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, "
-            f"none ending with {known_suffixes()})"
-            if paths
-            else f"source {source.name}: no file at {source.path}"
-        )
-    return pin(((path.relative_to(root).as_posix(), path) for path in readable), source.max_bytes)
-
-
-def local_files(path: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files that ``path`` (file, folder, glob) stands for."""
-    given = Path(path).expanduser().absolute()
-    if given.is_file():
-        return given.parent, [given]
-    if given.is_dir():
-        found = [Path(folder, name) for folder, _, names in walk(given) for name in names]
-        return given, sorted(found, key=lambda one: one.relative_to(given).as_posix())
-    fixed = Path(*_take_until_magic(given.parts))
-    matches = (Path(match) for match in glob.glob(str(given), recursive=True))
-    return fixed, sorted({match for match in matches if match.is_file()})  # `**` finds some twice
-
-
-def _take_until_magic(parts: Iterable[str]) -> Iterator[str]:
-    for part in parts:
-        if glob.has_magic(part):
-            return
-        yield part
-
-
-def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in order of name, without hidden files and folders."""
-    for here, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield here, folders, sorted(name for name in names if not name.startswith("."))
-
-
-OURSELVES = {"data_pipeline", "llm", "flows"}  # else a change to llmill would change its own corpus
-PYTHON_TEXT = (".py", ".rst", ".md", ".txt")
-NOT_LIBRARY = re.compile(
-    r"(site-packages|dist-packages|__pycache__|.*\.(dist-info|egg-info|data)|__editable__.*)$"
-)
-
-
-def list_installed_python(source: InstalledPythonSource) -> tuple[Listed, ...]:
-    """Text files of the running Python, as many as ``max_bytes`` admits, hashed."""
-    return pin(installed_python_files(), source.max_bytes)
-
-
-def installed_python_files() -> Iterator[tuple[str, Path]]:
-    """(name, path) of the standard library's text files and then those of the installed packages, by name.
-
-    Byte code and what an installer writes (metadata with paths and times, editable hooks) is left out.
-    """
-    paths = sysconfig.get_paths()
-    roots = [
-        ("stdlib", paths["stdlib"]),
-        ("site-packages", paths["purelib"]),
-        ("site-packages", paths["platlib"]),
-    ]
-    for prefix, root in {os.path.realpath(root): (prefix, root) for prefix, root in roots}.values():
-        found = []
-        for here, folders, names in walk(Path(root)):
-            skipped = OURSELVES if here == root else set()
-            folders[:] = [name for name in folders if name not in skipped and not NOT_LIBRARY.match(name)]
-            found += [
-                Path(here, name)
-                for name in names
-                if name.endswith(PYTHON_TEXT) and not NOT_LIBRARY.match(name)
-            ]
-        relative = sorted((path.relative_to(root).as_posix(), path) for path in found)
-        yield from ((f"{prefix}/{name}", path) for name, path in relative)
-
-
-def pin(files: Iterable[tuple[str, Path]], max_bytes: int | None = None) -> tuple[Listed, ...]:
-    """Size and hash of files (name, path), until ``max_bytes`` are reached. Files are hashed in threads."""
-    chosen: list[tuple[str, Path]] = []
-    total = 0
-    for name, path in files:
-        if max_bytes is not None and total >= max_bytes:
-            break
-        try:
-            total += path.stat().st_size
-        except OSError as error:
-            raise UserError(f"can't read {path}: {error.strerror}") from error
-        chosen.append((printable(name), path))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-        return tuple(pool.map(lambda item: pin_file(*item), chosen))
-
-
-def printable(name: str) -> str:
-    """``name`` with what isn't UTF-8 in it (Linux allows that in file names) as escapes."""
-    return name.encode("utf-8", "backslashreplace").decode()
-
-
-def pin_file(name: str, path: Path) -> Listed:
-    """One file as it is now.
-
-    Raises:
-        UserError: it can't be read.
-    """
-    try:
-        size = path.stat().st_size
-        return Listed(name=name, size=size, version=f"sha256:{file_sha256(path)}", location=str(path))
-    except OSError as error:
-        raise UserError(f"can't read {path}: {error.strerror}") from error
-
-
-def check_unchanged(listed: Listed) -> None:
-    """Make sure that a local file is what it was when the run was planned.
-
-    Raises:
-        UserError: it is gone or its content changed.
-    """
-    if pin_file(listed.name, Path(listed.location)) != listed:
-        raise UserError(f"{listed.location} changed since the run was planned; run again")
+AnySource = LocalSource | InstalledPythonSource | HttpSource | ObjectSource | HuggingFaceSource
+Source = Annotated[AnySource, Field(discriminator="kind")]
+KINDS: tuple[str, ...] = tuple(model.model_fields["kind"].default for model in get_args(AnySource))

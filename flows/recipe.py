@@ -18,6 +18,7 @@ from data_pipeline.clean import CleanConfig
 from data_pipeline.context import Config, Runtime, UserError, cores
 from data_pipeline.dedup import DedupConfig
 from data_pipeline.download import DownloadConfig
+from data_pipeline.sources import KINDS
 from data_pipeline.token_shards import TokenizeConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from llm.evaluate import EvaluateConfig
@@ -196,7 +197,7 @@ def as_written(location: Sequence[str | int]) -> tuple[str | int, ...]:
 
 def is_kind(part: str | int) -> bool:
     """Whether this is the tag of a kind of source, which pydantic names after its position in the list."""
-    return part in ("local", "installed-python", "http", "huggingface")
+    return part in KINDS
 
 
 def suggestion(location: Sequence[str | int]) -> str:

@@ -38,7 +38,7 @@ class Stage:
 
 
 STAGES: tuple[Stage, ...] = (
-    Stage("download", download, DownloadConfig, (), 1, ("documents", "bytes")),
+    Stage("download", download, DownloadConfig, (), 2, ("documents", "bytes")),
     Stage("clean", clean, CleanConfig, ("download",), 2, ("kept", "documents")),
     Stage("dedup", dedup, DedupConfig, ("clean",), 1, ("kept", "removed/exact", "removed/near")),
     Stage(

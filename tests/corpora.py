@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import multiprocessing
 import random
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from data_pipeline.context import LocalContext, Metrics, StageConfig, StageContext
 from data_pipeline.documents import write_shard
+from data_pipeline.download import DownloadConfig, download
+from data_pipeline.parts import Parts
 
 WORDS = re.findall(
     r"\w+",
@@ -115,3 +121,42 @@ def check_restarts(body: Body, config: StageConfig, inputs: Mapping[str, Path], 
         (whole / name).unlink()
         assert body(config, inputs, whole, LocalContext()) == metrics
         assert digests(whole) == expected, f"{name} was lost"
+
+
+def check_kills(config: Mapping[str, Any], folder: Path) -> None:
+    """A download whose process is killed (SIGKILL) amid a group keeps the parts that are whole, and ends the same."""
+    whole = DownloadConfig.model_validate(config).resolve()
+    download(whole, {}, folder / "undisturbed", LocalContext())
+    out = folder / "killed"
+    process = multiprocessing.get_context("forkserver").Process(target=slowly, args=(config, out))
+    process.start()
+    deadline = time.monotonic() + 60
+    while len(parts := sorted(out.glob("scratch/*-progress.json"))) < 1 or part_count(parts[0]) < 3:
+        assert process.is_alive(), "it ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    assert not list(out.glob("scratch/group-00000.json")), "the group was done"
+    kept = {path: path.stat().st_ino for path in out.glob("scratch/*-00[012].parquet")}
+    assert len(kept) >= 3
+    assert download(whole, {}, out, LocalContext())["documents"] > 0
+    inodes = {path.stat().st_ino for path in out.rglob("*.parquet")}
+    assert set(kept.values()) <= inodes, "a whole part was written again"
+    assert digests(out) == digests(folder / "undisturbed")
+
+
+def slowly(config: Mapping[str, Any], out: Path) -> None:
+    """A download with a short rest after each part, so that there is time to kill it."""
+    seal = Parts.seal
+
+    def rest(self: Parts, piece: int, place: Any) -> None:
+        seal(self, piece, place)
+        time.sleep(0.2)
+
+    Parts.seal = rest  # type: ignore[method-assign]
+    download(DownloadConfig.model_validate(config), {}, out, LocalContext())
+
+
+def part_count(note: Path) -> int:
+    return len(json.loads(note.read_text())["parts"])

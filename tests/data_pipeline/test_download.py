@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.sources import InstalledPythonSource, list_installed_python
+from data_pipeline.local import list_installed_python
+from data_pipeline.sources import InstalledPythonSource
 
 
 def write_files(folder: Path, count: int = 12) -> Path:

@@ -5,23 +5,20 @@ import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 
-import httpx
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from corpora import digests, prose, read_documents
 from pydantic import ValidationError
 
-from data_pipeline import remote
+from data_pipeline import transfer
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.hub import explained, rows_of
-from data_pipeline.sources import HuggingFaceSource
+from data_pipeline.remote import retry_after
 
 LINES = "\n".join(json.dumps({"text": prose(n, 400)}) for n in range(400)).encode()
 
@@ -35,30 +32,47 @@ class Site:
     cut_after: int | None = None
     """Bytes of the content after which a connection is cut."""
     busy: int = 0
-    """Answers with 503 that stand before the first good one."""
+    """Answers with `busy_status` that stand before the first good one."""
+    busy_status: int = 503
+    busy_headers: dict[str, str] = field(default_factory=dict)
+    promised: int = 0
+    """Bytes that are announced beyond those that there are."""
+    knows_ranges: bool = True
+    starts_late: int = 0
+    """Bytes that an answer to a Range request leaves out."""
+    pause: float = 0
+    """Seconds before each answer."""
     ranges: list[str | None] = field(default_factory=list)
     """The Range header of each GET."""
     if_ranges: list[str | None] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
+    """Of each GET."""
+    at_once: int = 0
+    most_at_once: int = 0
     knows_head: bool = True
     address: str = ""
+    lock: Lock = field(default_factory=Lock)
 
     def config(self, **options: Any) -> DownloadConfig:
         url = f"{self.address}/texts/lines.jsonl"
+        runtime = options.pop("runtime", {})
         source = {"kind": "http", "name": "web", "urls": [url], **options}
-        return DownloadConfig.model_validate({"sources": [source], "shard_bytes": 100_000})
+        return DownloadConfig.model_validate(
+            {"sources": [source], "shard_bytes": 100_000, "runtime": runtime}
+        )
 
 
-@pytest.fixture
-def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
-    monkeypatch.setattr(remote, "BACKOFF_SECONDS", 0.01)
-    site = Site()
-
+def make_handler(site: Site) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         def begin(self) -> int | None:
             """Send status and headers; returns where the content begins, or None when there is none."""
             if site.busy:
                 site.busy -= 1
-                self.send_error(503)
+                self.send_response(site.busy_status)
+                for name, value in site.busy_headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", "0")
+                self.end_headers()
                 return None
             if self.path.startswith("/loop/"):
                 self.send_response(302)
@@ -68,10 +82,18 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
             if not self.path.startswith("/texts/"):
                 self.send_error(404)
                 return None
-            wanted = self.headers["Range"]
-            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted else 0
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(len(site.content) - start))
+            wanted = self.headers["Range"] if site.knows_ranges else None
+            same = self.headers["If-Range"] in (None, *site.headers.values())
+            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and same else 0
+            if start >= len(site.content) > 0:
+                self.send_error(416)
+                return None
+            start += site.starts_late if start else 0
+            total = len(site.content) + site.promised
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(total - start))
+            if start:
+                self.send_header("Content-Range", f"bytes {start}-{total - 1}/{total}")
             for name, value in site.headers.items():
                 self.send_header(name, value)
             self.end_headers()
@@ -86,7 +108,14 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         def do_GET(self) -> None:
             site.ranges.append(self.headers["Range"])
             site.if_ranges.append(self.headers["If-Range"])
+            site.times.append(time.monotonic())
+            with site.lock:
+                site.at_once += 1
+                site.most_at_once = max(site.most_at_once, site.at_once)
+            time.sleep(site.pause)
             start = self.begin()
+            with site.lock:
+                site.at_once -= 1
             if start is not None:
                 end = len(site.content) if site.cut_after is None else start + site.cut_after
                 self.wfile.write(site.content[start:end])
@@ -95,11 +124,21 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         def log_message(self, *arguments: Any) -> None:
             pass
 
-    class Server(ThreadingHTTPServer):
-        def handle_error(self, *arguments: Any) -> None:
-            pass  # a client that has seen enough hangs up; that is no news
+    return Handler
 
-    with Server(("127.0.0.1", 0), Handler) as server:
+
+class Server(ThreadingHTTPServer):
+    request_queue_size = 64
+
+    def handle_error(self, *arguments: Any) -> None:
+        pass  # a client that has seen enough hangs up; that is no news
+
+
+@pytest.fixture
+def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
+    monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.01)
+    site = Site()
+    with Server(("127.0.0.1", 0), make_handler(site)) as server:
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         site.address = f"http://127.0.0.1:{server.server_port}"
         yield site
@@ -163,7 +202,8 @@ def test_a_server_that_stays_busy_ends_the_stage_after_a_few_attempts(site: Site
     planned = site.config().resolve()
     site.busy = 1000
     with pytest.raises(
-        ConnectionError, match=r"can't fetch .*lines\.jsonl: the server answers 503 \(5 attempts\)"
+        ConnectionError,
+        match=r"can't fetch .*lines\.jsonl: the server answers 503 \(5 attempts\); run again to go on",
     ):
         download(planned, {}, tmp_path / "out", LocalContext())
 
@@ -201,7 +241,7 @@ def test_a_missing_page_is_a_mistake_and_a_missing_server_is_unresolved(site: Si
     with pytest.raises(UserError, match=r"lost\.txt answers 404: check the address"):
         lost.resolve()
     nobody = site.config(urls=["http://127.0.0.1:9/x.txt"])
-    with pytest.raises(Unresolved, match=r"can't reach 127\.0\.0\.1:9/x\.txt"):
+    with pytest.raises(Unresolved, match=r"127\.0\.0\.1:9/x\.txt can not be reached"):
         nobody.resolve()
 
 
@@ -215,122 +255,137 @@ def test_credentials_in_an_address_are_refused_and_a_query_never_reaches_the_ide
     assert "hunter2" not in signed.listings[0][0].name
 
 
-def hugging_face(dataset: Path | str, **options: Any) -> DownloadConfig:
-    source = {"kind": "huggingface", "name": "hub", "dataset": str(dataset), **options}
-    return DownloadConfig.model_validate({"sources": [source]})
-
-
-@pytest.fixture
-def dataset(tmp_path: Path) -> Path:
-    """A data set folder with a train and a test split."""
-    folder = tmp_path / "dataset"
-    folder.mkdir()
-    for split, count in (("train", 20), ("test", 5)):
-        rows = [json.dumps({"content": f"{split} {prose(n)}", "n": n}) for n in range(count)]
-        (folder / f"{split}.jsonl").write_text("\n".join(rows))
-    return folder
-
-
-def test_a_data_set_folder_is_streamed_by_split_and_pinned_by_its_files(
-    dataset: Path, tmp_path: Path
-) -> None:
-    config = hugging_face(dataset, split="test", text_field="content")
-    before = config.resolve().identity()
-    assert str(tmp_path) not in json.dumps(before)
-    download(config, {}, tmp_path / "out", LocalContext())
-    documents = read_documents(tmp_path / "out")
-    assert documents == {f"hub/test#{n}": f"test {prose(n)}" for n in range(5)}
-    (dataset / "test.jsonl").write_text(json.dumps({"content": "new"}))
-    assert config.resolve().identity() != before
-
-
-def test_rows_and_bytes_of_a_data_set_can_be_limited(dataset: Path, tmp_path: Path) -> None:
-    few = hugging_face(dataset, text_field="content", max_rows=3)
-    assert download(few, {}, tmp_path / "few", LocalContext())["documents"] == 3
-    small = hugging_face(dataset, text_field="content", max_bytes=len(f"train {prose(0)}") + 1)
-    assert download(small, {}, tmp_path / "small", LocalContext())["documents"] == 2
-
-
-def test_an_unknown_split_is_one_clear_line(dataset: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"source hub: .*validation") as refused:
-        download(hugging_face(dataset, split="validation"), {}, tmp_path / "out", LocalContext())
-    assert "\n" not in str(refused.value)
-
-
-def test_a_mistyped_folder_is_a_mistake_and_no_question_to_the_hub(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no folder here and no name of a data set"):
-        hugging_face(tmp_path / "not" / "there").resolve()
-
-
-def test_a_hub_that_cannot_be_reached_leaves_a_source_unresolved_soon(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    start = time.monotonic()
-    with pytest.raises(Unresolved, match="can't be asked for the revision of nobody/nothing"):
-        hugging_face("nobody/nothing").resolve()
-    assert time.monotonic() - start < 10
-
-
-def test_a_full_commit_is_resolved_without_network() -> None:
-    commit = "0123456789abcdef" * 2 + "01234567"
-    pinned = hugging_face("nobody/nothing", revision=commit).resolve()
-    assert pinned.listings[0][0].version == f"commit:nobody/nothing@{commit}"
-    said = pinned.identity()["sources"][0]
-    assert (said["dataset"], said["revision"], said["split"]) == ("nobody/nothing", commit, "train")
-
-
-def test_of_a_column_format_only_the_text_is_read(tmp_path: Path) -> None:
-    folder = tmp_path / "columns"
-    folder.mkdir()
-    pq.write_table(pa.table({"n": range(3), "content": ["a", "b", "c"]}), folder / "train.parquet")
-    config = hugging_face(folder, text_field="content").resolve()
-    source, listed = config.sources[0], config.listings[0][0]
-    assert isinstance(source, HuggingFaceSource)
-    assert list(rows_of(source, listed)) == [{"content": "a"}, {"content": "b"}, {"content": "c"}]
-    with pytest.raises(UserError, match=r"source hub: .*text") as refused:
-        download(hugging_face(folder), {}, tmp_path / "out", LocalContext())
-    assert "\n" not in str(refused.value)
-
-
-def test_a_hub_lost_between_plan_and_run_is_one_line_with_advice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    planned = hugging_face("nobody/nothing", revision="0" * 40).resolve()
-    with pytest.raises(ConnectionError, match=r"source hub: .*nobody/nothing.*run again when") as lost:
+def test_a_server_that_ignores_ranges_is_read_from_the_start(site: Site, tmp_path: Path) -> None:
+    planned = site.config().resolve()
+    site.knows_ranges = False
+    site.cut_after = len(LINES) // 2
+    with pytest.raises(ConnectionError, match=r"lines\.jsonl: the server broke off"):
         download(planned, {}, tmp_path / "out", LocalContext())
-    assert "\n" not in str(lost.value)
+    site.cut_after = None
+    download(planned, {}, tmp_path / "out", LocalContext())
+    assert site.ranges[-1] is not None
+    assert read_documents(tmp_path / "out") == {
+        f"web/{planned.listings[0][0].name}#{n}": prose(n, 400) for n in range(400)
+    }
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (httpx.ReadTimeout("timed out"), ConnectionError),
-        (OSError(), ConnectionError),
-        (ValueError("bad\nparquet"), UserError),
-        (
-            httpx.HTTPStatusError(
-                "no", request=httpx.Request("GET", "http://x"), response=httpx.Response(403)
-            ),
-            UserError,
-        ),
-        (
-            httpx.HTTPStatusError(
-                "no", request=httpx.Request("GET", "http://x"), response=httpx.Response(503)
-            ),
-            ConnectionError,
-        ),
-    ],
-)
-def test_a_fault_amid_the_rows_says_whether_to_wait_or_to_mend(
-    fault: Exception, kind: type[Exception]
+def test_what_a_killed_run_has_fetched_is_not_fetched_again(site: Site, tmp_path: Path) -> None:
+    planned = site.config().resolve()
+    site.cut_after = 100_000
+    site.busy_headers, site.busy_status = {}, 503
+
+    class Dies(LocalContext):
+        def map(self, fn: Any, items: Any, *, names: Any = None) -> Any:
+            first = super().map(fn, items, names=names)
+            raise KeyboardInterrupt(first)
+
+    with pytest.raises(KeyboardInterrupt):
+        download(planned, {}, tmp_path / "out", Dies())
+    asked = len(site.ranges)
+    download(planned, {}, tmp_path / "out", LocalContext())
+    assert len(site.ranges) == asked
+    site.cut_after = None
+    download(planned, {}, tmp_path / "smooth", LocalContext())
+    assert digests(tmp_path / "smooth") == digests(tmp_path / "out")
+
+
+def test_a_server_that_lies_about_length_never_gives_a_short_file(site: Site, tmp_path: Path) -> None:
+    planned = site.config().resolve()
+    site.promised = -1000
+    with pytest.raises(UserError, match=r"bytes came, \d+ were announced; run again"):
+        download(planned, {}, tmp_path / "less", LocalContext())
+    assert not list((tmp_path / "less").glob("documents-*"))
+    site.promised = 1000  # all that was planned has come when the connection breaks off
+    assert download(planned, {}, tmp_path / "more", LocalContext())["documents"] == 400
+
+
+def test_a_length_that_was_a_lie_in_the_plan_ends_the_stage_too(site: Site, tmp_path: Path) -> None:
+    site.promised = 1000
+    planned = site.config().resolve()
+    with pytest.raises(ConnectionError, match=r"lines\.jsonl"):
+        download(planned, {}, tmp_path / "out", LocalContext())
+    site.promised = 0
+    with pytest.raises((ConnectionError, UserError), match=r"announced"):
+        download(planned, {}, tmp_path / "later", LocalContext())
+
+
+def test_bytes_from_elsewhere_are_never_appended(site: Site, tmp_path: Path) -> None:
+    planned = site.config().resolve()
+    site.cut_after, site.starts_late = 50_000, 7
+    with pytest.raises(ConnectionError, match=r"sends bytes from 50007 on, asked for those from 50000"):
+        download(planned, {}, tmp_path / "out", LocalContext())
+
+
+def test_a_file_that_changes_amid_its_transfer_is_not_a_mixture(site: Site, tmp_path: Path) -> None:
+    planned = site.config().resolve()
+    site.cut_after = 50_000
+    site.busy_status = 503
+
+    def change() -> None:
+        while not site.ranges:
+            time.sleep(0.001)
+        site.content, site.headers, site.cut_after = LINES[::-1], {"ETag": '"v2"'}, None
+
+    Thread(target=change, daemon=True).start()
+    with pytest.raises(UserError, match="changed since the run was planned; run again"):
+        download(planned, {}, tmp_path / "out", LocalContext())
+    assert not list((tmp_path / "out").rglob("*.jsonl"))
+
+
+def test_a_resumed_file_with_the_wrong_hash_is_fetched_once_more_whole(site: Site, tmp_path: Path) -> None:
+    url = f"{site.address}/texts/lines.jsonl"
+    planned = site.config(sha256={url: hashlib.sha256(LINES).hexdigest()}).resolve()
+    folder = tmp_path / "out" / "scratch" / "fetched" / "group-00000"
+    folder.mkdir(parents=True)
+    (folder / "00000.jsonl").write_bytes(b"x" * 5000)
+    assert download(planned, {}, tmp_path / "out", LocalContext())["documents"] == 400
+    assert site.ranges == ["bytes=5000-", None]
+
+
+@pytest.mark.parametrize("form", ["seconds", "date"])
+def test_a_server_says_when_to_come_again(site: Site, tmp_path: Path, form: str) -> None:
+    planned = site.config().resolve()
+    site.busy, site.busy_status = 1, 429
+    moment = formatdate(time.time() + 2, usegmt=True)  # in whole seconds: one to two from now
+    site.busy_headers = {"Retry-After": "1" if form == "seconds" else moment}
+    download(planned, {}, tmp_path / "out", LocalContext())
+    first, second = site.times
+    assert 0.9 < second - first < 5
+
+
+def test_a_wait_is_capped_and_nonsense_is_no_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert retry_after("120") == 120
+    assert retry_after("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+    assert retry_after("soon") is None
+    assert retry_after("") is None
+    assert transfer.pause(1, 1e9) <= transfer.LONGEST_WAIT_SECONDS + transfer.BACKOFF_SECONDS
+    waits = [transfer.pause(n, None) for n in range(1, 30)]
+    assert all(0 < wait <= transfer.LONGEST_BACKOFF_SECONDS for wait in waits)
+    assert waits[4] > waits[0]
+
+
+def test_small_files_come_side_by_side_and_no_host_sees_more_connections_than_set(
+    site: Site, tmp_path: Path
 ) -> None:
-    (source,) = hugging_face("nobody/nothing").sources
-    assert isinstance(source, HuggingFaceSource)
-    told = explained(source, fault, 7)
-    assert isinstance(told, kind)
-    assert "source hub" in str(told)
-    assert "beyond 7 rows" in str(told)
-    assert "\n" not in str(told)
+    site.content, site.pause = b"a short text", 0.05
+    urls = [f"{site.address}/texts/{n}.txt" for n in range(24)]
+    config = site.config(urls=urls, runtime={"connections_per_host": 3})
+    small = DownloadConfig.model_validate(config.model_dump() | {"shard_bytes": 40}).resolve()
+    metrics = download(small, {}, tmp_path / "out", LocalContext(2))
+    assert metrics["documents"] == 24
+    assert len(list((tmp_path / "out").glob("documents-*"))) == 6
+    assert site.most_at_once == 3
+
+
+def test_content_that_the_server_compresses_on_its_own_account_is_refused(site: Site, tmp_path: Path) -> None:
+    site.headers["Content-Encoding"] = "gzip"
+    with pytest.raises(UserError, match="sends it as gzip, though asked for it as it is"):
+        download(site.config(), {}, tmp_path / "out", LocalContext())
+
+
+def test_no_key_of_an_address_is_left_in_any_file(site: Site, tmp_path: Path) -> None:
+    config = site.config(urls=[f"{site.address}/texts/lines.jsonl?key=hunter2"])
+    download(config, {}, tmp_path / "out", LocalContext())
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 5
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]

@@ -1,0 +1,83 @@
+"""Parquet files as a stream of records, by row group and page, in memory for a few megabytes of rows."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipeline.records import Record, Rejected, kept, whole
+from data_pipeline.streams import Limit
+
+BATCH_BYTES = 1 << 23
+
+
+def read_parquet(
+    stream: BinaryIO, text_field: str, meta_fields: Sequence[str], limit: Limit, spool: Path | None
+) -> Iterator[Record]:
+    """The rows of a Parquet file; one that can't be read from anywhere (it is compressed) is copied to disk first."""
+    with ExitStack() as stack:
+        if not stream.seekable():
+            copy = stack.enter_context(tempfile.TemporaryFile(dir=spool))
+            shutil.copyfileobj(stream, copy, 1 << 20)
+            copy.seek(0)
+            stream = copy
+        file = stack.enter_context(pq.ParquetFile(stream))
+        names = file.schema_arrow.names
+        if text_field not in names:
+            yield Rejected(None, "missing_field", f"no column {text_field!r} among {names[:8]}"[:300])
+            return
+        columns = [text_field, *(name for name in meta_fields if name in names)]
+        row = 0
+        for group in range(file.num_row_groups):
+            size = rows_at_once(file, group, text_field)
+            for batch in file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
+                limit.take(batch.nbytes)
+                yield from read_batch(batch, row, text_field, columns[1:])
+                row += batch.num_rows
+
+
+def rows_at_once(file: pq.ParquetFile, group: int, text_field: str) -> int:
+    """So many rows of a row group that they hold about `BATCH_BYTES` of text."""
+    found = file.metadata.row_group(group)
+    columns = (found.column(index) for index in range(found.num_columns))
+    size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == text_field)
+    return max(1, min(1024, BATCH_BYTES * found.num_rows // max(1, size)))
+
+
+def read_batch(
+    batch: pa.RecordBatch, first: int, text_field: str, meta_fields: Sequence[str]
+) -> Iterator[Record]:
+    """The documents of some rows, the first of which has number ``first``."""
+    values = {name: values_of(batch.column(name)) for name in dict.fromkeys([text_field, *meta_fields])}
+    for offset, value in enumerate(values[text_field]):
+        row = first + offset
+        if isinstance(value, str):
+            meta = kept({name: values[name][offset] for name in meta_fields}, meta_fields)
+            yield whole(row, value, meta)
+        elif isinstance(value, UnicodeDecodeError):
+            byte = value.object[value.start]
+            yield Rejected(row, "not_utf8", f"byte 0x{byte:02x} at offset {value.start} of the text")
+        else:
+            yield Rejected(row, "field_not_text", f"{text_field!r} holds {type(value).__name__}")
+
+
+def values_of(column: pa.Array) -> list[Any]:
+    """A column's values as Python's; a string that isn't UTF-8, which Arrow doesn't check, as the error it gives."""
+    try:
+        return list(column.to_pylist())
+    except UnicodeDecodeError:
+        return [value_of(scalar) for scalar in column]
+
+
+def value_of(scalar: pa.Scalar) -> object:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error

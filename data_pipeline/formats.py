@@ -1,0 +1,41 @@
+"""What a file's name says of it: the format, the compression around it, and whether it is an archive of files."""
+
+from __future__ import annotations
+
+import os
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".warc", ".wet")
+ALIASES = {".ndjson": ".jsonl"}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
+SHORT_TAR = {".tgz": "gzip", ".tzst": "zstd", ".tbz2": "bz2", ".txz": "xz"}
+
+
+def split_suffix(name: str) -> tuple[str, str | None]:
+    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression that a file name says."""
+    stem, last = os.path.splitext(name.lower())
+    if last in SHORT_TAR:
+        return ".tar", SHORT_TAR[last]
+    compression = COMPRESSIONS.get(last)
+    suffix = os.path.splitext(stem)[1] if compression else last
+    return ALIASES.get(suffix, suffix), compression
+
+
+def is_archive(name: str) -> bool:
+    """Whether this is a ``.zip`` or a ``.tar``, which may be compressed (a ``.zip`` in itself only)."""
+    suffix, compression = split_suffix(name)
+    return suffix == ".tar" or (suffix == ".zip" and compression is None)
+
+
+def has_known_suffix(name: str) -> bool:
+    """Whether files of this name can be read."""
+    return split_suffix(name)[0] in SUFFIXES or is_archive(name)
+
+
+def is_compressed(name: str) -> bool:
+    """Whether the text of such a file is larger than the file."""
+    suffix, compression = split_suffix(name)
+    return compression is not None or suffix == ".zip"
+
+
+def known_suffixes() -> str:
+    return f"{', '.join(SUFFIXES)} (also {', '.join(COMPRESSIONS)}), .zip or .tar (also .tgz, .tar.zst, ...)"

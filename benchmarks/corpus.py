@@ -63,7 +63,7 @@ def documents(folder: Path) -> int:
 
 
 def random_part(folder: Path, megabytes: float, shards: int = 8) -> Path:
-    """About ``megabytes`` of the text in ``folder``, whole documents drawn by hash of their id; all where it has less."""
+    """About ``megabytes`` of the text in ``folder``, documents drawn by hash of their id; all if it has less."""
     total = text_bytes(folder)
     if total <= megabytes * 1e6:
         return folder

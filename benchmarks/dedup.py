@@ -45,7 +45,9 @@ def main() -> None:
     scale = installed_text(options.work, options.scale_megabytes)
     steps = [
         contestant("once", ours.remove_duplicates, scale, config={}),
-        contestant(f"{options.times} times", ours.remove_duplicates, variants(scale, options.times), config={}),
+        contestant(
+            f"{options.times} times", ours.remove_duplicates, variants(scale, options.times), config={}
+        ),
     ]
     report = Report("dedup", "Dedup", lsh | {"ngram": config.ngram, "threshold": config.threshold})
     report.text(

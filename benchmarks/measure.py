@@ -96,7 +96,9 @@ def run_once(runs: Runs, logs: Path) -> None:
             print(runs.missing, file=sys.stderr)
             return
         if child.returncode:
-            raise RuntimeError(f"{one.name} failed:\n{last_lines(log.read_text(errors='replace'), 20)}\n({log})")
+            raise RuntimeError(
+                f"{one.name} failed:\n{last_lines(log.read_text(errors='replace'), 20)}\n({log})"
+            )
         measured = json.loads(result.read_text())
     runs.seconds.append(measured["seconds"])
     runs.results.append(measured["result"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,11 +12,15 @@ from typing import Any
 import pyarrow as pa
 
 from benchmarks.measure import Work
-from data_pipeline.context import LocalContext
+from benchmarks.watch import WatchedContext, sampled, summary
+from data_pipeline.clean import CleanConfig, clean
+from data_pipeline.context import LocalContext, StageConfig
 from data_pipeline.dedup import DedupConfig, dedup
 from data_pipeline.documents import SCHEMA, read_shard, shard_paths, write_shard
+from data_pipeline.download import DownloadConfig, download
 from data_pipeline.minhash import signatures
 from data_pipeline.token_shards import TokenizeConfig, tokenize
+from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
 
 
 def empty_folder(path: str) -> Path:
@@ -32,7 +38,9 @@ def sign(texts: pa.Array, permutations: int) -> int:
 
 def sign_in_memory(corpus: str, permutations: int, threads: int) -> Work:
     """Arrow columns in memory to signatures, on threads (the kernel releases the GIL)."""
-    columns = [batch.column("text") for path in shard_paths(Path(corpus)) for batch in read_shard(path, ["text"])]
+    columns = [
+        batch.column("text") for path in shard_paths(Path(corpus)) for batch in read_shard(path, ["text"])
+    ]
     sign(columns[0][:1], permutations)
 
     def work() -> int:
@@ -70,11 +78,14 @@ def remove_duplicates(corpus: str, out: str, workers: int, config: dict[str, Any
 
 def compile_kernels(folder: Path) -> None:
     """Run the stage once on a few words: what numba compiles, it keeps on disk for ever."""
+    shutil.rmtree(folder, ignore_errors=True)
     for name in ("in", "out"):
         folder.joinpath(name).mkdir(parents=True)
     with write_shard(folder / "in" / "documents-00000.parquet", SCHEMA) as writer:
         for number in range(4):
-            writer.add(f"{number}", f"one two three four five six seven eight nine {number // 2}", "warm-up", "{}")
+            writer.add(
+                f"{number}", f"one two three four five six seven eight nine {number // 2}", "warm-up", "{}"
+            )
     dedup(DedupConfig(), {"clean": folder / "in"}, folder / "out", LocalContext())
 
 
@@ -85,5 +96,33 @@ def encode(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
 
     def work() -> Any:
         return tokenize(TokenizeConfig(), inputs, folder, LocalContext(workers))
+
+    return work
+
+
+STAGES: dict[str, tuple[Callable[..., Any], type[StageConfig]]] = {
+    "download": (download, DownloadConfig),
+    "clean": (clean, CleanConfig),
+    "dedup": (dedup, DedupConfig),
+    "train_tokenizer": (train_tokenizer, TokenizerConfig),
+    "tokenize": (tokenize, TokenizeConfig),
+}
+
+
+def watch_stage(stage: str, config: dict[str, Any], inputs: dict[str, str], out: str, workers: int) -> Work:
+    """Any stage; gives where its time went, and its metrics."""
+    body, config_type = STAGES[stage]
+    parsed = config_type(**config)
+    folders = {name: Path(path) for name, path in inputs.items()}
+    folder = empty_folder(out)
+    if stage == "dedup":
+        compile_kernels(folder.with_name("warm-up"))
+
+    def work() -> Any:
+        context = WatchedContext(workers)
+        start = time.perf_counter()
+        with sampled() as driver:
+            metrics = body(parsed, folders, folder, context)
+        return summary(context, driver, time.perf_counter() - start) | {"metrics": metrics}
 
     return work

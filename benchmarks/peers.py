@@ -190,6 +190,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     folder = empty_folder(out)
     encoder = load_tokenizer(Path(tokenizer))
     end = encoder.token_to_id(END_OF_TEXT)
+    assert end is not None, "the tokenizer has no end of text"
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
         return {"tokens": [[*one.ids, end] for one in encoder.encode_batch_fast(batch["text"])]}
@@ -197,7 +198,11 @@ def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     def work() -> int:
         files = [str(path) for path in shard_paths(Path(corpus))]
         loaded = datasets.load_dataset(
-            "parquet", data_files=files, split="train", columns=["id", "text"], cache_dir=str(folder / "cache")
+            "parquet",
+            data_files=files,
+            split="train",
+            columns=["id", "text"],
+            cache_dir=str(folder / "cache"),
         )
         encoded = loaded.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
         encoded.to_parquet(str(folder / "documents-00000.parquet"))

@@ -8,6 +8,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,15 @@ def main() -> None:
     corpora = {"planted": planted(options.work, options.planted)}
     if not options.no_natural:
         corpora = {"natural": releases(options.work, options.megabytes)} | corpora
-    report = Report("quality", "Quality of dedup", {"near": NEAR, "survivor": SURVIVOR, "ngram": peers.SHINGLE})
+    report = Report(
+        "quality", "Quality of dedup", {"near": NEAR, "survivor": SURVIVOR, "ngram": peers.SHINGLE}
+    )
     report.text(
         f"Every contestant removes duplicates from the same documents; the true Jaccard similarity of all pairs, by "
         f"brute force over exact sets of {peers.SHINGLE}-word shingles, says how well. Missed: of the pairs at "
         f"{NEAR} or above, those of which both survive. Wrong: of the removed documents, those without a survivor at "
-        f"{SURVIVOR} or above. Natural: files of several releases of {', '.join(RELEASES)}. Planted: files of installed "
-        "packages with words replaced at random, some of the copies copied and edited again."
+        f"{SURVIVOR} or above. Natural: files of several releases of {', '.join(RELEASES)}. Planted: files of "
+        "installed packages with words replaced at random, some of the copies copied and edited again."
     )
     for name, corpus in corpora.items():
         judge(report, name, corpus, options)
@@ -85,11 +88,13 @@ def judge(report: Report, name: str, corpus: Path, options: Any) -> None:
         left = np.isin(ids, peers.kept_ids(Path(runs.contestant.job["out"], "run")))
         rows.append([runs.contestant.name, *verdict(left, sizes, pairs)])
         by_bucket[runs.contestant.name] = survivors_by_bucket(left, pairs)
-    report.text(f"## {name.capitalize()}\n\n{len(ids)} documents, {len(pairs.left)} pairs at {BUCKETS[0]} or above.\n")
+    report.text(
+        f"## {name.capitalize()}\n\n{len(ids)} documents, {len(pairs.left)} pairs at {BUCKETS[0]} or above.\n"
+    )
     header = ("", "removed", "near pairs", "missed", "missed %", "wrong", "wrong %")
     report.table(name, header, rows)
     report.text("Share of pairs that survive together, by their true similarity:")
-    labels = [f"{low:g}-{high:g}" for low, high in zip(BUCKETS, BUCKETS[1:], strict=False)] + ["1"]
+    labels = [f"{low:g}-{high:g}" for low, high in pairwise(BUCKETS)] + ["1"]
     report.table(f"{name}_by_similarity", ("", *labels), [[key, *row] for key, row in by_bucket.items()])
     shutil.rmtree(outs)
 
@@ -108,13 +113,17 @@ def contestants(corpus: Path, outs: Path, cores: int, with_peers: bool) -> list[
         bands = f"{config.bands} bands of {config.rows}"
         found += [
             contestant(f"datatrove, {bands}, same words", peers.datatrove_dedup, words=True, **lsh),
-            contestant("datatrove, 14 bands of 8, same words", peers.datatrove_dedup, words=True, bands=14, rows=8),
+            contestant(
+                "datatrove, 14 bands of 8, same words", peers.datatrove_dedup, words=True, bands=14, rows=8
+            ),
             contestant(f"text-dedup, {bands}", peers.text_dedup, **lsh),
         ]
     return found
 
 
-def verdict(left: NDArray[np.bool_], sizes: NDArray[np.int64], pairs: Pairs) -> tuple[int, int, int, float, int, float]:
+def verdict(
+    left: NDArray[np.bool_], sizes: NDArray[np.int64], pairs: Pairs
+) -> tuple[int, int, int, float, int, float]:
     """Removed, near pairs, missed (and %), wrong (and %) of a contestant that left the documents of the mask ``left``.
 
     Documents without a word count for nothing.
@@ -135,7 +144,9 @@ def survivors_by_bucket(left: NDArray[np.bool_], pairs: Pairs) -> list[float | N
     """Share of the pairs in each interval of `BUCKETS`, and of those at 1, of which both survive."""
     both = left[pairs.left] & left[pairs.right]
     interval = np.searchsorted(BUCKETS, pairs.jaccard, side="right") - 1
-    return [float(both[interval == at].mean()) if (interval == at).any() else None for at in range(len(BUCKETS))]
+    return [
+        float(both[interval == at].mean()) if (interval == at).any() else None for at in range(len(BUCKETS))
+    ]
 
 
 def true_pairs(texts: Sequence[str], block: int = 256) -> tuple[NDArray[np.int64], Pairs]:
@@ -150,7 +161,9 @@ def true_pairs(texts: Sequence[str], block: int = 256) -> tuple[NDArray[np.int64
     sizes = np.array([len(row) for row in rows], np.int64)
     starts = np.concatenate([[0], np.cumsum(sizes)])
     flat = np.fromiter((one for row in rows for one in row), np.int64, starts[-1])
-    matrix = sparse.csr_array((np.ones(len(flat), np.int32), flat, starts), shape=(len(rows), max(1, len(numbers))))
+    matrix = sparse.csr_array(
+        (np.ones(len(flat), np.int32), flat, starts), shape=(len(rows), max(1, len(numbers)))
+    )
     transposed = matrix.T.tocsr()
     found: list[tuple[NDArray[Any], ...]] = []
     for start in range(0, len(rows), block):
@@ -215,7 +228,9 @@ def releases(work: Path, megabytes: float) -> Path:
         size = 0.0
         for package, versions in RELEASES.items():
             for version in versions:
-                for named in wheel_texts(download_wheel(work / "wheels", package, version), f"{package}-{version}"):
+                for named in wheel_texts(
+                    download_wheel(work / "wheels", package, version), f"{package}-{version}"
+                ):
                     size += len(named[1]) / 1e6
                     if size > megabytes:
                         break

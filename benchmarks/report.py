@@ -22,10 +22,14 @@ PACKAGES = ("llmill", "numpy", "numba", "pyarrow", "gigatoken", "tokenizers", "d
             "rensa", "text-dedup", "torch")  # fmt: skip
 
 
-def arguments(description: str, *, megabytes: float, peer_megabytes: float, repeats: int) -> argparse.ArgumentParser:
+def arguments(
+    description: str, *, megabytes: float, peer_megabytes: float, repeats: int
+) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--megabytes", type=float, default=megabytes, help="text for llmill (default %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=float, default=megabytes, help="text for llmill (default %(default)s)"
+    )
     parser.add_argument(
         "--peer-megabytes",
         type=float,
@@ -35,7 +39,9 @@ def arguments(description: str, *, megabytes: float, peer_megabytes: float, repe
     parser.add_argument("--repeats", type=int, default=repeats, help="runs of each; the median counts")
     parser.add_argument("--cores", type=int, default=2, help="cores that each contestant may use")
     parser.add_argument("--no-peers", action="store_true", help="llmill alone")
-    parser.add_argument("--work", type=Path, default=Path(".benchmarks"), help="folder for corpora and outputs")
+    parser.add_argument(
+        "--work", type=Path, default=Path(".benchmarks"), help="folder for corpora and outputs"
+    )
     parser.add_argument(
         "--results", type=Path, default=Path(__file__).parent / "results", help="folder for the tables"
     )
@@ -80,7 +86,9 @@ class Report:
             if runs.missing:
                 row += [None, None, None, *(runs.missing for _ in references)]
             else:
-                factors = (None if runs in references.values() else by.rate / runs.rate for by in references.values())
+                factors = (
+                    None if runs in references.values() else by.rate / runs.rate for by in references.values()
+                )
                 row += [runs.median, runs.rate, max(runs.peak_bytes) / 1e6, *factors]
             rows.append(row)
         self.table(key, header, rows)
@@ -88,22 +96,17 @@ class Report:
 
     def write(self, folder: Path) -> None:
         """Print the report and write it as ``<name>.md`` and ``<name>.json``."""
-        about = {
-            "benchmark": self.name,
-            "date": datetime.now(UTC).strftime("%Y-%m-%d"),
-            "machine": machine(),
-            "versions": versions(),
-            "settings": self.settings,
-        }
-        facts = about["machine"]
-        head = f"# {self.title}\n\n{about['date']}; {facts['processor']}, {facts['cores']} cores, "
+        facts, packages = machine(), versions()
+        date = datetime.now(UTC).strftime("%Y-%m-%d")
+        about = {"benchmark": self.name, "date": date, "machine": facts, "versions": packages}
+        head = f"# {self.title}\n\n{date}; {facts['processor']}, {facts['cores']} cores, "
         head += f"{facts['memory_gb']} GB of memory; Python {facts['python']}; "
-        head += ", ".join(f"{name} {version}" for name, version in versions().items()) + ".\n"
+        head += ", ".join(f"{name} {version}" for name, version in packages.items()) + ".\n"
         markdown = "\n".join([head, *self.sections])
         print(markdown)
         folder.mkdir(parents=True, exist_ok=True)
         folder.joinpath(f"{self.name}.md").write_text(markdown, encoding="utf-8")
-        content = json.dumps(about | self.data, indent=1, default=str) + "\n"
+        content = json.dumps(about | {"settings": self.settings} | self.data, indent=1, default=str) + "\n"
         folder.joinpath(f"{self.name}.json").write_text(content, encoding="utf-8")
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from benchmarks import ours, peers
 from benchmarks.corpus import installed_text, random_part, text_bytes
-from benchmarks.measure import Contestant, alternate
+from benchmarks.measure import Contestant, Work, alternate
 from benchmarks.report import Report, arguments
 from data_pipeline.dedup import DedupConfig
 
@@ -17,7 +20,7 @@ def main() -> None:
     bands, rows = DedupConfig().bands, DedupConfig().rows
     entries, outs = bands * rows, options.work.resolve() / "signatures"
 
-    def signer(name: str, prepare, cores: int, **job) -> Contestant:  # type: ignore[no-untyped-def]
+    def signer(name: str, prepare: Callable[..., Work], cores: int, **job: Any) -> Contestant:
         return Contestant(name, prepare, {"corpus": str(corpus), "permutations": entries, **job}, size, cores)
 
     def datatrove(name: str, words: bool, repeats: int | None = None) -> Contestant:
@@ -41,9 +44,9 @@ def main() -> None:
         many.append(datatrove("datatrove, its English tokenizer", False, 1))
     report = Report("signatures", "Signatures", {"entries": entries, "ngram": peers.SHINGLE})
     report.text(
-        f"MinHash signatures of {entries} entries from {peers.SHINGLE}-word shingles. Text and signatures are in memory, "
-        "unless it says from Parquet (datatrove: from Parquet to its signature files). Daft takes what stands between "
-        "spaces for words, case kept; normalised, it lower-cases and drops punctuation first, as all others do."
+        f"MinHash signatures of {entries} entries from {peers.SHINGLE}-word shingles. Text and signatures are in "
+        "memory, unless it says from Parquet (datatrove: from Parquet to its signature files). Daft takes what stands "
+        "between spaces for words, case kept; normalised, it lower-cases and drops punctuation first."
     )
     report.text("## One core\n")
     report.race("one_core", alternate(one, options.repeats, outs / "logs"))

@@ -1,4 +1,4 @@
-"""Tokenise, text Parquet to token Parquet: speed against `datasets.map` with `tokenizers` and datatrove; ids identical."""
+"""Tokenise, text Parquet to token Parquet: speed against `datasets.map` and datatrove; the ids are the same."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ STAGES: tuple[Stage, ...] = (
         ("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(
-        "tokenize", tokenize, TokenizeConfig, ("dedup", "train_tokenizer"), 1, ("train_tokens", "val_tokens")
+        "tokenize", tokenize, TokenizeConfig, ("dedup", "train_tokenizer"), 2, ("train_tokens", "val_tokens")
     ),
     Stage(
         "pretrain",

@@ -1,0 +1,225 @@
+"""The shuffle between documents and token shards: sorted runs on disk, and one range of keys merged from all of them.
+
+A run is an Arrow file of record batches, each sorted by key (a hash of the document's id), read by memory mapping.
+Whoever writes the documents of a range of keys looks into every run; where there are more than `FAN_IN` runs, groups of
+them are first gathered into fewer, cut by ranges of keys, so that no task ever opens more than `FAN_IN` files a range.
+Tokens travel as bytes: Arrow copies a list of numbers element by element, and bytes as a block.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from data_pipeline.context import StageContext, atomic_path
+from data_pipeline.hashing import HASHES
+
+ROW_GROUP_TOKENS = 1 << 18
+RUN_BYTES = 1 << 26
+"""Ids and tokens that are held in memory to be sorted at once, while a run is written."""
+GATHER_BYTES = 1 << 28
+"""Ids and tokens, about, of one range of keys of gathered runs, which is held in memory."""
+FAN_IN = 256
+"""Runs that a range of keys is merged from at most."""
+RUN = pa.schema([("id", pa.string()), ("key", pa.uint64()), ("tokens", pa.large_binary())])
+
+
+@dataclass(frozen=True)
+class Runs:
+    """A set of runs, each cut into the same ranges of keys (one file a range)."""
+
+    folder: Path
+    names: tuple[str, ...]
+    firsts: tuple[int, ...] = (0,)
+    """The smallest key of each range."""
+
+    def path(self, name: str, part: int) -> Path:
+        return self.folder / f"{name}-{part:05d}.arrow"
+
+    def last(self, part: int) -> int:
+        """The largest key of a range."""
+        return (*self.firsts, HASHES)[part + 1] - 1
+
+    def between(self, first: int, last: int) -> pa.RecordBatch:
+        """The documents with a key in [first, last] of all runs, sorted within each of its pieces only."""
+        parts = range(bisect_right(self.firsts, first) - 1, bisect_right(self.firsts, last))
+        found = [pa.RecordBatch.from_pylist([], RUN)]
+        for name in self.names:
+            for part in parts:
+                found += slices(self.path(name, part), first, last)
+        return pa.concat_batches(found)
+
+
+def slices(path: Path, first: int, last: int) -> Iterator[pa.RecordBatch]:
+    """What each batch of a file holds of the keys in [first, last]; only that is read."""
+    with pa.memory_map(str(path)) as file:  # what was read of it stays mapped
+        reader = pa.ipc.open_file(file)
+        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
+    for batch in batches:
+        keys = batch.column("key").to_numpy()
+        start = int(np.searchsorted(keys, np.uint64(first), side="left"))
+        end = int(np.searchsorted(keys, np.uint64(last), side="right"))
+        if start < end:
+            yield batch.slice(start, end - start)
+
+
+class RunWriter:
+    """Writes a run; holds `RUN_BYTES` and one addition at most."""
+
+    def __init__(self, writer: pa.ipc.RecordBatchFileWriter) -> None:
+        self._writer = writer
+        self._waiting: list[pa.RecordBatch] = []
+        self._bytes = 0
+
+    def add(
+        self,
+        ids: pa.Array,
+        keys: NDArray[np.uint64],
+        offsets: NDArray[np.int64],
+        tokens: NDArray[np.unsignedinteger],
+    ) -> None:
+        """Append documents: document i has ``ids[i]``, ``keys[i]`` and ``tokens[offsets[i] : offsets[i + 1]]``."""
+        buffers = [None, pa.py_buffer(offsets * tokens.itemsize), pa.py_buffer(tokens)]
+        packed = pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)
+        batch = pa.record_batch([ids, pa.array(keys), packed], RUN)
+        self._waiting.append(batch)
+        self._bytes += batch.get_total_buffer_size()
+        if self._bytes >= RUN_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._waiting:
+            rows = pa.concat_batches(self._waiting)
+            self._waiting, self._bytes = [], 0
+            self._writer.write_batch(rows.take(pa.array(order_of(rows))))
+
+
+@contextmanager
+def open_run(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
+    """What writes batches into a file that appears under ``path`` when the block ends well."""
+    with (
+        atomic_path(path) as temporary,
+        pa.OSFile(str(temporary), "wb") as file,
+        pa.ipc.new_file(file, RUN) as writer,
+    ):
+        yield writer
+
+
+@contextmanager
+def write_run(path: Path) -> Iterator[RunWriter]:
+    """A `RunWriter` whose file appears under ``path`` when the block ends well."""
+    with open_run(path) as writer:
+        run = RunWriter(writer)
+        yield run
+        run.flush()
+
+
+def order_of(rows: pa.RecordBatch) -> NDArray[np.int64]:
+    """The order of rows by key, and by id where keys are equal (which two of 10^9 documents hardly ever are)."""
+    keys = rows.column("key").to_numpy()
+    order: NDArray[np.int64] = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    if (ordered[1:] == ordered[:-1]).any():
+        by = [("key", "ascending"), ("id", "ascending")]
+        return pc.sort_indices(rows, sort_keys=by).to_numpy().astype(np.int64)
+    return order
+
+
+def gather(runs: Runs, size: int, context: StageContext) -> Runs:
+    """Merge ``runs``, which hold ``size`` bytes in all, until at most `FAN_IN` are left."""
+    level = 0
+    while len(runs.names) > FAN_IN:
+        level += 1
+        groups = [runs.names[start : start + FAN_IN] for start in range(0, len(runs.names), FAN_IN)]
+        parts = max(1, -(-size // (len(groups) * GATHER_BYTES)))
+        names = tuple(f"gathered-{level}-{number:06d}" for number in range(len(groups)))
+        gathered = Runs(runs.folder, names, tuple(HASHES * part // parts for part in range(parts)))
+        work = [
+            (Runs(runs.folder, group, runs.firsts), gathered.path(name, part), *bounds(gathered, part))
+            for group, name in zip(groups, names, strict=True)
+            for part in range(parts)
+        ]
+        context.map(gather_part, work, names=[path.stem for _, path, *_ in work])
+        runs = gathered
+    return runs
+
+
+def bounds(runs: Runs, part: int) -> tuple[int, int]:
+    return runs.firsts[part], runs.last(part)
+
+
+def gather_part(work: tuple[Runs, Path, int, int]) -> None:
+    """Write one range of keys of a group of runs as one sorted batch, unless it is there."""
+    group, path, first, last = work
+    if path.exists():
+        return
+    rows = group.between(first, last)
+    with open_run(path) as writer:
+        writer.write_batch(rows.take(pa.array(order_of(rows))))
+
+
+@dataclass(frozen=True)
+class TokenShard:
+    """One token shard to be written: the documents with a key in [first, last]."""
+
+    name: str
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Merging:
+    """What writes a token shard: passed to the workers."""
+
+    runs: Runs
+    out: Path
+    width: str
+    """The type of a token: ``uint16`` or ``uint32``."""
+    metadata: Mapping[bytes, str]
+    tokens_key: bytes
+
+
+def merge(merging: Merging, item: TokenShard) -> None:
+    """Write one token shard, unless it is there. Holds its ids and tokens once, beside the pages that are mapped."""
+    path = merging.out / f"{item.name}.parquet"
+    if path.exists():
+        return
+    rows = merging.runs.between(item.first, item.last)
+    order = order_of(rows)
+    width = np.dtype(merging.width)
+    lengths = pc.binary_length(rows.column("tokens")).to_numpy()[order] // width.itemsize
+    element = pa.from_numpy_dtype(width)
+    schema = pa.schema(
+        [("id", pa.string()), ("tokens", pa.list_(element))],
+        metadata={**merging.metadata, merging.tokens_key: str(lengths.sum())},
+    )
+    group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    # Ids and tokens hardly repeat within a page: a dictionary would only cost time, and so would their extremes.
+    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
+    with (
+        atomic_path(path) as temporary,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True, **options) as writer,
+    ):
+        for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):
+            part = rows.take(pa.array(order[start:end]))
+            columns = [part.column("id"), as_lists(part.column("tokens"), element)]
+            writer.write_batch(pa.record_batch(columns, schema))
+
+
+def as_lists(packed: pa.Array, element: pa.DataType) -> pa.Array:
+    """Bytes of tokens as lists of tokens, sharing the buffer."""
+    size = element.bit_width // 8
+    _, offsets, data = packed.buffers()
+    ends = np.frombuffer(offsets, np.int64)[packed.offset : packed.offset + len(packed) + 1] // size
+    values = pa.Array.from_buffers(element, int(ends[-1]), [None, data])
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), values)

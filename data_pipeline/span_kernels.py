@@ -13,7 +13,7 @@ import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.minhash import IDEOGRAPH, LETTER, character_tables
+from data_pipeline.minhash import LETTER, SEPARATOR, character_tables
 
 # A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
 
@@ -71,17 +71,22 @@ def read_words(
         else:
             kind = np.uint8(LETTER)
             length = 4
-        if kind == IDEOGRAPH or (kind == LETTER and not in_letters):
+        if kind == SPACE:
+            in_letters = False
+            at += length
+            continue
+        if kind != SEPARATOR and not (in_letters and kind == LETTER):
             if count:
                 words[count - 1] = mix(word)
             starts[count] = at - start
             count += 1
             word = np.uint64(0)
         in_letters = kind == LETTER
-        if kind != SPACE:
-            for byte in range(at, at + length):
-                word = (word ^ np.uint64(data[byte] + 1)) * MULTIPLIER
-                word ^= word >> np.uint64(32)
+        word = (word ^ (np.uint64(first) + np.uint64(1))) * MULTIPLIER
+        word ^= word >> np.uint64(32)
+        for byte in range(at + 1, at + length):
+            word = (word ^ (np.uint64(data[byte]) + np.uint64(1))) * MULTIPLIER
+            word ^= word >> np.uint64(32)
         at += length
     if count:
         words[count - 1] = mix(word)

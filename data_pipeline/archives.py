@@ -12,7 +12,8 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import BinaryIO
+from io import BufferedReader
+from typing import Any
 
 from data_pipeline.documents import first_line
 from data_pipeline.formats import has_known_suffix, is_archive
@@ -37,7 +38,7 @@ LINK = ("link_or_device", "no file of its own")
 class Member:
     """A file within an archive: its content and the bytes that it takes there."""
 
-    stream: BinaryIO
+    stream: BufferedReader
     size: int
 
 
@@ -45,7 +46,7 @@ Entry = tuple[str, Member | tuple[str, str]]
 """A member's name, with its content, or the reason and the detail why it has none that can be read."""
 
 
-def members(stream: BinaryIO, suffix: str, limit: Limit) -> Iterator[tuple[str, Member | Rejected]]:
+def members(stream: BufferedReader, suffix: str, limit: Limit) -> Iterator[tuple[str, Member | Rejected]]:
     """(name, content) of each member with a known suffix, in the order of the archive.
 
     A content must be read before the next is asked for. ``stream`` of a ``.zip`` must be seekable.
@@ -110,21 +111,35 @@ class Header(tarfile.TarInfo):
         return header
 
 
-def tar_entries(stream: BinaryIO, limit: Limit) -> Iterator[Entry]:
+TAR_BLOCK_BYTES = 1 << 16
+"""What is lost, at most, of a member before a fault."""
+
+
+class Available:
+    """A stream whose `read` gives what is there, so that nothing is lost to a fault behind it."""
+
+    def __init__(self, stream: BufferedReader) -> None:
+        self.read = stream.read1
+
+
+def tar_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
     """The members of a tar, read in one pass."""
+    source: Any = Available(stream)
     with tarfile.open(
-        fileobj=stream, mode="r|", bufsize=BUFFER_BYTES, tarinfo=Header, errorlevel=0
+        fileobj=source, mode="r|", bufsize=BUFFER_BYTES, tarinfo=Header, errorlevel=0
     ) as archive:
         for entry in archive:
             archive.members = []  # type: ignore[attr-defined]  # else they all stay in memory
             if entry.isfile():
-                content = archive.extractfile(entry)
-                yield entry.name, Member(buffered(Limited(content, limit)), entry.size)
+                content = Limited(archive.extractfile(entry), limit, TAR_BLOCK_BYTES)
+                yield entry.name, Member(buffered(content), entry.size)
             elif not entry.isdir():
                 yield entry.name, LINK
+    while stream.read1(BUFFER_BYTES):  # to the end, where the compression has its checksum
+        pass
 
 
-def zip_entries(stream: BinaryIO, limit: Limit) -> Iterator[Entry]:
+def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
     """The members of a zip."""
     with zipfile.ZipFile(stream) as archive:
         for entry in archive.infolist():

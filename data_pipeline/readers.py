@@ -13,8 +13,8 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from data_pipeline.archives import Member, members
 from data_pipeline.columns import read_parquet
@@ -77,7 +77,7 @@ def read_file(path: Path, reading: Reading) -> Iterator[Record]:
     yield from judged(records(), reading)
 
 
-def read_archive(stream: BinaryIO, suffix: str, reading: Reading, limit: Limit) -> Iterator[Record]:
+def read_archive(stream: BufferedReader, suffix: str, reading: Reading, limit: Limit) -> Iterator[Record]:
     """The documents of an archive's members, each as if it were a file; every record says its member."""
     for name, member in members(stream, suffix, limit):
         if isinstance(member, Rejected):
@@ -96,7 +96,7 @@ def read_member(name: str, member: Member, reading: Reading) -> Iterator[Record]
     yield from read_stream(stream, suffix, reading, member.size)
 
 
-def read_stream(stream: BinaryIO, suffix: str, reading: Reading, stored: int) -> Iterator[Record]:
+def read_stream(stream: BufferedReader, suffix: str, reading: Reading, stored: int) -> Iterator[Record]:
     """The documents in a stream of one format; ``stored`` is the size of its file."""
     if suffix == ".parquet":
         yield from read_parquet(
@@ -129,7 +129,7 @@ def judged(records: Iterator[Record], reading: Reading) -> Iterator[Record]:
         yield Rejected(None, "unreadable_file", first_line(error))
 
 
-def read_text(stream: BinaryIO, split_chars: int | None) -> Iterator[Record]:
+def read_text(stream: BufferedReader, split_chars: int | None) -> Iterator[Record]:
     if split_chars is None:
         yield read_whole(stream)
         return
@@ -140,7 +140,7 @@ def read_text(stream: BinaryIO, split_chars: int | None) -> Iterator[Record]:
         yield whole(None, "")
 
 
-def read_whole(stream: BinaryIO) -> Record:
+def read_whole(stream: BufferedReader) -> Record:
     """A text file as one document."""
     blocks, size = [], 0
     for block in decoded(stream):
@@ -152,7 +152,7 @@ def read_whole(stream: BinaryIO) -> Record:
     return whole(None, "".join(blocks))
 
 
-def decoded(stream: BinaryIO, head: bytes = b"") -> Iterator[str]:
+def decoded(stream: BufferedReader, head: bytes = b"") -> Iterator[str]:
     """The text of a file, which begins with ``head``, in blocks, without a byte order mark.
 
     Raises:
@@ -161,7 +161,7 @@ def decoded(stream: BinaryIO, head: bytes = b"") -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     end = 0
     while True:
-        block = head or stream.read(BLOCK_BYTES)
+        block = head or stream.read1(BLOCK_BYTES)  # `read` would lose what comes before a fault
         head = b""
         end += len(block)
         try:
@@ -200,7 +200,7 @@ def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def read_jsonl(stream: BinaryIO, reading: Reading, first: int = 0) -> Iterator[Record]:
+def read_jsonl(stream: BufferedReader, reading: Reading, first: int = 0) -> Iterator[Record]:
     """One document a line; rows are lines, counted from ``first``."""
     row = first
     while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
@@ -225,7 +225,7 @@ def parse(row: int, line: bytes, reading: Reading) -> Record:
         return Rejected(row, "bad_json", f"{error}: {excerpt(line[:400].decode('utf-8', 'replace'), 80)}")
 
 
-def read_json(stream: BinaryIO, reading: Reading) -> Iterator[Record]:
+def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
     """The elements of an array, or one value; many call JSON lines ``.json`` too, which the first line shows."""
     line = stream.readline(MAX_DOCUMENT_BYTES + 1)
     try:

@@ -165,7 +165,9 @@ def complete(listed: Listed, part: Path, fetching: Fetching, attempt: Callable[[
     except httpx.TooManyRedirects as error:
         raise UserError(f"can't fetch {listed.name}: it redirects without end") from error
     except Transient as fault:
-        raise ConnectionError(f"can't fetch {listed.name}: the server {fault} ({ATTEMPTS} attempts); run again to go on") from fault
+        raise ConnectionError(
+            f"can't fetch {listed.name}: the server {fault} ({ATTEMPTS} attempts); run again to go on"
+        ) from fault
 
 
 def transfer(session: httpx.Client, listed: Listed, part: Path, fetching: Fetching) -> None:

@@ -81,7 +81,7 @@ class Limited(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        data = self._stream.read(min(len(buffer), self._block))
+        data = self._stream.read(min(len(buffer), self._block, max(1, self._limit.left)))
         buffer[: len(data)] = data
         self._limit.take(len(data))
         return len(data)
@@ -99,7 +99,7 @@ class Gunzipped:
         EOFError, zlib.error: when read, where the file is cut or broken.
     """
 
-    def __init__(self, stream: BinaryIO) -> None:
+    def __init__(self, stream: io.BufferedReader) -> None:
         self._stream = stream
         self._member: Any = None
         self._waiting = b""
@@ -168,17 +168,19 @@ class Recoded(io.RawIOBase):
         self._ready = text.encode("utf-8", "surrogatepass")
 
 
-def buffered(raw: Any) -> BinaryIO:
+def buffered(raw: Any) -> io.BufferedReader:
     """A stream with `readline`, read in large blocks."""
     return io.BufferedReader(raw, BUFFER_BYTES)
 
 
-def decompressed(stream: Path | BinaryIO, compression: str | None, limit: Callable[[], Limit]) -> BinaryIO:
+def decompressed(
+    stream: Path | io.BufferedReader, compression: str | None, limit: Callable[[], Limit]
+) -> io.BufferedReader:
     """The content of ``stream`` (a path or a file object); ``limit`` is asked for if it is compressed."""
     if compression in ("bz2", "xz"):
         return buffered(Limited((bz2 if compression == "bz2" else lzma).open(stream), limit()))
     if isinstance(stream, Path):
-        stream = stream.open("rb", BUFFER_BYTES)
+        stream = io.BufferedReader(stream.open("rb", 0), BUFFER_BYTES)
     if compression is None:
         return stream
     if compression == "gzip":

@@ -1,39 +1,28 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import subprocess
+import sys
+import tarfile
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from text_files import FORMATS, TEXTS, jsonl, parquet
 
 from data_pipeline import readers, records
+from data_pipeline.json_values import json_values
 from data_pipeline.readers import Reading, read_file, split_paragraphs
-from data_pipeline.records import Rejected, Text
+from data_pipeline.records import Record, Rejected, Text
 
-TEXTS = ["first line\nsecond", "Zürich, 東京", "third \u2028 text"]
-
-
-def jsonl(texts: list[str]) -> bytes:
-    return b"".join(json.dumps({"text": text, "n": n}).encode() + b"\n" for n, text in enumerate(texts))
-
-
-def parquet(texts: list[str]) -> bytes:
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.table({"n": range(len(texts)), "text": texts}), sink, row_group_size=2)
-    return sink.getvalue().to_pybytes()
-
-
-FORMATS: dict[str, Callable[[list[str]], bytes]] = {
-    ".jsonl": jsonl,
-    ".json": lambda texts: json.dumps([{"text": text} for text in texts]).encode(),
-    ".parquet": parquet,
-}
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
@@ -188,3 +177,182 @@ def test_the_parts_of_a_split_text_add_up_to_it_are_long_enough_and_do_not_depen
     )
     assert "".join(parts) == text
     assert all(len(part) >= characters for part in parts[:-1])
+
+
+SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".warc", ".wet", ".zip", ".tar")
+SEEDS = {
+    ".jsonl": jsonl(TEXTS),
+    ".json": json.dumps([{"text": text} for text in TEXTS]).encode(),
+    ".parquet": parquet(TEXTS),
+    ".warc": b"WARC/1.0\r\nWARC-Type: conversion\r\nContent-Length: 5\r\n\r\nhello\r\n\r\n",
+}
+
+
+def read_bytes(folder: Path, name: str, data: bytes) -> list[Record]:
+    path = folder / name
+    path.write_bytes(data)
+    return list(read_file(path, Reading("text", ("n",), spool=folder)))
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=300))
+def test_any_bytes_give_records_and_never_an_exception(
+    tmp_path: Path, suffix: str, compression: str, data: bytes
+) -> None:
+    for content in (data, SEEDS.get(suffix, b"") + data):
+        for record in read_bytes(tmp_path, f"file{suffix}{compression}", content):
+            assert isinstance(record, Text | Rejected)
+            if isinstance(record, Text):
+                assert record.text
+                assert record.size == len(record.text.encode())
+            else:
+                assert record.reason.isidentifier()
+
+
+@pytest.mark.parametrize("name", [f"file{suffix}" for suffix in SEEDS] + ["file.jsonl.gz", "file.tar"])
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.floats(0, 1), change=st.binary(min_size=1, max_size=4), cut=st.booleans())
+def test_a_file_that_is_damaged_anywhere_gives_records_and_never_an_exception(
+    tmp_path: Path, name: str, at: float, change: bytes, cut: bool
+) -> None:
+    data = SEEDS.get("." + name.split(".")[1], b"")
+    if name.endswith(".gz"):
+        data = gzip.compress(data)
+    elif name.endswith(".tar"):
+        sink = io.BytesIO()
+        with tarfile.open(fileobj=sink, mode="w") as archive:
+            for n in range(3):
+                header = tarfile.TarInfo(f"{n}.jsonl")
+                header.size = len(SEEDS[".jsonl"])
+                archive.addfile(header, io.BytesIO(SEEDS[".jsonl"]))
+        data = sink.getvalue()
+    place = int(at * len(data))
+    damaged = data[:place] + (b"" if cut else change + data[place + len(change) :])
+    for record in read_bytes(tmp_path, name, damaged):
+        assert isinstance(record, Text | Rejected)
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    lines=st.lists(
+        st.one_of(st.binary(max_size=40).map(lambda data: data.replace(b"\n", b"")), st.text(min_size=1)),
+        max_size=12,
+    )
+)
+def test_good_lines_survive_among_any_others(tmp_path: Path, lines: list[bytes | str]) -> None:
+    written = [json.dumps({"text": one}).encode() if isinstance(one, str) else one for one in lines]
+    good = {
+        row: one
+        for row, one in enumerate(lines)
+        if isinstance(one, str) and "\0" not in one and one.encode("utf-8", "replace") == one.encode("utf-8")
+    }
+    records = read_bytes(tmp_path, "file.jsonl", b"\n".join(written))
+    found = {one.row: one.text for one in records if isinstance(one, Text) and one.row in good}
+    assert found == good
+
+
+@given(
+    values=st.lists(st.recursive(st.none() | st.integers() | st.text(), st.lists, max_leaves=5)),
+    blocks=st.integers(1, 30),
+    indent=st.sampled_from([None, 1]),
+)
+def test_a_json_array_is_the_same_in_whatever_blocks_it_comes(
+    values: list[object], blocks: int, indent: int | None
+) -> None:
+    text = json.dumps(values, indent=indent)
+    parts = (text[at : at + blocks] for at in range(0, len(text), blocks))
+    assert list(json_values(parts)) == list(enumerate(values))
+
+
+def test_json_lines_may_be_called_json(tmp_path: Path) -> None:
+    data = b'{"text": "one"}\nbroken\n{"text": "two", "n": 2}\n'
+    first, broken, last = read_bytes(tmp_path, "file.json", data)
+    assert (first, last) == (Text(0, "one"), Text(2, "two", {"n": 2}))
+    assert isinstance(broken, Rejected)
+    assert broken.reason == "bad_json"
+
+
+def test_an_array_that_breaks_off_gives_the_elements_before(tmp_path: Path) -> None:
+    data = b'[{"text": "one"}, {"text": "two"}, {"text": "thr'
+    *records, fault = read_bytes(tmp_path, "file.json", data)
+    assert records == [Text(0, "one"), Text(1, "two")]
+    assert isinstance(fault, Rejected)
+    assert (fault.row, fault.reason) == (2, "bad_json")
+
+
+def test_fields_that_are_kept_stay_what_they_are(tmp_path: Path) -> None:
+    value = {"text": "t", "score": 0.5, "n": 3, "ok": True, "tags": ["a"], "none": None, "far": float("inf")}
+    fields = ("score", "n", "ok", "tags", "none", "far", "missing")
+    (tmp_path / "a.jsonl").write_text(json.dumps(value) + "\n" + '{"text": "bare"}')
+    kept = {"score": 0.5, "n": 3, "ok": True, "tags": ["a"]}
+    assert list(read_file(tmp_path / "a.jsonl", Reading("text", fields))) == [
+        Text(0, "t", kept),
+        Text(1, "bare"),
+    ]
+    day = datetime(2024, 3, 1, tzinfo=UTC)
+    pq.write_table(pa.table({"text": ["t"], "date": [day], "score": [0.5]}), tmp_path / "a.parquet")
+    assert list(read_file(tmp_path / "a.parquet", Reading("text", ("score", "date", "missing")))) == [
+        Text(0, "t", {"score": 0.5, "date": "2024-03-01T00:00:00+00:00"})
+    ]
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "t", "n": "x" * 70_000}))
+    (fault,) = read_file(tmp_path / "b.jsonl", Reading("text", ("n",)))
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "meta_too_large"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16", "cp1252", "shift_jis"])
+def test_another_encoding_is_read_where_the_source_says_so(tmp_path: Path, encoding: str) -> None:
+    text = "caf\u00e9" if encoding != "shift_jis" else "\u6771\u4eac"
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for _ in range(3))
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines.encode(encoding)))
+    reading = Reading("text", encoding=encoding)
+    assert list(read_file(tmp_path / "a.txt", reading)) == [Text(None, text)]
+    assert list(read_file(tmp_path / "a.jsonl.gz", reading)) == [Text(n, text) for n in range(3)]
+    (fault,) = read_file(tmp_path / "a.txt", Reading("text"))
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "not_utf8"
+    assert ("set the source's encoding to utf-16" in fault.detail) == (encoding == "utf-16")
+
+
+def test_bytes_outside_the_encoding_end_a_file_after_its_good_lines(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "one"}\n{"text": "two \x81"}\n{"text": "three"}')
+    first, fault = read_file(tmp_path / "a.jsonl", Reading("text", encoding="cp1252"))
+    assert first == Text(0, "one")
+    assert fault == Rejected(None, "not_cp1252", "byte 0x81 at offset 30")
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "row"), [("a.txt", b"a\0b", None), ("a.jsonl", b'{"text": "a\\u0000b"}', 0)]
+)
+def test_a_text_with_a_nul_is_binary_and_refused(
+    tmp_path: Path, name: str, data: bytes, row: int | None
+) -> None:
+    (fault,) = read_bytes(tmp_path, name, data)
+    assert fault == Rejected(row, "nul_bytes", "NUL at character 1: binary, or not UTF-8?")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_an_empty_file_is_told_or_holds_nothing(tmp_path: Path, suffix: str) -> None:
+    records = read_bytes(tmp_path, f"file{suffix}", b"")
+    assert all(isinstance(one, Rejected) for one in records)
+    assert len(records) == (0 if suffix in (".jsonl", ".warc", ".wet") else 1)
+
+
+def test_a_line_of_300_megabytes_is_refused_in_bounded_memory_and_the_next_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "before"}\n')
+        file.seek(300_000_000)  # zeros, of which the disk holds none
+        file.write(b'\n{"text": "after"}\n')
+    program = (
+        "import resource, sys; from pathlib import Path; from data_pipeline.readers import *\n"
+        "for one in read_file(Path(sys.argv[1]), Reading()): print(getattr(one, 'text', 0) or one.reason)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    run = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True, check=True)
+    *said, kilobytes = run.stdout.split()
+    assert said == ["before", "too_large", "after"]
+    assert int(kilobytes) < 1_000_000

@@ -7,9 +7,8 @@ changed become Python strings.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -17,12 +16,23 @@ from typing import Any, Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
-from data_pipeline.c4 import LINE_REASONS, C4Rules
-from data_pipeline.clean_report import Tally, summarise, values_of
+from data_pipeline.apply_rules import (
+    Cleaned,
+    apply_c4,
+    apply_fineweb,
+    apply_gopher,
+    apply_language,
+    apply_masking,
+    apply_search,
+    measured,
+)
+from data_pipeline.blocklists import Blocklists, phrase_blocklist, url_blocklist
+from data_pipeline.c4 import C4Rules
+from data_pipeline.clean_report import EXAMPLES, Tally, summarise
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, UserError
+from data_pipeline.decontaminate import Decontamination, contamination
 from data_pipeline.documents import (
     REJECTED,
     SCHEMA,
@@ -31,34 +41,51 @@ from data_pipeline.documents import (
     once,
     read_shard,
     shard_paths,
+    table,
     write_shard,
 )
 from data_pipeline.fineweb import FineWebRules
-from data_pipeline.language import LanguageRules, identify_all
+from data_pipeline.language import LanguageRules
 from data_pipeline.masking import Masking
-from data_pipeline.normalise import Form, normalise_column
+from data_pipeline.normalise import Form
+from data_pipeline.pinned_files import PinnedFile, pin
 from data_pipeline.quality import GopherRules
-from data_pipeline.text_columns import replace_rows
-from data_pipeline.text_stats import TextStats, measure
-from data_pipeline.verdicts import KEPT, Verdicts
+from data_pipeline.verdicts import KEPT
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files that a config names, as they were when the run was planned."""
+
+    urls: tuple[PinnedFile, ...] = ()
+    phrases: tuple[PinnedFile, ...] = ()
+    sets: tuple[PinnedFile, ...] = ()
 
 
 class CleanConfig(StageConfig):
-    """How texts are normalised, and which are dropped; the rules are asked in the order of the fields."""
+    """How texts are normalised, and which are dropped or changed.
+
+    The rules are asked in the order of FineWeb's pipeline: bounds of length, blocked addresses, language, Gopher, C4,
+    FineWeb, blocked phrases, decontamination. Masking comes last.
+    """
 
     unicode: Form | None = "NFC"
     min_chars: int = Field(default=1, ge=1)
     """Length bounds of the normalised text."""
     max_chars: int | None = Field(default=None, ge=1)
+    blocklists: Blocklists | None = None
     language: LanguageRules | None = None
     gopher: GopherRules | None = GopherRules()
     """Quality and repetition; None switches all of them off."""
     c4: C4Rules | None = None
     """The only rules that take something out of a text: lines."""
     fineweb: FineWebRules | None = None
+    decontamination: Decontamination | None = None
     masking: Masking | None = None
     """Asked of the documents that are kept: it changes them."""
     runtime: Runtime = Runtime()
+
+    _files: Files | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _bounds_in_order(self) -> Self:
@@ -66,25 +93,73 @@ class CleanConfig(StageConfig):
             raise ValueError(f"max_chars {self.max_chars} is below min_chars {self.min_chars}")
         return self
 
+    @property
+    def files(self) -> Files:
+        """The files that the config names; only a resolved config has them."""
+        assert self._files is not None, "resolve() the config first"
+        return self._files
+
+    def resolve(self) -> Self:
+        if self._files is not None:
+            return self
+        lists = self.blocklists or Blocklists()
+        sets = self.decontamination.sets if self.decontamination else {}
+        pinned = self.model_copy()
+        pinned._files = Files(
+            pin(lists.urls, "clean.blocklists.urls"),
+            pin(lists.phrases, "clean.blocklists.phrases"),
+            pin([one.path for one in sets.values()], "clean.decontamination.sets"),
+        )
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """Thresholds as they are, files by the hash of their content."""
+        values = super().identity()
+        if self.blocklists:
+            for kind, files in (("urls", self.files.urls), ("phrases", self.files.phrases)):
+                values["blocklists"][kind] = [file.sha256 for file in files]
+        if self.decontamination:
+            for described, file in zip(
+                values["decontamination"]["sets"].values(), self.files.sets, strict=True
+            ):
+                described["path"] = file.sha256
+        return values
+
 
 def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Clean each shard of ``inputs["download"]`` into one shard; dropped documents into ``rejected/``.
 
     Raises:
-        UserError: no document is left.
+        UserError: a file of the config is broken or was changed, or no document is left.
     """
+    config = config.resolve()
+    notes = read_files(config)
     shards = shard_paths(inputs["download"])
     context.progress(0, len(shards), "shards")
     work = partial(clean_shard, config.model_copy(update={"runtime": Runtime()}), out)
     tallies = context.map(work, shards, names=[path.stem for path in shards])
     context.progress(len(shards), len(shards), "shards")
-    metrics = summarise(tallies, out)
+    metrics = summarise(tallies, out, notes)
     if not metrics["kept"]:
         found = ", ".join(
             f"{name} {count:.0f}" for name, count in metrics.items() if name.startswith("dropped/")
         )
         raise UserError(f"clean dropped every document ({found}); loosen the rules under `clean`")
     return metrics
+
+
+def read_files(config: CleanConfig) -> list[str]:
+    """Read the files that the config names, so that a mistake in one shows before any work; notes for the report."""
+    if config.files.urls:
+        url_blocklist(config.files.urls)
+    if config.files.phrases:
+        phrase_blocklist(config.files.phrases)
+    if not config.decontamination:
+        return []
+    sets = contamination(config.decontamination, config.files.sets).describe()
+    n = config.decontamination.ngram
+    header = ("evaluation set", "items", f"of fewer than {n} words, not looked for", f"{n}-grams")
+    return [table(header, sets).rstrip("\n")]
 
 
 def clean_shard(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]:
@@ -102,118 +177,31 @@ def write_cleaned(config: CleanConfig, out: Path, shard: Path) -> dict[str, Any]
     return tally.as_json()
 
 
-@dataclass
-class Cleaned:
-    """A batch of documents after the rules."""
-
-    texts: pa.Array
-    metas: pa.Array
-    verdicts: Verdicts
-    stats: TextStats
-    """Of the normalised texts, before any rule changed them."""
-    counts: dict[str, int] = field(default_factory=dict)
-    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
-
-    changed: bool = False
-    """Whether `texts` are no longer those of which `stats` speak."""
-
-    def replace(self, rows: NDArray[np.int64], texts: pa.Array | list[str]) -> None:
-        """Put other texts into some rows (ascending)."""
-        self.texts = replace_rows(self.texts, rows, texts)
-        self.changed |= len(rows) > 0
-
-    def alive(self) -> tuple[NDArray[np.int64], pa.Array]:
-        """The rows not dropped so far, and their texts."""
-        rows = self.verdicts.alive()
-        return rows, self.texts if len(rows) == len(self.texts) else self.texts.take(pa.array(rows))
-
-
 def clean_batch(config: CleanConfig, batch: pa.RecordBatch) -> Cleaned:
-    """Normalise the texts of a batch and apply the rules, the cheap ones first."""
-    texts = normalise_column(batch.column("text"), config.unicode)
-    short = config.fineweb.short_line_characters if config.fineweb else 0
-    stats = measure(texts, short)
-    cleaned = Cleaned(texts, batch.column("meta"), Verdicts(len(texts)), stats, values=values_of(stats))
-    verdicts = cleaned.verdicts
-    verdicts.drop(stats.characters < config.min_chars, "min_chars")
+    """Normalise the texts of a batch and apply the rules, the cheap ones first. ``config`` is resolved."""
+    cleaned = measured(batch, config.unicode, config.fineweb.short_line_characters if config.fineweb else 0)
+    characters = cleaned.stats.characters
+    cleaned.verdicts.drop(characters < config.min_chars, "min_chars")
     if config.max_chars is not None:
-        verdicts.drop(stats.characters > config.max_chars, "max_chars")
+        cleaned.verdicts.drop(characters > config.max_chars, "max_chars")
+    files = config.files
+    if files.urls:
+        cleaned.verdicts.drop_found(url_blocklist(files.urls).find(batch.column("meta")))
     if config.language:
-        apply_language(config.language, batch.column("meta"), cleaned)
+        apply_language(config.language, cleaned)
     if config.gopher:
         apply_gopher(config.gopher, cleaned)
     if config.c4:
         apply_c4(config.c4, config.min_chars, cleaned)
     if config.fineweb:
         apply_fineweb(config.fineweb, cleaned)
+    if files.phrases:
+        apply_search(phrase_blocklist(files.phrases).find, cleaned)
+    if config.decontamination:
+        apply_search(contamination(config.decontamination, files.sets).find, cleaned)
     if config.masking:
         apply_masking(config.masking, cleaned)
     return cleaned
-
-
-def apply_language(rules: LanguageRules, metas: pa.Array, cleaned: Cleaned) -> None:
-    rows, texts = cleaned.alive()
-    languages, scores = identify_all(pc.utf8_slice_codeunits(texts, 0, rules.max_chars).to_pylist())
-    known = cleaned.values.setdefault("language score", np.full(len(metas), np.nan))
-    known[rows] = scores
-    found = list(zip(rows.tolist(), languages, scores.tolist(), strict=True))
-    cleaned.verdicts.drop_found(
-        (row, "language", f"{language} {score:.2f}")
-        for row, language, score in found
-        if rules.broken(language, score)
-    )
-    written = [
-        json.dumps(json.loads(meta) | {"language": language, "language_score": score})
-        for (_, language, score), meta in zip(found, metas.take(pa.array(rows)).to_pylist(), strict=True)
-    ]
-    cleaned.metas = replace_rows(metas, rows, written)
-
-
-def apply_gopher(rules: GopherRules, cleaned: Cleaned) -> None:
-    for reason, broken in rules.broken(cleaned.stats):
-        cleaned.verdicts.drop(broken, reason)
-    rows, texts = cleaned.alive()
-    for reason, broken in rules.broken_by_ngrams(texts, cleaned.stats.take(rows)):
-        cleaned.verdicts.drop(broken, reason, rows)
-
-
-def apply_c4(rules: C4Rules, min_chars: int, cleaned: Cleaned) -> None:
-    rows, texts = cleaned.alive()
-    for reason, broken in rules.broken(texts):
-        cleaned.verdicts.drop(broken, reason, rows)
-    rows, texts = cleaned.alive()
-    left, removed, sentences = rules.remove_lines(texts)
-    too_short = pc.utf8_length(left).to_numpy(zero_copy_only=False) < min_chars
-    cleaned.verdicts.drop(too_short, "min_chars", rows)
-    if rules.min_sentences is not None:
-        cleaned.verdicts.drop(sentences < rules.min_sentences, "c4_min_sentences", rows)
-    changed = removed.any(axis=1) & (cleaned.verdicts.codes[rows] == 0)
-    cleaned.replace(rows[changed], left.filter(pa.array(changed)))
-    names = [*(f"lines_removed/{reason}" for reason in LINE_REASONS), "removed/citations"]
-    amounts = removed[changed].sum(axis=0).tolist()
-    cleaned.counts |= {name: amount for name, amount in zip(names, amounts, strict=True) if amount}
-
-
-def apply_fineweb(rules: FineWebRules, cleaned: Cleaned) -> None:
-    rows, texts = cleaned.alive()
-    stats = cleaned.stats.take(rows) if not cleaned.changed else measure(texts, rules.short_line_characters)
-    for reason, broken in rules.broken(stats):
-        cleaned.verdicts.drop(broken, reason, rows)
-
-
-def apply_masking(rules: Masking, cleaned: Cleaned) -> None:
-    rows, texts = cleaned.alive()
-    rows = rows[rules.candidates(texts)]
-    changed: list[tuple[int, str]] = []
-    for row, text in zip(rows.tolist(), cleaned.texts.take(pa.array(rows)).to_pylist(), strict=True):
-        masked, counts = rules.mask(text)
-        for kind, amount in counts.items():
-            if amount:
-                name = f"masked/{kind}"
-                cleaned.counts[name] = cleaned.counts.get(name, 0) + amount
-        if masked != text:
-            changed.append((row, masked))
-    cleaned.replace(np.array([row for row, _ in changed], np.int64), [text for _, text in changed])
 
 
 def write_batch(
@@ -234,7 +222,7 @@ def write_batch(
     tally.add_values(cleaned.values, alive)
     for name, amount in cleaned.counts.items():
         tally.count(name, amount)
-    for row in np.flatnonzero(alive)[:3].tolist():
+    for row in np.flatnonzero(alive)[:EXAMPLES].tolist():
         tally.add_example(KEPT, batch.column("id")[row].as_py(), cleaned.texts[row].as_py())
     dropped = np.flatnonzero(~alive)
     ids = batch.column("id").take(pa.array(dropped)).to_pylist()

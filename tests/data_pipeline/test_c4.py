@@ -24,7 +24,7 @@ def c4(**rules: object) -> C4Rules:
 def cleaned(rules: C4Rules, text: str) -> tuple[str, str, dict[str, int]]:
     """The verdict on a document, its text after the rules, and what was counted."""
     batch = pa.RecordBatch.from_pylist([{"id": "1", "text": text, "source": "s", "meta": "{}"}], SCHEMA)
-    done = clean_batch(CleanConfig(gopher=None, c4=rules), batch)
+    done = clean_batch(CleanConfig(gopher=None, c4=rules).resolve(), batch)
     return done.verdicts.reason(0), done.texts[0].as_py(), done.counts
 
 

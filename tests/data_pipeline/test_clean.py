@@ -1,14 +1,23 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from corpora import check_restarts, digests, prose, read_documents, write_documents
 from pydantic import ValidationError
 
+from data_pipeline.blocklists import Blocklists
+from data_pipeline.c4 import C4Rules
 from data_pipeline.clean import CleanConfig, clean
+from data_pipeline.clean_report import Tally
 from data_pipeline.context import LocalContext, UserError
+from data_pipeline.decontaminate import Decontamination, EvaluationSet
+from data_pipeline.fineweb import FineWebRules
+from data_pipeline.language import LanguageRules
+from data_pipeline.masking import Masking
 from data_pipeline.quality import GopherRules
 
 OFF = dict.fromkeys(GopherRules.model_fields)
@@ -61,3 +70,71 @@ def test_dropping_everything_is_a_mistake_that_names_the_reasons(tmp_path: Path)
 def test_length_bounds_out_of_order_are_refused() -> None:
     with pytest.raises(ValidationError, match="max_chars 1 is below min_chars 5"):
         CleanConfig(min_chars=5, max_chars=1)
+
+
+def everything(folder: Path) -> CleanConfig:
+    """All rules on, with files."""
+    (folder / "hosts.txt").write_text("bad.example\n")
+    (folder / "phrases.txt").write_text("brass doorbell\n")
+    (folder / "quiz.txt").write_text(prose(3))
+    lists = Blocklists(urls=(folder / "hosts.txt",), phrases=(folder / "phrases.txt",))
+    sets = {"quiz": EvaluationSet(path=folder / "quiz.txt")}
+    return CleanConfig(
+        blocklists=lists,
+        language=LanguageRules(min_score=0.3),
+        c4=C4Rules(),
+        fineweb=FineWebRules(),
+        decontamination=Decontamination(sets=sets),
+        masking=Masking(),
+    )
+
+
+def messy_documents(folder: Path) -> Path:
+    texts = {f"s/{n}": prose(n, 60 + n) for n in range(12)}
+    texts["s/12"] = prose(12) + "\n\nMenu\n\nWrite to someone who is at a@b.example.\r\n"
+    texts["s/13"] = prose(13) + " The brass doorbell was played in the house."
+    texts |= {"t/0": "The ship of the captain is in the harbour.", "t/1": "der Hund und die Katze waren im Haus. " * 9, "t/2": prose(5) + " { }"}
+    return write_documents(folder, texts, shards=2)
+
+
+def test_all_rules_together_end_the_same_on_any_workers_and_after_any_kill(tmp_path: Path) -> None:
+    source, config = messy_documents(tmp_path / "in"), everything(tmp_path).resolve()
+    check_restarts(clean, config, {"download": source}, tmp_path / "killed")
+    for workers in (1, 2):
+        clean(config, {"download": source}, tmp_path / str(workers), LocalContext(workers))
+    assert digests(tmp_path / "1") == digests(tmp_path / "2")
+
+
+def test_the_page_of_numbers_adds_up(tmp_path: Path) -> None:
+    source, config = messy_documents(tmp_path / "in"), everything(tmp_path)
+    metrics = clean(config, {"download": source}, tmp_path / "out", LocalContext())
+    dropped = {name: count for name, count in metrics.items() if name.startswith("dropped/")}
+    assert dropped == {
+        "dropped/blocked_phrase": 1,
+        "dropped/c4_curly_brackets": 1,
+        "dropped/contaminated/quiz": 1,
+        "dropped/language": 1,
+        "dropped/min_words": 1,
+    }
+    assert metrics["documents"] == metrics["kept"] + sum(dropped.values()) == 17
+    assert (metrics["masked/email"], metrics["lines_removed/no_terminal_mark"]) == (1, 1)
+    kept = read_documents(tmp_path / "out")
+    assert kept["s/12"].endswith("\n\nWrite to someone who is at <EMAIL>.")
+    assert "Menu" not in kept["s/12"]
+    assert metrics["bytes_out"] == sum(len(text.encode()) for text in kept.values())
+
+    figures = json.loads((tmp_path / "out/report.json").read_text())
+    groups = [one for reasons in figures["sources"].values() for one in reasons.values()]
+    for name, key in (("documents", "documents"), ("bytes_in", "bytes_in"), ("bytes_out", "bytes_out")):
+        assert sum(one[key] for one in groups) == metrics[name]
+    assert figures["sources"]["t"].keys() == {"c4_curly_brackets", "language", "min_words"}
+    for name, bins in figures["histograms"].items():
+        assert sum(bins["documents"]) == 17 or name == "language score"
+        assert sum(bins["kept"]) == metrics["kept"]
+
+
+def test_a_value_falls_into_the_bin_that_begins_at_or_below_it() -> None:
+    tally = Tally()
+    values = np.array([0, 0.0999, 0.1, 1, np.nan])
+    tally.add_values({"alphabetic words": values}, np.array([True, False, True, True, True]))
+    assert tally.histograms["alphabetic words"] == [[2, 1, *[0] * 8, 1], [1, 1, *[0] * 8, 1]]

@@ -33,7 +33,7 @@ def fineweb(**rules: object) -> CleanConfig:
 
 def verdict(config: CleanConfig, text: str) -> str:
     batch = pa.RecordBatch.from_pylist([{"id": "1", "text": text, "source": "s", "meta": "{}"}], SCHEMA)
-    return clean_batch(config, batch).verdicts.reason(0)
+    return clean_batch(config.resolve(), batch).verdicts.reason(0)
 
 
 @pytest.mark.parametrize(

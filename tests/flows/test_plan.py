@@ -14,13 +14,13 @@ from flows.store import Store
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
     "download": "10132a85c3acfb58",
-    "clean": "f3f0b60d43016ff6",
-    "dedup": "4366328189dfb6da",
-    "train_tokenizer": "a23c0f38baa492fa",
-    "tokenize": "41eb80e2aff05f2f",
-    "pretrain": "fe13aee535e8de37",
-    "evaluate": "282c1cc3be81df1f",
-    "export": "d6a95155896dbbd4",
+    "clean": "7054933a4951bc18",
+    "dedup": "f23c0122b735b7f3",
+    "train_tokenizer": "f58bd20faec4dd94",
+    "tokenize": "b3d5dd993a29f6c8",
+    "pretrain": "1107966b005ec6d1",
+    "evaluate": "3d716207cf9164db",
+    "export": "f66a887460c3283b",
 }
 
 

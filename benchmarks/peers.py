@@ -29,33 +29,27 @@ class Words:
         return WORD.findall(text)
 
 
-def daft_minhash(corpus: str, permutations: int, normalize: bool) -> Work:
-    """Text in memory to signatures, by Daft's own runner; words are what spaces part, unless ``normalize``."""
-    import daft
-    from daft.functions import minhash
-    from daft.functions import normalize as normalized
+def daft_minhash(corpus: str, permutations: int, words: str, in_memory: bool) -> Work:
+    """Text to signatures by Daft's own runner.
 
-    frame = daft.read_parquet(f"{corpus}/documents-*.parquet").select("text").collect()
+    ``words`` is "spaces" (as Daft's `minhash` takes them: what spaces part), "normalised" (its `normalize` first, which
+    joins words that punctuation alone parts) or "same" (as llmill takes them: runs of letters, digits, underscores).
+    """
+    import daft
+    from daft.functions import lower, minhash, normalize, regexp_replace
+
     text = daft.col("text")
-    if normalize:
-        text = normalized(text, lowercase=True, remove_punct=True, white_space=True)
-    signature = minhash(text, num_hashes=permutations, ngram_size=SHINGLE)
+    if words == "normalised":
+        text = normalize(text, lowercase=True, remove_punct=True, white_space=True)
+    elif words == "same":
+        text = regexp_replace(lower(text), r"\W+", " ")
+    signature = minhash(text, num_hashes=permutations, ngram_size=SHINGLE).alias("signature")
+    frame = daft.read_parquet(f"{corpus}/documents-*.parquet").select("text")
+    if in_memory:
+        frame = frame.collect()
 
     def work() -> int:
-        return len(frame.select(signature.alias("signature")).collect())
-
-    return work
-
-
-def daft_minhash_parquet(corpus: str, permutations: int) -> Work:
-    """Parquet shards to signatures, by Daft."""
-    import daft
-    from daft.functions import minhash
-
-    def work() -> int:
-        frame = daft.read_parquet(f"{corpus}/documents-*.parquet")
-        signature = minhash(daft.col("text"), num_hashes=permutations, ngram_size=SHINGLE)
-        return len(frame.select(signature.alias("signature")).collect())
+        return len(frame.select(signature).collect())
 
     return work
 

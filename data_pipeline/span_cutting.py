@@ -31,7 +31,7 @@ CUT = pa.schema(
 )
 WINDOW = np.dtype([("row", "<u4"), ("place", "<u4"), ("group", "<u4")])
 """A window that may be repeated: its row, its first word, and which of the shard's keys it has."""
-LONGEST = 10
+EXAMPLES = 10
 COUNTS = ("documents", "cut_documents", "dropped_documents", "spans", "words", "bytes_in", "bytes_out")
 
 Item = tuple[int, Path]
@@ -88,9 +88,10 @@ class Marks:
 
     def keepers_of(self, first: int, last: int, width: int) -> list[int]:
         """The keepers of repeated windows with a word from ``first`` to ``last`` of one document, in order."""
-        places = self.places.astype(np.int64)
-        near = (self.kinds == REPEATED) & (places > first - width) & (places < last)
-        keepers: list[int] = list(dict.fromkeys(self.keepers[near].tolist()))
+        near = np.array([max(0, first - width + 1), last], np.uint32)
+        start, end = np.searchsorted(self.places, near)
+        repeated = self.kinds[start:end] == REPEATED
+        keepers: list[int] = list(dict.fromkeys(self.keepers[start:end][repeated].tolist()))
         return keepers
 
     def rows_to_cut(self, start: int, end: int) -> list[int]:
@@ -190,7 +191,7 @@ def cut_shard(
             "sources": tally.sources,
             "kept": int((marks.kinds == KEPT).sum()),
             "broken": tally.broken,
-            "longest": sorted(cuts.rows, key=longest_first)[:LONGEST],
+            "longest": sorted(cuts.rows, key=longest_first)[:EXAMPLES],
         }
 
     return once(scratch / f"cut-{index:06d}.json", work)

@@ -26,6 +26,7 @@ from data_pipeline.documents import add_up, hash_ids, read_shard, save_array, ta
 from data_pipeline.minhash import buffers
 from data_pipeline.span_cutting import (
     CUT,
+    EXAMPLES,
     WINDOW,
     cut_shard,
     cuts_path,
@@ -48,7 +49,6 @@ from data_pipeline.span_exchange import (
 )
 from data_pipeline.span_kernels import all_anchors, all_windows, classes
 
-EXAMPLES = 10
 CUT_ROWS = 1 << 16
 """Rows in a row group of ``cut.parquet``."""
 

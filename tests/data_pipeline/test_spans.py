@@ -237,8 +237,8 @@ def test_words_and_lines_stay_apart_where_a_span_was_cut(before: str, after: str
 
 
 def test_of_a_text_that_repeats_itself_one_window_of_each_kind_stays(tmp_path: Path) -> None:
-    """Kept are the first windows of both kinds, "a b a ..." and "b a b ...": 51 words. Of 52 words only the first window
-    occurs twice, and 50 are kept. What is no word stays.
+    """Kept are the first windows of both kinds, "a b a ..." and "b a b ...": 51 words. Of 52 words only the first
+    window occurs twice, and 50 are kept. What is no word stays.
     """
     short = {f"t/{n}": f"c{n} d{n} " * 26 for n in range(8)}
     run({"s/1": "a b " * 5000, "s/2": "=" * 5000, "s/3": "-=" * 50 + " x" * 49} | short, tmp_path)

@@ -30,7 +30,8 @@ GATHER_BYTES = 1 << 28
 """Ids and tokens, about, of one range of keys of gathered runs, which is held in memory."""
 FAN_IN = 256
 """Runs that a range of keys is merged from at most."""
-RUN = pa.schema([("id", pa.string()), ("key", pa.uint64()), ("tokens", pa.large_binary())])
+RUN = pa.schema([("id", pa.string()), ("key", pa.uint64()), ("data", pa.large_binary())])
+"""``data`` is what is carried: the tokens of a document, or its text."""
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,11 @@ class RunWriter:
         self._waiting: list[pa.RecordBatch] = []
         self._bytes = 0
 
-    def add(
-        self,
-        ids: pa.Array,
-        keys: NDArray[np.uint64],
-        offsets: NDArray[np.int64],
-        tokens: NDArray[np.unsignedinteger],
-    ) -> None:
-        """Append documents: document i has ``ids[i]``, ``keys[i]`` and ``tokens[offsets[i] : offsets[i + 1]]``."""
-        buffers = [None, pa.py_buffer(offsets * tokens.itemsize), pa.py_buffer(tokens)]
-        packed = pa.Array.from_buffers(pa.large_binary(), len(ids), buffers)
-        batch = pa.record_batch([ids, pa.array(keys), packed], RUN)
+    def add(self, ids: pa.Array, keys: NDArray[np.uint64], data: pa.Array) -> None:
+        """Append documents: their ids, keys, and data as large_binary."""
+        batch = pa.record_batch([ids, pa.array(keys), data], RUN)
         self._waiting.append(batch)
-        self._bytes += batch.get_total_buffer_size()
+        self._bytes += batch.nbytes
         if self._bytes >= RUN_BYTES:
             self.flush()
 
@@ -196,7 +189,7 @@ def merge(merging: Merging, item: TokenShard) -> None:
     rows = merging.runs.between(item.first, item.last)
     order = order_of(rows)
     width = np.dtype(merging.width)
-    lengths = pc.binary_length(rows.column("tokens")).to_numpy()[order] // width.itemsize
+    lengths = pc.binary_length(rows.column("data")).to_numpy()[order] // width.itemsize
     element = pa.from_numpy_dtype(width)
     schema = pa.schema(
         [("id", pa.string()), ("tokens", pa.list_(element))],
@@ -212,14 +205,20 @@ def merge(merging: Merging, item: TokenShard) -> None:
     ):
         for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):
             part = rows.take(pa.array(order[start:end]))
-            columns = [part.column("id"), as_lists(part.column("tokens"), element)]
+            columns = [part.column("id"), unpack(part.column("data"), element)]
             writer.write_batch(pa.record_batch(columns, schema))
 
 
-def as_lists(packed: pa.Array, element: pa.DataType) -> pa.Array:
-    """Bytes of tokens as lists of tokens, sharing the buffer."""
+def pack(offsets: NDArray[np.int64], tokens: NDArray[np.unsignedinteger]) -> pa.Array:
+    """Documents ``tokens[offsets[i] : offsets[i + 1]]`` as bytes, sharing the buffer."""
+    buffers = [None, pa.py_buffer(offsets * tokens.itemsize), pa.py_buffer(tokens)]
+    return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
+
+
+def unpack(data: pa.Array, element: pa.DataType) -> pa.Array:
+    """The lists of tokens that `pack` made bytes of, sharing the buffer."""
     size = element.bit_width // 8
-    _, offsets, data = packed.buffers()
-    ends = np.frombuffer(offsets, np.int64)[packed.offset : packed.offset + len(packed) + 1] // size
-    values = pa.Array.from_buffers(element, int(ends[-1]), [None, data])
+    _, offsets, buffer = data.buffers()
+    ends = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data) + 1] // size
+    values = pa.Array.from_buffers(element, int(ends[-1]), [None, buffer])
     return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), values)

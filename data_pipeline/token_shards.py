@@ -27,7 +27,7 @@ from data_pipeline.documents import add_up, corrupt, once, read_shard, shard_pat
 from data_pipeline.encode import EncoderName, Unsupported, append_to_each, find_fault, load_encoder
 from data_pipeline.hashing import HASHES, hash_column, mix
 from data_pipeline.token_report import FIGURES, Split, count, summarise
-from data_pipeline.token_runs import Merging, Runs, TokenShard, gather, merge, write_run
+from data_pipeline.token_runs import Merging, Runs, TokenShard, gather, merge, pack, write_run
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, sha256
 
 TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY = b"llmill.tokenizer_sha256", b"llmill.tokens", b"llmill.vocab_size"
@@ -163,7 +163,8 @@ def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
                 fault = find_fault(checked, encode, load_encoder("tokenizers", encoding.tokenizer))
             offsets, tokens = encode(texts)
             count(tally, keys < np.uint64(encoding.config.held_out), sources, np.diff(offsets), texts)
-            run.add(ids, keys, *append_to_each((offsets, tokens.astype(encoding.width)), encoding.end))
+            ended = append_to_each((offsets, tokens.astype(encoding.width)), encoding.end)
+            run.add(ids, keys, pack(*ended))
     return {"fault": fault, **{name: dict(counts) for name, counts in tally.items()}}
 
 

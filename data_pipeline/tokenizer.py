@@ -6,13 +6,16 @@ There is no normaliser and every byte is in the alphabet, so decoding gives back
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -26,22 +29,17 @@ from data_pipeline.context import (
     atomic_path,
     human_bytes,
 )
-from data_pipeline.documents import (
-    byte_lengths,
-    file_sha256,
-    hash_ids,
-    read_shard,
-    save_array,
-    shard_paths,
-    table,
-    write_shard,
-)
+from data_pipeline.documents import byte_lengths, corrupt, file_sha256, once, shard_paths, table
+from data_pipeline.hashing import HASHES, hash_column
+from data_pipeline.token_runs import Runs, gather, order_of, write_run
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256
 """Entries that every byte-level vocabulary begins with."""
 
-SAMPLE = pa.schema([("id", pa.string()), ("text", pa.string())])
+MARGIN = 1.25
+"""How much more than the sample is looked at first, since sizes of documents vary."""
+FOOTERS_AT_ONCE = 16
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -88,9 +86,9 @@ def train_tokenizer(
     shards = shard_paths(inputs["dedup"])
     context.progress(0, None, "MB")
     texts = draw_sample(config, shards, out / "scratch", context)
-    size = sum(len(text.encode()) for text in texts)
+    size = int(pc.binary_length(texts).to_numpy().sum())
     context.progress(0, size / 1e6, "MB")
-    tokenizer = train(texts, config)
+    tokenizer = train(strings(texts), config)
     context.progress(size / 1e6, size / 1e6, "MB")
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise UserError(
@@ -102,7 +100,7 @@ def train_tokenizer(
         "vocab_size": float(tokenizer.get_vocab_size()),
         "sample_documents": float(len(texts)),
         "sample_bytes": float(size),
-        "sample_bytes_per_token": bytes_per_token(tokenizer, texts),
+        "sample_bytes_per_token": bytes_per_token(tokenizer, strings(texts)),
     }
     write_report(tokenizer, config, metrics, out / "report.md")
     return metrics
@@ -110,69 +108,92 @@ def train_tokenizer(
 
 def draw_sample(
     config: TokenizerConfig, shards: Sequence[Path], scratch: Path, context: StageContext
-) -> list[str]:
+) -> pa.Array:
     """Texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
 
-    So the sample depends on the documents and the seed, never on how they lie in shards. Held in memory are the
-    sample, which is ``sample_bytes`` and at most one document more, and some 50 bytes for each document there is.
+    So the sample depends on the documents and the seed, never on how they lie in shards. The footers tell about which
+    hashes to look at; of row groups without one of these, no text is read. Held in memory are `MARGIN` times
+    ``sample_bytes`` and the sample.
     """
-    salt = f"tokenizer-sample-{config.seed}"
-    context.map(partial(measure, salt, scratch), shards, names=[f"measure {path.stem}" for path in shards])
-    measured = [np.load(measured_path(scratch, shard)) for shard in shards]
-    last = last_drawn(np.concatenate(measured, axis=1), config.sample_bytes)
-    drawn = [shard for shard, (keys, _) in zip(shards, measured, strict=True) if (keys <= last).any()]
-    del measured
-    work = partial(sample, salt, last, scratch)
-    context.map(work, drawn, names=[f"sample {path.stem}" for path in drawn])
-    rows: list[tuple[int, str, str]] = []
-    for shard in drawn:
-        for batch in read_shard(sample_path(scratch, shard)):
-            ids = batch.column("id").to_pylist()
-            rows += zip(hash_ids(ids, salt).tolist(), ids, batch.column("text").to_pylist(), strict=True)
-    rows.sort()
-    return [text for _, _, text in rows]
+    with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
+        size = sum(pool.map(text_size, shards))
+    last = min(HASHES - 1, int(MARGIN * HASHES * config.sample_bytes / max(1, size)))
+    while True:
+        work = partial(draw, f"tokenizer-sample-{config.seed}", last, scratch)
+        drawn = context.map(work, shards, names=[f"sample {path.stem}" for path in shards])
+        if sum(drawn) >= config.sample_bytes or last == HASHES - 1:
+            break
+        last = min(HASHES - 1, 2 * last + 1)
+    runs = Runs(scratch, tuple(sample_name(shard, last) for shard in shards))
+    rows = gather(runs, sum(drawn), context).between(0, last)
+    order = order_of(rows)
+    sizes = pc.binary_length(rows.column("data")).to_numpy()[order]
+    enough = int(np.searchsorted(np.cumsum(sizes), config.sample_bytes)) + 1
+    return rows.column("data").take(pa.array(order[:enough])).cast(pa.large_string())
 
 
-def last_drawn(measured: NDArray[np.uint64], sample_bytes: int) -> int:
-    """The hash up to which documents make up ``sample_bytes``; ``measured`` holds hashes and bytes, shape (2, n)."""
-    keys, sizes = measured
-    order = np.argsort(keys, kind="stable")
-    enough = int(np.searchsorted(np.cumsum(sizes[order]), np.uint64(sample_bytes)))
-    return int(keys[order[min(enough, len(order) - 1)]]) if len(order) else 0
+def text_size(shard: Path) -> int:
+    """Bytes of text in a shard, about, from its footer."""
+    try:
+        footer = pq.read_metadata(shard)
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(shard, error) from error
+    column = footer.schema.names.index("text")
+    return sum(
+        footer.row_group(group).column(column).total_uncompressed_size
+        for group in range(footer.num_row_groups)
+    )
 
 
-def measured_path(scratch: Path, shard: Path) -> Path:
-    return scratch / f"{shard.stem}-measured.npy"
+def sample_name(shard: Path, last: int) -> str:
+    return f"{shard.stem}-{last:016x}"
 
 
-def sample_path(scratch: Path, shard: Path) -> Path:
-    return scratch / f"{shard.stem}-sample.parquet"
+def draw(salt: str, last: int, scratch: Path, shard: Path) -> int:
+    """Copy a shard's documents whose hash is at most ``last`` into a run; returns the bytes of their text."""
+    name = sample_name(shard, last)
+
+    def work() -> dict[str, int]:
+        size = 0
+        with write_run(Runs(scratch, ()).path(name, 0)) as run:
+            for ids, keys, texts in read_drawn(shard, salt, last):
+                size += int(byte_lengths(texts).sum())
+                run.add(ids, keys, texts.cast(pa.large_binary()))
+        return {"bytes": size}
+
+    return int(once(scratch / f"{name}.json", work)["bytes"])
 
 
-def measure(salt: str, scratch: Path, shard: Path) -> None:
-    """Write the hash of the id and the bytes of text of every document in a shard, shape (2, documents)."""
-    path = measured_path(scratch, shard)
-    if path.exists():
-        return
-    parts = [np.zeros((2, 0), np.uint64)]
-    for batch in read_shard(shard, ("id", "text")):
-        keys = hash_ids(batch.column("id").to_pylist(), salt)
-        parts.append(np.stack([keys, byte_lengths(batch.column("text")).astype(np.uint64)]))
-    save_array(path, np.concatenate(parts, axis=1))
+def read_drawn(shard: Path, salt: str, last: int) -> Iterator[tuple[pa.Array, NDArray[np.uint64], pa.Array]]:
+    """Ids, hashes and texts of the documents with a hash of at most ``last``, by row group.
+
+    Raises:
+        UserError: the file can't be read.
+    """
+    try:
+        with pq.ParquetFile(shard, page_checksum_verification=True) as file:
+
+            def column(group: int, name: str) -> pa.Array:
+                return file.read_row_group(group, columns=[name], use_threads=False)[name].combine_chunks()
+
+            for group in range(file.num_row_groups):
+                ids = column(group, "id")
+                keys = hash_column(ids, salt)
+                drawn = keys <= np.uint64(last)
+                if drawn.any():
+                    chosen = pa.array(drawn)
+                    yield ids.filter(chosen), keys[drawn], column(group, "text").filter(chosen)
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(shard, error) from error
 
 
-def sample(salt: str, last: int, scratch: Path, shard: Path) -> None:
-    """Copy a shard's documents whose hash is at most ``last``."""
-    path = sample_path(scratch, shard)
-    if path.exists():
-        return
-    with write_shard(path, SAMPLE) as writer:
-        for batch in read_shard(shard, SAMPLE.names):
-            drawn = hash_ids(batch.column("id").to_pylist(), salt) <= np.uint64(last)
-            writer.add_batch(batch.filter(pa.array(drawn)))
+def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
+    """The texts one after the other; only a few exist as Python objects at a time."""
+    for start in range(0, len(texts), at_once):
+        yield from texts.slice(start, at_once).to_pylist()
 
 
-def train(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
+def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Learn the merges; the same texts give the same vocabulary whatever the number of threads."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -188,7 +209,7 @@ def train(texts: Sequence[str], config: TokenizerConfig) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer, length=len(texts))
+    tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
 
@@ -210,7 +231,7 @@ def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
         tokenizer.save(str(temporary), pretty=True)
 
 
-def bytes_per_token(tokenizer: Tokenizer, texts: Sequence[str], enough: int = 1_000_000) -> float:
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str], enough: int = 1_000_000) -> float:
     """Bytes of UTF-8 that a token stands for, over the first texts of the sample (about ``enough`` characters)."""
     size = tokens = characters = 0
     for text in texts:

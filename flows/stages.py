@@ -46,7 +46,7 @@ STAGES: tuple[Stage, ...] = (
         train_tokenizer,
         TokenizerConfig,
         ("dedup",),
-        1,
+        2,
         ("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(

@@ -147,7 +147,7 @@ def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
                 yield entry.filename, ("encrypted", "its content needs a password")
             elif (entry.external_attr >> 16) & 0o170000 == 0o120000:
                 yield entry.filename, LINK
-            elif not entry.is_dir():
+            elif not entry.filename.endswith("/"):
                 yield entry.filename, open_zipped(archive, entry, limit)
 
 

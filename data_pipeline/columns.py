@@ -36,19 +36,20 @@ def read_parquet(
         columns = [text_field, *(name for name in meta_fields if name in names)]
         row = 0
         for group in range(file.num_row_groups):
-            size = rows_at_once(file, group, text_field)
+            size = rows_at_once(file, group)
             for batch in file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
                 limit.take(batch.nbytes)
                 yield from read_batch(batch, row, text_field, columns[1:])
                 row += batch.num_rows
 
 
-def rows_at_once(file: pq.ParquetFile, group: int, text_field: str) -> int:
-    """So many rows of a row group that they hold about `BATCH_BYTES` of text."""
+def rows_at_once(file: pq.ParquetFile, group: int) -> int:
+    """So many rows of a row group that all columns together hold about `BATCH_BYTES`.
+
+    The sizes of single columns would say more, but Arrow aborts the process where a damaged file lies in these.
+    """
     found = file.metadata.row_group(group)
-    columns = (found.column(index) for index in range(found.num_columns))
-    size = sum(one.total_uncompressed_size for one in columns if one.path_in_schema == text_field)
-    return max(1, min(1024, BATCH_BYTES * found.num_rows // max(1, size)))
+    return max(16, min(1024, BATCH_BYTES * found.num_rows // max(1, found.total_byte_size)))
 
 
 def read_batch(

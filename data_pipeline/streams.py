@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import io
 import lzma
 import tarfile
@@ -41,8 +42,8 @@ class ExpandsTooFar(Exception):
 
 
 def is_fault_of_disk(error: BaseException) -> bool:
-    """Whether reading again may go well. A codec's OSError has no number."""
-    return isinstance(error, OSError) and error.errno is not None
+    """Whether reading again may go well. A codec's OSError has no number, or that of a seek to where nothing is."""
+    return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
 class Limit:

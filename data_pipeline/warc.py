@@ -8,26 +8,42 @@ passed over.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from io import BufferedReader
+from typing import Any
+
+from warcio.archiveiterator import ArchiveIterator
 
 from data_pipeline.documents import MAX_DOCUMENT_BYTES, first_line
 from data_pipeline.records import Record, Rejected, whole
+from data_pipeline.streams import CODEC_FAULTS, ExpandsTooFar
 
+logging.getLogger("warcio").setLevel(logging.ERROR)  # it warns of spaces in addresses
 WITH_CONTENT = ("conversion", "resource", "response")
 
 
-def read_warc(stream: BinaryIO) -> Iterator[Record]:
-    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file."""
-    from warcio.archiveiterator import ArchiveIterator
-    from warcio.exceptions import ArchiveLoadFailed
+class QuietIterator(ArchiveIterator):
+    """Counts records of wrong length without a word on stderr."""
 
+    INC_RECORD = ""
+
+
+def read_warc(stream: BufferedReader) -> Iterator[Record]:
+    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file."""
     row = -1
+    errors = 0
     try:
-        for row, record in enumerate(ArchiveIterator(stream)):
+        records = QuietIterator(stream)
+        for row, record in enumerate(records):
+            if records.err_count > errors:
+                yield Rejected(row - 1, "bad_warc", "its Content-Length is not where it ends")
+                errors = records.err_count
             if record.rec_type in WITH_CONTENT:
                 yield read_record(row, record)
-    except (ArchiveLoadFailed, ValueError) as error:  # the latter of numbers in headers
+    except (ExpandsTooFar, *CODEC_FAULTS):
+        raise
+    except Exception as error:  # warcio trusts its input: damaged headers end in errors of any type
         yield Rejected(row + 1, "bad_warc", first_line(error))
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from corpora import check_restarts, digests, prose, read_documents
+from corpora import check_kills, check_restarts, digests, prose, read_documents
 from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext, UserError
@@ -214,3 +215,61 @@ def test_byte_code_does_not_change_what_installed_python_is(tmp_path: Path, monk
     (library / "__pycache__" / f"os.{sys.implementation.cache_tag}.py").write_text("not source")
     assert [one.name for one in before] == ["stdlib/os.py", "site-packages/pack/core.py"]
     assert list_installed_python(source) == before
+
+
+def test_provenance_is_kept_with_every_document_and_its_own_fields_come_first(tmp_path: Path) -> None:
+    lines = [{"text": "one", "url": "https://a.org/1", "score": 2.5}, {"text": "two"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    said = {"license": "CC0", "url": "https://a.org", "retrieved": "2024-03-01"}
+    download(
+        config(tmp_path / "a.jsonl", **said, meta_fields=["url", "score"]),
+        {},
+        tmp_path / "out",
+        LocalContext(),
+    )
+    rows = pq.read_table(tmp_path / "out" / "documents-00000.parquet").to_pylist()
+    assert [json.loads(row["meta"]) for row in rows] == [
+        said | {"url": "https://a.org/1", "score": 2.5},
+        said,
+    ]
+    assert config(tmp_path, **said).resolve().identity()["sources"][0]["retrieved"] == "2024-03-01"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "https://me:hunter2@a.org"}, "user name or password"),
+        ({"encoding": "klingon"}, "no encoding of this name"),
+        ({"encoding": "base64"}, "not an encoding of text"),
+        ({"retrieved": "someday"}, "valid date"),
+        ({"max_expansion": 0}, "greater than 0"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message) as refused:
+        config("x", **options)
+    assert "hunter2" not in refused.value.errors()[0]["msg"]
+
+
+def test_names_of_an_encoding_are_one_artifact(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("a")
+    one, other = (config(tmp_path, encoding=name).resolve().identity() for name in ("latin-1", "ISO-8859-1"))
+    assert one == other
+
+
+@pytest.mark.parametrize("name", ["large.jsonl", "large.jsonl.gz"])
+def test_a_killed_large_file_keeps_its_whole_parts_and_ends_the_same(tmp_path: Path, name: str) -> None:
+    lines = [json.dumps({"text": prose(n, 300)}) if n % 7 else "broken" for n in range(200)]
+    data = "\n".join(lines).encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    source = {"kind": "local", "name": "texts", "path": str(tmp_path / name)}
+    check_kills({"sources": [source], "shard_bytes": 20_000}, tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
+def test_a_killed_archive_goes_on_in_the_member_where_it_stopped(tmp_path: Path, suffix: str) -> None:
+    (tmp_path / "in").mkdir()
+    write_files(tmp_path / "in", 60)
+    shutil.make_archive(str(tmp_path / "box"), {"zip": "zip", "tar.gz": "gztar"}[suffix], tmp_path / "in")
+    source = {"kind": "local", "name": "texts", "path": str(tmp_path / f"box.{suffix}")}
+    check_kills({"sources": [source], "shard_bytes": 10_000}, tmp_path)

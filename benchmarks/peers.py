@@ -187,6 +187,7 @@ def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     assert end is not None, "the tokenizer has no end of text"
 
     def encode(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
+        encoder.encode_special_tokens = True  # what load_tokenizer sets, which pickling forgets
         return {"tokens": [[*one.ids, end] for one in encoder.encode_batch_fast(batch["text"])]}
 
     def work() -> int:

@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_pipeline.documents import first_line
-from data_pipeline.tokenizer import load_tokenizer, sha256
+from data_pipeline.tokenizer import load_tokenizer
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.uint32]]
 """Offsets (documents + 1) into ids (tokens): document i is ``ids[offsets[i] : offsets[i + 1]]``."""
@@ -37,17 +37,18 @@ CHECKED_CHARACTERS = 1 << 14
 
 
 def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> Encoder:
-    """The encoder of the tokenizer in ``folder``; no text yields a special token. A process loads it once.
+    """The encoder of the tokenizer in ``folder``; no text yields a special token.
 
     Raises:
         Unsupported: `gigatoken` doesn't know a part of this tokenizer. The encoder raises it where it fails.
     """
-    return encoder_of(name, folder, parallel, sha256(folder))
+    return with_gigatoken(folder, parallel) if name == "gigatoken" else with_tokenizers(folder)
 
 
 @lru_cache(maxsize=4)
-def encoder_of(name: EncoderName, folder: Path, parallel: bool, tokenizer_sha256: str) -> Encoder:
-    return with_gigatoken(folder, parallel) if name == "gigatoken" else with_tokenizers(folder)
+def kept_encoder(name: EncoderName, folder: Path, parallel: bool, tokenizer_sha256: str) -> Encoder:
+    """`load_encoder`, once a process: loading takes as long as encoding several megabytes."""
+    return load_encoder(name, folder, parallel=parallel)
 
 
 class Unsupported(Exception):

@@ -50,6 +50,11 @@ class Runs:
         """The largest key of a range."""
         return (*self.firsts, HASHES)[part + 1] - 1
 
+    def size(self) -> int:
+        """Bytes on disk."""
+        parts = range(len(self.firsts))
+        return sum(self.path(name, part).stat().st_size for name in self.names for part in parts)
+
     def between(self, first: int, last: int) -> pa.RecordBatch:
         """The documents with a key in [first, last] of all runs, sorted within each of its pieces only."""
         parts = range(bisect_right(self.firsts, first) - 1, bisect_right(self.firsts, last))
@@ -127,13 +132,13 @@ def order_of(rows: pa.RecordBatch) -> NDArray[np.int64]:
     return order
 
 
-def gather(runs: Runs, size: int, context: StageContext) -> Runs:
-    """Merge ``runs``, which hold ``size`` bytes in all, until at most `FAN_IN` are left."""
+def gather(runs: Runs, context: StageContext) -> Runs:
+    """Merge ``runs`` until at most `FAN_IN` are left. Each level writes all they hold once more."""
     level = 0
     while len(runs.names) > FAN_IN:
         level += 1
         groups = [runs.names[start : start + FAN_IN] for start in range(0, len(runs.names), FAN_IN)]
-        parts = max(1, -(-size // (len(groups) * GATHER_BYTES)))
+        parts = max(1, -(-runs.size() // (len(groups) * GATHER_BYTES)))
         names = tuple(f"gathered-{level}-{number:06d}" for number in range(len(groups)))
         gathered = Runs(runs.folder, names, tuple(HASHES * part // parts for part in range(parts)))
         work = [

@@ -24,7 +24,7 @@ from pydantic import Field
 
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, UserError
 from data_pipeline.documents import add_up, corrupt, once, read_shard, shard_paths
-from data_pipeline.encode import EncoderName, Unsupported, append_to_each, find_fault, load_encoder
+from data_pipeline.encode import Encoder, EncoderName, Unsupported, append_to_each, find_fault, kept_encoder
 from data_pipeline.hashing import HASHES, hash_column, mix
 from data_pipeline.token_report import FIGURES, Split, count, summarise
 from data_pipeline.token_runs import Merging, Runs, TokenShard, gather, merge, pack, write_run
@@ -65,16 +65,24 @@ class Encoding:
     """What encodes a shard: passed to the workers."""
 
     config: TokenizeConfig
-    tokenizer: Path
+    folder: Path
+    tokenizer_sha256: str
+    vocab_size: int
     end: int
     """The token that ends every document."""
-    width: str
-    """The type of a token: ``uint16`` where the vocabulary allows, else ``uint32``."""
     encoder: EncoderName
     checked: int
     """Documents whose mixed hash is below this are encoded both ways, where ``encoder`` is `gigatoken`."""
     scratch: Path
     parallel: bool
+
+    @property
+    def width(self) -> str:
+        """The type of a token: ``uint16`` where the vocabulary allows, else ``uint32``."""
+        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
+
+    def load(self, encoder: EncoderName) -> Encoder:
+        return kept_encoder(encoder, self.folder, self.parallel, self.tokenizer_sha256)
 
     def name(self, shard: Path) -> str:
         """The name of the run that a document shard becomes."""
@@ -112,8 +120,9 @@ def prepare(
     return Encoding(
         config,
         folder,
+        sha256(folder),
+        tokenizer.get_vocab_size(),
         end_of_text(tokenizer),
-        "uint16" if tokenizer.get_vocab_size() <= 1 << 16 else "uint32",
         "gigatoken",
         min(HASHES - 1, HASHES * config.runtime.check_documents // max(1, documents)),
         scratch,
@@ -150,7 +159,7 @@ def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
 
 
 def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
-    encode = load_encoder(encoding.encoder, encoding.tokenizer, parallel=encoding.parallel)
+    encode = encoding.load(encoding.encoder)
     salt = f"tokenize-{encoding.config.seed}"
     tally: dict[str, Counter[str]] = {name: Counter() for name in FIGURES}
     fault = None
@@ -160,7 +169,7 @@ def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
             keys = hash_column(ids, salt)
             if encoding.encoder == "gigatoken" and not fault:
                 checked = texts.filter(pa.array(mix(keys ^ CHECK) < np.uint64(encoding.checked)))
-                fault = find_fault(checked, encode, load_encoder("tokenizers", encoding.tokenizer))
+                fault = find_fault(checked, encode, encoding.load("tokenizers"))
             offsets, tokens = encode(texts)
             count(tally, keys < np.uint64(encoding.config.held_out), sources, np.diff(offsets), texts)
             ended = append_to_each((offsets, tokens.astype(encoding.width)), encoding.end)
@@ -197,12 +206,8 @@ def write_all(
 ) -> None:
     """Merge the runs of all document shards into the token shards that are planned."""
     runs = Runs(encoding.scratch, tuple(encoding.name(path) for path in shards))
-    size = sum(runs.path(name, 0).stat().st_size for name in runs.names) if len(shards) > 1 else 0
-    metadata = {
-        TOKENIZER_KEY: sha256(encoding.tokenizer),
-        VOCAB_KEY: str(load_tokenizer(encoding.tokenizer).get_vocab_size()),
-    }
-    merging = Merging(gather(runs, size, context), out, encoding.width, metadata, TOKENS_KEY)
+    metadata = {TOKENIZER_KEY: encoding.tokenizer_sha256, VOCAB_KEY: str(encoding.vocab_size)}
+    merging = Merging(gather(runs, context), out, encoding.width, metadata, TOKENS_KEY)
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])
 
 

@@ -125,7 +125,7 @@ def draw_sample(
             break
         last = min(HASHES - 1, 2 * last + 1)
     runs = Runs(scratch, tuple(sample_name(shard, last) for shard in shards))
-    rows = gather(runs, sum(drawn), context).between(0, last)
+    rows = gather(runs, context).between(0, last)
     order = order_of(rows)
     sizes = pc.binary_length(rows.column("data")).to_numpy()[order]
     enough = int(np.searchsorted(np.cumsum(sizes), config.sample_bytes)) + 1

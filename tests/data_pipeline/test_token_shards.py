@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import tempfile
 from itertools import pairwise
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +17,11 @@ from corpora import check_restarts, digests, prose, write_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import documents, encode
+from data_pipeline import documents, encode, token_runs
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.documents import SCHEMA, write_shard
 from data_pipeline.encode import append_to_each
-from data_pipeline.token_report import SPLITS
+from data_pipeline.token_report import SPLITS, count_words
 from data_pipeline.token_runs import ROW_GROUP_TOKENS
 from data_pipeline.token_shards import TokenizeConfig, TokenShards, tokenize
 from data_pipeline.tokenizer import TokenizerConfig, load_tokenizer, sha256, train_tokenizer
@@ -82,14 +84,84 @@ def test_the_reader_gives_all_tokens_once_and_what_made_them(inputs: dict[str, P
 
 
 def test_neither_workers_nor_the_sharding_of_documents_change_a_byte(
-    inputs: dict[str, Path], shards: Path, tmp_path: Path
+    inputs: dict[str, Path], shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     items = list(TEXTS.items())
     random.Random(5).shuffle(items)
-    other = {**inputs, "dedup": write_documents(tmp_path / "in", items, shards=9)}
-    tokenize(CONFIG, other, tmp_path / "resharded", LocalContext())
+    monkeypatch.setattr(documents, "ROW_GROUP_ROWS", 7)
+    for number in (1, 9, 60):
+        other = {**inputs, "dedup": write_documents(tmp_path / f"in-{number}", items, shards=number)}
+        tokenize(CONFIG, other, tmp_path / f"out-{number}", LocalContext())
+        assert digests(tmp_path / f"out-{number}") == digests(shards)
     tokenize(CONFIG, inputs, tmp_path / "workers", LocalContext(2))
-    assert digests(tmp_path / "resharded") == digests(tmp_path / "workers") == digests(shards)
+    assert digests(tmp_path / "workers") == digests(shards)
+
+
+@pytest.mark.parametrize(("fan_in", "gather_bytes"), [(2, 1 << 30), (2, 4000), (6, 20_000)])
+def test_runs_that_are_sorted_in_small_parts_and_gathered_in_levels_give_the_same_bytes(
+    inputs: dict[str, Path],
+    shards: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fan_in: int,
+    gather_bytes: int,
+) -> None:
+    """What bounds memory and open files leaves no trace, in one range of keys or many."""
+    other = {**inputs, "dedup": write_documents(tmp_path / "in", TEXTS, shards=11)}
+    for name, value in (("FAN_IN", fan_in), ("GATHER_BYTES", gather_bytes), ("RUN_BYTES", 3000)):
+        monkeypatch.setattr(token_runs, name, value)
+    tokenize(CONFIG, other, tmp_path / "out", LocalContext())
+    levels = {path.name.split("-")[1] for path in (tmp_path / "out" / "scratch").glob("gathered-*")}
+    assert len(levels) == (3 if fan_in == 2 else 1)
+    assert digests(tmp_path / "out") == digests(shards)
+
+
+def test_a_tokenize_killed_while_it_gathers_ends_the_same(
+    inputs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(token_runs, "FAN_IN", 2)
+    check_restarts(tokenize, CONFIG, inputs, tmp_path)
+
+
+def test_datasets_opens_the_shards(shards: Path, tmp_path: Path) -> None:
+    files = {split: str(shards / f"{split}-*.parquet") for split in SPLITS}
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))
+    assert {split: dict(zip(*loaded[split][:].values(), strict=True)) for split in SPLITS} == tokens_by_id(
+        shards
+    )
+
+
+def test_the_report_tells_bytes_a_token_and_tokens_a_word_by_source(
+    inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Two sources in one shard, by turns; a plain count over the same texts is the measure."""
+    texts = {f"{'ab'[n % 2]}/{n}": prose(n, 30 + n) + "\u2028☃ " * (n % 3) for n in range(60)} | {"b/": ""}
+    other = {**inputs, "dedup": write_documents(tmp_path / "in", texts, shards=1)}
+    metrics = tokenize(CONFIG, other, tmp_path / "out", LocalContext())
+    tokenizer = load_tokenizer(inputs["train_tokenizer"])
+    total = np.zeros(4, int)
+    for source in "ab":
+        mine = [text for id, text in texts.items() if id.startswith(source)]
+        words = sum(len(re.findall(r"[^ \n]+", text)) for text in mine)
+        size, tokens = (
+            sum(len(text.encode()) for text in mine),
+            sum(len(tokenizer.encode(text).ids) for text in mine),
+        )
+        row = (
+            f"| {source} | {len(mine)} | {tokens + len(mine)} | {size / tokens:.3f} | {tokens / words:.3f} |"
+        )
+        assert row in (tmp_path / "out" / "report.md").read_text()
+        total += (len(mine), size, tokens, words)
+    assert metrics["documents"] == total[0]
+    assert metrics["bytes_per_token"] == total[1] / total[2]
+    assert metrics["tokens_per_word"] == total[2] / total[3]
+
+
+@given(st.lists(st.text(alphabet="a\x00 \n☃", max_size=9), max_size=6), st.integers(0, 3), st.integers(1, 7))
+def test_words_are_what_stands_between_white_space(texts: list[str], skipped: int, block: int) -> None:
+    column = pa.array(texts, pa.string())[skipped:]
+    words = [re.findall(rb"[^\x00-\x20]+", text.encode()) for text in texts[skipped:]]
+    assert count_words(column, block) == sum(map(len, words))
 
 
 def test_a_document_keeps_its_split_when_others_come_or_go(
@@ -192,22 +264,20 @@ def test_where_gigatoken_fails_all_is_encoded_with_tokenizers_and_said(
     assert tokens_by_id(tmp_path / "out") == tokens_by_id(shards)
 
 
-def test_tokens_above_sixteen_bits_are_stored_in_thirty_two(tmp_path: Path) -> None:
-    """Random words support a vocabulary as large as there are of them, and more."""
-    draw = random.Random(0)
-    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=8)) for _ in range(26_000)]
-    texts = {f"a/{n}": " ".join(words[n * 100 : n * 100 + 100]) for n in range(260)}
-    documents = write_documents(tmp_path / "dedup", texts)
-    config = TokenizerConfig(vocab_size=70_000)
-    train_tokenizer(config, {"dedup": documents}, tmp_path / "tokenizer", LocalContext())
-    inputs = {"dedup": documents, "train_tokenizer": tmp_path / "tokenizer"}
-    tokenize(TokenizeConfig(val_fraction=0.2), inputs, tmp_path / "out", LocalContext())
+def test_tokens_above_sixteen_bits_are_stored_in_thirty_two(inputs: dict[str, Path], tmp_path: Path) -> None:
+    """Every token of a text lies above the reserved ones."""
+    config = TokenizerConfig(vocab_size=66_000, reserved_tokens=65_600)
+    train_tokenizer(config, inputs, tmp_path / "tokenizer", LocalContext())
+    changed = {**inputs, "train_tokenizer": tmp_path / "tokenizer"}
+    context = LocalContext()
+    tokenize(CONFIG, changed, tmp_path / "out", context)
+    assert not context.notes
     flat = TokenShards(tmp_path / "out", "train").read_all()
     assert flat.dtype == np.uint32
-    assert flat.max() > 1 << 16
+    assert flat[flat > 0].min() > 65_600
     tokenizer = load_tokenizer(tmp_path / "tokenizer")
     first = next(iter(TokenShards(tmp_path / "out", "train")))
-    assert tokenizer.decode(first.tokens[: first.offsets[1] - 1].tolist()) == texts[first.ids[0]]
+    assert tokenizer.decode(first.tokens[: first.offsets[1] - 1].tolist()) == TEXTS[first.ids[0]]
 
 
 @pytest.mark.parametrize(
@@ -273,7 +343,7 @@ def test_a_token_is_appended_to_each_document(documents: list[list[int]]) -> Non
     assert [tokens[start:end].tolist() for start, end in pairwise(longer)] == [[*one, 0] for one in documents]
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(1, 40), max_size=8), st.integers(0, 8), st.integers(1, 2000), st.integers(1, 30))
 def test_the_bytes_of_a_document_shard_do_not_depend_on_how_rows_were_handed_over(
     cuts: list[int], singly: int, characters: int, rows: int

@@ -56,6 +56,7 @@ def main() -> None:
         "duplicates, verifies candidates, and says what each removed document repeats. Memory is the peak of all "
         "processes of a contestant together."
     )
+    report.admit_less(options.megabytes, text_bytes(corpus))
     all_runs = alternate(race, options.repeats, outs / "logs")
     report.race("race", all_runs, ours=all_runs[1], whole=all_runs[0])
     report.table("kept", ("", "documents", "kept"), [kept(runs) for runs in all_runs if not runs.missing])

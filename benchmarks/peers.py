@@ -176,9 +176,12 @@ def text_dedup(corpus: str, out: str, workers: int, bands: int, rows: int) -> Wo
     return work
 
 
-def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
-    """Document shards to token Parquet by `datasets.map` with `tokenizers`, batched, in ``workers`` processes."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+def datasets_map(corpus: str, tokenizer: str, out: str, workers: int, threads: bool) -> Work:
+    """Document shards to token Parquet by `datasets.map` with `tokenizers`, batched.
+
+    In ``workers`` processes, or in one with the ``threads`` of `tokenizers`.
+    """
+    os.environ["TOKENIZERS_PARALLELISM"] = str(threads).lower()
     import datasets
 
     folder = empty_folder(out)
@@ -199,7 +202,9 @@ def datasets_map(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
             columns=["id", "text"],
             cache_dir=str(folder / "cache"),
         )
-        encoded = loaded.map(encode, batched=True, num_proc=workers, remove_columns=["text"])
+        encoded = loaded.map(
+            encode, batched=True, num_proc=None if threads else workers, remove_columns=["text"]
+        )
         encoded.to_parquet(str(folder / "documents-00000.parquet"))
         return len(encoded)
 

@@ -61,6 +61,13 @@ class Report:
     def text(self, paragraph: str) -> None:
         self.sections.append(paragraph + "\n")
 
+    def admit_less(self, megabytes: float, size: int) -> None:
+        """Say so where the installed packages hold less text (``size`` bytes) than was asked for."""
+        if size < 0.95e6 * megabytes:
+            self.text(
+                f"The installed packages hold {size / 1e6:.0f} MB of text, not the {megabytes:g} MB asked for."
+            )
+
     def table(self, key: str, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
         """A table, in the JSON too: one object a row."""
         rows = [list(row) for row in rows]

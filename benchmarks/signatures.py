@@ -56,6 +56,7 @@ def main() -> None:
         "only, and its `normalize` joins words that only punctuation parts, both of which make fewer shingles of "
         "source code."
     )
+    report.admit_less(options.megabytes, size)
     report.text("## One core\n")
     report.race("one_core", alternate(one, options.repeats, outs / "logs"))
     report.text(f"## {cores} cores\n")

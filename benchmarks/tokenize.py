@@ -32,8 +32,8 @@ def main() -> None:
     part = random_part(corpus, options.peer_megabytes)
     tokenizer = learnt(corpus, options.vocab_size)
 
-    def contestant(name: str, prepare: Callable[..., Work], text: Path) -> Contestant:
-        job: dict[str, Any] = {"corpus": str(text), "tokenizer": str(tokenizer), "workers": options.cores}
+    def contestant(name: str, prepare: Callable[..., Work], text: Path, **job: Any) -> Contestant:
+        job |= {"corpus": str(text), "tokenizer": str(tokenizer), "workers": options.cores}
         job["out"] = str(outs / name.replace(" ", "-"))
         return Contestant(name, prepare, job, text_bytes(text), options.cores)
 
@@ -42,7 +42,8 @@ def main() -> None:
         contestant("llmill", ours.encode, part),
     ]
     if not options.no_peers:
-        race.append(contestant("datasets.map", peers.datasets_map, part))
+        race.append(contestant("datasets.map, processes", peers.datasets_map, part, threads=False))
+        race.append(contestant("datasets.map, threads", peers.datasets_map, part, threads=True))
         race.append(contestant("datatrove", peers.datatrove_tokens, part))
     report = Report("tokenize", "Tokenise", {"vocab_size": options.vocab_size})
     report.text(
@@ -50,6 +51,7 @@ def main() -> None:
         f"byte-level BPE of {options.vocab_size} entries. llmill also splits off validation documents and shuffles by "
         "hash, and compares a sample of its ids with those of `tokenizers`."
     )
+    report.admit_less(options.megabytes, text_bytes(corpus))
     all_runs = alternate(race, options.repeats, outs / "logs")
     report.race("race", all_runs, ours=all_runs[1], whole=all_runs[0])
     if not options.no_peers and not all_runs[2].missing:

@@ -1,15 +1,18 @@
-"""MinHash signatures of 5-word shingles, computed by numba over Arrow's text buffers in place.
+"""MinHash signatures of word shingles, computed by numba over Arrow's text buffers in place.
 
-A document is its set of shingles: hashes of n consecutive lower-cased words. Its signature comes from one
-permutation instead of one per entry (Li, Owen, Zhang 2012, "One Permutation Hashing"): shingles fall into bins, each
-bin keeps its smallest hash, and an empty bin borrows that of another drawn at random ("optimal" densification,
-Shrivastava 2017), after which two signatures agree in a bin with probability equal to the Jaccard similarity.
+A document is its set of shingles: hashes of n consecutive lower-cased words. They are thrown into bins, and each bin
+keeps its smallest hash (Li, Owen, Zhang 2012, "One Permutation Hashing"). While bins are empty, as with short
+documents, all shingles are thrown again with new hashes, into empty bins only (Dahlgaard, Knudsen, Thorup 2017, "Fast
+Similarity Sketching"). So two signatures agree in an entry with probability equal to the Jaccard similarity, and the
+share of entries in which they agree varies no more than with independent permutations, however short the documents.
+Of each entry 16 bits are kept (Li, Koenig 2010, "b-Bit Minwise Hashing").
 """
 
 from __future__ import annotations
 
 import unicodedata
 from functools import cache
+from itertools import pairwise
 
 import numba
 import numpy as np
@@ -18,8 +21,10 @@ from numpy.typing import NDArray
 
 # A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
 
-EMPTY = np.uint32(0xFFFFFFFF)
-"""A bin that no shingle fell into. (A hash of this value is taken as one less.)"""
+EMPTY = np.uint16(0xFFFF)
+"""Every entry of a text without words. (An entry that would have this value is one less.)"""
+NOTHING, NEVER = np.uint32(0xFFFFFFFF), 1 << 62
+"""No value, no turn."""
 SEPARATOR, LETTER, IDEOGRAPH = 0, 1, 2
 IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF))
 """Scripts written without spaces between words: each character counts as a word."""
@@ -134,27 +139,49 @@ def shingle_hashes(words: NDArray[np.uint64], count: int, ngram: int, seed: np.u
 
 
 @numba.njit(nogil=True, cache=True)
-def fill_signature(shingles: NDArray[np.uint64], count: int, signature: NDArray[np.uint32]) -> None:
-    """One-permutation MinHash of ``count`` shingle hashes into ``signature``, densified.
+def fill_signature(
+    shingles: NDArray[np.uint64],
+    count: int,
+    signature: NDArray[np.uint16],
+    least: NDArray[np.uint32],
+    closed: NDArray[np.int64],
+) -> None:
+    """Fast similarity sketch of ``count`` shingle hashes; ``least`` and ``closed`` are room for an entry each.
 
-    The upper half of a hash says the bin, the lower half is the value.
+    The upper half of a hash says the bin, the lower half is the value. A bin takes the least value of the first turn
+    in which anything is thrown at it; from turn ``len(signature)`` on all is thrown at one bin a turn, so all get
+    filled.
     """
-    bins = np.uint64(len(signature))
+    bins = len(signature)
     signature[:] = EMPTY
-    for at in range(count):
-        into = ((shingles[at] >> np.uint64(32)) * bins) >> np.uint64(32)
-        value = min(np.uint32(shingles[at] & np.uint64(0xFFFFFFFF)), np.uint32(EMPTY - 1))
-        if value < signature[into]:
-            signature[into] = value
     if count == 0:
         return
-    filled = signature.copy()
-    for empty in range(len(signature)):
-        attempt = np.uint64(1)
-        while signature[empty] == EMPTY:
-            draw = mix((np.uint64(empty) << np.uint64(32)) + attempt * MULTIPLIER)
-            signature[empty] = filled[((draw >> np.uint64(32)) * bins) >> np.uint64(32)]
-            attempt += np.uint64(1)
+    least[:] = NOTHING
+    for at in range(count):
+        into = ((shingles[at] >> np.uint64(32)) * np.uint64(bins)) >> np.uint64(32)
+        least[into] = min(least[into], np.uint32(shingles[at] & np.uint64(0xFFFFFFFF)))
+    left = 0
+    for into in range(bins):
+        closed[into] = 0 if least[into] != NOTHING else NEVER
+        left += least[into] == NOTHING
+    turn = 1
+    while left:
+        if turn == 2:  # so that a text that repeats a few shingles without end costs no more than they do
+            distinct = np.unique(shingles[:count])
+            count = len(distinct)
+            shingles[:count] = distinct
+        for at in range(count):
+            hashed = mix(shingles[at] + np.uint64(turn) * MULTIPLIER)
+            into = ((hashed >> np.uint64(32)) * np.uint64(bins)) >> np.uint64(32)
+            if turn >= bins:
+                into = np.uint64(turn % bins)
+            if closed[into] >= turn:
+                left -= closed[into] == NEVER
+                closed[into] = turn
+                least[into] = min(least[into], np.uint32(hashed & np.uint64(0xFFFFFFFF)))
+        turn += 1
+    for into in range(bins):
+        signature[into] = min(np.uint16(least[into] & np.uint32(0xFFFF)), np.uint16(EMPTY - 1))
 
 
 @numba.njit(nogil=True, cache=True)
@@ -165,17 +192,19 @@ def sign_all(
     seed: np.uint64,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint16],
-    signatures: NDArray[np.uint32],
+    signatures: NDArray[np.uint16],
 ) -> None:
     """Signature of every text; see `signatures`."""
     longest = 0
     for row in range(len(offsets) - 1):
         longest = max(longest, offsets[row + 1] - offsets[row])
     words = np.empty(longest + 1, np.uint64)
+    least = np.empty(signatures.shape[1], np.uint32)
+    closed = np.empty(signatures.shape[1], np.int64)
     for row in range(len(offsets) - 1):
         count = word_hashes(data, offsets[row], offsets[row + 1], classes, lower, words)
         count = shingle_hashes(words, count, ngram, seed)
-        fill_signature(words, count, signatures[row])
+        fill_signature(words, count, signatures[row], least, closed)
 
 
 def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
@@ -189,23 +218,39 @@ def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
     return np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), starts
 
 
-def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> NDArray[np.uint32]:
+def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> NDArray[np.uint16]:
     """MinHash signatures of a column of texts, shape (documents, permutations).
 
     A text without a word has `EMPTY` throughout.
     """
     data, offsets = buffers(texts)
-    result = np.empty((len(texts), permutations), np.uint32)
+    result = np.empty((len(texts), permutations), np.uint16)
     sign_all(data, offsets, ngram, np.uint64(seed), *character_tables(), result)
     return result
 
 
-def has_words(signatures: NDArray[np.uint32]) -> NDArray[np.bool_]:
+def has_words(signatures: NDArray[np.uint16]) -> NDArray[np.bool_]:
     """Which texts have a word at all, by their signatures: those that don't are never near-duplicates."""
     return signatures[:, 0] != EMPTY
 
 
-def band_hashes(signatures: NDArray[np.uint32], bands: int, rows: int) -> NDArray[np.uint64]:
+@numba.njit(nogil=True, cache=True, inline="always")
+def band_hash(signature: NDArray[np.uint16], band: int, rows: int) -> np.uint64:
+    """Hash of one band of a signature; the band's number is part of what is hashed."""
+    folded = np.uint64(band + 1) * MULTIPLIER
+    for entry in range(band * rows, band * rows + rows):
+        folded = mix(folded ^ np.uint64(signature[entry])) + np.uint64(1)
+    return folded
+
+
+@numba.njit(nogil=True, cache=True)
+def fold_bands(signatures: NDArray[np.uint16], rows: int, result: NDArray[np.uint64]) -> None:
+    for document in range(result.shape[0]):
+        for band in range(result.shape[1]):
+            result[document, band] = band_hash(signatures[document], band, rows)
+
+
+def band_hashes(signatures: NDArray[np.uint16], bands: int, rows: int) -> NDArray[np.uint64]:
     """Hash of each band of each signature, shape (documents, bands)."""
     result = np.empty((len(signatures), bands), np.uint64)
     fold_bands(signatures, rows, result)
@@ -213,37 +258,29 @@ def band_hashes(signatures: NDArray[np.uint32], bands: int, rows: int) -> NDArra
 
 
 @numba.njit(nogil=True, cache=True)
-def fold_bands(signatures: NDArray[np.uint32], rows: int, result: NDArray[np.uint64]) -> None:
-    for document in range(result.shape[0]):
-        for band in range(result.shape[1]):
-            folded = np.uint64(band)
-            for row in range(rows):
-                folded = mix(folded ^ np.uint64(signatures[document, band * rows + row])) + np.uint64(1)
-            result[document, band] = folded
-
-
-@numba.njit(nogil=True, cache=True)
-def sorted_shingles(
+def sets_all(
     data: NDArray[np.uint8],
-    start: int,
-    end: int,
+    offsets: NDArray[np.int32],
     ngram: int,
     seed: np.uint64,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint16],
-) -> NDArray[np.uint64]:
-    """The distinct shingle hashes of one text, sorted."""
-    words = np.empty(end - start + 1, np.uint64)
-    count = word_hashes(data, start, end, classes, lower, words)
-    count = shingle_hashes(words, count, ngram, seed)
-    return np.unique(words[:count])
+    shingles: NDArray[np.uint64],
+) -> NDArray[np.int64]:
+    """Fill ``shingles`` with the hashes of all texts, one after another; returns where each begins (texts + 1)."""
+    starts = np.zeros(len(offsets), np.int64)
+    for row in range(len(offsets) - 1):
+        into = shingles[starts[row] :]
+        count = word_hashes(data, offsets[row], offsets[row + 1], classes, lower, into)
+        starts[row + 1] = starts[row] + shingle_hashes(into, count, ngram, seed)
+    return starts
 
 
 def shingle_sets(texts: pa.Array, *, ngram: int, seed: int) -> list[NDArray[np.uint64]]:
     """The sorted distinct shingle hashes of every text of a column."""
     data, offsets = buffers(texts)
-    tables = character_tables()
-    return [
-        sorted_shingles(data, offsets[row], offsets[row + 1], ngram, np.uint64(seed), *tables)
-        for row in range(len(texts))
-    ]
+    if not len(texts):
+        return []
+    shingles = np.empty(int(offsets[-1]) - int(offsets[0]) + 1, np.uint64)  # room: a word has at least a byte
+    starts = sets_all(data, offsets, ngram, np.uint64(seed), *character_tables(), shingles)
+    return [np.unique(shingles[start:end]) for start, end in pairwise(starts.tolist())]

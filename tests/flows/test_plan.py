@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = {
     "download": "10132a85c3acfb58",
     "clean": "7054933a4951bc18",
-    "dedup": "f23c0122b735b7f3",
-    "train_tokenizer": "f58bd20faec4dd94",
-    "tokenize": "b3d5dd993a29f6c8",
-    "pretrain": "1107966b005ec6d1",
-    "evaluate": "3d716207cf9164db",
-    "export": "f66a887460c3283b",
+    "dedup": "1449c4d5d9a3930c",
+    "train_tokenizer": "c0e889bbba362c45",
+    "tokenize": "7599188b45de5323",
+    "pretrain": "b5c02ecf4a983506",
+    "evaluate": "c85ce27edbd9ab7b",
+    "export": "42a071ea2cadfde4",
 }
 
 

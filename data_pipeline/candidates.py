@@ -1,0 +1,279 @@
+"""Which documents may be duplicates of which: locality-sensitive hashing, one partition of the keys at a time.
+
+Documents with an equal key (that is, an equal band of their signatures) form a bucket (Leskovec, Rajaraman, Ullman,
+"Mining of Massive Datasets", section 3.4). In each bucket documents are compared with preferred ones by their whole
+signatures; those that agree enough become an edge from the less to the more preferred. Memory is bounded: a range of
+keys with more entries than fit is halved, and a single key with too many goes through in pieces. Edges depend neither
+on partitions nor on memory: every bucket is treated by the same rule, and a pair that meets several times gives one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+import numba
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.context import atomic_path
+from data_pipeline.minhash import band_hashes
+from data_pipeline.signed import KEYS, Kind, Signed
+
+EDGE = np.dtype([("loser", "<i8"), ("winner", "<i8"), ("tie", "<u8"), ("similarity", "<f8"), ("exact", "?")])
+"""``loser`` repeats the preferred ``winner``. ``tie`` orders winners by a hash of their texts."""
+NONE = -1
+EDGES_AT_ONCE = 1 << 20
+PART_ENTRIES = 1 << 22
+"""Entries in a partition, about, however much memory there is: so that there is work for many workers."""
+ENTRY_BYTES = 80
+"""Memory for an entry while a range is loaded, sorted and grouped."""
+DOCUMENT_BYTES = 600
+"""Memory for a document while buckets are compared, besides its signature: id, rank, edges."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How buckets are searched."""
+
+    kind: Kind
+    bands: int
+    rows: int
+    least: int
+    """Entries of two signatures that must agree."""
+    leaders: int
+    """Most preferred documents of a bucket that the others are compared with."""
+    most: int
+    """Edges that a document gets from a bucket: those to the most preferred."""
+    memory: int
+    """Bytes to stay below."""
+
+    @property
+    def most_entries(self) -> int:
+        """Entries that are loaded at once, at most (but for one key)."""
+        return max(self.memory // ENTRY_BYTES, 2)
+
+    def parts(self, documents: float) -> int:
+        """Into how many partitions to divide the keys; no result depends on it."""
+        return max(1, ceil(documents * self.bands / min(self.most_entries, PART_ENTRIES)))
+
+    @property
+    def most_members(self) -> int:
+        """Members of buckets that are compared at once, at most."""
+        piece = self.memory // (DOCUMENT_BYTES + self.bands * (4 * self.rows + 8))
+        return max(piece, 2 * (self.leaders + 1))
+
+
+def search_part(
+    search: Search, signed: Signed, copies: Path | None, folder: Path, part: tuple[int, int]
+) -> int:
+    """Write the edges (`EDGE`) and the rows whose search was cut short of a part (number, of how many) of the keys.
+
+    ``copies`` (``.npy``, one a row) leaves out all documents but those with `NONE`. Returns the number of edges.
+    """
+    number, parts = part
+    path = folder / f"{number:05d}-of-{parts:05d}.edges"
+    if not path.exists():
+        bounds = KEYS * number // parts, KEYS * (number + 1) // parts
+        finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None)
+        with (
+            atomic_path(path) as edges_path,
+            atomic_path(path.with_suffix(".cut")) as cut_path,
+            open(edges_path, "wb") as file,
+            open(cut_path, "wb") as cut,
+        ):
+            for edges, cut_rows in finder.find(*bounds):
+                edges.tofile(file)
+                cut_rows.tofile(cut)
+    return path.stat().st_size // EDGE.itemsize
+
+
+def read_raw(path: Path, dtype: np.dtype) -> NDArray[np.void]:
+    """The records of a raw file, which stay on disk."""
+    if not path.stat().st_size:
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r")
+
+
+def read_chunks(paths: Iterable[Path], at_once: int = EDGES_AT_ONCE) -> Iterator[NDArray[np.void]]:
+    """The edges of some files, ``at_once`` at a time; they stay on disk."""
+    for path in paths:
+        edges = read_raw(path, EDGE)
+        for start in range(0, len(edges), at_once):
+            yield edges[start : start + at_once]
+
+
+@dataclass(frozen=True)
+class Finder:
+    """Finds edges in ranges of keys."""
+
+    search: Search
+    signed: Signed
+    copies: NDArray[np.int64] | None
+
+    def find(self, low: int, high: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
+        """Edges, and rows whose search was cut short, of all buckets with keys from ``low`` to below ``high``."""
+        count = self.signed.count(self.search.kind, low, high)
+        if high - low == 1 and count > self.search.most_members:
+            yield from self.find_in_crowd(low)
+        elif high - low > 1 and count > self.search.most_entries:
+            yield from self.find_in_halves(low, high)
+        elif count:
+            keys, rows = self.shared(low, high)
+            if len(keys) > self.search.most_members and high - low > 1:
+                yield from self.find_in_halves(low, high)
+            elif len(keys):
+                yield self.compare(keys, rows)
+
+    def find_in_halves(self, low: int, high: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
+        middle = (low + high) // 2
+        yield from self.find(low, middle)
+        yield from self.find(middle, high)
+
+    def find_in_crowd(self, key: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
+        """The same for one key that more documents have than fit: the leaders first, then the others in pieces."""
+        first = np.zeros(0, np.int64)  # the leaders, and the one that comes next
+        for rows in self.pieces(key):
+            together = np.union1d(first, rows)
+            first = together[self.signed.rank(together) <= self.search.leaders]
+        yield self.compare(np.full(len(first), key, np.uint64), first)
+        for rows in self.pieces(key):
+            together = np.union1d(first, rows)
+            yield self.compare(np.full(len(together), key, np.uint64), together, skip=len(first))
+
+    def pieces(self, key: int) -> Iterator[NDArray[np.int64]]:
+        """Rows that have a key, a bounded number at a time."""
+        waiting, count = [], 0
+        piece = max(self.search.most_members // 2, 1)
+        for _, rows in self.signed.slices(self.search.kind, key, key + 1):
+            for start in range(0, len(rows), piece):
+                waiting.append(self.originals(rows[start : start + piece]))
+                count += len(waiting[-1])
+                if count >= piece:
+                    yield np.concatenate(waiting)
+                    waiting, count = [], 0
+        if count:
+            yield np.concatenate(waiting)
+
+    def originals(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        return rows if self.copies is None else rows[self.copies[rows] == NONE]
+
+    def shared(self, low: int, high: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+        """Keys that several documents have, ascending, and the rows that have them."""
+        parts = list(self.signed.slices(self.search.kind, low, high))
+        keys = np.concatenate([keys for keys, _ in parts])
+        rows = np.concatenate([rows for _, rows in parts])
+        if self.copies is not None:
+            among = self.copies[rows] == NONE
+            keys, rows = keys[among], rows[among]
+        order = np.argsort(keys)
+        keys, rows = keys[order], rows[order]
+        same = keys[1:] == keys[:-1]
+        shared = np.zeros(len(keys), np.bool_)
+        shared[1:] |= same
+        shared[:-1] |= same
+        return keys[shared], rows[shared]
+
+    def compare(
+        self, keys: NDArray[np.uint64], rows: NDArray[np.int64], skip: int = 0
+    ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
+        """Edges among the documents of each bucket (but for the ``skip`` most preferred), and rows cut short."""
+        search = self.search
+        documents, member = np.unique(rows, return_inverse=True)
+        order = np.lexsort((self.signed.rank(documents)[member], keys))
+        keys, member = keys[order], member[order]
+        starts = np.append(np.flatnonzero(np.append(True, keys[1:] != keys[:-1])), len(keys))
+        signatures = self.signed.gather(f"{search.kind}-signatures", documents)
+        cut = np.zeros(len(documents), np.bool_)
+        found = compare_buckets(
+            keys,
+            starts,
+            member,
+            signatures,
+            band_hashes(signatures, search.bands, search.rows),
+            search.least,
+            search.leaders,
+            search.most,
+            skip,
+            cut,
+        )
+        edges = np.zeros(len(found), EDGE)
+        edges["loser"], edges["winner"] = documents[found[:, 0]], documents[found[:, 1]]
+        digests = self.signed.gather("text-signatures", documents)
+        edges["tie"] = digests[:, :4].copy().view("<u8")[found[:, 1], 0]
+        edges["similarity"] = found[:, 2] / signatures.shape[1]
+        return edges, documents[cut]
+
+
+@numba.njit(nogil=True, cache=True)
+def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
+    """In how many entries two signatures agree."""
+    agreed = 0
+    for entry in range(len(one)):
+        agreed += one[entry] == other[entry]
+    return agreed
+
+
+@numba.njit(nogil=True, cache=True)
+def first_shared(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> np.uint64:
+    """The first key that two documents share; they share one."""
+    band = 0
+    while one[band] != other[band]:
+        band += 1
+    return one[band]
+
+
+@numba.njit(nogil=True, cache=True)
+def compare_buckets(
+    keys: NDArray[np.uint64],
+    starts: NDArray[np.int64],
+    member: NDArray[np.int64],
+    signatures: NDArray[np.uint16],
+    hashes: NDArray[np.uint64],
+    least: int,
+    leaders: int,
+    most: int,
+    skip: int,
+    cut: NDArray[np.bool_],
+) -> NDArray[np.int64]:
+    """Compare each document with the ``leaders`` of its bucket that precede it; see `Search`.
+
+    Args:
+        starts: where each bucket begins in ``member``, and the end of the last.
+        member: documents (rows of ``signatures``, and of ``hashes``: the keys of their bands), those of a bucket in
+            order of preference.
+        cut: set for each document that was not compared with all that precede it.
+
+    Returns:
+        Rows of (document, preferred document, entries in which they agree).
+    """
+    found = np.empty((1024, 3), np.int64)
+    used = 0
+    for bucket in range(len(starts) - 1):
+        start = starts[bucket]
+        for at in range(start + max(1, skip), starts[bucket + 1]):
+            mine = signatures[member[at]]
+            matches = 0
+            end = min(at, start + leaders)
+            other = start
+            while other < end and matches < most:
+                theirs = signatures[member[other]]
+                agreed = agreement(mine, theirs)
+                other += 1
+                if agreed < least:
+                    continue
+                matches += 1
+                # Only the first bucket that a pair shares gives its edge.
+                if first_shared(hashes[member[at]], hashes[member[other - 1]]) != keys[start]:
+                    continue
+                if used == len(found):
+                    more = np.empty((2 * used, 3), np.int64)
+                    more[:used] = found
+                    found = more
+                found[used, 0], found[used, 1], found[used, 2] = member[at], member[other - 1], agreed
+                used += 1
+            if other < at:
+                cut[member[at]] = True
+    return found[:used]

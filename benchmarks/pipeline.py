@@ -52,6 +52,7 @@ def main() -> None:
         "alone (planning, merging, reports; a tokenizer is learnt there, on threads), or workers are idle while "
         "others work or processes start. All in percent of seconds times cores."
     )
+    report.admit_less(options.megabytes, text_bytes(outs / "download"))
     header = (
         "stage",
         "text MB",

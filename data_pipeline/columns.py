@@ -13,13 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipeline.records import Record, Rejected, kept, whole
+from data_pipeline.slices import Slice
 from data_pipeline.streams import Limit
 
 BATCH_BYTES = 1 << 23
 
 
 def read_parquet(
-    stream: BinaryIO, text_field: str, meta_fields: Sequence[str], limit: Limit, spool: Path | None
+    stream: BinaryIO,
+    text_field: str,
+    meta_fields: Sequence[str],
+    limit: Limit,
+    spool: Path | None,
+    part: Slice | None = None,
 ) -> Iterator[Record]:
     """The rows of a Parquet file; one that can't be read from anywhere (it is compressed) is copied to disk first."""
     with ExitStack() as stack:
@@ -34,8 +40,9 @@ def read_parquet(
             yield Rejected(None, "missing_field", f"no column {text_field!r} among {names[:8]}"[:300])
             return
         columns = [text_field, *(name for name in meta_fields if name in names)]
-        row = 0
-        for group in range(file.num_row_groups):
+        first, end = part.share(file.num_row_groups) if part else (0, file.num_row_groups)
+        row = sum(file.metadata.row_group(group).num_rows for group in range(first))
+        for group in range(first, end):
             size = rows_at_once(file, group)
             for batch in file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False):
                 limit.take(batch.nbytes)

@@ -30,11 +30,12 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import add_up, table
-from data_pipeline.groups import Reading, group_files, name_of, read_group
+from data_pipeline.groups import Reading, read_group
 from data_pipeline.hub import list_hugging_face
 from data_pipeline.local import list_installed_python, list_local
 from data_pipeline.objects import list_objects
 from data_pipeline.parts import final_places
+from data_pipeline.pieces import all_pieces, group_files, name_of
 from data_pipeline.remote import list_http
 from data_pipeline.sources import (
     HttpSource,
@@ -156,8 +157,9 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     """
     config = config.resolve()
     scratch = out / "scratch"
-    groups = group_files(config.sources, config.listings, config.shard_bytes, scratch)
-    total = sum(piece.listed.size for group in groups for piece in group.pieces) / 1e6
+    pieces = all_pieces(config.sources, config.listings, config.shard_bytes, scratch, context)
+    groups = group_files(pieces, config.shard_bytes)
+    total = sum(piece.size for group in groups for piece in group.pieces) / 1e6
     context.progress(0, total, "MB")
     runtime = config.runtime
     reading = Reading(scratch, config.shard_bytes, runtime.timeout_seconds, runtime.connections_per_host)

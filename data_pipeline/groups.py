@@ -1,4 +1,4 @@
-"""Files in groups of about a shard of text, one item of work each: made from the listing alone, read in any order."""
+"""One item of work of the download: bring a group of files here and read it into parts of documents."""
 
 from __future__ import annotations
 
@@ -16,39 +16,16 @@ from typing import Any, Self
 
 from data_pipeline import readers
 from data_pipeline.documents import once
-from data_pipeline.formats import is_compressed
-from data_pipeline.hub import HubRows, shards_of
+from data_pipeline.hub import HubRows
 from data_pipeline.local import check_unchanged
 from data_pipeline.objects import fetch_object
 from data_pipeline.parts import Parts, group_stem
+from data_pipeline.pieces import Group, Piece
 from data_pipeline.records import Record, Rejected
 from data_pipeline.remote import fetch_http
-from data_pipeline.sources import FileSource, HttpSource, HuggingFaceSource, Listed, ObjectSource, Source
+from data_pipeline.slices import check_stamp
+from data_pipeline.sources import FileSource, HuggingFaceSource, ObjectSource, Source
 from data_pipeline.transfer import Fetching
-
-EXPANSION = 3
-"""Text is taken to be this many times larger than its compressed file, when files are grouped."""
-
-HUB_GROUPS = 256
-"""Into at most so many groups are the shards of a data set dealt."""
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A file of a source, or the shards ``first`` to ``end`` (without it) of a data set."""
-
-    source: Source
-    listed: Listed
-    first: int = 0
-    end: int = 1
-
-
-@dataclass(frozen=True)
-class Group:
-    """One item of work: what is read into one shard (into several where it is large)."""
-
-    index: int
-    pieces: tuple[Piece, ...]
 
 
 @dataclass(frozen=True)
@@ -61,46 +38,6 @@ class Reading:
     """Seconds."""
     connections: int
     """Of all workers to one host."""
-
-
-def group_files(
-    sources: Sequence[Source], listings: Sequence[Sequence[Listed]], shard_bytes: int, scratch: Path
-) -> list[Group]:
-    """What is listed, in order, cut into groups of about ``shard_bytes``; what has no known size stands alone."""
-    groups: list[list[Piece]] = [[]]
-    filled = 0
-    for source, listing in zip(sources, listings, strict=True):
-        for listed in listing:
-            for piece in pieces_of(source, listed, scratch):
-                alone = isinstance(source, HuggingFaceSource) or not listed.size
-                if alone or filled >= shard_bytes:
-                    groups.append([])
-                    filled = 0
-                groups[-1].append(piece)
-                expected = listed.size * (EXPANSION if is_compressed(listed.name) else 1)
-                filled += shard_bytes if alone else expected
-    return [Group(index, tuple(pieces)) for index, pieces in enumerate(filter(None, groups))]
-
-
-def pieces_of(source: Source, listed: Listed, scratch: Path) -> Iterator[Piece]:
-    """A file as one piece; a data set as several, unless its reading is to end somewhere."""
-    if not isinstance(source, HuggingFaceSource):
-        yield Piece(source, listed)
-        return
-    note = scratch / f"shards-{source.name}.json"
-    count = once(note, lambda: {"shards": shards_of(source, listed)})["shards"]
-    limited = source.max_rows is not None or source.max_bytes is not None
-    pieces = 1 if limited else min(count, HUB_GROUPS)
-    for number in range(pieces):
-        yield Piece(source, listed, number * count // pieces, (number + 1) * count // pieces)
-
-
-def name_of(group: Group) -> str:
-    """What people see of an item of work."""
-    first, last = group.pieces[0], group.pieces[-1]
-    if isinstance(first.source, HuggingFaceSource):
-        return f"{first.listed.name} {first.first} .. {first.end - 1}"
-    return first.listed.name if first == last else f"{first.listed.name} .. {last.listed.name}"
 
 
 def read_group(reading: Reading, group: Group) -> dict[str, Any]:
@@ -139,9 +76,8 @@ def open_piece(piece: Piece, files: Files, number: int, place: Any) -> HubRecord
     """The records of a piece from ``place`` on; it must still be what it was when the run was planned."""
     if isinstance(piece.source, HuggingFaceSource):
         return HubRecords(HubRows(piece.source, piece.listed, piece.first, piece.end, place))
-    return FileRecords(
-        readers.read_file(files.path(number), reader_of(piece.source, files.folder)), place or 0
-    )
+    records = readers.read_file(files.path(number), reader_of(piece.source, files.folder), piece.part)
+    return FileRecords(records, place or 0)
 
 
 def reader_of(source: Source, folder: Path) -> readers.Reading:
@@ -191,7 +127,7 @@ class Files:
         self._fetching = Fetching(reading.timeout, reading.connections, reading.scratch / "turns")
         self._pool = ThreadPoolExecutor(reading.connections)
         self._asked: dict[int, Future[Path]] = {}
-        self._remote = deque(n for n in range(start, len(pieces)) if is_remote(pieces[n].source))
+        self._remote = deque(n for n in range(start, len(pieces)) if pieces[n].is_remote)
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -209,9 +145,13 @@ class Files:
             ConnectionError: it can't be fetched.
         """
         piece = self._pieces[number]
-        if not is_remote(piece.source):
+        path = Path(piece.listed.location)
+        if piece.part:
+            check_stamp(path, piece.part)
+            return path
+        if not piece.is_remote:
             check_unchanged(piece.listed)
-            return Path(piece.listed.location)
+            return path
         while self._remote and len(self._asked) <= self._fetching.connections:
             ahead = self._remote.popleft()
             self._asked[ahead] = self._pool.submit(self._fetch, ahead)
@@ -225,7 +165,3 @@ class Files:
         fetch = fetch_object if isinstance(piece.source, ObjectSource) else fetch_http
         fetch(piece.listed, part, self._fetching)
         return part
-
-
-def is_remote(source: Source) -> bool:
-    return isinstance(source, HttpSource | ObjectSource)

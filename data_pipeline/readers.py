@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from data_pipeline.documents import MAX_DOCUMENT_BYTES, excerpt, first_line
 from data_pipeline.formats import is_archive, split_suffix
 from data_pipeline.json_values import json_values
 from data_pipeline.records import Record, Rejected, pick, whole
+from data_pipeline.slices import Slice, lines_of
 from data_pipeline.streams import (
     CODEC_FAULTS,
     ExpandsTooFar,
@@ -33,7 +35,7 @@ from data_pipeline.streams import (
 )
 from data_pipeline.warc import read_warc
 
-BLOCK_BYTES = 1 << 24
+BLOCK_BYTES = 1 << 20
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 
@@ -58,8 +60,11 @@ class Reading:
         return Limit(stored, self.max_expansion, self.max_unpacked_bytes)
 
 
-def read_file(path: Path, reading: Reading) -> Iterator[Record]:
+def read_file(path: Path, reading: Reading, part: Slice | None = None) -> Iterator[Record]:
     """The documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
+
+    Args:
+        part: read this slice of JSON lines or Parquet only.
 
     Raises:
         OSError: of the disk; what is wrong with the content comes out as `Rejected`.
@@ -69,10 +74,12 @@ def read_file(path: Path, reading: Reading) -> Iterator[Record]:
 
     def records() -> Iterator[Record]:
         with decompressed(path, compression, lambda: reading.limit(size)) as stream:
-            if is_archive(path.name):
+            if part and suffix == ".jsonl":
+                yield from read_jsonl(stream, reading, part.row, lines_of(stream, part))
+            elif is_archive(path.name):
                 yield from read_archive(stream, suffix, reading, reading.limit(size))
             else:
-                yield from read_stream(stream, suffix, reading, size)
+                yield from read_stream(stream, suffix, reading, size, part)
 
     yield from judged(records(), reading)
 
@@ -96,11 +103,13 @@ def read_member(name: str, member: Member, reading: Reading) -> Iterator[Record]
     yield from read_stream(stream, suffix, reading, member.size)
 
 
-def read_stream(stream: BufferedReader, suffix: str, reading: Reading, stored: int) -> Iterator[Record]:
+def read_stream(
+    stream: BufferedReader, suffix: str, reading: Reading, stored: int, part: Slice | None = None
+) -> Iterator[Record]:
     """The documents in a stream of one format; ``stored`` is the size of its file."""
     if suffix == ".parquet":
         yield from read_parquet(
-            stream, reading.text_field, reading.meta_fields, reading.limit(stored), reading.spool
+            stream, reading.text_field, reading.meta_fields, reading.limit(stored), reading.spool, part
         )
     elif suffix in (".warc", ".wet"):
         yield from read_warc(stream)
@@ -200,14 +209,18 @@ def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
         yield text
 
 
-def read_jsonl(stream: BufferedReader, reading: Reading, first: int = 0) -> Iterator[Record]:
-    """One document a line; rows are lines, counted from ``first``."""
+def read_jsonl(
+    stream: BufferedReader, reading: Reading, first: int = 0, most: float = math.inf
+) -> Iterator[Record]:
+    """One document a line; rows are lines, counted from ``first``. Ends with the line that reaches ``most`` bytes."""
     row = first
-    while line := stream.readline(MAX_DOCUMENT_BYTES + 1):
+    while most > 0 and (line := stream.readline(MAX_DOCUMENT_BYTES + 1)):
+        most -= len(line)
         if len(line) > MAX_DOCUMENT_BYTES:
             yield Rejected(row, "too_large", f"a line of more than {MAX_DOCUMENT_BYTES} bytes")
             while line and not line.endswith(b"\n"):
                 line = stream.readline(BLOCK_BYTES)
+                most -= len(line)
         elif not line.isspace():
             yield parse(row, line, reading)
         row += 1

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from data_pipeline.context import human_bytes
 
-BUFFER_BYTES = 1 << 20
+BUFFER_BYTES = 1 << 17
 GZIP_BLOCK_BYTES = 1 << 16
 ZSTD_BLOCK_BYTES = 1 << 15
 FREE_BYTES = 100_000_000

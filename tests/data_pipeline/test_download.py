@@ -257,19 +257,25 @@ def test_names_of_an_encoding_are_one_artifact(tmp_path: Path) -> None:
     assert one == other
 
 
-@pytest.mark.parametrize("name", ["large.jsonl", "large.jsonl.gz"])
-def test_a_killed_large_file_keeps_its_whole_parts_and_ends_the_same(tmp_path: Path, name: str) -> None:
+def test_a_killed_large_file_keeps_its_whole_parts_and_ends_the_same(tmp_path: Path) -> None:
     lines = [json.dumps({"text": prose(n, 300)}) if n % 7 else "broken" for n in range(200)]
     data = "\n".join(lines).encode()
-    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
-    source = {"kind": "local", "name": "texts", "path": str(tmp_path / name)}
+    (tmp_path / "large.jsonl.gz").write_bytes(gzip.compress(data))
+    source = {"kind": "local", "name": "texts", "path": str(tmp_path / "large.jsonl.gz")}
     check_kills({"sources": [source], "shard_bytes": 20_000}, tmp_path)
 
 
-@pytest.mark.parametrize("suffix", ["zip", "tar.gz"])
-def test_a_killed_archive_goes_on_in_the_member_where_it_stopped(tmp_path: Path, suffix: str) -> None:
+def test_a_killed_archive_goes_on_in_the_member_where_it_stopped(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     write_files(tmp_path / "in", 60)
-    shutil.make_archive(str(tmp_path / "box"), {"zip": "zip", "tar.gz": "gztar"}[suffix], tmp_path / "in")
-    source = {"kind": "local", "name": "texts", "path": str(tmp_path / f"box.{suffix}")}
+    shutil.make_archive(str(tmp_path / "box"), "gztar", tmp_path / "in")
+    source = {"kind": "local", "name": "texts", "path": str(tmp_path / "box.tar.gz")}
     check_kills({"sources": [source], "shard_bytes": 10_000}, tmp_path)
+
+
+def test_empty_files_are_told_and_take_no_shard_of_their_own(tmp_path: Path) -> None:
+    for n in range(20):
+        (tmp_path / f"{n:02d}.txt").write_text("text" if n % 2 else "")
+    metrics = download(config(tmp_path), {}, tmp_path / "out", LocalContext())
+    assert (metrics["documents"], metrics["rejected"]) == (10, 10)
+    assert len(list((tmp_path / "out").glob("documents-*"))) == 1

@@ -7,18 +7,22 @@ import sys
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from corpora import check_restarts, digests, prose, write_documents
+from corpora import check_restarts, digests, prose, read_documents, write_documents
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from data_pipeline import tokenizer as module
 from data_pipeline.context import LocalContext, UserError
+from data_pipeline.documents import shard_paths
 from data_pipeline.encode import load_encoder
 from data_pipeline.tokenizer import (
     TokenizerConfig,
+    draw_sample,
     end_of_text,
     load_tokenizer,
     sha256,
@@ -107,6 +111,51 @@ def test_the_sample_is_bounded_and_its_seed_changes_it(documents: Path, tmp_path
         metrics[seed] = train_tokenizer(config, {"dedup": documents}, tmp_path / str(seed), LocalContext())
         assert 5000 <= metrics[seed]["sample_bytes"] < 6000
     assert sha256(tmp_path / "0") != sha256(tmp_path / "1")
+
+
+@pytest.mark.parametrize("margin", [1e-9, 0.3, 1e9])
+def test_how_far_is_looked_for_the_sample_does_not_change_it(
+    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, margin: float
+) -> None:
+    """Whether the first look finds nothing, too little, or all."""
+    config = TokenizerConfig(vocab_size=300, sample_bytes=5000)
+    expected = draw_sample(config, shard_paths(documents), tmp_path / "expected", LocalContext()).to_pylist()
+    monkeypatch.setattr(module, "MARGIN", margin)
+    found = draw_sample(config, shard_paths(documents), tmp_path / "found", LocalContext()).to_pylist()
+    assert found == expected
+    assert sum(map(len, found[:-1])) < 5000 <= sum(len(text.encode()) for text in found)
+
+
+def test_texts_are_read_only_where_the_sample_needs_them(
+    documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The texts of all row groups but those of the sample are damaged, and nobody notices."""
+    monkeypatch.setattr("data_pipeline.documents.ROW_GROUP_ROWS", 1)
+    texts = read_documents(documents)
+    copy = write_documents(tmp_path / "damaged", texts)
+    config = TokenizerConfig(vocab_size=300, sample_bytes=3000)
+    monkeypatch.setattr(module, "MARGIN", 1.0)
+    drawn = set(draw_sample(config, shard_paths(copy), tmp_path / "first", LocalContext()).to_pylist())
+    looked_at = {
+        id
+        for run in (tmp_path / "first").glob("*.arrow")
+        for id in pa.ipc.open_file(run).read_all()["id"].to_pylist()
+    }
+    damaged = 0
+    for path in shard_paths(copy):
+        footer, data = pq.read_metadata(path), bytearray(path.read_bytes())
+        ids = pq.read_table(path, columns=["id"])["id"].to_pylist()
+        for group, id in enumerate(ids):
+            column = footer.row_group(group).column(1)
+            if id not in looked_at:
+                data[column.data_page_offset - 2] ^= 0xFF  # the end of the page that holds the text
+                damaged += 1
+        path.write_bytes(data)
+    assert damaged > 40
+    again = draw_sample(config, shard_paths(copy), tmp_path / "second", LocalContext()).to_pylist()
+    assert set(again) == drawn
+    with pytest.raises(UserError, match=r"corrupt shard .*documents-0000"):
+        draw_sample(TokenizerConfig(vocab_size=300), shard_paths(copy), tmp_path / "all", LocalContext())
 
 
 def test_special_tokens_come_first_and_every_other_entry_has_its_bytes(folder: Path) -> None:

@@ -17,7 +17,9 @@ from benchmarks.ours import empty_folder
 from data_pipeline.documents import shard_paths
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
 
-WORD = re.compile(r"\w+")
+IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+WORD = re.compile(rf"[^\W{IDEOGRAPHS}]+|[{IDEOGRAPHS}]")
+"""A word as llmill takes them (combining marks aside): letters, digits and underscores, or one ideograph."""
 SHINGLE = 5
 """Words; llmill's default."""
 

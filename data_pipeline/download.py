@@ -52,7 +52,8 @@ class DownloadRuntime(Runtime):
     """How servers are asked."""
 
     timeout_seconds: float = Field(default=20, gt=0)
-    """Wait for a connection, or for the next bytes on one; the Hub's own client is told for plans only."""
+    """Wait for a connection, or for the next bytes on one. The Hub's client is told for plans only, drivers of
+    object stores not at all: these have settings of their own."""
     connections_per_host: int = Field(default=8, ge=1, le=256)
     """HTTP requests at once to one host, of all workers together."""
 
@@ -199,10 +200,17 @@ def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], repo
         add_up(tally[key] for tally in tallies) for key in ("documents", "bytes", "rejected")
     )
     lines = [
-        (one.name, one.kind, len(files), documents.get(one.name, 0), human_bytes(sizes.get(one.name, 0)))
+        (
+            one.name,
+            one.kind,
+            one.license or "not stated",
+            len(files),
+            documents.get(one.name, 0),
+            human_bytes(sizes.get(one.name, 0)),
+        )
         for one, files in zip(config.sources, config.listings, strict=True)
     ]
-    text = "# Download\n\n" + table(("source", "kind", "files", "documents", "text"), lines)
+    text = "# Download\n\n" + table(("source", "kind", "licence", "files", "documents", "text"), lines)
     if rejected:
         text += "\n## Rejected records\n\n" + table(("source/reason", "records"), rejected.items())
     with atomic_path(report) as temporary:

@@ -18,7 +18,7 @@ from data_pipeline.formats import has_known_suffix, known_suffixes
 from data_pipeline.sources import Listed, ObjectSource
 from data_pipeline.transfer import Fetching, Stopped, Transient, check, retried, size_of
 
-BLOCK_BYTES = 1 << 25
+BLOCK_BYTES = 1 << 23
 MAGIC = "*?["
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "generation", "checksum")
 TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "modified", "created")

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.archives import Member, members
 from data_pipeline.columns import read_parquet
@@ -229,13 +230,21 @@ def read_jsonl(
 def parse(row: int, line: bytes, reading: Reading) -> Record:
     """The document in one line of JSON."""
     try:
-        return pick(row, json.loads(line), reading.text_field, reading.meta_fields)
+        return chosen(row, json.loads(line), reading)
     except UnicodeDecodeError as error:
         return Rejected(
             row, "not_utf8", f"byte 0x{line[error.start]:02x} at offset {error.start} of the line"
         )
     except (ValueError, RecursionError) as error:
         return Rejected(row, "bad_json", f"{error}: {excerpt(line[:400].decode('utf-8', 'replace'), 80)}")
+
+
+def chosen(row: int | None, value: Any, reading: Reading) -> Record:
+    """The document in a parsed value."""
+    try:
+        return pick(row, value, reading.text_field, reading.meta_fields)
+    except RecursionError:
+        return Rejected(row, "bad_json", "values nested too deeply to be kept")
 
 
 def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
@@ -259,4 +268,4 @@ def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
             if isinstance(value, Rejected):
                 yield value
             else:
-                yield pick(*value, reading.text_field, reading.meta_fields)
+                yield chosen(*value, reading)

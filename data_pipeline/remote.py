@@ -32,8 +32,8 @@ from data_pipeline.transfer import (
     wait_until,
 )
 
-NO_HEAD = (405, 501)
-"""Answers of a server that knows GET only."""
+NO_HEAD = (403, 405, 501)
+"""Answers of a server that knows GET only, or of one whose signed addresses are for GET."""
 
 logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and their queries may hold keys
 

@@ -54,7 +54,7 @@ def read_record(row: int, record: Any) -> Record:
     kind = (answer or headers).get_header("Content-Type") or ""
     media, _, parameters = kind.partition(";")
     if answer is not None and answer.get_statuscode() != "200":
-        return Rejected(row, "not_found", f"the page answered {answer.get_statuscode()}")
+        return Rejected(row, "http_status", f"the page answered {answer.get_statuscode()}")
     if media.strip().lower() != "text/plain":
         return Rejected(row, "not_plain_text", f"a record of type {media.strip()[:80] or 'unknown'}")
     data = record.content_stream().read(MAX_DOCUMENT_BYTES + 1)

@@ -12,7 +12,7 @@ from typing import Any
 import boto3
 import fsspec
 import pytest
-from corpora import digests, prose, read_documents
+from corpora import prose, read_documents
 from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 from text_files import jsonl, parquet
@@ -66,9 +66,8 @@ def bucket(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
 
 
 def config(url: str, **options: Any) -> DownloadConfig:
-    shard_bytes = options.pop("shard_bytes", 8_000_000)
     source = {"kind": "objects", "name": "store", "url": url, **options}
-    return DownloadConfig.model_validate({"sources": [source], "shard_bytes": shard_bytes})
+    return DownloadConfig.model_validate({"sources": [source]})
 
 
 def names(url: str, **options: Any) -> list[str]:
@@ -104,15 +103,6 @@ def test_no_credential_reaches_a_file_or_the_identity(tmp_path: Path) -> None:
     for secret in (KEY, SECRET, TOKEN):
         assert secret not in said
     assert planned.identity()["sources"][0]["urls"] == ["s3://corpus/texts"]
-
-
-@pytest.mark.usefixtures("bucket")
-def test_worker_count_does_not_change_the_shards(tmp_path: Path) -> None:
-    for workers in (1, 2):
-        planned = config("s3://corpus", shard_bytes=5000)
-        download(planned, {}, tmp_path / str(workers), LocalContext(workers))
-    assert digests(tmp_path / "1") == digests(tmp_path / "2")
-    assert len(list((tmp_path / "1").glob("documents-*"))) > 3
 
 
 def test_a_changed_object_is_another_artifact_and_stops_a_planned_run(bucket: Any, tmp_path: Path) -> None:

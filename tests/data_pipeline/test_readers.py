@@ -356,3 +356,14 @@ def test_a_line_of_300_megabytes_is_refused_in_bounded_memory_and_the_next_is_re
     *said, kilobytes = run.stdout.split()
     assert said == ["before", "too_large", "after"]
     assert int(kilobytes) < 1_000_000
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_fields_that_are_nested_too_deeply_refuse_their_record_alone(tmp_path: Path, name: str) -> None:
+    deep = "[" * 900 + "]" * 900
+    lines = ['{"text": "before"}', f'{{"text": "deep", "n": {deep}}}', '{"text": "after"}']
+    data = "\n".join(lines) if name == "a.jsonl" else f"[{','.join(lines)}]"
+    before, fault, after = read_bytes(tmp_path, name, data.encode())
+    assert (before, after) == (Text(0, "before"), Text(2, "after"))
+    assert isinstance(fault, Rejected)
+    assert fault.reason == "bad_json"

@@ -49,7 +49,7 @@ class Site:
     """Of each GET."""
     at_once: int = 0
     most_at_once: int = 0
-    knows_head: bool = True
+    head_status: int = 200
     address: str = ""
     lock: Lock = field(default_factory=Lock)
 
@@ -100,10 +100,10 @@ def make_handler(site: Site) -> type[BaseHTTPRequestHandler]:
             return start
 
         def do_HEAD(self) -> None:
-            if site.knows_head:
+            if site.head_status == 200:
                 self.begin()
             else:
-                self.send_error(405)
+                self.send_error(site.head_status)
 
         def do_GET(self) -> None:
             site.ranges.append(self.headers["Range"])
@@ -176,9 +176,12 @@ def test_a_plan_waits_for_a_busy_server_too_but_not_for_ever(site: Site) -> None
     assert site.busy == 1000 - 5
 
 
-def test_a_server_that_knows_no_head_is_asked_with_get(site: Site) -> None:
+@pytest.mark.parametrize("status", [405, 501, 403])
+def test_a_server_that_knows_no_head_or_signed_for_get_only_is_asked_with_get(
+    site: Site, status: int
+) -> None:
     expected = site.config().resolve().listings
-    site.knows_head = False
+    site.head_status = status
     assert site.config().resolve().listings == expected
 
 

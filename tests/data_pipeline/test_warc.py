@@ -63,7 +63,7 @@ def test_texts_of_a_web_archive_keep_their_address_and_date(tmp_path: Path, name
         (2, "not_plain_text"),
         (3, "café"),
         (4, "not_utf8"),
-        (5, "not_found"),
+        (5, "http_status"),
         (6, "unknown_charset"),
         (8, "empty"),
         (9, "a resource"),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.context import Config
 from data_pipeline.quality import Broken, Count
-from data_pipeline.text_columns import TABLE_SIZE, buffers, from_buffers, replace_rows
+from data_pipeline.text_columns import TABLE_SIZE, buffers, code_point, from_buffers, replace_rows
 
 CITATIONS = r"\[\d*\]|\[edit\]|\[citation needed\]"
 POLICIES = (
@@ -32,10 +32,11 @@ POLICIES = (
     "use of cookies",
     "use cookies",
 )
+PHRASES = "(?i)javascript|" + "|".join(POLICIES)
 LINE_REASONS = ("long_word", "no_terminal_mark", "few_words", "javascript", "policy")
 LONG_WORD, NO_TERMINAL_MARK, FEW_WORDS, JAVASCRIPT, POLICY = range(5)
 
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE, WORD, TERMINAL, END, IDEOGRAPHIC_END, CLOSER = (np.uint8(1 << bit) for bit in range(6))
 
 
@@ -93,7 +94,8 @@ class C4Rules(Config):
         left = np.empty(int(offsets[-1] - offsets[0]), np.uint8)
         ends = np.zeros(len(texts) + 1, np.int32)
         sentences = np.zeros(len(texts), np.int64)
-        filter_lines(data, offsets, rules, character_kinds(), *phrases(), left, ends, counts, sentences)
+        suspect = contains(texts, PHRASES) if self.javascript or self.policy else np.zeros(len(texts), np.bool_)
+        filter_lines(data, offsets, rules, suspect, character_kinds(), *phrases(), left, ends, counts, sentences)
         return from_buffers(left[: ends[-1]], ends), counts, sentences
 
 
@@ -133,20 +135,10 @@ def phrases() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer("".join(words).encode(), np.uint8), np.cumsum([0, *map(len, words)])
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@numba.njit(nogil=True, cache=True)
 def kind_at(data: NDArray[np.uint8], at: int, kinds: NDArray[np.uint8]) -> tuple[np.uint8, int]:
     """The kind of the character at byte ``at`` of valid UTF-8, and its length in bytes."""
-    code, length = int(data[at]), 1
-    if code >= 0xF0:
-        code = ((code & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-        code |= ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F)
-        length = 4
-    elif code >= 0xE0:
-        code = ((code & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)
-        length = 3
-    elif code >= 0x80:
-        code = ((code & 31) << 6) | (data[at + 1] & 0x3F)
-        length = 2
+    code, length = code_point(data, at)
     return (kinds[code] if code < len(kinds) else np.uint8(0)), length
 
 
@@ -234,6 +226,7 @@ def judge(
     longest: int,
     tail: np.uint8,
     rules: NDArray[np.int64],
+    suspect: bool,
     phrases: NDArray[np.uint8],
     bounds: NDArray[np.int64],
 ) -> int:
@@ -246,7 +239,7 @@ def judge(
             return NO_TERMINAL_MARK
     if words < rules[FEW_WORDS]:
         return FEW_WORDS
-    if rules[JAVASCRIPT] or rules[POLICY]:
+    if suspect:
         found = find_phrase(data, first, last, phrases, bounds)
         if rules[JAVASCRIPT] and found & 1:
             return JAVASCRIPT
@@ -260,6 +253,7 @@ def filter_lines(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],
     rules: NDArray[np.int64],
+    suspect: NDArray[np.bool_],
     kinds: NDArray[np.uint8],
     phrases: NDArray[np.uint8],
     bounds: NDArray[np.int64],
@@ -268,7 +262,10 @@ def filter_lines(
     counts: NDArray[np.int64],
     sentences: NDArray[np.int64],
 ) -> None:
-    """Write each text without the lines that go into ``left``, up to ``ends``; see `C4Rules.remove_lines`."""
+    """Write each text without the lines that go into ``left``, up to ``ends``; see `C4Rules.remove_lines`.
+
+    ``suspect`` texts hold one of the phrases somewhere: which line does is sought in them alone.
+    """
     to = 0
     for row in range(len(offsets) - 1):
         begin = to
@@ -283,7 +280,7 @@ def filter_lines(
             if words == 0:
                 gap = True
             else:
-                reason = judge(data, first, last, words, longest, tail, rules, phrases, bounds)
+                reason = judge(data, first, last, words, longest, tail, rules, suspect[row], phrases, bounds)
                 if reason >= 0:
                     counts[row, reason] += 1
                     removed = True

@@ -27,7 +27,7 @@ EMAIL = re.compile(
     r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w@-])"
 )
 IP = re.compile(
-    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\w)|(?=[0-9A-Fa-f]{0,4}:)[0-9A-Fa-f:]{2,39}(?![\w:]|\.\w))"
+    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\w)|[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?![\w:]|\.\w))"
 )
 PHONE = re.compile(
     r"(?<![\w+.,:/=#-])(?:"
@@ -41,7 +41,12 @@ PHONE = re.compile(
 UNICAST = ipaddress.ip_network("2000::/3")
 """All the IPv6 addresses that are given out for general use (IANA's registry; RFC 4291)."""
 
-HINTS = {"email": "@", "ip": r"\d\.\d+\.\d|:[0-9A-Fa-f]*:", "phone": r"\d{2}[^0-9A-Za-z\n]{0,3}\d{2}|\+\d"}
+HINTS = {
+    "email": r"[A-Za-z0-9_%+-]@[A-Za-z0-9-]+\.[A-Za-z]",
+    "ip": r"\d\.\d{1,3}\.\d{1,3}\.\d|[23][0-9A-Fa-f]{3}:",
+    "phone": r"\+\d[^0-9A-Za-z]{0,2}\d|\d\)?[ .-]\d{3}[ .-]\d{4}|0[1-9][ .-]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d"
+    r"|0\d{2,4}\)?[ /-]\d{3,4}[ -]\d",
+}
 """A text in which RE2 finds nothing of this holds nothing to mask; most have nothing."""
 
 

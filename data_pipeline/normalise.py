@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import TABLE_SIZE, buffers, replace_rows, slices
+from data_pipeline.text_columns import TABLE_SIZE, buffers, code_point, replace_rows, slices
 
 Form = Literal["NFC", "NFKC", "NFD", "NFKD"]
 
@@ -85,27 +85,25 @@ def find_stripped(
 ) -> None:
     """Where each text begins and ends without white space around it; begins at -1 where it may not be normal."""
     for row in range(len(offsets) - 1):
-        at, end = offsets[row], offsets[row + 1]
+        begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
         flags = INNER
-        begin, stop = end, at
+        at = begin
         while at < end:
-            code = int(data[at])
-            length = 1
-            if code >= 0xF0:
-                code = ((code & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-                code |= ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F)
-                length = 4
-            elif code >= 0xE0:
-                code = ((code & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)
-                length = 3
-            elif code >= 0x80:
-                code = ((code & 31) << 6) | (data[at + 1] & 0x3F)
-                length = 2
-            kind = stable[code] if code < len(stable) else np.uint8(0)
-            flags &= kind
-            if kind & EDGE:
-                begin = min(begin, at)
-                stop = at + length
+            code, length = code_point(data, at)
+            flags &= stable[code] if code < len(stable) else np.uint8(0)
             at += length
+        while begin < end:
+            code, length = code_point(data, begin)
+            if code < len(stable) and stable[code] & EDGE:
+                break
+            begin += length
+        while end > begin:
+            last = end - 1
+            while data[last] & 0xC0 == 0x80:  # bytes inside a character
+                last -= 1
+            code, _ = code_point(data, last)
+            if code < len(stable) and stable[code] & EDGE:
+                break
+            end = last
         begins[row] = begin if flags & INNER else -1
-        ends[row] = max(begin, stop)
+        ends[row] = end

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import buffers
+from data_pipeline.text_columns import buffers, code_point
 from data_pipeline.text_stats import character_kinds
 
 Counts = NDArray[np.int64]
 
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE = np.uint8(1)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
@@ -60,7 +60,7 @@ def hash_words(
 ) -> int:
     """A key for each word of a text, and the characters of all words before it; returns how many words there are.
 
-    Keys of words of up to 8 bytes are a bijection of their bytes; longer ones share all 64 bits by chance only.
+    Two different words of one text that share all 64 bits are beyond practice.
     """
     count = characters = 0
     at = start
@@ -68,31 +68,21 @@ def hash_words(
         key, block = np.uint64(0), np.uint64(0)
         size = letters = 0
         while at < end:
-            code, length = int(data[at]), 1
-            if code >= 0xF0:
-                code = ((code & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-                code |= ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F)
-                length = 4
-            elif code >= 0xE0:
-                code = ((code & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)
-                length = 3
-            elif code >= 0x80:
-                code = ((code & 31) << 6) | (data[at + 1] & 0x3F)
-                length = 2
+            code, length = code_point(data, at)
             if code < len(kinds) and kinds[code] & SPACE:
                 at += length
                 break
             letters += 1
             for byte in range(at, at + length):
-                if size and not size & 7:
+                block = block << np.uint64(8) | np.uint64(data[byte])
+                size += 1
+                if not size & 7:
                     key = (key ^ block) * MULTIPLIER
                     key ^= key >> np.uint64(32)
                     block = np.uint64(0)
-                block = block << np.uint64(8) | np.uint64(data[byte])
-                size += 1
             at += length
         if size:
-            key = (key ^ block) * MULTIPLIER
+            key = (key ^ block ^ np.uint64(size)) * MULTIPLIER
             keys[count] = key ^ (key >> np.uint64(32))
             before[count] = characters
             characters += letters
@@ -105,31 +95,27 @@ def hash_words(
 def number(
     keys: NDArray[np.uint64],
     count: int,
-    table: NDArray[np.uint64],
     held: NDArray[np.int32],
     numbers: NDArray[np.int32],
     times: NDArray[np.int32],
 ) -> None:
-    """Number the first ``count`` keys in order of appearance, equal ones alike, and count each number's ``times``.
+    """Number the first ``count`` keys by the place of the first one that equals them; count each number's ``times``.
 
-    ``table`` and ``held`` are room for an open-addressing hash table of at least four times as many slots.
+    ``held`` is room for an open-addressing hash table of four times as many slots.
     """
     slots = 4
     while slots < 2 * count:
         slots *= 2
+    mask = np.uint64(slots - 1)
     held[:slots] = -1
-    distinct = 0
     for at in range(count):
-        key = keys[at]
-        mixed = key * MULTIPLIER
-        slot = np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(slots - 1))
-        while held[slot] >= 0 and table[slot] != key:
-            slot = (slot + 1) & (slots - 1)
+        mixed = keys[at] * MULTIPLIER
+        slot = (mixed ^ (mixed >> np.uint64(32))) & mask
+        while held[slot] >= 0 and keys[held[slot]] != keys[at]:
+            slot = (slot + np.uint64(1)) & mask
         if held[slot] < 0:
-            table[slot] = key
-            held[slot] = distinct
-            times[distinct] = 0
-            distinct += 1
+            held[slot] = at
+            times[at] = 0
         numbers[at] = held[slot]
         times[held[slot]] += 1
 
@@ -187,11 +173,11 @@ def count_ngrams(
     keys, before = np.empty(most + 1, np.uint64), np.empty(most + 1, np.int64)
     words, numbers = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
     times, places = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
-    table, held = np.empty(4 * most + 4, np.uint64), np.empty(4 * most + 4, np.int32)
+    held = np.empty(4 * most + 4, np.int32)
     ends, totals = np.empty(most + 1, np.int64), np.empty(most + 1, np.int64)
     for row in range(len(offsets) - 1):
         count = hash_words(data, offsets[row], offsets[row + 1], kinds, keys, before)
-        number(keys, count, table, held, words, times)
+        number(keys, count, held, words, times)
         for at in range(count):
             places[at] = at
         numbers[:count] = words[:count]
@@ -206,7 +192,7 @@ def count_ngrams(
                         places[longer] = place
                         longer += 1
                 count = longer
-                number(keys, count, table, held, numbers, times)
+                number(keys, count, held, numbers, times)
             repeated = 0
             for at in range(count):
                 if times[numbers[at]] > 1:

@@ -16,9 +16,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import TABLE_SIZE, buffers
+from data_pipeline.text_columns import TABLE_SIZE, buffers, code_point
 
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 OTHER, SPACE, LETTER, IDEOGRAPH = 0, 1, 2, 3
 IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
 """Scripts written without spaces between words: each character counts as a word."""
@@ -181,17 +181,7 @@ def word_hashes(
     while at <= end:
         kind, code, length = SPACE, 32, 1
         if at < end:
-            code = int(data[at])
-            if code >= 0xF0:
-                code = ((code & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-                code |= ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F)
-                length = 4
-            elif code >= 0xE0:
-                code = ((code & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)
-                length = 3
-            elif code >= 0x80:
-                code = ((code & 31) << 6) | (data[at + 1] & 0x3F)
-                length = 2
+            code, length = code_point(data, at)
             kind = int(classes[code]) if code < len(classes) else OTHER
         at += length
         if kind == LETTER:

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import TABLE_SIZE, buffers
+from data_pipeline.text_columns import TABLE_SIZE, buffers, code_point
 
 Counts = NDArray[np.int64]
 
@@ -25,7 +25,7 @@ ELLIPSES = ("...", "…")
 TERMINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？")
 """What ends a line for FineWeb's rule: its first code has the five of ASCII; these are their kin."""
 
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE, LETTER, HASH, DOT, DOTS, BULLET, TERMINATOR = (np.uint8(1 << bit) for bit in range(7))
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
@@ -88,20 +88,6 @@ def character_kinds() -> NDArray[np.uint8]:
         for one in characters:
             table[ord(one)] |= flag
     return table
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def code_point(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
-    """The code point at byte ``at`` of valid UTF-8, and its length in bytes."""
-    first = int(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return ((first & 31) << 6) | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return ((first & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F), 3
-    code = ((first & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-    return code | ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F), 4
 
 
 @numba.njit(nogil=True, cache=True)

@@ -32,7 +32,7 @@ EncoderName = Literal["gigatoken", "tokenizers"]
 
 CACHE_BYTES = 1 << 28
 """Growth of the process at which a `gigatoken` tokenizer is replaced: it keeps every distinct word it has met."""
-CHECKED_CHARACTERS = 1 << 14
+CHECKED_CHARACTERS = 1 << 12
 """How far into a document the two encoders are compared."""
 
 

@@ -30,6 +30,13 @@ GATHER_BYTES = 1 << 28
 """Ids and tokens, about, of one range of keys of gathered runs, which is held in memory."""
 FAN_IN = 256
 """Runs that a range of keys is merged from at most."""
+PARQUET = {
+    "compression": "zstd",
+    "use_dictionary": False,  # ids and tokens hardly repeat within a page: it would only cost time,
+    "write_statistics": False,  # and so would their extremes
+    # Parquet stores each token in four bytes; byte by byte they are compressed in two thirds of the time.
+    "column_encoding": {"tokens.list.element": "BYTE_STREAM_SPLIT"},
+}
 RUN = pa.schema([("id", pa.string()), ("key", pa.uint64()), ("data", pa.large_binary())])
 """``data`` is what is carried: the tokens of a document, or its text."""
 
@@ -202,11 +209,9 @@ def merge(merging: Merging, item: TokenShard) -> None:
     )
     group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    # Ids and tokens hardly repeat within a page: a dictionary would only cost time, and so would their extremes.
-    options = {"compression": "zstd", "use_dictionary": False, "write_statistics": False}
     with (
         atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True, **options) as writer,
+        pq.ParquetWriter(temporary, schema, write_page_checksum=True, **PARQUET) as writer,
     ):
         for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):
             part = rows.take(pa.array(order[start:end]))

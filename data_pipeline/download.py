@@ -30,7 +30,7 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import add_up, table
-from data_pipeline.groups import Reading, read_group
+from data_pipeline.groups import Settings, read_group
 from data_pipeline.hub import list_hugging_face
 from data_pipeline.local import list_installed_python, list_local
 from data_pipeline.objects import list_objects
@@ -163,8 +163,8 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     total = sum(piece.size for group in groups for piece in group.pieces) / 1e6
     context.progress(0, total, "MB")
     runtime = config.runtime
-    reading = Reading(scratch, config.shard_bytes, runtime.timeout_seconds, runtime.connections_per_host)
-    tallies = context.map(partial(read_group, reading), groups, names=[name_of(group) for group in groups])
+    settings = Settings(scratch, config.shard_bytes, runtime.timeout_seconds, runtime.connections_per_host)
+    tallies = context.map(partial(read_group, settings), groups, names=[name_of(group) for group in groups])
     context.progress(total, total, "MB")
     if not any(tally["documents"] for tally in tallies):
         found = ", ".join(f"{n} {reason}" for reason, n in add_up(t["rejected"] for t in tallies).items())

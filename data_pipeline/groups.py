@@ -29,8 +29,8 @@ from data_pipeline.transfer import Fetching
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What reads a group: passed to the workers."""
+class Settings:
+    """How groups are read: passed to the workers."""
 
     scratch: Path
     shard_bytes: int
@@ -40,19 +40,19 @@ class Reading:
     """Of all workers to one host."""
 
 
-def read_group(reading: Reading, group: Group) -> dict[str, Any]:
+def read_group(settings: Settings, group: Group) -> dict[str, Any]:
     """Read one group; returns its tally (documents, bytes and rejected by source, parts)."""
-    stem = group_stem(reading.scratch, group.index)
-    fetched = reading.scratch / "fetched" / stem.name
-    tally = once(stem.with_name(f"{stem.name}.json"), partial(write_group, reading, group, stem, fetched))
+    stem = group_stem(settings.scratch, group.index)
+    fetched = settings.scratch / "fetched" / stem.name
+    tally = once(stem.with_name(f"{stem.name}.json"), partial(write_group, settings, group, stem, fetched))
     shutil.rmtree(fetched, ignore_errors=True)  # not before the marker is there
     return tally
 
 
-def write_group(reading: Reading, group: Group, stem: Path, fetched: Path) -> dict[str, Any]:
-    with Parts(stem, reading.shard_bytes) as parts:
+def write_group(settings: Settings, group: Group, stem: Path, fetched: Path) -> dict[str, Any]:
+    with Parts(stem, settings.shard_bytes) as parts:
         start, place = parts.progress.piece, parts.progress.place
-        with Files(group.pieces, start, fetched, reading) as files:
+        with Files(group.pieces, start, fetched, settings) as files:
             for number in range(start, len(group.pieces)):
                 piece = group.pieces[number]
                 rows = open_piece(piece, files, number, place)
@@ -121,11 +121,11 @@ class HubRecords:
 class Files:
     """The files of a group on this machine: what is remote is brought here, a few files ahead of the reading."""
 
-    def __init__(self, pieces: Sequence[Piece], start: int, folder: Path, reading: Reading) -> None:
+    def __init__(self, pieces: Sequence[Piece], start: int, folder: Path, settings: Settings) -> None:
         self.folder = folder
         self._pieces = pieces
-        self._fetching = Fetching(reading.timeout, reading.connections, reading.scratch / "turns")
-        self._pool = ThreadPoolExecutor(reading.connections)
+        self._fetching = Fetching(settings.timeout, settings.connections, settings.scratch / "turns")
+        self._pool = ThreadPoolExecutor(settings.connections)
         self._asked: dict[int, Future[Path]] = {}
         self._remote = deque(n for n in range(start, len(pieces)) if pieces[n].is_remote)
 

@@ -72,6 +72,8 @@ def name_of(group: Group) -> str:
     first, last = group.pieces[0], group.pieces[-1]
     if isinstance(first.source, HuggingFaceSource):
         return f"{first.listed.name} {first.first} .. {first.end - 1}"
+    if first.part:
+        return f"{first.listed.name} {first.part.index + 1}/{first.part.count}"
     return first.listed.name if first == last else f"{first.listed.name} .. {last.listed.name}"
 
 

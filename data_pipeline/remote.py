@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import httpx
 
 from data_pipeline.context import Unresolved, UserError
+from data_pipeline.documents import file_sha256
 from data_pipeline.formats import split_suffix
 from data_pipeline.sources import HttpSource, Listed, url_name
 from data_pipeline.transfer import (
@@ -141,8 +142,10 @@ def fetch_http(listed: Listed, part: Path, fetching: Fetching) -> None:
         ConnectionError: several attempts in a row brought nothing new.
         Stopped: it was told to.
     """
+    resumed = size_of(part) > 0
+    if resumed and listed.version == f"sha256:{file_sha256(part)}":
+        return  # its size may not be known, so this is all that says that it is whole
     with client(fetching.timeout) as session:
-        resumed = size_of(part) > 0
         try:
             complete(listed, part, fetching, lambda: transfer(session, listed, part, fetching))
             check(listed, part)

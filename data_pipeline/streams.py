@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 
 from data_pipeline.context import human_bytes
+from data_pipeline.documents import first_line
 
 BUFFER_BYTES = 1 << 17
 GZIP_BLOCK_BYTES = 1 << 16
@@ -135,6 +136,7 @@ class Recoded(io.RawIOBase):
 
     def __init__(self, stream: BinaryIO, encoding: str) -> None:
         self._stream = stream
+        self._encoding = encoding
         self._decoder = codecs.getincrementaldecoder(encoding)()
         self._ready = b""
         self._fault: UnicodeDecodeError | None = None
@@ -166,6 +168,9 @@ class Recoded(io.RawIOBase):
             )  # its state is as before the fault
             error.reason = f"byte 0x{error.object[error.start]:02x} at offset {self._read - rest}"
             self._fault = error
+        except UnicodeError as error:  # no byte is at fault: UTF-16 without a byte order mark
+            text = ""
+            self._fault = UnicodeDecodeError(self._encoding, b"?", 0, 1, first_line(error))
         self._ready = text.encode("utf-8", "surrogatepass")
 
 

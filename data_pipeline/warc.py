@@ -63,11 +63,11 @@ def read_record(row: int, record: Any) -> Record:
     charset = parameters.partition("charset=")[2].partition(";")[0].strip(" \"'") or "utf-8"
     try:
         text = data.decode(charset)
-    except LookupError:
-        return Rejected(row, "unknown_charset", charset[:80])
     except UnicodeDecodeError as error:
         return Rejected(
             row, "not_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start} of the record"
         )
+    except (LookupError, ValueError):  # no such name, or one that is no name at all
+        return Rejected(row, "unknown_charset", charset[:80])
     url, date = headers.get_header("WARC-Target-URI"), headers.get_header("WARC-Date")
     return whole(row, text, {key: value for key, value in (("url", url), ("date", date)) if value})

@@ -209,6 +209,7 @@ def test_any_bytes_give_records_and_never_an_exception(
                 assert record.size == len(record.text.encode())
             else:
                 assert record.reason.isidentifier()
+                assert record.detail.encode() or record.reason == "empty"
 
 
 @pytest.mark.parametrize("name", [f"file{suffix}" for suffix in SEEDS] + ["file.jsonl.gz", "file.tar"])
@@ -315,6 +316,12 @@ def test_another_encoding_is_read_where_the_source_says_so(tmp_path: Path, encod
     assert isinstance(fault, Rejected)
     assert fault.reason == "not_utf8"
     assert ("set the source's encoding to utf-16" in fault.detail) == (encoding == "utf-16")
+
+
+def test_utf16_without_a_byte_order_mark_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("text".encode("utf-16-le"))
+    (fault,) = read_file(tmp_path / "a.txt", Reading("text", encoding="utf-16"))
+    assert fault == Rejected(None, "not_utf-16", "UTF-16 stream does not start with BOM")
 
 
 def test_bytes_outside_the_encoding_end_a_file_after_its_good_lines(tmp_path: Path) -> None:

@@ -272,6 +272,19 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(site: Site, tmp_pat
     }
 
 
+@pytest.mark.parametrize("pinned_by_hash", [True, False])
+def test_a_file_that_is_whole_when_a_worker_is_killed_is_not_asked_for_again(
+    site: Site, tmp_path: Path, pinned_by_hash: bool
+) -> None:
+    hashes = {f"{site.address}/texts/lines.jsonl": hashlib.sha256(LINES).hexdigest()}
+    planned = site.config(**({"sha256": hashes} if pinned_by_hash else {})).resolve()
+    folder = tmp_path / "out" / "scratch" / "fetched" / "group-00000"
+    folder.mkdir(parents=True)
+    (folder / "00000.jsonl").write_bytes(LINES)
+    assert download(planned, {}, tmp_path / "out", LocalContext())["documents"] == 400
+    assert site.ranges == []
+
+
 def test_what_a_killed_run_has_fetched_is_not_fetched_again(site: Site, tmp_path: Path) -> None:
     planned = site.config().resolve()
     site.cut_after = 100_000

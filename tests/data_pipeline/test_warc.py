@@ -46,6 +46,7 @@ RECORDS: list[tuple[str, str, bytes, dict[str, Any]]] = [
     ("response", "text/plain", b"caf\xe9", {}),
     ("response", "text/plain", b"gone", {"status": "404 Not Found"}),
     ("response", "text/plain; charset=klingon", b"x", {}),
+    ("response", "text/plain; charset=undefined", b"x", {}),
     ("metadata", "text/plain", b"about", {}),
     ("conversion", "text/plain", b"", {}),
     ("resource", "text/plain", b"a resource", {}),
@@ -65,8 +66,9 @@ def test_texts_of_a_web_archive_keep_their_address_and_date(tmp_path: Path, name
         (4, "not_utf8"),
         (5, "http_status"),
         (6, "unknown_charset"),
-        (8, "empty"),
-        (9, "a resource"),
+        (7, "unknown_charset"),
+        (9, "empty"),
+        (10, "a resource"),
     ]
     assert isinstance(records[0], Text)
     assert records[0].meta == {"url": "http://example.org/0", "date": DATE}

@@ -123,6 +123,11 @@ def test_a_tokenize_killed_while_it_gathers_ends_the_same(
     check_restarts(tokenize, CONFIG, inputs, tmp_path)
 
 
+def test_the_plan_tells_memory_by_workers_and_shard_size() -> None:
+    (line,) = TokenizeConfig(shard_tokens=1 << 20).predict({}, workers=2)
+    assert line.startswith("808.4 MB of memory at most, about (404.2 MB for each of 2 workers)")
+
+
 def test_datasets_opens_the_shards(shards: Path, tmp_path: Path) -> None:
     files = {split: str(shards / f"{split}-*.parquet") for split in SPLITS}
     loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path))

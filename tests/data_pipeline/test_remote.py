@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 from pathlib import Path
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import Any
 
 import pytest
@@ -40,6 +41,8 @@ class Site:
     knows_ranges: bool = True
     starts_late: int = 0
     """Bytes that an answer to a Range request leaves out."""
+    stalls: bool = False
+    """Whether an answer waits for ever before its last byte."""
     pause: float = 0
     """Seconds before each answer."""
     ranges: list[str | None] = field(default_factory=list)
@@ -52,6 +55,7 @@ class Site:
     head_status: int = 200
     address: str = ""
     lock: Lock = field(default_factory=Lock)
+    over: Event = field(default_factory=Event)
 
     def config(self, **options: Any) -> DownloadConfig:
         url = f"{self.address}/texts/lines.jsonl"
@@ -118,6 +122,10 @@ def make_handler(site: Site) -> type[BaseHTTPRequestHandler]:
                 site.at_once -= 1
             if start is not None:
                 end = len(site.content) if site.cut_after is None else start + site.cut_after
+                if site.stalls:
+                    self.wfile.write(site.content[start : end - 1])
+                    site.over.wait()
+                    start = end - 1
                 self.wfile.write(site.content[start:end])
             self.close_connection = True
 
@@ -142,6 +150,7 @@ def site(monkeypatch: pytest.MonkeyPatch) -> Iterator[Site]:
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         site.address = f"http://127.0.0.1:{server.server_port}"
         yield site
+        site.over.set()
         server.shutdown()
 
 
@@ -270,6 +279,27 @@ def test_a_server_that_ignores_ranges_is_read_from_the_start(site: Site, tmp_pat
     assert read_documents(tmp_path / "out") == {
         f"web/{planned.listings[0][0].name}#{n}": prose(n, 400) for n in range(400)
     }
+
+
+def test_a_transfer_whose_process_is_killed_goes_on_with_the_byte_where_it_stopped(
+    site: Site, tmp_path: Path
+) -> None:
+    planned = site.config().resolve()
+    site.stalls = True
+    process = get_context("forkserver").Process(
+        target=download, args=(planned, {}, tmp_path / "out", LocalContext())
+    )
+    process.start()
+    part = tmp_path / "out" / "scratch" / "fetched" / "group-00000" / "00000.jsonl"
+    while not part.exists() or part.stat().st_size < len(LINES) // 2:
+        assert process.is_alive()
+        time.sleep(0.01)
+    process.kill()
+    process.join()
+    site.stalls = False
+    size = part.stat().st_size
+    assert download(planned, {}, tmp_path / "out", LocalContext())["documents"] == 400
+    assert site.ranges == [None, f"bytes={size}-"]
 
 
 @pytest.mark.parametrize("pinned_by_hash", [True, False])

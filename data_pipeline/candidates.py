@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
@@ -25,7 +26,10 @@ from data_pipeline.signed import KEYS, Kind, Signed
 EDGE = np.dtype([("loser", "<i8"), ("winner", "<i8"), ("tie", "<u8"), ("similarity", "<f8"), ("exact", "?")])
 """``loser`` repeats the preferred ``winner``. ``tie`` orders winners by a hash of their texts."""
 NONE = -1
+NO_ROWS = np.zeros(0, np.int64)
 EDGES_AT_ONCE = 1 << 20
+UNLIKELY = 8
+"""Edges below the threshold by their estimate that take the place of one above it."""
 PART_ENTRIES = 1 << 22
 """Entries in a partition, about, however much memory there is: so that there is work for many workers."""
 ENTRY_BYTES = 80
@@ -44,9 +48,11 @@ class Search:
     least: int
     """Entries of two signatures that must agree."""
     leaders: int
-    """Most preferred documents of a bucket that the others are compared with."""
+    """Documents of a bucket that less preferred ones are compared with, at most."""
+    likely: int
+    """Entries in agreement that make an edge likely to hold."""
     most: int
-    """Edges that a document gets from a bucket: those to the most preferred."""
+    """Likely edges that a document gets from a bucket: those to the most preferred. `UNLIKELY` others count as one."""
     memory: int
     """Bytes to stay below."""
 
@@ -62,7 +68,7 @@ class Search:
     @property
     def most_members(self) -> int:
         """Members of buckets that are compared at once, at most."""
-        piece = self.memory // (DOCUMENT_BYTES + self.bands * (4 * self.rows + 8))
+        piece = self.memory // 2 // (DOCUMENT_BYTES + self.bands * (4 * self.rows + 8))
         return max(piece, 2 * (self.leaders + 1))
 
 
@@ -105,6 +111,10 @@ def read_chunks(paths: Iterable[Path], at_once: int = EDGES_AT_ONCE) -> Iterator
             yield edges[start : start + at_once]
 
 
+Found = tuple[NDArray[np.void], NDArray[np.int64]]
+"""Edges, and rows of documents whose search was cut short."""
+
+
 @dataclass(frozen=True)
 class Finder:
     """Finds edges in ranges of keys."""
@@ -113,35 +123,60 @@ class Finder:
     signed: Signed
     copies: NDArray[np.int64] | None
 
-    def find(self, low: int, high: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
+    def find(self, low: int, high: int) -> Iterator[Found]:
         """Edges, and rows whose search was cut short, of all buckets with keys from ``low`` to below ``high``."""
         count = self.signed.count(self.search.kind, low, high)
-        if high - low == 1 and count > self.search.most_members:
+        if count > self.search.most_entries and high - low > 1:
+            middle = (low + high) // 2
+            yield from self.find(low, middle)
+            yield from self.find(middle, high)
+        elif count > self.search.most_entries:
             yield from self.find_in_crowd(low)
-        elif high - low > 1 and count > self.search.most_entries:
-            yield from self.find_in_halves(low, high)
         elif count:
-            keys, rows = self.shared(low, high)
-            if len(keys) > self.search.most_members and high - low > 1:
-                yield from self.find_in_halves(low, high)
-            elif len(keys):
-                yield self.compare(keys, rows)
+            yield from self.find_in_buckets(*self.shared(low, high))
 
-    def find_in_halves(self, low: int, high: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
-        middle = (low + high) // 2
-        yield from self.find(low, middle)
-        yield from self.find(middle, high)
+    def find_in_buckets(self, keys: NDArray[np.uint64], rows: NDArray[np.int64]) -> Iterator[Found]:
+        """The same for buckets that are loaded: rows by ascending key."""
+        starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))[: len(keys)]
+        sizes = np.diff(starts, append=len(keys))
+        crowded = sizes > self.search.most_members
+        for key in keys[starts[crowded]].tolist():
+            yield from self.find_in_crowd(key)
+        among = np.repeat(~crowded, sizes)
+        keys, rows, ends = keys[among], rows[among], np.cumsum(sizes[~crowded])
+        some = np.flatnonzero(np.diff(ends // self.search.most_members, prepend=0))
+        for start, end in pairwise([0, *(ends[some] - sizes[~crowded][some]).tolist(), len(keys)]):
+            if start < end:
+                edges, cut, _ = self.compare(keys[start:end], rows[start:end])
+                yield edges, cut
 
-    def find_in_crowd(self, key: int) -> Iterator[tuple[NDArray[np.void], NDArray[np.int64]]]:
-        """The same for one key that more documents have than fit: the leaders first, then the others in pieces."""
-        first = np.zeros(0, np.int64)  # the leaders, and the one that comes next
-        for rows in self.pieces(key):
-            together = np.union1d(first, rows)
-            first = together[self.signed.rank(together) <= self.search.leaders]
-        yield self.compare(np.full(len(first), key, np.uint64), first)
-        for rows in self.pieces(key):
-            together = np.union1d(first, rows)
-            yield self.compare(np.full(len(together), key, np.uint64), together, skip=len(first))
+    def find_in_crowd(self, key: int) -> Iterator[Found]:
+        """The same for one key that more documents have than fit: the most preferred first, then ever less so."""
+        leaders = last = np.zeros(0, np.int64)
+        while len(leaders) < self.search.leaders:
+            best = np.zeros(0, np.int64)
+            for rows in self.pieces(key):
+                best = self.in_order(np.union1d(best, self.beyond(last, rows)))[
+                    : self.search.most_members // 2
+                ]
+            if not len(best):
+                return
+            edges, cut, leaders = self.compare(key, best, leaders)
+            last = best[-1:]
+            yield edges, cut
+        for rows in self.pieces(key):  # no order among them matters any more
+            edges, cut, _ = self.compare(key, self.beyond(last, rows), leaders)
+            yield edges, cut
+
+    def in_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Ascending rows in order of preference."""
+        return rows[np.argsort(self.signed.rank(rows))]
+
+    def beyond(self, last: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Those of some rows that are less preferred than ``last`` (all, where that is empty), ascending."""
+        together = np.union1d(last, rows)
+        rank = self.signed.rank(together)
+        return together[rank > rank[np.searchsorted(together, last)]] if len(last) else together
 
     def pieces(self, key: int) -> Iterator[NDArray[np.int64]]:
         """Rows that have a key, a bounded number at a time."""
@@ -177,9 +212,15 @@ class Finder:
         return keys[shared], rows[shared]
 
     def compare(
-        self, keys: NDArray[np.uint64], rows: NDArray[np.int64], skip: int = 0
-    ) -> tuple[NDArray[np.void], NDArray[np.int64]]:
-        """Edges among the documents of each bucket (but for the ``skip`` most preferred), and rows cut short."""
+        self, keys: NDArray[np.uint64] | int, rows: NDArray[np.int64], leaders: NDArray[np.int64] = NO_ROWS
+    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
+        """Edges of the documents of each bucket, those cut short, and the leaders of the last bucket.
+
+        ``leaders`` are more preferred ones of the same bucket, which have been compared already.
+        """
+        skip = len(leaders)
+        rows = np.append(leaders, rows)
+        keys = np.full(len(rows), keys, np.uint64) if isinstance(keys, int) else keys
         search = self.search
         documents, member = np.unique(rows, return_inverse=True)
         order = np.lexsort((self.signed.rank(documents)[member], keys))
@@ -187,15 +228,16 @@ class Finder:
         starts = np.append(np.flatnonzero(np.append(True, keys[1:] != keys[:-1])), len(keys))
         signatures = self.signed.gather(f"{search.kind}-signatures", documents)
         cut = np.zeros(len(documents), np.bool_)
-        found = compare_buckets(
+        found, led = compare_buckets(
             keys,
             starts,
             member,
             signatures,
             band_hashes(signatures, search.bands, search.rows),
             search.least,
+            search.likely,
             search.leaders,
-            search.most,
+            search.most * UNLIKELY,
             skip,
             cut,
         )
@@ -204,7 +246,7 @@ class Finder:
         digests = self.signed.gather("text-signatures", documents)
         edges["tie"] = digests[:, :4].copy().view("<u8")[found[:, 1], 0]
         edges["similarity"] = found[:, 2] / signatures.shape[1]
-        return edges, documents[cut]
+        return edges, documents[cut], documents[led]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -233,47 +275,56 @@ def compare_buckets(
     signatures: NDArray[np.uint16],
     hashes: NDArray[np.uint64],
     least: int,
+    likely: int,
     leaders: int,
     most: int,
     skip: int,
     cut: NDArray[np.bool_],
-) -> NDArray[np.int64]:
-    """Compare each document with the ``leaders`` of its bucket that precede it; see `Search`.
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Compare each document of each bucket with those of its leaders that precede it; see `Search`.
+
+    All are leaders but those with ``most`` matches, which say no more, and those that come when there are ``leaders``.
 
     Args:
         starts: where each bucket begins in ``member``, and the end of the last.
         member: documents (rows of ``signatures``, and of ``hashes``: the keys of their bands), those of a bucket in
             order of preference.
-        cut: set for each document that was not compared with all that precede it.
+        skip: of the first documents of a bucket, how many are leaders that have been compared.
+        cut: set for each document whose search ended before the last leader, or met the limit of leaders.
 
     Returns:
-        Rows of (document, preferred document, entries in which they agree).
+        Rows of (document, preferred document, entries in which they agree); the leaders of the last bucket.
     """
     found = np.empty((1024, 3), np.int64)
     used = 0
+    leader = np.empty(min(leaders, len(member)), np.int64)
+    led = 0
     for bucket in range(len(starts) - 1):
         start = starts[bucket]
-        for at in range(start + max(1, skip), starts[bucket + 1]):
+        led = skip
+        leader[:led] = member[start : start + led]
+        for at in range(start + led, starts[bucket + 1]):
             mine = signatures[member[at]]
             matches = 0
-            end = min(at, start + leaders)
-            other = start
-            while other < end and matches < most:
-                theirs = signatures[member[other]]
-                agreed = agreement(mine, theirs)
+            other = 0
+            while other < led and matches < most:
+                agreed = agreement(mine, signatures[leader[other]])
                 other += 1
                 if agreed < least:
                     continue
-                matches += 1
+                matches += UNLIKELY if agreed >= likely else 1
                 # Only the first bucket that a pair shares gives its edge.
-                if first_shared(hashes[member[at]], hashes[member[other - 1]]) != keys[start]:
+                if first_shared(hashes[member[at]], hashes[leader[other - 1]]) != keys[start]:
                     continue
                 if used == len(found):
                     more = np.empty((2 * used, 3), np.int64)
                     more[:used] = found
                     found = more
-                found[used, 0], found[used, 1], found[used, 2] = member[at], member[other - 1], agreed
+                found[used, 0], found[used, 1], found[used, 2] = member[at], leader[other - 1], agreed
                 used += 1
-            if other < at:
+            if other < led or led == leaders:
                 cut[member[at]] = True
-    return found[:used]
+            if matches < most and led < leaders:
+                leader[led] = member[at]
+                led += 1
+    return found[:used], leader[:led]

@@ -55,7 +55,7 @@ class DedupConfig(StageConfig):
     quality_field: str | None = None
     """For ``best``: the field of the documents' meta with a number, higher is better; those without come last."""
     max_comparisons: int = Field(default=10_000, ge=1)
-    """Documents of a bucket, the most preferred, that each is compared with: bounds the work on huge buckets."""
+    """Documents of a bucket that each is compared with, the most preferred of those that differ: bounds the work."""
     spans: SpanRules | None = None
     """Cut long spans that several documents have; None leaves texts whole."""
     seed: int = Field(default=0, ge=0, lt=1 << 64)
@@ -80,7 +80,8 @@ class DedupConfig(StageConfig):
         """How candidates for near-duplicates are searched."""
         least = ceil((self.threshold - margin(self.threshold, self.permutations)) * self.permutations)
         memory = self.runtime.memory_mb * 10**6
-        return Search("near", self.bands, self.rows, least, self.max_comparisons, MATCHES, memory)
+        likely = ceil(self.threshold * self.permutations)
+        return Search("near", self.bands, self.rows, least, likely, self.max_comparisons, MATCHES, memory)
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         found = f"pairs at the threshold of {self.threshold} are found with probability"
@@ -105,8 +106,8 @@ def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: S
     cut_short = count_cut_short(removal)
     if cut_short:
         context.note(
-            f"dedup.max_comparisons = {config.max_comparisons} cut the search for {cut_short} kept documents short: "
-            "some near-duplicates may be left",
+            f"the search for duplicates of {cut_short} kept documents ended early, after {MATCHES} matches or "
+            f"dedup.max_comparisons = {config.max_comparisons} comparisons: some near-duplicates may be left",
             warning=True,
         )
     spans = cut_spans(config.spans, config.runtime.memory_mb, shards, out, context) if config.spans else None
@@ -127,7 +128,9 @@ def find_duplicates(
     tallies = context.map(sign, shards, names=[f"sign {name}" for name in names])
     signed = Signed.of(scratch / "signed", shards, tallies)
     context.progress(1, 6, "passes")
-    text = Search("text", 1, DIGEST_ENTRIES, DIGEST_ENTRIES, 1, 1, config.runtime.memory_mb * 10**6)
+    memory = config.runtime.memory_mb * 10**6
+    whole = DIGEST_ENTRIES
+    text = Search("text", bands=1, rows=whole, least=whole, likely=whole, leaders=1, most=1, memory=memory)
     copies = search_all(text, signed, None, scratch / "copies", context)
     copy_of = save_copies(copies, signed.documents, scratch / "copy-of.npy")
     context.progress(2, 6, "passes")

@@ -51,7 +51,9 @@ def summarise(
         f"Similarities are exact, but for {estimated} so far above the threshold that the estimate suffices.\n"
     )
     if cut_short:
-        text += f"\n**Warning**: `max_comparisons` cut the search for {cut_short} kept documents short.\n"
+        text += (
+            f"\n**Warning**: the search for {cut_short} kept documents ended early (see `max_comparisons`).\n"
+        )
     text += "\n## Sources\n\n" + table(
         ("source", "documents", "kept", "removed", "text in", "text kept"),
         (
@@ -72,7 +74,7 @@ def summarise(
         text += "\n" + spans.report()
         metrics |= {
             "kept": kept - spans.total("dropped_documents"),
-            "removed/cut_short": spans.total("dropped_documents"),
+            "removed/spans": spans.total("dropped_documents"),
             "spans/cut": spans.total("spans"),
             "spans/bytes": spans.bytes_cut,
             "bytes_out": spans.total("bytes_out"),

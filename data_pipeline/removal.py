@@ -175,7 +175,8 @@ def merged(parts: list[pa.Table], at_once: int) -> Iterator[pa.Table]:
     samples = sorted(column[at].as_py() for column in columns for at in range(step, len(column), step))
     splits = samples[:: max(1, at_once // step)] if total > at_once else []
     bounds = [
-        [0, *(bisect_left(column, split, key=pa.Scalar.as_py) for split in splits)] for column in columns
+        [0, *(bisect_left(column, split, key=lambda id: id.as_py()) for split in splits)]
+        for column in columns
     ]
     for at in range(len(splits) + 1):
         slices = [

@@ -94,8 +94,12 @@ class C4Rules(Config):
         left = np.empty(int(offsets[-1] - offsets[0]), np.uint8)
         ends = np.zeros(len(texts) + 1, np.int32)
         sentences = np.zeros(len(texts), np.int64)
-        suspect = contains(texts, PHRASES) if self.javascript or self.policy else np.zeros(len(texts), np.bool_)
-        filter_lines(data, offsets, rules, suspect, character_kinds(), *phrases(), left, ends, counts, sentences)
+        suspect = (
+            contains(texts, PHRASES) if self.javascript or self.policy else np.zeros(len(texts), np.bool_)
+        )
+        filter_lines(
+            data, offsets, rules, suspect, character_kinds(), *phrases(), left, ends, counts, sentences
+        )
         return from_buffers(left[: ends[-1]], ends), counts, sentences
 
 

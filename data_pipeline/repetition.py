@@ -1,4 +1,4 @@
-"""How much of a text is n-grams of words that occur more than once, by a numba kernel over Arrow's buffers.
+"""How much of a text is n-grams of words that occur more than once, by a numba kernel over the words' hashes.
 
 An n-gram can only repeat where the (n-1)-grams that it begins and ends with repeat. So each n looks at what n-1 left
 over, which in prose is little from n = 3 on, and an n-gram's key is the exact pair of the number of its first
@@ -14,13 +14,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import buffers, code_point
-from data_pipeline.text_stats import character_kinds
+from data_pipeline.text_stats import word_keys
 
 Counts = NDArray[np.int64]
 
 # A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
-SPACE = np.uint8(1)
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
@@ -38,57 +36,14 @@ def ngram_characters(
     Returns:
         Counts of shape (len(top), texts) and (len(duplicate), texts).
     """
-    data, offsets = buffers(texts)
+    begins, keys, sizes = word_keys(texts, words)
     widest = max([*top, *duplicate, 0])
-    most = int(words.max(initial=0))
     of_top = np.zeros((widest + 1, len(texts)), np.int64)
     of_duplicates = np.zeros((widest + 1, len(texts)), np.int64)
     wanted = np.zeros(widest + 1, np.bool_)
     wanted[list(top)] = True
-    count_ngrams(data, offsets, character_kinds(), most, wanted, of_top, of_duplicates)
+    count_ngrams(begins, keys, sizes, wanted, of_top, of_duplicates)
     return of_top[list(top)], of_duplicates[list(duplicate)]
-
-
-@numba.njit(nogil=True, cache=True)
-def hash_words(
-    data: NDArray[np.uint8],
-    start: int,
-    end: int,
-    kinds: NDArray[np.uint8],
-    keys: NDArray[np.uint64],
-    before: Counts,
-) -> int:
-    """A key for each word of a text, and the characters of all words before it; returns how many words there are.
-
-    Two different words of one text that share all 64 bits are beyond practice.
-    """
-    count = characters = 0
-    at = start
-    while at < end:
-        key, block = np.uint64(0), np.uint64(0)
-        size = letters = 0
-        while at < end:
-            code, length = code_point(data, at)
-            if code < len(kinds) and kinds[code] & SPACE:
-                at += length
-                break
-            letters += 1
-            for byte in range(at, at + length):
-                block = block << np.uint64(8) | np.uint64(data[byte])
-                size += 1
-                if not size & 7:
-                    key = (key ^ block) * MULTIPLIER
-                    key ^= key >> np.uint64(32)
-                    block = np.uint64(0)
-            at += length
-        if size:
-            key = (key ^ block ^ np.uint64(size)) * MULTIPLIER
-            keys[count] = key ^ (key >> np.uint64(32))
-            before[count] = characters
-            characters += letters
-            count += 1
-    before[count] = characters
-    return count
 
 
 @numba.njit(nogil=True, cache=True)
@@ -161,22 +116,28 @@ def most_covered(
 
 @numba.njit(nogil=True, cache=True)
 def count_ngrams(
-    data: NDArray[np.uint8],
-    offsets: NDArray[np.int32],
-    kinds: NDArray[np.uint8],
-    most: int,
+    begins: Counts,
+    keys_of_words: NDArray[np.uint64],
+    sizes: NDArray[np.int32],
     wanted: NDArray[np.bool_],
     of_top: Counts,
     of_duplicates: Counts,
 ) -> None:
     """Fill ``of_top`` (where ``wanted``) and ``of_duplicates``, shape (widest n + 1, texts) each."""
-    keys, before = np.empty(most + 1, np.uint64), np.empty(most + 1, np.int64)
+    most = 0
+    for row in range(len(begins) - 1):
+        most = max(most, begins[row + 1] - begins[row])
+    keys, before = np.empty(most + 1, np.uint64), np.zeros(most + 1, np.int64)
     words, numbers = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
     times, places = np.empty(most + 1, np.int32), np.empty(most + 1, np.int32)
     held = np.empty(4 * most + 4, np.int32)
     ends, totals = np.empty(most + 1, np.int64), np.empty(most + 1, np.int64)
-    for row in range(len(offsets) - 1):
-        count = hash_words(data, offsets[row], offsets[row + 1], kinds, keys, before)
+    for row in range(len(begins) - 1):
+        begin = begins[row]
+        count = begins[row + 1] - begin
+        for at in range(count):
+            keys[at] = keys_of_words[begin + at]
+            before[at + 1] = before[at] + sizes[begin + at]
         number(keys, count, held, words, times)
         for at in range(count):
             places[at] = at

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.text_columns import TABLE_SIZE, buffers, code_point
+from data_pipeline.text_columns import TABLE_SIZE, blocks, buffers, code_point
 
 Counts = NDArray[np.int64]
 
@@ -28,6 +28,9 @@ TERMINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？")
 # A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE, LETTER, HASH, DOT, DOTS, BULLET, TERMINATOR = (np.uint8(1 << bit) for bit in range(7))
 MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+PACKED = tuple(np.uint64(int.from_bytes(word.rjust(4).encode(), "little")) for word in sorted(STOP_WORDS))
+"""In the last of four bytes, after spaces; the order is that of `LENGTHS`."""
+LENGTHS = tuple(len(word) for word in sorted(STOP_WORDS))
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,25 @@ def measure(texts: pa.Array, short: int = 30) -> TextStats:
     """The counts of a column of texts; ``short`` is the number of characters below which a line is short."""
     data, offsets = buffers(texts)
     counts = np.zeros((len(TextStats.__dataclass_fields__), len(texts)), np.int64)
-    count_all(data, offsets, character_kinds(), short, counts)
+    count_all(data, blocks(data), offsets, character_kinds(), short, counts)
     return TextStats(*counts)
+
+
+def word_keys(texts: pa.Array, words: Counts) -> tuple[Counts, NDArray[np.uint64], NDArray[np.int32]]:
+    """A key for each word of a column, equal for equal words of a text (see `hash_bytes`).
+
+    Args:
+        words: how many each text has, as `measure` counts them.
+
+    Returns:
+        Where each text's keys begin, shape (texts + 1,); the keys; and the characters of each word.
+    """
+    data, offsets = buffers(texts)
+    begins = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum(words, out=begins[1:])
+    keys, sizes = np.empty(begins[-1], np.uint64), np.empty(begins[-1], np.int32)
+    hash_words(data, blocks(data), offsets, character_kinds(), keys, sizes)
+    return begins, keys, sizes
 
 
 @cache
@@ -91,44 +111,34 @@ def character_kinds() -> NDArray[np.uint8]:
 
 
 @numba.njit(nogil=True, cache=True)
-def stop_word(data: NDArray[np.uint8], start: int, end: int) -> int:
-    """The bit of the stop word that stands between these bytes, in any case; 0 for any other word."""
-    if end - start < 2 or end - start > 4:
-        return 0
-    packed = 0
-    for at in range(start, end):
-        packed = packed << 8 | data[at] | 0x20  # upper case to lower; nothing else becomes a letter
-    if packed == 0x746865:
-        return 1  # the
-    if packed == 0x6265:
-        return 2  # be
-    if packed == 0x746F:
-        return 4  # to
-    if packed == 0x6F66:
-        return 8  # of
-    if packed == 0x616E64:
-        return 16  # and
-    if packed == 0x74686174:
-        return 32  # that
-    if packed == 0x68617665:
-        return 64  # have
-    if packed == 0x77697468:
-        return 128  # with
-    return 0
+def last_block(blocks: NDArray[np.uint64], at: int, end: int) -> np.uint64:
+    """The one to eight bytes from ``at`` to ``end``, the first lowest, with zeros below them."""
+    place = min(at, len(blocks) - 1)  # the last seven bytes are the end of the last block
+    return (blocks[place] >> np.uint64(8 * (at - place))) << np.uint64(8 * (8 - (end - at)))
 
 
 @numba.njit(nogil=True, cache=True)
-def hash_bytes(data: NDArray[np.uint8], start: int, end: int) -> np.uint64:
-    """A 64-bit hash: two different lines of one text that share it are beyond practice."""
+def stop_word(blocks: NDArray[np.uint64], start: int, end: int) -> int:
+    """The bit of the stop word that stands between these bytes, in any case; 0 for any other word."""
+    if end - start > 4:
+        return 0
+    lower = (last_block(blocks, start, end) >> np.uint64(32)) | np.uint64(0x20202020)  # upper case to lower
+    found = 0
+    for word in range(8):
+        found |= ((lower == PACKED[word]) & (end - start == LENGTHS[word])) << word
+    return found
+
+
+@numba.njit(nogil=True, cache=True)
+def hash_bytes(blocks: NDArray[np.uint64], start: int, end: int) -> np.uint64:
+    """A 64-bit hash of at least one byte: two others of one text that share it are beyond practice."""
     value = np.uint64(end - start)
-    block = np.uint64(0)
-    for at in range(start, end):
-        block = block << np.uint64(8) | np.uint64(data[at])
-        if (at - start) & 7 == 7:
-            value = (value ^ block) * MULTIPLIER
-            value ^= value >> np.uint64(32)
-            block = np.uint64(0)
-    value = (value ^ block) * MULTIPLIER
+    at = start
+    while end - at > 8:
+        value = (value ^ blocks[at]) * MULTIPLIER
+        value ^= value >> np.uint64(32)
+        at += 8
+    value = (value ^ last_block(blocks, at, end)) * MULTIPLIER
     return value ^ (value >> np.uint64(32))
 
 
@@ -158,7 +168,12 @@ def repeats(
 
 @numba.njit(nogil=True, cache=True)
 def count_all(
-    data: NDArray[np.uint8], offsets: NDArray[np.int32], kinds: NDArray[np.uint8], short: int, counts: Counts
+    data: NDArray[np.uint8],
+    blocks: NDArray[np.uint64],
+    offsets: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    short: int,
+    counts: Counts,
 ) -> None:
     """Fill ``counts``, shape (fields of `TextStats`, texts)."""
     texts = len(offsets) - 1
@@ -173,7 +188,7 @@ def count_all(
     sizes = np.empty((2, most), np.int64)
     table = np.empty(4 * most + 4, np.uint64)
     for row in range(texts):
-        count_text(data, offsets[row], offsets[row + 1], kinds, short, hashes, sizes, counts[:, row])
+        count_text(data, blocks, offsets[row], offsets[row + 1], kinds, short, hashes, sizes, counts[:, row])
         lines, paragraphs = counts[8, row], counts[15, row]
         counts[13, row], counts[14, row] = repeats(hashes[0], sizes[0], lines, table)
         counts[16, row], counts[17, row] = repeats(hashes[1], sizes[1], paragraphs, table)
@@ -182,6 +197,7 @@ def count_all(
 @numba.njit(nogil=True, cache=True)
 def count_text(
     data: NDArray[np.uint8],
+    blocks: NDArray[np.uint64],
     start: int,
     end: int,
     kinds: NDArray[np.uint8],
@@ -210,7 +226,7 @@ def count_text(
             if code != 10:
                 continue
             if first >= 0:
-                hashed = hash_bytes(data, first, last)
+                hashed = hash_bytes(blocks, first, last)
                 hashes[0, lines], sizes[0, lines] = hashed, width
                 lines += 1
                 line_characters += width
@@ -252,7 +268,7 @@ def count_text(
         words += 1
         word_characters += letters
         alphabetic += (seen & LETTER) != 0
-        found |= stop_word(data, begin, at)
+        found |= stop_word(blocks, begin, at)
         if seen & (HASH | DOT | DOTS):
             signs, dots = count_symbols(data, begin, at)
             number_signs += signs
@@ -298,3 +314,32 @@ def count_symbols(data: NDArray[np.uint8], start: int, end: int) -> tuple[int, i
         if byte == 0xE2 and data[at + 1] == 0x80 and data[at + 2] == 0xA6:  # …
             ellipses += 1
     return signs, ellipses
+
+
+@numba.njit(nogil=True, cache=True)
+def hash_words(
+    data: NDArray[np.uint8],
+    blocks: NDArray[np.uint64],
+    offsets: NDArray[np.int32],
+    kinds: NDArray[np.uint8],
+    keys: NDArray[np.uint64],
+    sizes: NDArray[np.int32],
+) -> None:
+    """Hash the words of all texts, one after the other, into ``keys``, and their characters into ``sizes``."""
+    to = 0
+    for row in range(len(offsets) - 1):
+        at, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
+        begin, letters = at, 0
+        while at < end:
+            code, length = code_point(data, at)
+            if code < len(kinds) and kinds[code] & SPACE:
+                if letters:
+                    keys[to], sizes[to] = hash_bytes(blocks, begin, at), letters
+                    to += 1
+                begin, letters = at + length, 0
+            else:
+                letters += 1
+            at += length
+        if letters:
+            keys[to], sizes[to] = hash_bytes(blocks, begin, end), letters
+            to += 1

@@ -93,7 +93,11 @@ def messy_documents(folder: Path) -> Path:
     texts = {f"s/{n}": prose(n, 60 + n) for n in range(12)}
     texts["s/12"] = prose(12) + "\n\nMenu\n\nWrite to someone who is at a@b.example.\r\n"
     texts["s/13"] = prose(13) + " The brass doorbell was played in the house."
-    texts |= {"t/0": "The ship of the captain is in the harbour.", "t/1": "der Hund und die Katze waren im Haus. " * 9, "t/2": prose(5) + " { }"}
+    texts |= {
+        "t/0": "The ship of the captain is in the harbour.",
+        "t/1": "der Hund und die Katze waren im Haus. " * 9,
+        "t/2": prose(5) + " { }",
+    }
     return write_documents(folder, texts, shards=2)
 
 

@@ -71,7 +71,8 @@ def remove_duplicates(corpus: str, out: str, workers: int, config: dict[str, Any
     compile_kernels(folder / "warm-up")
 
     def work() -> Any:
-        return dedup(DedupConfig(**config), {"clean": Path(corpus)}, folder / "run", LocalContext(workers))
+        with LocalContext(workers) as context:
+            return dedup(DedupConfig(**config), {"clean": Path(corpus)}, folder / "run", context)
 
     return work
 
@@ -95,7 +96,8 @@ def encode(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     inputs = {"dedup": Path(corpus), "train_tokenizer": Path(tokenizer)}
 
     def work() -> Any:
-        return tokenize(TokenizeConfig(), inputs, folder, LocalContext(workers))
+        with LocalContext(workers) as context:
+            return tokenize(TokenizeConfig(), inputs, folder, context)
 
     return work
 
@@ -119,9 +121,8 @@ def watch_stage(stage: str, config: dict[str, Any], inputs: dict[str, str], out:
         compile_kernels(folder.with_name("warm-up"))
 
     def work() -> Any:
-        context = WatchedContext(workers)
         start = time.perf_counter()
-        with sampled() as driver:
+        with WatchedContext(workers) as context, sampled() as driver:
             metrics = body(parsed, folders, folder, context)
         return summary(context, driver, time.perf_counter() - start) | {"metrics": metrics}
 

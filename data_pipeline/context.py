@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -119,18 +119,34 @@ class StageContext(Protocol):
 
 
 class LocalContext:
-    """`StageContext` for tests and scripts: a pool of local processes, notes kept in a list."""
+    """`StageContext` for tests and scripts: a pool of local processes, notes kept in a list.
+
+    Each `map` starts a pool of its own; within ``with LocalContext(...) as context:`` one serves them all.
+    """
 
     def __init__(self, workers: int = 1, launcher: Callable[..., None] | None = None) -> None:
         self.workers = workers
         self.notes: list[str] = []
         self._launcher = launcher
+        self._pool: ProcessPoolExecutor | None = None
+        self._open = ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.workers > 1:
+            self._pool = self._open.enter_context(process_pool(self.workers))
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        self._pool = None
+        self._open.__exit__(*fault)
 
     def map(
         self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
     ) -> list[Result]:
         if self.workers == 1 or len(items) < 2:
             return [fn(item) for item in items]
+        if self._pool:
+            return list(self._pool.map(fn, items))
         with process_pool(min(self.workers, len(items))) as pool:
             return list(pool.map(fn, items))
 

@@ -108,18 +108,14 @@ def apply_fineweb(rules: FineWebRules, cleaned: Cleaned) -> None:
 
 
 def apply_masking(rules: Masking, cleaned: Cleaned) -> None:
-    rows, texts = cleaned.alive()
-    rows = rows[rules.candidates(texts)]
-    changed: list[tuple[int, str]] = []
-    for row, text in zip(rows.tolist(), cleaned.texts.take(pa.array(rows)).to_pylist(), strict=True):
-        masked, counts = rules.mask(text)
-        for kind, amount in counts.items():
-            if amount:
-                name = f"masked/{kind}"
-                cleaned.counts[name] = cleaned.counts.get(name, 0) + amount
-        if masked != text:
-            changed.append((row, masked))
-    cleaned.replace(np.array([row for row, _ in changed], np.int64), [text for _, text in changed])
+    for kind in rules.kinds():
+        rows, texts = cleaned.alive()
+        rows = rows[rules.candidates(kind, texts)]
+        found = [rules.mask(kind, text) for text in cleaned.texts.take(pa.array(rows)).to_pylist()]
+        masked = np.array([amount > 0 for _, amount in found], np.bool_)
+        cleaned.replace(rows[masked], [text for text, amount in found if amount])
+        if amount := sum(amount for _, amount in found):
+            cleaned.counts[f"masked/{kind}"] = amount
 
 
 def apply_search(find: Callable[[pa.Array], Iterator[tuple[int, str, str]]], cleaned: Cleaned) -> None:

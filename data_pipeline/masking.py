@@ -41,14 +41,6 @@ PHONE = re.compile(
 UNICAST = ipaddress.ip_network("2000::/3")
 """All the IPv6 addresses that are given out for general use (IANA's registry; RFC 4291)."""
 
-HINTS = {
-    "email": r"[A-Za-z0-9_%+-]@[A-Za-z0-9-]+\.[A-Za-z]",
-    "ip": r"\d\.\d{1,3}\.\d{1,3}\.\d|[23][0-9A-Fa-f]{3}:",
-    "phone": r"\+\d[^0-9A-Za-z]{0,2}\d|\d\)?[ .-]\d{3}[ .-]\d{4}|0[1-9][ .-]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d"
-    r"|0\d{2,4}\)?[ /-]\d{3,4}[ -]\d",
-}
-"""A text in which RE2 finds nothing of this holds nothing to mask; most have nothing."""
-
 
 class Masking(Config):
     """What each kind is replaced by; None leaves it alone."""
@@ -57,25 +49,19 @@ class Masking(Config):
     ip: str | None = "<IP_ADDRESS>"
     phone: str | None = "<PHONE_NUMBER>"
 
-    def mask(self, text: str) -> tuple[str, dict[str, int]]:
-        """The text with placeholders, and how many of each kind were put in."""
-        counts: dict[str, int] = {}
-        for kind, pattern, placeholder, accept in (
-            ("email", EMAIL, self.email, any_match),
-            ("ip", IP, self.ip, is_public),
-            ("phone", PHONE, self.phone, has_phone_digits),
-        ):
-            if placeholder is not None:
-                text, counts[kind] = replace(pattern, text, placeholder, accept)
-        return text, counts
+    def kinds(self) -> list[str]:
+        """The kinds that are masked, in the order in which it is done."""
+        return [kind for kind in KINDS if getattr(self, kind) is not None]
 
-    def candidates(self, texts: pa.Array) -> NDArray[np.int64]:
-        """The rows that may hold something to mask."""
-        found = np.zeros(len(texts), np.bool_)
-        for kind, hint in HINTS.items():
-            if getattr(self, kind) is not None:
-                found |= pc.match_substring_regex(texts, hint).to_numpy(zero_copy_only=False)
-        return np.flatnonzero(found)
+    def mask(self, kind: str, text: str) -> tuple[str, int]:
+        """The text with placeholders for one kind, and how many were put in."""
+        _, pattern, accept = KINDS[kind]
+        return replace(pattern, text, getattr(self, kind), accept)
+
+    def candidates(self, kind: str, texts: pa.Array) -> NDArray[np.int64]:
+        """The rows that may hold something of a kind."""
+        hint, _, _ = KINDS[kind]
+        return np.flatnonzero(pc.match_substring_regex(texts, hint).to_numpy(zero_copy_only=False))
 
 
 def replace(
@@ -113,3 +99,18 @@ def has_phone_digits(found: str) -> bool:
     """Whether it has as many digits as a telephone number: 8 to 15 with a country code, else 10 or 11."""
     digits = sum(map(str.isdecimal, found))
     return 8 <= digits <= 15 if found.startswith("+") else 10 <= digits <= 11
+
+
+KINDS: dict[str, tuple[str, re.Pattern[str], Callable[[str], bool]]] = {
+    "email": (r"[A-Za-z0-9_%+-]@[A-Za-z0-9-]+\.[A-Za-z]", EMAIL, any_match),
+    "ip": (r"\d\.\d{1,3}\.\d{1,3}\.\d|[23][0-9A-Fa-f]{3}:", IP, is_public),
+    "phone": (
+        r"\+\d[^0-9A-Za-z]{0,2}\d|\d\)?[ .-]\d{3}[ .-]\d{4}|0[1-9][ .-]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d"
+        r"|0\d{2,4}\)?[ /-]\d{3,4}[ -]\d",
+        PHONE,
+        has_phone_digits,
+    ),
+}
+"""By kind: where RE2 finds nothing of this first there is nothing to mask, and most texts have nothing; what is found;
+and which of that is masked.
+"""

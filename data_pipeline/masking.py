@@ -3,10 +3,11 @@
 Conservative by intent: a number that merely might be a telephone number stays. What is found: addresses as
 ``name@host.tld`` (not "name at host", nor a quoted or internationalised one); IPv4 in four decimal parts and IPv6 in
 any of its spellings, where the address is public (`ipaddress`: globally routable), so that neither 127.0.0.1 nor
-192.168.0.1 nor most version numbers go; telephone numbers with ``+`` and country code (8 to 15 digits, ITU-T E.164),
-North American ones in groups of 3, 3, 4, French ones in five pairs and those of 10 or 11 digits in groups of which
-the first begins with 0 (Britain, Germany, ...). Not found: numbers written without any separator or ``+``, other
-national forms, extensions, and numbers spelled out. Names and postal addresses are not looked for.
+192.168.0.1 goes, but a version of four numbers does; telephone numbers with ``+`` and a country code (8 to 15 digits,
+ITU-T E.164), North American ones in groups of 3, 3, 4 with brackets, dots or hyphens, French ones in five pairs, and
+those of 10 or 11 digits in groups of which the first begins with 0 (Britain, Germany, ...). Not found: numbers
+written without any separator or ``+``, other national forms, extensions, and numbers spelled out. Names and postal
+addresses are not looked for.
 """
 
 from __future__ import annotations
@@ -29,13 +30,21 @@ EMAIL = re.compile(
 IP = re.compile(
     r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\w)|[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?![\w:]|\.\w))"
 )
+COUNTRY = (
+    r"(?:7|2(?:[07]|[1-69]\d)|3(?:[0-469]|[578]\d)|4(?:[013-9]|2[01])|5(?:[1-8]|[09]\d)"
+    r"|6(?:[0-6]|[7-9]\d)|8(?:[1246]|[0578]\d)|9(?:[0-58]|[679]\d))"
+)
+"""Country codes as the ITU has given them out, but 1, whose numbers have a form of their own."""
+# Possessive quantifiers: a long run of digits is read once, and a number is masked whole or not at all.
+GAP = r"[ .\-/\u2010-\u2013\u00a0]"
 PHONE = re.compile(
     r"(?<![\w+.,:/=#-])(?:"
-    r"\+\d{1,3}(?:[ .\-\u2010-\u2013\u00a0]?\(\d{1,5}\))?(?:[ .\-/\u2010-\u2013\u00a0]?\d){6,14}"
-    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d([ .-]))[2-9]\d\d[ .-]\d{4}"
-    r"|0[1-9](?:([ .-])\d\d)(?:\2\d\d){3}"
+    rf"\+{COUNTRY}(?:{GAP}?\(\d{{1,5}}\))?(?:{GAP}?\d{{2,}}+|{GAP}\d(?={GAP}\d\d))++"
+    r"|\+1[ .-]?(?:\([2-9]\d\d\)|[2-9]\d\d)[ .-]?[2-9]\d\d[ .-]?\d{4}"
+    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}"
+    r"|0[1-9]([ .-])\d\d(?:\1\d\d){3}"
     r"|(?:\(0\d{2,4}\)|0\d{2,4})[ /-]\d{3,4}[ -]\d{3,4}"
-    r")(?![\w@]|[.,:/=-]\d)"
+    r")(?![\w@]|[.,:/=-]\d|[ .-]\d\d(?!\d))"
 )
 
 UNICAST = ipaddress.ip_network("2000::/3")

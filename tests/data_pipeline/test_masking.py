@@ -2,11 +2,10 @@ from __future__ import annotations
 
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.masking import Masking
-
 
 ALL = Masking()
 
@@ -67,6 +66,8 @@ def test_what_is_personal_is_masked_and_nothing_beside_it(kind: str, found: str,
         "2125550187",
         "3.14159265358979 +1234567",
         "100 200 3000, 1 000 000 000",
+        "+35236450.6 +000000120 +4294967296 +10011010010",
+        "384 768 1536, 01 01 00 00 00 00 02",
         "112-555-0187",  # area codes begin with 2 to 9
         "ISBN 978-3-16-148410-0",
         "£1,234,567.89 0.123456789",
@@ -102,8 +103,17 @@ PIECES = [
 
 
 @given(st.lists(st.sampled_from([*PIECES, "-", "(020) 7946 0958", "\n", "@", ":"]), max_size=12).map("".join))
+@settings(deadline=None)
 def test_no_text_with_something_to_mask_is_passed_over(text: str) -> None:
     for kind in Masking().kinds():
         masked, count = Masking().mask(kind, text)
         assert (masked != text) == (count > 0)
         assert count == 0 or Masking().candidates(kind, pa.array([text])).tolist() == [0]
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("part", ["1", " 11", "a", "a.", "a-", "1.", "2001:", "(020)", "a@", "+", " 1 11"])
+def test_no_text_takes_long(part: str) -> None:
+    """Patterns that try every way to read a text would take years over these."""
+    for start in ("+49", "a@b.", "8.8.8.", "x", "2001:", "0"):
+        mask(start + part * 20_000 + "!")

@@ -6,7 +6,8 @@ with ``...`` is cut short and goes; so does one with a word of over 1000 charact
 phrase list (see `data_pipeline.blocklists`), its three-sentence spans are a matter for deduplication. Ours differ so:
 "lorem ipsum" and curly brackets are sought in the whole document and not only in lines that would stay; blank lines
 between lines that stay are kept, one at most, as paragraphs are worth keeping; and sentences are counted by a plain
-rule (`count_sentences`) in place of NLTK's trained one.
+rule (`count_sentences`) in place of NLTK's trained one. A line is a paragraph on the web; books with wrapped lines
+would lose most of theirs.
 """
 
 from __future__ import annotations

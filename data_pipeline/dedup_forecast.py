@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from data_pipeline.candidates import Search
 from data_pipeline.context import human_bytes
 
-MB_PER_CORE = 45.0
+MB_PER_CORE = 70.0
 """Text a second that a core takes from documents in to documents out: nominal, as measured on Python sources."""
+SECONDS_A_DOCUMENT = 15e-6
+"""Of one core, besides; this is what short documents cost."""
 LIBRARIES = 250 * 10**6
 """Bytes of memory that Python with its libraries takes."""
 OPEN_SHARE = 0.1
@@ -16,7 +18,7 @@ OPEN_SHARE = 0.1
 BYTES_A_DOCUMENT = 2 * 16 + 2 * 12 + 16 + 60 + 8 + 17 + 24 + 8 + 1
 """On disk, besides signature and bands: digest and its entry, numbers, id, and what is decided."""
 RESIDENT_A_DOCUMENT = 8 + 17 + 17 + 8 + 1
-"""Of these, what the deciding process maps into memory; the system may take it back any time."""
+"""Of these, what the deciding process maps into memory."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class Forecast:
     worker_memory: float
     """Bytes a worker, at most, besides the texts and signatures of the shard it reads."""
     driver_memory: float
-    """Bytes in the process that runs the stage, with all mapped files."""
+    """Bytes in the process that runs the stage; most are mapped files, which the system may take back."""
     partitions: int
     """Of the band hashes: tasks that search for candidates."""
     seconds: float
@@ -38,7 +40,7 @@ class Forecast:
         """For a person."""
         return [
             f"{human_bytes(self.disk)} of scratch on disk, {self.partitions} partitions of band hashes",
-            f"memory: {human_bytes(self.worker_memory)} a worker, {human_bytes(self.driver_memory)} to decide",
+            f"memory: {human_bytes(self.worker_memory)} a worker, {human_bytes(self.driver_memory)} to decide (mapped files)",
             f"about {self.seconds:,.0f} s on {self.workers} cores at a nominal {MB_PER_CORE:.0f} MB/s a core",
         ]
 
@@ -51,6 +53,6 @@ def forecast(search: Search, documents: float, text_bytes: float, workers: int) 
         worker_memory=LIBRARIES + search.memory,
         driver_memory=LIBRARIES + documents * RESIDENT_A_DOCUMENT,
         partitions=search.parts(documents),
-        seconds=text_bytes / (MB_PER_CORE * 1e6 * workers),
+        seconds=(text_bytes / (MB_PER_CORE * 1e6) + documents * SECONDS_A_DOCUMENT) / workers,
         workers=workers,
     )

@@ -166,7 +166,7 @@ def fill_signature(
         left += least[into] == NOTHING
     turn = 1
     while left:
-        if turn == 2:  # so that a text that repeats a few shingles without end costs no more than they do
+        if turn == 8:  # so that a text that repeats a few shingles without end costs no more than they do
             distinct = np.unique(shingles[:count])
             count = len(distinct)
             shingles[:count] = distinct

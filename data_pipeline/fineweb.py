@@ -18,7 +18,6 @@ from data_pipeline.context import Config
 from data_pipeline.quality import Broken, Count, Fraction, Ratio
 from data_pipeline.text_stats import TextStats
 
-
 Share = Annotated[float, Field(gt=0, le=1)]
 """Never 0: what is at the limit is dropped, and every text is at 0."""
 

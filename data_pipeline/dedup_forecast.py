@@ -38,9 +38,10 @@ class Forecast:
 
     def lines(self) -> list[str]:
         """For a person."""
+        worker, driver = human_bytes(self.worker_memory), human_bytes(self.driver_memory)
         return [
             f"{human_bytes(self.disk)} of scratch on disk, {self.partitions} partitions of band hashes",
-            f"memory: {human_bytes(self.worker_memory)} a worker, {human_bytes(self.driver_memory)} to decide (mapped files)",
+            f"memory: {worker} a worker, {driver} to decide, most of it mapped files",
             f"about {self.seconds:,.0f} s on {self.workers} cores at a nominal {MB_PER_CORE:.0f} MB/s a core",
         ]
 

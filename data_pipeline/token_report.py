@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +39,7 @@ def count(
             sums = np.bincount(group, values, len(labels)).astype(np.int64).tolist()
             tally[f"{by}_{of}"].update(dict(zip(labels, sums, strict=True)))
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
-    for start, end in zip(starts, [*starts[1:], len(codes)], strict=True):
+    for start, end in pairwise([*starts, len(codes)]):
         tally["source_words"][names[codes[start]]] += count_words(texts.slice(start, end - start))
 
 

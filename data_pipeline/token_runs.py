@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -194,7 +195,10 @@ class Merging:
 
 
 def merge(merging: Merging, item: TokenShard) -> None:
-    """Write one token shard, unless it is there. Holds its ids and tokens once, beside the pages that are mapped."""
+    """Write one token shard, unless it is there; of a range without documents, one without rows.
+
+    Holds its ids and tokens once, beside the pages that are mapped.
+    """
     path = merging.out / f"{item.name}.parquet"
     if path.exists():
         return
@@ -213,7 +217,7 @@ def merge(merging: Merging, item: TokenShard) -> None:
         atomic_path(path) as temporary,
         pq.ParquetWriter(temporary, schema, write_page_checksum=True, **PARQUET) as writer,
     ):
-        for start, end in zip(starts, [*starts[1:], len(lengths)], strict=True):
+        for start, end in pairwise([*starts, len(lengths)]):
             part = rows.take(pa.array(order[start:end]))
             columns = [part.column("id"), unpack(part.column("data"), element)]
             writer.write_batch(pa.record_batch(columns, schema))

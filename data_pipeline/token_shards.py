@@ -195,7 +195,7 @@ def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
 
 
 def plan_shards(config: TokenizeConfig, tallies: Sequence[Mapping[str, Any]]) -> list[TokenShard]:
-    """Cut the range of hashes so that a shard holds about ``shard_tokens``.
+    """Cut the range of hashes so that a shard holds about ``shard_tokens``, or one document where those are longer.
 
     Raises:
         UserError: a split is empty.
@@ -210,7 +210,7 @@ def plan_shards(config: TokenizeConfig, tallies: Sequence[Mapping[str, Any]]) ->
                 f"tokenize.val_fraction (now {config.val_fraction}), or cut the text into more documents "
                 "(a local source's split_chars)"
             )
-        shards = -(-(tokens[split] + documents[split]) // config.shard_tokens)
+        shards = min(documents[split], -(-(tokens[split] + documents[split]) // config.shard_tokens))
         firsts = [first + (end - first) * part // shards for part in range(shards + 1)]
         plan += [
             TokenShard(f"{split}-{part:05d}", firsts[part], firsts[part + 1] - 1) for part in range(shards)

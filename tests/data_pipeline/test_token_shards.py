@@ -205,6 +205,23 @@ def test_row_groups_hold_about_their_size_and_long_documents_stay_whole(
     assert len(tokens_by_id(tmp_path / "long-out")["train"]["a/long"]) > 200_000
 
 
+def test_documents_longer_than_a_shard_leave_ranges_without_any_and_all_tokens_are_there(
+    inputs: dict[str, Path], shards: Path, tmp_path: Path
+) -> None:
+    config = TokenizeConfig(val_fraction=0.1, shard_tokens=10)
+    tokenize(config, inputs, tmp_path / "out", LocalContext())
+    rows = [pq.read_metadata(path).num_rows for path in TokenShards(tmp_path / "out", "train").paths]
+    assert len(rows) == sum(rows)
+    assert 0 in rows
+    assert tokens_by_id(tmp_path / "out") == tokens_by_id(shards)
+    for split in SPLITS:
+        one, other = TokenShards(tmp_path / "out", split), TokenShards(shards, split)
+        assert np.array_equal(one.read_all(), other.read_all())
+    files = {split: str(tmp_path / "out" / f"{split}-*.parquet") for split in SPLITS}
+    loaded = datasets.load_dataset("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+    assert len(loaded["train"]) == len(rows)
+
+
 def test_empty_document_shards_change_nothing(inputs: dict[str, Path], shards: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(inputs["dedup"], tmp_path / "in")
     with write_shard(folder / "documents-00004.parquet"):

@@ -174,11 +174,16 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
     try:
         yield pool
     except BaseException:
-        for process in list(pool._processes.values()):
-            process.kill()  # what it was writing has a temporary name
+        kill_workers(pool)
         raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+def kill_workers(pool: ProcessPoolExecutor) -> None:
+    """End what a pool computes at once: what was being written has a temporary name."""
+    for process in list(pool._processes.values()):
+        process.kill()
 
 
 def start_worker(parent: int) -> None:

@@ -6,6 +6,7 @@ A worker process of any kind imports this module, so it imports little, and it k
 from __future__ import annotations
 
 import platform
+import signal
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
@@ -52,6 +53,11 @@ class Part(Generic[Item, Result]):
 def compute(name: str, part: Callable[[], list[Any]]) -> list[Any]:
     """The body of a Prefect task, which is called ``name``."""
     return part()
+
+
+def dask_setup(worker: object) -> None:
+    """Leave Ctrl-C to the run. Dask calls this in each worker process that was started here."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def versions() -> dict[str, str]:

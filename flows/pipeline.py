@@ -30,7 +30,7 @@ from flows.context import PrefectContext
 from flows.manifest import describe_making
 from flows.plan import Selection, Step, make_plan
 from flows.recipe import Recipe
-from flows.runners import Workers, start_workers
+from flows.runners import Workers, reach, start_workers
 from flows.store import LOGS, Artifact, Store, now
 from flows.terminal import Terminal, headline
 from flows.tracking import Tracker
@@ -77,15 +77,17 @@ class Run:
         return object, ()
 
     def prepare(self) -> None:
-        """Make the plan and reach MLflow.
+        """Make the plan, and reach the workers' cluster and MLflow.
 
         Raises:
-            UserError: the plan can't be made, or a stage can't be resolved from here.
+            UserError: the plan can't be made, a stage can't be resolved from here, or no cluster answers.
         """
         self.steps = make_plan(self.recipe, self.store, self.selection)
         for step in self.steps:
             if step.action == "unknown":
                 raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
+        if self._computes:
+            reach(self.recipe.runtime)
         self.tracker.open()
 
     def execute(self) -> None:
@@ -104,7 +106,7 @@ class Run:
                 if HEARTBEATS.name not in os.environ:
                     # A flow waits up to a second for the thread that sends them to wake and end.
                     stack.enter_context(temporary_settings({HEARTBEATS: None}))
-                if any(step.action != "reuse" for step in self.steps):
+                if self._computes:
                     self._workers = stack.enter_context(start_workers(self.recipe.runtime, self.store.home))
                 pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
         except Exception as error:
@@ -117,6 +119,11 @@ class Run:
         finally:
             # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
             APILogHandler().flush()
+
+    @property
+    def _computes(self) -> bool:
+        """Whether the plan has a stage to build; where it has none, no workers are needed."""
+        return any(step.action != "reuse" for step in self.steps)
 
     @property
     def overhead_seconds(self) -> float:

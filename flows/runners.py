@@ -9,7 +9,6 @@ import asyncio
 import logging
 import os
 import secrets
-import socket
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,17 +21,25 @@ from urllib.parse import urlsplit
 from prefect.settings import PREFECT_API_URL
 from prefect.task_runners import TaskRunner, ThreadPoolTaskRunner
 
-from data_pipeline.context import UserError, process_pool
+from data_pipeline.context import UserError, kill_workers, process_pool
 from flows.parts import Part, unfit, versions
 from flows.recipe import RecipeRuntime
 
 CONNECT_SECONDS = 10
+DASK_EXAMPLE, RAY_EXAMPLE = "tcp://HOST:8786", "ray://HOST:10001"
 RAY_STORE_BYTES = 128 << 20  # results are small; Ray's own default is a third of the memory
-RAY_SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+RAY_SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 def as_it_is(part: Part[Any, Any]) -> Callable[[], list[Any]]:
     return part
+
+
+def nothing() -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -48,13 +55,32 @@ class Workers:
     prepare: Callable[[Part[Any, Any]], Callable[[], list[Any]]] = as_it_is
     """From a part, what a task is to call."""
 
+    stop: Callable[[], None] = nothing
+    """Ends what is being computed at once, where that can be; no more parts can be computed then."""
+
+
+def reach(runtime: RecipeRuntime) -> None:
+    """See that what a recipe asks for is installed, and that something answers at its address.
+
+    Raises:
+        UserError: it is not, or nothing does.
+    """
+    if runtime.task_runner == "dask":
+        need("dask", "prefect_dask")
+        if runtime.address:
+            ask_scheduler(runtime.address)
+    if runtime.task_runner == "ray":
+        need("ray", "prefect_ray")
+        if runtime.address and runtime.address != "auto":
+            find_ray(runtime.address)
+
 
 @contextmanager
 def start_workers(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
     """The workers that a recipe asks for. What was started here ends with the block, or when this process dies.
 
     Raises:
-        UserError: an extra is not installed, no cluster answers at the address, or it can't serve this run.
+        UserError: the cluster at the address can't serve this run.
     """
     start = {"threads": threads, "processes": processes, "dask": dask, "ray": ray}[runtime.task_runner]
     with start(runtime, home) as workers:
@@ -73,14 +99,16 @@ def processes(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
     count = runtime.worker_count
     with process_pool(count) as pool:
         yield Workers(
-            count, partial(ThreadPoolTaskRunner, count), lambda part: lambda: pool.submit(part).result()
+            count,
+            partial(ThreadPoolTaskRunner, count),
+            lambda part: lambda: pool.submit(part).result(),
+            partial(kill_workers, pool),
         )
 
 
 @contextmanager
 def dask(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
     """A cluster of local processes, or the one whose scheduler is at ``runtime.address``."""
-    need("dask", "prefect_dask")
     import distributed
     from prefect_dask import DaskTaskRunner
 
@@ -94,6 +122,7 @@ def dask(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
                 memory_limit=0,  # no killing of workers: a stage's own settings bound what it needs
                 dashboard_address=None,
                 silence_logs=logging.CRITICAL,
+                preload="flows.parts",
             )
             address = stack.enter_context(cluster).scheduler_address
         count = sum(worker["nthreads"] for worker in ask_scheduler(address)["workers"].values())
@@ -115,13 +144,12 @@ def ask_scheduler(address: str) -> dict[str, Any]:
     try:
         return asyncio.run(ask())
     except Exception as error:  # whatever else listens there may answer anything
-        raise no_answer("Dask scheduler", address, "tcp://HOST:8786", error) from None
+        raise no_answer("Dask scheduler", address, DASK_EXAMPLE, error) from None
 
 
 @contextmanager
 def ray(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
     """Local processes, or the cluster at ``runtime.address`` (``ray://HOST:10001``, ``HOST:6379``, ``auto``)."""
-    need("ray", "prefect_ray")
     for name, value in RAY_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray
@@ -153,11 +181,10 @@ def join_ray(runtime: RecipeRuntime) -> None:
         )
         return
     try:
-        if runtime.address != "auto":
-            knock(runtime.address)
         ray.init(runtime.address, **quiet)
     except Exception as error:  # grpc's own errors, among others
-        raise no_answer("Ray cluster", runtime.address, "ray://HOST:10001", error) from None
+        lacks = "" if "RAY_AUTH_MODE" in os.environ else "; if it asks for a token, set RAY_AUTH_MODE=token"
+        raise UserError(f"{no_answer('Ray cluster', runtime.address, RAY_EXAMPLE, error)}{lacks}") from None
 
 
 def ask_ray_nodes(*arguments: Any) -> Iterable[tuple[str, str]]:
@@ -176,16 +203,18 @@ def ask_ray_nodes(*arguments: Any) -> Iterable[tuple[str, str]]:
     return zip((node["NodeManagerAddress"] for node in nodes), ray.get(answers), strict=True)
 
 
-def knock(address: str) -> None:
-    """Open and close a TCP connection: Ray itself would try for minutes.
+def find_ray(address: str) -> None:
+    """See that something at ``ray://HOST:PORT`` or ``HOST:PORT`` speaks gRPC: Ray itself would try for minutes."""
+    import grpc  # type: ignore[import-untyped]
 
-    Raises:
-        OSError, ValueError: nobody listens there, or that is no address.
-    """
     parts = urlsplit(address if "://" in address else f"//{address}")
-    if not parts.hostname or not parts.port:
-        raise ValueError("it names no host and port")
-    socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
+    try:
+        if not parts.hostname or not parts.port:
+            raise ValueError("it names no host and port")
+        with grpc.insecure_channel(f"{parts.hostname}:{parts.port}") as channel:
+            grpc.channel_ready_future(channel).result(CONNECT_SECONDS)
+    except (ValueError, grpc.FutureTimeoutError) as error:
+        raise no_answer("Ray cluster", address, RAY_EXAMPLE, error) from None
 
 
 def need(extra: str, module: str) -> None:
@@ -197,8 +226,9 @@ def need(extra: str, module: str) -> None:
 
 
 def no_answer(what: str, address: str, example: str, error: Exception) -> UserError:
-    reason = (str(error) or type(error).__name__).splitlines()[0][:160]
-    return UserError(f"runtime.address: no {what} answers at {address} (such as {example}): {reason}")
+    """``example`` is for an address that is none; ``error`` may have no message, or a long one."""
+    reason = (str(error) or f"no answer in {CONNECT_SECONDS} s").splitlines()[0][:160]
+    return UserError(f"runtime.address: no {what} at {address} (write it as {example}): {reason}")
 
 
 def check(home: Path, address: str, ask: Callable[..., Iterable[tuple[str, str]]]) -> None:

@@ -29,6 +29,7 @@ FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with prob
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
 ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
 SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
+DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a stage that starts again
 TRACKING_STATE = (
     ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
 )
@@ -135,6 +136,7 @@ class Store:
         partial.mkdir(parents=True, exist_ok=True)
         for torn in partial.rglob(".*.tmp"):
             torn.unlink(missing_ok=True)
+        shutil.rmtree(partial / DROPPED, ignore_errors=True)
         write_durably(partial / ORIGIN, text)
         return partial, begun
 
@@ -148,7 +150,8 @@ class Store:
         (partial / "manifest.json").unlink(missing_ok=True)
         files = checksum_files(partial, fsync=True)
         if (partial / SCRATCH).exists():
-            shutil.rmtree(partial / SCRATCH)
+            os.rename(partial / SCRATCH, partial / DROPPED)
+            shutil.rmtree(partial / DROPPED)
         sealed = {
             "schema": MANIFEST_SCHEMA,
             "stage": stage,

@@ -1,6 +1,7 @@
 """The store's laws: a name is a promise, what is sealed is whole, and a killed builder leaves no lock."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -96,6 +97,28 @@ def test_scratch_is_dropped_when_all_else_is_sealed(tmp_path):
     assert [entry["path"] for entry in artifact.manifest["files"]] == ["a.txt"]
     assert not (artifact.path / "scratch").exists()
     assert Store(tmp_path).verify(artifact) == []
+
+
+def test_a_stage_killed_while_scratch_is_dropped_starts_again_without_any_of_it(tmp_path, monkeypatch):
+    """Half of it would do harm: a file that says that another is whole, without that other."""
+    store, remove = Store(tmp_path), shutil.rmtree
+    files = {"a.txt": "one", "scratch/part.arrow": "part", "scratch/part.json": "the part is whole"}
+
+    def killed(folder, **options):
+        if (folder / "part.arrow").exists():
+            (folder / "part.arrow").unlink()
+            raise KeyboardInterrupt
+        remove(folder, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(store, files=files)
+    out, begun = store.begin("clean", "f00d", ORIGIN)
+    assert begun
+    assert {path.name for path in out.rglob("*")} == {"a.txt", ".origin.json"}
+    monkeypatch.undo()
+    artifact = build(store, files=files)
+    assert {path.name for path in artifact.path.rglob("*")} == {"a.txt", ".origin.json", "manifest.json"}
 
 
 def test_a_damaged_manifest_is_told_and_the_others_are_still_listed(tmp_path):

@@ -95,7 +95,12 @@ def read_words(
 
 @numba.njit(nogil=True, cache=True)
 def hash_runs(words: NDArray[np.uint64], count: int, width: int, hashes: NDArray[np.uint64]) -> int:
-    """Hash every run of ``width`` of ``count`` words; returns how many there are."""
+    """Hash every run of ``width`` of ``count`` words; returns how many there are.
+
+    Two words in the order of the Thue-Morse sequence and its complement differ by (a - b) * the product of
+    (MULTIPLIER^(2^i) - 1), which 2^64 divides from 1024 words on. Of 256 words it is 2^44 that does: they share a hash
+    if a and b agree in their last 20 bits.
+    """
     leaving = np.uint64(1)  # MULTIPLIER ** (width - 1): the weight of the word that leaves
     for _ in range(width - 1):
         leaving *= MULTIPLIER

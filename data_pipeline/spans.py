@@ -62,8 +62,9 @@ Result = TypeVar("Result")
 class SpanRules(Config):
     """How long a span must be to stand only once."""
 
-    min_words: int = Field(default=50, ge=2, le=1024)
-    """Consecutive words that may not stand twice. (Beyond the limit, texts made of two words could share a hash.)"""
+    min_words: int = Field(default=50, ge=2, le=256)
+    """Consecutive words that may not stand twice. (Texts of two words in turns that a polynomial modulo 2^64 can't
+    tell apart begin to exist soon beyond the limit: see `span_kernels.hash_runs`.)"""
     min_remaining_words: int = Field(default=20, ge=1)
     """A document left with fewer words by cuts is dropped whole, unless it keeps a window that others repeat."""
 

@@ -168,9 +168,9 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
     ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock.
     """
-    pool = ProcessPoolExecutor(
-        workers, multiprocessing.get_context("forkserver"), initializer=start_worker, initargs=(os.getpid(),)
-    )
+    forking = multiprocessing.get_context("forkserver")
+    forking.set_forkserver_preload(["data_pipeline.preload"])
+    pool = ProcessPoolExecutor(workers, forking, initializer=start_worker, initargs=(os.getpid(),))
     try:
         yield pool
     except BaseException:

@@ -1,7 +1,8 @@
 """What a pool's processes begin with: the stages' modules, and the signature kernels.
 
 The fork server imports this once, so that its processes share the imports (0.6 s a stage) and the kernels that numba
-reads from its cache on disk, instead of each doing so again. What stands here must bear forking (Arrow and OpenBLAS do).
+reads from its cache on disk, instead of each doing so again. What stands here must bear forking: Arrow and
+OpenBLAS do.
 """
 
 import pyarrow as pa

@@ -15,7 +15,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data_pipeline.context import Config
-from data_pipeline.quality import Broken, Count, Fraction, Ratio
+from data_pipeline.quality import Broken, Count, Fraction, Ratio, share
 from data_pipeline.text_stats import TextStats
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -40,12 +40,13 @@ class FineWebRules(Config):
         if self.min_terminated_lines is not None:
             yield (
                 "fineweb_min_terminated_lines",
-                stats.terminated_lines <= self.min_terminated_lines * stats.lines,
+                share(stats.terminated_lines, stats.lines) <= self.min_terminated_lines,
             )
         if self.max_duplicate_line_characters is not None:
-            limit = self.max_duplicate_line_characters * stats.line_characters
-            yield "fineweb_max_duplicate_line_characters", stats.duplicate_line_characters >= limit
+            part = share(stats.duplicate_line_characters, stats.line_characters)
+            yield "fineweb_max_duplicate_line_characters", part >= self.max_duplicate_line_characters
         if self.max_short_lines is not None:
-            yield "fineweb_max_short_lines", stats.short_lines >= self.max_short_lines * stats.lines
+            yield "fineweb_max_short_lines", share(stats.short_lines, stats.lines) >= self.max_short_lines
         if self.max_newlines_per_word is not None:
-            yield "fineweb_max_newlines_per_word", stats.newlines > self.max_newlines_per_word * stats.words
+            broken = share(stats.newlines, stats.words) > self.max_newlines_per_word
+            yield "fineweb_max_newlines_per_word", broken

@@ -26,6 +26,15 @@ Width = Annotated[int, Field(ge=1)]
 Ratio = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
+
+def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``part / whole``, 0 where there is nothing.
+
+    What stands exactly at a decimal limit is equal to it, which ``limit * whole`` is not: 0.67 * 1500 > 1005.
+    """
+    return part / np.maximum(1, whole)
+
+
 Broken = tuple[str, NDArray[np.bool_]]
 """The reason to drop for which a rule stands, and which texts of a column break it."""
 
@@ -69,7 +78,7 @@ class GopherRules(Config):
         yield from self._by_repeated_blocks(stats)
 
     def _by_words(self, stats: TextStats) -> Iterator[Broken]:
-        mean = stats.word_characters / np.maximum(1, stats.words)
+        mean = share(stats.word_characters, stats.words)
         if self.min_words is not None:
             yield "min_words", stats.words < self.min_words
         if self.max_words is not None:
@@ -80,17 +89,20 @@ class GopherRules(Config):
             yield "max_mean_word_length", mean > self.max_mean_word_length
         if self.max_symbols_per_word is not None:
             symbols = np.maximum(stats.hashes, stats.ellipses)
-            yield "max_symbols_per_word", symbols > self.max_symbols_per_word * stats.words
+            yield "max_symbols_per_word", share(symbols, stats.words) > self.max_symbols_per_word
 
     def _by_lines(self, stats: TextStats) -> Iterator[Broken]:
         if self.max_bullet_lines is not None:
-            yield "max_bullet_lines", stats.bullet_lines > self.max_bullet_lines * stats.lines
+            yield "max_bullet_lines", share(stats.bullet_lines, stats.lines) > self.max_bullet_lines
         if self.max_ellipsis_lines is not None:
-            yield "max_ellipsis_lines", stats.ellipsis_lines > self.max_ellipsis_lines * stats.lines
+            yield "max_ellipsis_lines", share(stats.ellipsis_lines, stats.lines) > self.max_ellipsis_lines
 
     def _by_vocabulary(self, stats: TextStats) -> Iterator[Broken]:
         if self.min_alphabetic_words is not None:
-            yield "min_alphabetic_words", stats.alphabetic_words < self.min_alphabetic_words * stats.words
+            yield (
+                "min_alphabetic_words",
+                share(stats.alphabetic_words, stats.words) < self.min_alphabetic_words,
+            )
         if self.min_stop_words is not None:
             yield "min_stop_words", stats.stop_words < self.min_stop_words
 
@@ -112,7 +124,7 @@ class GopherRules(Config):
             ),
         ):
             if limit is not None:
-                yield f"max_duplicate_{name}", part > limit * whole
+                yield f"max_duplicate_{name}", share(part, whole) > limit
 
     def broken_by_ngrams(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
         """The rules that count n-grams: the dearest, so ask them of what the others left."""
@@ -121,6 +133,6 @@ class GopherRules(Config):
             return
         of_top, of_duplicates = ngram_characters(texts, stats.words, [*tops], [*duplicates])
         for found, limit in zip(of_top, tops.values(), strict=True):
-            yield "max_top_ngram_characters", found > limit * stats.word_characters
+            yield "max_top_ngram_characters", share(found, stats.word_characters) > limit
         for found, limit in zip(of_duplicates, duplicates.values(), strict=True):
-            yield "max_duplicate_ngram_characters", found > limit * stats.word_characters
+            yield "max_duplicate_ngram_characters", share(found, stats.word_characters) > limit

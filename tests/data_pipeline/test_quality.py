@@ -89,6 +89,14 @@ def test_finewebs_rules_drop_what_is_at_the_limit(rule: str, limit: float, kept:
     assert verdict(fineweb(), dropped) == "kept"
 
 
+def test_what_stands_exactly_at_a_decimal_limit_is_at_it() -> None:
+    """As floating-point numbers 0.67 * 1500 > 1005 and 0.29 * 100 < 29, but the quotients are equal."""
+    lines = [LONG] * 495 + ["short"] * 1005
+    assert verdict(fineweb(max_short_lines=0.67), "\n".join(lines)) == "fineweb_max_short_lines"
+    words = ["#"] * 29 + ["a"] * 71
+    assert verdict(gopher(max_symbols_per_word=0.29), " ".join(words)) == "kept"
+
+
 def test_line_breaks_are_dropped_beyond_their_limit_only() -> None:
     assert verdict(fineweb(max_newlines_per_word=0.5), "a b\nc d") == "kept"
     assert verdict(fineweb(max_newlines_per_word=0.5), "a\nb\nc d") == "kept"

@@ -9,6 +9,7 @@ bounds of words, whatever punctuation and space stand between its words.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -18,8 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.context import Config, UserError
+from data_pipeline.normalise import Form, normalise
 from data_pipeline.pinned_files import PinnedFile
 from data_pipeline.sequences import Sequences, words_of
+
+SCHEME = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
 
 
 class Blocklists(Config):
@@ -37,15 +41,17 @@ class UrlBlocklist:
         for file in files:
             for number, line in file.lines():
                 host, path = split_url(line)
-                if not host:
+                if not host or re.search(r"\s", host):
                     raise UserError(f"{file.path}:{number}: {line!r} is no host, nor a host with a path")
                 self._entries.add(host + path)
+        self._labels = max((entry.split("/")[0].count(".") + 1 for entry in self._entries), default=1)
+        self._segments = max((entry.count("/") for entry in self._entries), default=0)
 
     def blocks(self, url: str) -> str | None:
         """The entry that blocks an address, if any does."""
         host, path = split_url(url)
-        labels = host.split(".")
-        segments = path.split("/")[1:]
+        labels = host.split(".")[-self._labels :]  # no deeper than the list is: addresses may be long
+        segments = path.split("/")[1 : self._segments + 1]
         for first in range(len(labels)):
             entry = ".".join(labels[first:])
             for segment in ["", *(f"/{one}" for one in segments)]:
@@ -67,7 +73,7 @@ class UrlBlocklist:
 def split_url(url: str) -> tuple[str, str]:
     """Host (lower case, without a last dot) and path (without a last slash) of an address, with a scheme or not."""
     try:
-        parts = urlsplit(url if "://" in url else f"//{url}")
+        parts = urlsplit(url if SCHEME.match(url) else f"//{url}")
         host = parts.hostname or ""
     except ValueError:  # brackets that hold no address
         return "", ""
@@ -75,16 +81,17 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 class PhraseBlocklist:
-    """Phrases, and how texts are searched for them."""
+    """Phrases, and how texts of a Unicode form are searched for them."""
 
-    def __init__(self, files: tuple[PinnedFile, ...]) -> None:
+    def __init__(self, files: tuple[PinnedFile, ...], form: Form | None) -> None:
         self._phrases: list[str] = []
         for file in files:
             for number, line in file.lines():
                 if not words_of(line, False):
                     raise UserError(f"{file.path}:{number}: {line!r} holds no word: it would never be found")
                 self._phrases.append(line)
-        self._sequences = Sequences(self._phrases, ngram=None, joined=False)
+        normal = [normalise(phrase, form) for phrase in self._phrases]
+        self._sequences = Sequences(normal, ngram=None, joined=False)
 
     def find(self, texts: pa.Array) -> Iterator[tuple[int, str, str]]:
         """The rows with a phrase of the list: (row, reason, the phrase), the first in the text standing for all."""
@@ -101,5 +108,5 @@ def url_blocklist(files: tuple[PinnedFile, ...]) -> UrlBlocklist:
 
 
 @lru_cache(maxsize=2)
-def phrase_blocklist(files: tuple[PinnedFile, ...]) -> PhraseBlocklist:
-    return PhraseBlocklist(files)
+def phrase_blocklist(files: tuple[PinnedFile, ...], form: Form | None) -> PhraseBlocklist:
+    return PhraseBlocklist(files, form)

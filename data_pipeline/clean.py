@@ -122,7 +122,8 @@ class CleanConfig(StageConfig):
             for described, file in zip(
                 values["decontamination"]["sets"].values(), self.files.sets, strict=True
             ):
-                described["path"] = file.sha256
+                kind = file.path.name.removesuffix(".gz").rsplit(".", 1)[-1]  # says how the content is read
+                described["path"] = f"{kind} {file.sha256}"
         return values
 
 
@@ -153,10 +154,10 @@ def read_files(config: CleanConfig) -> list[str]:
     if config.files.urls:
         url_blocklist(config.files.urls)
     if config.files.phrases:
-        phrase_blocklist(config.files.phrases)
+        phrase_blocklist(config.files.phrases, config.unicode)
     if not config.decontamination:
         return []
-    sets = contamination(config.decontamination, config.files.sets).describe()
+    sets = contamination(config.decontamination, config.files.sets, config.unicode).describe()
     n = config.decontamination.ngram
     header = ("evaluation set", "items", f"of fewer than {n} words, not looked for", f"{n}-grams")
     return [table(header, sets).rstrip("\n")]
@@ -196,9 +197,9 @@ def clean_batch(config: CleanConfig, batch: pa.RecordBatch) -> Cleaned:
     if config.fineweb:
         apply_fineweb(config.fineweb, cleaned)
     if files.phrases:
-        apply_search(phrase_blocklist(files.phrases).find, cleaned)
+        apply_search(phrase_blocklist(files.phrases, config.unicode).find, cleaned)
     if config.decontamination:
-        apply_search(contamination(config.decontamination, files.sets).find, cleaned)
+        apply_search(contamination(config.decontamination, files.sets, config.unicode).find, cleaned)
     if config.masking:
         apply_masking(config.masking, cleaned)
     return cleaned

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from pydantic import Field, field_validator
 
 from data_pipeline.context import Config, UserError
 from data_pipeline.documents import first_line
+from data_pipeline.normalise import Form, normalise
 from data_pipeline.pinned_files import PinnedFile
 from data_pipeline.sequences import Sequences, words_of
 
@@ -47,7 +49,7 @@ class Decontamination(Config):
     """Which sets, and how much of one a document may hold."""
 
     sets: dict[str, EvaluationSet] = Field(min_length=1)
-    """By the name under which its matches are counted."""
+    """By the name under which its matches are counted; of several that match, the first in alphabet is the reason."""
     ngram: int = Field(default=13, ge=1)
     min_matches: int = Field(default=1, ge=1)
     """A document is dropped if at least so many of its n-grams stand in one set."""
@@ -58,39 +60,41 @@ class Decontamination(Config):
 class Contamination:
     """The n-grams of all sets of a config."""
 
-    def __init__(self, rules: Decontamination, files: tuple[PinnedFile, ...]) -> None:
+    def __init__(self, rules: Decontamination, files: tuple[PinnedFile, ...], form: Form | None) -> None:
         self._rules = rules
+        self._names = sorted(rules.sets)  # a fingerprint says nothing of the order in a recipe
         items: list[str] = []
-        self._set_of: list[str] = []
+        self._set_of: list[int] = []
         for (name, chosen), file in zip(rules.sets.items(), files, strict=True):
-            found = list(read_items(file, chosen.fields))
+            found = [normalise(item, form) for item in read_items(file, chosen.fields)]
             items += found
-            self._set_of += [name] * len(found)
-        self._sequences = Sequences(items, ngram=rules.ngram, joined=True)
+            self._set_of += [self._names.index(name)] * len(found)
+        self._sequences = Sequences(items, ngram=rules.ngram, joined=True, groups=self._set_of)
 
     def describe(self) -> list[tuple[str, int, int, int]]:
         """For each set: its name, its items, how many are too short to be looked for, and its n-grams."""
         windows = self._sequences.windows
-        names = np.array(self._set_of, object)
+        sets = np.array(self._set_of)
         return [
             (name, int(mine.sum()), int((windows[mine] == 0).sum()), int(windows[mine].sum()))
-            for name in self._rules.sets
-            for mine in [names == name]
+            for number, name in enumerate(self._names)
+            for mine in [sets == number]
         ]
 
     def find(self, texts: pa.Array) -> Iterator[tuple[int, str, str]]:
         """The rows to drop: (row, reason with the set's name, an n-gram that was found)."""
-        matches: dict[int, dict[str, list[str]]] = {}
+        first: dict[tuple[int, int], str] = {}
+        matches: dict[int, Counter[int]] = {}
         for match in self._sequences.find(texts):
-            by_set = matches.setdefault(match.row, {})
-            by_set.setdefault(self._set_of[match.item], []).append(match.words)
+            number = self._set_of[match.item]
+            first.setdefault((match.row, number), match.words)
+            matches.setdefault(match.row, Counter())[number] += 1
         for row, by_set in matches.items():
             ngrams = len(words_of(texts[row].as_py(), True)) - self._rules.ngram + 1
             needed = max(self._rules.min_matches, self._rules.min_fraction * ngrams)
-            for name in self._rules.sets:
-                if len(found := by_set.get(name, [])) >= needed:
-                    yield row, f"contaminated/{name}", found[0]
-                    break
+            enough = [number for number, found in by_set.items() if found >= needed]
+            if enough:
+                yield row, f"contaminated/{self._names[min(enough)]}", first[row, min(enough)]
 
 
 def read_items(file: PinnedFile, fields: tuple[str, ...]) -> Iterator[str]:
@@ -132,17 +136,27 @@ def texts_of(row: dict[str, Any], fields: tuple[str, ...], where: str) -> Iterat
         value = row[field]
         for one in value if isinstance(value, list) else [value]:
             if isinstance(one, str):
+                if not is_utf8(one):
+                    raise UserError(f"{where}: {field!r} holds half a surrogate pair, which is no character")
                 yield one
             elif one is not None:
                 raise UserError(f"{where}: {field!r} holds {type(one).__name__}, not text")
 
 
+def is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @lru_cache(maxsize=2)
-def cached_contamination(rules_json: str, files: tuple[PinnedFile, ...]) -> Contamination:
+def cached_contamination(rules: str, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
     """The sets of a config (as JSON, since a config can't be hashed), read once a process."""
-    return Contamination(Decontamination.model_validate_json(rules_json), files)
+    return Contamination(Decontamination.model_validate_json(rules), files, form)
 
 
-def contamination(rules: Decontamination, files: tuple[PinnedFile, ...]) -> Contamination:
-    """The n-grams of the sets of ``rules``, whose files are ``files`` in the same order."""
-    return cached_contamination(rules.model_dump_json(), files)
+def contamination(rules: Decontamination, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
+    """The n-grams of the sets of ``rules`` (``files``, in the same order), for texts of a Unicode form."""
+    return cached_contamination(rules.model_dump_json(), files, form)

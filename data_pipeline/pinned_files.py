@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class PinnedFile:
             if hashlib.sha256(content).hexdigest() != self.sha256:
                 raise UserError(f"{self.path} changed since the run was planned: start the run again")
             return gzip.decompress(content) if self.path.suffix == ".gz" else content
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{self.path} can't be read: {first_line(error)}") from None
 
     def text(self) -> str:

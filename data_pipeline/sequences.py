@@ -27,7 +27,7 @@ ITEMS_IN_MEMORY = 4096
 
 
 class Match(NamedTuple):
-    """A window of words that stands both in a text and in an item."""
+    """A window of words that stands both in a text and in an item: the first of its group."""
 
     row: int
     """Of the text."""
@@ -43,10 +43,14 @@ class Sequences:
         ngram: every window of so many words is sought; None: each item as a whole.
         joined: punctuation inside a word is removed (``don't`` is ``dont``), as for evaluation sets; else it
             separates words, as for phrases. Words are lower-cased runs of letters, digits and accents either way.
+        groups: to which group each item belongs, where a window is sought in each group; None: all to one.
     """
 
-    def __init__(self, items: Sequence[str], *, ngram: int | None, joined: bool) -> None:
-        self._items, self._joined = items, joined
+    def __init__(
+        self, items: Sequence[str], *, ngram: int | None, joined: bool, groups: Sequence[int] | None = None
+    ) -> None:
+        self._joined = joined
+        self._groups = [0] * len(items) if groups is None else groups
         self._words = lru_cache(ITEMS_IN_MEMORY)(lambda item: words_of(items[item], joined))
         data, offsets = buffers(pa.array(items, pa.string()))
         counts = np.zeros(len(items), np.int64)
@@ -65,7 +69,7 @@ class Sequences:
         fill_table(self._hashes, self._table, self._bits)
 
     def find(self, texts: pa.Array) -> Iterator[Match]:
-        """Every window of the texts that stands in an item (the first of them), by row and place."""
+        """Every window of the texts that stands in an item, once for each group of items, by row and place."""
         hits = np.zeros(len(texts), np.int64)
         none = np.empty((0, 3), np.int64)
         self._look_up(texts, hits, none, np.empty(0, np.uint64))
@@ -80,8 +84,7 @@ class Sequences:
             if row != last:
                 last, words = row, words_of(some[row].as_py(), self._joined)
             window = words[at : at + width]
-            item = self._item_with(window, key)
-            if item is not None:
+            for item in self._items_with(window, key):
                 yield Match(int(rows[row]), item, " ".join(window))
 
     def _look_up(
@@ -94,13 +97,15 @@ class Sequences:
             hits, found, hashes,
         )  # fmt: skip
 
-    def _item_with(self, window: list[str], key: np.uint64) -> int | None:
-        """The first item that has this window, compared word by word."""
+    def _items_with(self, window: list[str], key: np.uint64) -> list[int]:
+        """The first item of each group that has this window, compared word by word."""
+        items: dict[int, int] = {}
         first, last = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
         for item, at in zip(self._item[first:last].tolist(), self._at[first:last].tolist(), strict=True):
-            if self._words(item)[at : at + len(window)] == window:
-                return item
-        return None
+            group = self._groups[item]
+            if group not in items and self._words(item)[at : at + len(window)] == window:
+                items[group] = item
+        return [*items.values()]
 
 
 @cache

@@ -34,6 +34,8 @@ https://shop.example:8080/sale/
         ("http://WWW.Bad.Example", "bad.example"),
         ("https://user@deep.er.bad.example.:8443/", "bad.example"),
         ("ugly.example/x", "ugly.example"),
+        ("ugly.example/?from=https://good.example", "ugly.example"),
+        ("//ugly.example/x", "ugly.example"),
         ("https://www.shop.example/sale/shoes#red", "shop.example/sale"),
         ("https://shop.example/sale", "shop.example/sale"),
         ("http://192.0.2.7/x", "192.0.2.7"),
@@ -69,6 +71,16 @@ def test_addresses_are_found_in_metas_and_a_document_without_one_stays(tmp_path:
 def test_an_entry_that_is_no_host_is_named_with_its_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"urls.txt:2: '/path' is no host"):
         urls(tmp_path, "a.example\n/path\n")
+    for entry in ("0.0.0.0 bad.example", "bad.example # why"):
+        with pytest.raises(UserError, match=rf"urls.txt:1: '{entry}' is no host"):
+            urls(tmp_path, entry)
+
+
+@pytest.mark.timeout(20)
+def test_a_very_long_address_is_looked_up_at_once(tmp_path: Path) -> None:
+    blocked = urls(tmp_path, LIST)
+    assert blocked.blocks("https://" + "a." * 500_000 + "bad.example/" + "a/" * 500_000) == "bad.example"
+    assert blocked.blocks("https://shop.example/sale/" + "a/" * 500_000) == "shop.example/sale"
 
 
 @pytest.mark.parametrize(
@@ -78,6 +90,7 @@ def test_an_entry_that_is_no_host_is_named_with_its_line(tmp_path: Path) -> None
         ("buy cheap,\n\npills", "cheap pills"),
         ("a cheap-pills.example", "cheap pills"),
         ("ÉTÉ indien", "été"),
+        ("Un café noir", "cafe\u0301 noir"),  # texts are composed, lists may not be
         ("cheap pillsbury", None),
         ("ucheap pills", None),
         ("cheap blue pills", None),
@@ -88,15 +101,15 @@ def test_a_phrase_is_found_in_any_case_and_at_the_bounds_of_words(
     tmp_path: Path, text: str, phrase: str | None
 ) -> None:
     with gzip.open(tmp_path / "phrases.gz", "wt", encoding="utf-8") as file:
-        file.write("# a comment\ncheap pills\n\nété\n")
-    found = [*PhraseBlocklist(pin([tmp_path / "phrases.gz"], "phrases")).find(pa.array([text]))]
+        file.write("# a comment\ncheap pills\n\nété\ncafe\u0301 noir\n")
+    found = [*PhraseBlocklist(pin([tmp_path / "phrases.gz"], "phrases"), "NFC").find(pa.array([text]))]
     assert found == ([(0, "blocked_phrase", phrase)] if phrase else [])
 
 
 def test_a_phrase_without_a_word_is_refused(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("fine\n...\n")
     with pytest.raises(UserError, match=r"p.txt:2: '...' holds no word"):
-        PhraseBlocklist(pin([tmp_path / "p.txt"], "phrases"))
+        PhraseBlocklist(pin([tmp_path / "p.txt"], "phrases"), "NFC")
 
 
 def test_a_list_counts_by_its_content_and_not_by_its_place(tmp_path: Path) -> None:
@@ -125,4 +138,8 @@ def test_a_list_that_is_not_text_is_an_error_that_names_it(tmp_path: Path) -> No
         UrlBlocklist(pin([tmp_path / "list.txt"], "urls"))
     (tmp_path / "list.gz").write_bytes(b"no gzip")
     with pytest.raises(UserError, match=r"list.gz can't be read: Not a gzipped file"):
+        UrlBlocklist(pin([tmp_path / "list.gz"], "urls"))
+    whole = gzip.compress(b"bad.example\n" * 1000)
+    (tmp_path / "list.gz").write_bytes(whole[:20] + bytes(255 - byte for byte in whole[20:22]) + whole[22:])
+    with pytest.raises(UserError, match=r"list.gz can't be read: Error -3"):
         UrlBlocklist(pin([tmp_path / "list.gz"], "urls"))

@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import gzip
 import json
+import unicodedata
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from corpora import prose, write_documents
+from corpora import digests, prose, write_documents
 from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
@@ -23,7 +24,7 @@ def contamination(path: Path, *, fields: tuple[str, ...] = ("text",), **rules: o
     chosen = Decontamination.model_validate(
         rules | {"sets": {"quiz": EvaluationSet(path=path, fields=fields)}}
     )
-    return Contamination(chosen, pin([path], "sets"))
+    return Contamination(chosen, pin([path], "sets"), "NFC")
 
 
 def found(sets: Contamination, *texts: str) -> list[tuple[int, str, str]]:
@@ -96,6 +97,7 @@ def test_sets_are_read_from_every_kind_of_file(tmp_path: Path, kind: str) -> Non
         ('{"text": "a"}\n{"txt": "a"}', r"set.jsonl:2: no field 'text'; there are 'txt'"),
         ('{"text": "a"', r"set.jsonl:1: no valid JSON"),
         ('["a"]', r"set.jsonl:1: expected a JSON object"),
+        ('{"text": ["a", "\\ud800"]}', r"set.jsonl:1: 'text' holds half a surrogate pair"),
     ],
 )
 def test_a_broken_set_is_an_error_that_names_file_and_line(
@@ -137,9 +139,51 @@ def test_the_report_names_the_sets_and_the_ngram_that_was_found(tmp_path: Path, 
     )
     assert (metrics["kept"], metrics["dropped/contaminated/quiz"], metrics["dropped/contaminated/other"]) == (
         1,
-        2,
         1,
+        2,
     )
     report = (tmp_path / "out/report.md").read_text()
     assert "| quiz | 2 | 1 | 5 |" in report
     assert "| s/1 | [which of the ships that lay in the harbour that winter didnt belong] " in report
+
+
+def test_a_set_in_another_unicode_form_is_found(tmp_path: Path) -> None:
+    text = "L'été où le café du port fermait à huit heures, les élèves y mangeaient déjà là"
+    (tmp_path / "quiz.txt").write_text(unicodedata.normalize("NFD", text))
+    assert len(found(contamination(tmp_path / "quiz.txt"), unicodedata.normalize("NFC", text))) == 1
+
+
+def two_sets(folder: Path, names: list[str], **rules: object) -> CleanConfig:
+    """One set holds the beginning of what the other one holds."""
+    (folder / "part.txt").write_text(" ".join(WORDS[:15]))
+    (folder / "whole.txt").write_text(QUESTION)
+    sets = {name: {"path": folder / f"{name}.txt"} for name in names}
+    return CleanConfig(gopher=None, decontamination=Decontamination.model_validate(rules | {"sets": sets}))
+
+
+@pytest.mark.parametrize("names", [["part", "whole"], ["whole", "part"]])
+def test_what_stands_in_two_sets_counts_for_both(tmp_path: Path, names: list[str]) -> None:
+    for least, reason in ((3, "part"), (4, "whole"), (5, "whole")):
+        config = two_sets(tmp_path, names, min_matches=least).resolve()
+        assert config.decontamination
+        sets = Contamination(config.decontamination, config.files.sets, "NFC")
+        assert [name for _, name, _ in found(sets, QUESTION)] == [f"contaminated/{reason}"]
+
+
+def test_the_order_of_the_sets_in_a_recipe_is_of_no_account(tmp_path: Path) -> None:
+    one, other = (two_sets(tmp_path, names).resolve() for names in (["part", "whole"], ["whole", "part"]))
+    assert one.identity() == other.identity()
+    source = write_documents(tmp_path / "in", {"s/0": prose(1), "s/1": QUESTION})
+    for name, config in (("one", one), ("other", other)):
+        clean(config, {"download": source}, tmp_path / name, LocalContext())
+    assert digests(tmp_path / "one") == digests(tmp_path / "other")
+
+
+def test_a_set_counts_by_its_content_and_how_it_is_read_and_not_by_its_place(tmp_path: Path) -> None:
+    identities = []
+    for name in ("a.txt", "b.txt", "c.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": QUESTION}))
+        sets = {"quiz": EvaluationSet(path=tmp_path / name)}
+        identities.append(CleanConfig(decontamination=Decontamination(sets=sets)).resolve().identity())
+    assert identities[0] == identities[1] != identities[2]
+    assert str(tmp_path) not in json.dumps(identities)

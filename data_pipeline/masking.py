@@ -15,11 +15,13 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Callable
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from pydantic import Field
 
 from data_pipeline.context import Config
 
@@ -51,12 +53,16 @@ UNICAST = ipaddress.ip_network("2000::/3")
 """All the IPv6 addresses that are given out for general use (IANA's registry; RFC 4291)."""
 
 
+Placeholder = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
+"""Never empty, nor with space at its ends: a text stays one, and normal."""
+
+
 class Masking(Config):
     """What each kind is replaced by; None leaves it alone."""
 
-    email: str | None = "<EMAIL>"
-    ip: str | None = "<IP_ADDRESS>"
-    phone: str | None = "<PHONE_NUMBER>"
+    email: Placeholder | None = "<EMAIL>"
+    ip: Placeholder | None = "<IP_ADDRESS>"
+    phone: Placeholder | None = "<PHONE_NUMBER>"
 
     def kinds(self) -> list[str]:
         """The kinds that are masked, in the order in which it is done."""

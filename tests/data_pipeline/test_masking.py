@@ -4,6 +4,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data_pipeline.masking import Masking
 
@@ -86,6 +87,12 @@ def test_each_kind_is_switched_off_alone_and_its_placeholder_is_the_recipes() ->
         "[mail] 8.8.4.4 +49 30 901820",
         {"email": 1},
     )
+
+
+@pytest.mark.parametrize("placeholder", ["", " x", "x\n"])
+def test_a_placeholder_that_would_leave_a_text_empty_or_not_normal_is_refused(placeholder: str) -> None:
+    with pytest.raises(ValidationError, match="email"):
+        Masking(email=placeholder)
 
 
 PIECES = [

@@ -38,6 +38,9 @@ def count(
         for by, labels, group in (("split", SPLITS, held_out.astype(np.int64)), ("source", names, codes)):
             sums = np.bincount(group, values, len(labels)).astype(np.int64).tolist()
             tally[f"{by}_{of}"].update(dict(zip(labels, sums, strict=True)))
+    if (codes[1:] < codes[:-1]).any():  # sources by turns
+        order = np.argsort(codes, kind="stable")
+        codes, texts = codes[order], texts.take(pa.array(order))
     starts = np.flatnonzero(np.diff(codes, prepend=-1))
     for start, end in pairwise([*starts, len(codes)]):
         tally["source_words"][names[codes[start]]] += count_words(texts.slice(start, end - start))

@@ -19,10 +19,14 @@ UNKNOWN = "und"
 """ISO 639's code for what can't be told: a text without a letter, of which the model would say English."""
 
 
+Code = Annotated[str, Field(pattern="^[a-z]{2,3}$")]
+"""Of a language: ``english`` or ``EN`` would keep nothing."""
+
+
 class LanguageRules(Config):
     """Which languages are kept. A document's ``meta`` gets ``language`` and ``language_score``."""
 
-    allowed: tuple[str, ...] | None = Field(default=("en",), min_length=1)
+    allowed: tuple[Code, ...] | None = Field(default=("en",), min_length=1)
     """ISO 639-1 codes (639-3 where there is none); None keeps all, and only writes them down."""
     min_score: Annotated[float, Field(ge=0, le=1)] = 0.65
     """FineWeb's (Penedo et al. 2024); a document below is dropped, whatever its language."""

@@ -21,9 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import AfterValidator
 
 from data_pipeline.context import Config
+from data_pipeline.normalise import normalise
 
 EMAIL = re.compile(
     r"(?<![\w.+%-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?"
@@ -53,8 +54,13 @@ UNICAST = ipaddress.ip_network("2000::/3")
 """All the IPv6 addresses that are given out for general use (IANA's registry; RFC 4291)."""
 
 
-Placeholder = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
-"""Never empty, nor with space at its ends: a text stays one, and normal."""
+def keeps_texts_normal(placeholder: str) -> str:
+    if not placeholder or placeholder != normalise(placeholder, None):
+        raise ValueError("a placeholder can't be empty, nor hold space at its ends or control characters")
+    return placeholder
+
+
+Placeholder = Annotated[str, AfterValidator(keeps_texts_normal)]
 
 
 class Masking(Config):

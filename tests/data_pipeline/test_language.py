@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from corpora import prose, write_documents
+from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import LocalContext
@@ -73,6 +74,12 @@ def test_a_score_below_the_limit_drops_and_no_list_keeps_all_languages(tmp_path:
     assert {id: meta["language"] for id, meta in kept.items()} == {
         "s/en": "en", "s/de": "de", "s/none": "und", "s/late": "en"
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["english", "EN", "en_US", ""])
+def test_a_name_that_is_no_code_is_refused_as_it_would_keep_nothing(name: str) -> None:
+    with pytest.raises(ValidationError, match="allowed"):
+        LanguageRules(allowed=("en", name))
 
 
 def test_prose_of_the_tests_is_english() -> None:

@@ -38,8 +38,8 @@ PARQUET = {
     # Parquet stores each token in four bytes; byte by byte they are compressed in two thirds of the time.
     "column_encoding": {"tokens.list.element": "BYTE_STREAM_SPLIT"},
 }
-RUN = pa.schema([("id", pa.string()), ("key", pa.uint64()), ("data", pa.large_binary())])
-"""``data`` is what is carried: the tokens of a document, or its text."""
+RUN = pa.schema([("id", pa.large_string()), ("key", pa.uint64()), ("data", pa.large_binary())])
+"""``data`` is what is carried: the tokens of a document, or its text. Large: a shard's ids may pass 2 GiB."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RunWriter:
 
     def add(self, ids: pa.Array, keys: NDArray[np.uint64], data: pa.Array) -> None:
         """Append documents: their ids, keys, and data as large_binary."""
-        batch = pa.record_batch([ids, pa.array(keys), data], RUN)
+        batch = pa.record_batch([ids.cast(pa.large_string()), pa.array(keys), data], RUN)
         self._waiting.append(batch)
         self._bytes += batch.nbytes
         if self._bytes >= RUN_BYTES:
@@ -219,7 +219,7 @@ def merge(merging: Merging, item: TokenShard) -> None:
     ):
         for start, end in pairwise([*starts, len(lengths)]):
             part = rows.take(pa.array(order[start:end]))
-            columns = [part.column("id"), unpack(part.column("data"), element)]
+            columns = [part.column("id").cast(pa.string()), unpack(part.column("data"), element)]
             writer.write_batch(pa.record_batch(columns, schema))
 
 

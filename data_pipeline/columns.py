@@ -17,6 +17,7 @@ from data_pipeline.slices import Slice
 from data_pipeline.streams import Limit
 
 BATCH_BYTES = 1 << 23
+BUFFER_BYTES = 1 << 20
 
 
 def read_parquet(
@@ -34,12 +35,17 @@ def read_parquet(
             shutil.copyfileobj(stream, copy, 1 << 20)
             copy.seek(0)
             stream = copy
-        file = stack.enter_context(pq.ParquetFile(stream))
+        # Said to be off, or Arrow reads a column of a whole row group at once.
+        file = stack.enter_context(pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False))
         names = file.schema_arrow.names
         if text_field not in names:
             yield Rejected(None, "missing_field", f"no column {text_field!r} among {names[:8]}"[:300])
             return
         columns = [text_field, *(name for name in meta_fields if name in names)]
+        twice = [name for name in columns if names.count(name) > 1]
+        if twice:
+            yield Rejected(None, "repeated_column", f"several columns are called {twice[0]!r}"[:300])
+            return
         first, end = part.share(file.num_row_groups) if part else (0, file.num_row_groups)
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
         for group in range(first, end):
@@ -77,10 +83,13 @@ def read_batch(
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """A column's values as Python's; a string that isn't UTF-8, which Arrow doesn't check, as the error it gives."""
+    """A column's values as Python's; None where it has none (a day in the year 90000, an unknown time zone).
+
+    A string that isn't UTF-8, which Arrow doesn't check, becomes the error that it gives.
+    """
     try:
         return list(column.to_pylist())
-    except UnicodeDecodeError:
+    except Exception:  # of any type: time zones have their own
         return [value_of(scalar) for scalar in column]
 
 
@@ -89,3 +98,5 @@ def value_of(scalar: pa.Scalar) -> object:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error
+    except Exception:  # as above
+        return None

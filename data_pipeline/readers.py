@@ -37,6 +37,7 @@ from data_pipeline.streams import (
 from data_pipeline.warc import read_warc
 
 BLOCK_BYTES = 1 << 20
+ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
 BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 
@@ -251,7 +252,8 @@ def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
     """The elements of an array, or one value; many call JSON lines ``.json`` too, which the first line shows."""
     line = stream.readline(MAX_DOCUMENT_BYTES + 1)
     try:
-        by_line = isinstance(json.loads(line), dict)
+        # An array often stands in one line, which is not to be parsed as a whole.
+        by_line = not ARRAY.match(line) and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         by_line = False
     if by_line:

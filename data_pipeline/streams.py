@@ -163,15 +163,19 @@ class Recoded(io.RawIOBase):
             self._ended = not block
         except UnicodeDecodeError as error:
             rest = len(error.object) - error.start
-            text = self._decoder.decode(
-                block[: max(0, len(block) - rest)]
-            )  # its state is as before the fault
             error.reason = f"byte 0x{error.object[error.start]:02x} at offset {self._read - rest}"
             self._fault = error
+            text = self._before_fault(block[: max(0, len(block) - rest)])
         except UnicodeError as error:  # no byte is at fault: UTF-16 without a byte order mark
             text = ""
             self._fault = UnicodeDecodeError(self._encoding, b"?", 0, 1, first_line(error))
         self._ready = text.encode("utf-8", "surrogatepass")
+
+    def _before_fault(self, block: bytes) -> str:
+        try:
+            return self._decoder.decode(block)  # its state is as before the fault
+        except UnicodeError:  # nothing of it can be read: UTF-16 without a byte order mark again
+            return ""
 
 
 def buffered(raw: Any) -> io.BufferedReader:

@@ -374,3 +374,80 @@ def test_fields_that_are_nested_too_deeply_refuse_their_record_alone(tmp_path: P
     assert (before, after) == (Text(0, "before"), Text(2, "after"))
     assert isinstance(fault, Rejected)
     assert fault.reason == "bad_json"
+
+
+def table(*columns: pa.Array, names: list[str]) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(pa.Table.from_arrays(list(columns), names=names), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        pa.array([1 << 30, 1], pa.date32()),
+        pa.array([1 << 62, 1], pa.duration("s")),
+        pa.array([1, 1], pa.timestamp("s", tz="Nowhere/Land")),
+        pa.StructArray.from_arrays([pa.array([1, 1]), pa.array([2, 2])], names=["x", "x"]),
+    ],
+    ids=lambda odd: str(odd.type),
+)
+def test_a_field_that_python_cannot_hold_is_left_out_and_its_document_survives(
+    tmp_path: Path, odd: pa.Array
+) -> None:
+    path = tmp_path / "file.parquet"
+    path.write_bytes(table(pa.array(["a", "b"]), odd, names=["text", "odd"]))
+    found = list(read_file(path, Reading(meta_fields=("odd",))))
+    assert [record.text for record in found if isinstance(record, Text)] == ["a", "b"]
+
+
+@pytest.mark.parametrize("names", [["text", "text", "odd"], ["text", "odd", "odd"]])
+def test_a_parquet_file_with_a_column_twice_is_rejected(tmp_path: Path, names: list[str]) -> None:
+    path = tmp_path / "file.parquet"
+    path.write_bytes(table(*[pa.array(["a"])] * 3, names=names))
+    (record,) = read_file(path, Reading(meta_fields=("odd",)))
+    assert isinstance(record, Rejected)
+    assert record.reason == "repeated_column"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "punycode"])
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=60))
+def test_any_bytes_in_any_encoding_give_records_and_never_an_exception(
+    tmp_path: Path, encoding: str, data: bytes
+) -> None:
+    path = tmp_path / "file.jsonl"
+    path.write_bytes(data)
+    list(read_file(path, Reading(encoding=encoding)))
+
+
+def test_an_array_in_one_line_is_never_parsed_as_a_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file.json"
+    path.write_bytes(
+        b"\xef\xbb\xbf [" + b",".join(json.dumps({"text": text}).encode() for text in TEXTS) + b"]"
+    )
+    monkeypatch.setattr(readers.json, "loads", lambda _: pytest.fail("parsed as a whole"))
+    assert list(read_file(path, Reading())) == [Text(row, text) for row, text in enumerate(TEXTS)]
+
+
+def test_a_parquet_file_of_one_large_row_group_is_read_in_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "file.parquet"
+    rows = [f"{n:05d}".ljust(10_000, "x") for n in range(20_000)]
+    pq.write_table(
+        pa.table({"text": rows}), path, row_group_size=1 << 30, compression="none", use_dictionary=False
+    )
+    count = (
+        "import resource, sys; from pathlib import Path; from data_pipeline.readers import Reading, read_file;"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
+        "before = peak(); found = sum(1 for _ in read_file(Path(sys.argv[1]), Reading()));"
+        "print(found, (peak() - before) // 1000)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", count, str(path)], capture_output=True, text=True, check=True
+    )
+    found, megabytes = map(int, said.stdout.split())
+    assert found == len(rows)
+    assert path.stat().st_size > 200e6
+    assert megabytes < 130

@@ -29,7 +29,7 @@ from data_pipeline.context import (
     atomic_path,
     human_bytes,
 )
-from data_pipeline.documents import add_up, table
+from data_pipeline.documents import add_up, read_shard, table
 from data_pipeline.groups import Settings, read_group
 from data_pipeline.hub import list_hugging_face
 from data_pipeline.local import list_installed_python, list_local
@@ -170,7 +170,7 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
         found = ", ".join(f"{n} {reason}" for reason, n in add_up(t["rejected"] for t in tallies).items())
         raise UserError(
             f"the corpus is empty: no document in the sources {[source.name for source in config.sources]}"
-            f" (rejected records: {found or 'none'})"
+            f" (rejected records: {found or 'none'}){first_rejected(scratch, tallies, out)}"
         )
     out.joinpath("rejected").mkdir(exist_ok=True)
     for final, part in final_places(
@@ -182,6 +182,15 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     shutil.rmtree(scratch / "fetched", ignore_errors=True)
     write_listing(config, out / "sources.json")
     return summarise(config, tallies, out / "report.md")
+
+
+def first_rejected(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Path) -> str:
+    """The first rejected record as a second line of a message; empty where there is none."""
+    for part in final_places(scratch, tallies, out).values():
+        for batch in read_shard(part):
+            row = batch.slice(0, 1).to_pylist()[0]
+            return f"\nthe first: {row['id']}: {row['reason']}: {row['excerpt']}"
+    return ""
 
 
 def write_listing(config: DownloadConfig, path: Path) -> None:

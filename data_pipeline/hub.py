@@ -20,6 +20,7 @@ from data_pipeline.documents import first_line
 from data_pipeline.local import pin, walk
 from data_pipeline.records import Record, Text, pick
 from data_pipeline.sources import HuggingFaceSource, Listed
+from data_pipeline.transfer import without_secrets
 
 
 def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed, ...]:
@@ -168,7 +169,7 @@ def told(source: HuggingFaceSource, rows: Callable[[], int]) -> Iterator[None]:
     except (UserError, GeneratorExit):
         raise
     except Exception as error:
-        raise explained(source, error, rows()) from error
+        raise explained(source, error, rows()) from None  # addresses in its trace may be signed
 
 
 def split_of(source: HuggingFaceSource, listed: Listed) -> Any:
@@ -197,7 +198,7 @@ def explained(source: HuggingFaceSource, error: Exception, rows: int) -> Excepti
     """What a fault after ``rows`` rows means: a mistake in recipe or data, or a network that may come back."""
     what = (
         f"source {source.name}: can't read the data set {source.dataset} beyond {rows} rows "
-        f"({type(error).__name__}: {first_line(error)})"
+        f"({type(error).__name__}: {without_secrets(first_line(error))})"
     )
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)

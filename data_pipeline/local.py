@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 import sysconfig
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -118,7 +119,10 @@ def pin_file(name: str, path: Path) -> Listed:
         UserError: it can't be read.
     """
     try:
-        size = path.stat().st_size
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"can't read {path}: it is no regular file")
+        size = about.st_size
         return Listed(name=name, size=size, version=f"sha256:{file_sha256(path)}", location=str(path))
     except OSError as error:
         raise UserError(f"can't read {path}: {error.strerror}") from error

@@ -6,7 +6,6 @@ one goes on with the block where it stopped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from data_pipeline.context import Unresolved, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.formats import has_known_suffix, known_suffixes
 from data_pipeline.sources import Listed, ObjectSource
-from data_pipeline.transfer import Fetching, Stopped, Transient, check, retried, size_of
+from data_pipeline.transfer import Fetching, Stopped, Transient, check, retried, size_of, without_secrets
 
 BLOCK_BYTES = 1 << 23
 MAGIC = "*?["
@@ -25,7 +24,6 @@ TIME_KEYS = ("LastModified", "last_modified", "updated", "mtime", "modified", "c
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 DRIVERS = {"gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
 MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, ValueError, TypeError)
-SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING")
 
 
 def file_system(url: str) -> tuple[Any, str]:
@@ -57,10 +55,10 @@ def list_objects(source: ObjectSource) -> tuple[Listed, ...]:
     try:
         store.invalidate_cache()
         found = find(store, path)
-    except Exception as error:  # drivers pass on what their clients raise, which has no common base
-        raise explained(f"source {source.name}: can't list {source.url}", error, Unresolved) from error
+    except Exception as error:  # drivers' faults have no common base, and their traces may hold secrets
+        raise explained(f"source {source.name}: can't list {source.url}", error, Unresolved) from None
     root = fixed_part(path) if any(sign in path for sign in MAGIC) or path not in found else parent(path)
-    names = {one.removeprefix(root).lstrip("/"): one for one in found}
+    names = {one.removeprefix(root).removeprefix("/"): one for one in found}  # "a//b" is another than "a/b"
     readable = sorted(name for name in names if has_known_suffix(name) and not hidden(name))
     if not readable:
         raise UserError(
@@ -139,14 +137,17 @@ def fetch_object(listed: Listed, part: Path, fetching: Fetching) -> None:
                 while (have := size_of(part)) < listed.size:
                     if fetching.stop.is_set():
                         raise Stopped
-                    file.write(store.cat_file(path, start=have, end=min(listed.size, have + BLOCK_BYTES)))
+                    block = store.cat_file(path, start=have, end=min(listed.size, have + BLOCK_BYTES))
+                    if not block:
+                        raise EOFError(f"nothing follows byte {have} of {listed.size}")
+                    file.write(block)
                     file.flush()
             refuse_if_other(store, path, listed)
         except (Stopped, UserError):
             raise
         except Exception as error:
             told = explained(f"can't fetch {listed.name}", error, ConnectionError)
-            raise (Transient(str(told)) if isinstance(told, ConnectionError) else told) from error
+            raise (Transient(str(told)) if isinstance(told, ConnectionError) else told) from None
 
     try:
         retried(transfer, lambda: size_of(part), fetching.stop)
@@ -170,11 +171,3 @@ def explained(what: str, error: Exception, passing: type[Exception]) -> Exceptio
     if isinstance(error, MISTAKES) or "Credentials" in type(error).__name__:
         return UserError(f"{told}: check the address, and the credentials in the environment")
     return passing(told)
-
-
-def without_secrets(text: str) -> str:
-    """``text`` without the values of environment variables that are named like a secret."""
-    for name, value in os.environ.items():
-        if len(value) > 5 and any(word in name.upper() for word in SECRETS):
-            text = text.replace(value, "***")
-    return text

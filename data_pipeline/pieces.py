@@ -94,11 +94,19 @@ def all_pieces(
     names = [f"look through {one.name}" for one, _, _ in large.values()]
     found = context.map(survey, list(large.values()), names=names) if large else []
     slices = dict(zip(large, found, strict=True))
+    travelling = {source.name: without_addresses(source) for source in sources}
     for number, (source, one) in enumerate(listed):
+        source = travelling[source.name]
         if isinstance(source, HuggingFaceSource):
             yield from pieces_of_hub(source, one, scratch)
         else:
             yield from (Piece(source, one, part) for part in slices.get(number, [None]))
+
+
+def without_addresses(source: Source) -> Source:
+    """A source as it travels with each item of work: of an HTTP source's addresses, which may be a hundred thousand,
+    an item has those that it reads in its listing."""
+    return source.model_copy(update={"urls": (), "sha256": {}}) if isinstance(source, HttpSource) else source
 
 
 def pieces_of_hub(source: HuggingFaceSource, listed: Listed, scratch: Path) -> Iterator[Piece]:

@@ -7,6 +7,7 @@ server says so if it does.
 from __future__ import annotations
 
 import logging
+import netrc
 import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -114,11 +115,20 @@ def retry_after(value: str) -> float | None:
 
 
 def client(timeout: float) -> httpx.Client:
-    """A client that takes passwords from ~/.netrc and content as it is stored."""
+    """A client that takes passwords from ~/.netrc and content as it is stored.
+
+    Raises:
+        UserError: ~/.netrc can't be read.
+    """
     try:
         auth: httpx.Auth | None = httpx.NetRCAuth()
     except FileNotFoundError:
         auth = None
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError) as error:  # some hold what stands there
+        where = f" (line {error.lineno})" if isinstance(error, netrc.NetrcParseError) else ""
+        raise UserError(
+            f"~/.netrc can't be read{where}: see that its form and its permissions are right"
+        ) from None
     headers = {"accept-encoding": "identity"}
     return httpx.Client(auth=auth, headers=headers, timeout=timeout, follow_redirects=True)
 

@@ -132,10 +132,22 @@ class HttpSource(FileSource):
 
     kind: Literal["http"] = "http"
     urls: tuple[Annotated[str, AfterValidator(without_credentials)], ...] = Field(min_length=1)
-    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
-        default_factory=dict
-    )
+    sha256: dict[str, str] = Field(default_factory=dict)
     """Expected hash by address; optional."""
+
+    @field_validator("urls", "sha256", mode="before")
+    @classmethod
+    def _said_without_addresses(cls, given: Any) -> Any:
+        """Refuse here what pydantic would refuse with the address, whose query may hold a key, in its message."""
+        if isinstance(given, str):
+            raise ValueError("not one address but a list of them, or a mapping of them to hashes")
+        if isinstance(given, dict):
+            for url, digest in given.items():
+                if not isinstance(digest, str) or not re.fullmatch(r"[0-9a-f]{64}", digest):
+                    raise ValueError(
+                        f"{url_name(str(url))}: not the 64 digits (in quotes, 0-9a-f) of a sha256"
+                    )
+        return given
 
     @field_validator("urls")
     @classmethod
@@ -152,8 +164,9 @@ class HttpSource(FileSource):
 
     @model_validator(mode="after")
     def _hashes_of_urls(self) -> HttpSource:
+        known = set(self.urls)
         for url in self.sha256:
-            if url not in self.urls:
+            if url not in known:
                 raise ValueError(f"sha256 names {url_name(url)}, which is not among urls")
         return self
 

@@ -167,7 +167,10 @@ def test_a_source_without_files_names_itself_and_its_path(tmp_path: Path, path: 
 
 def test_a_corpus_of_bad_records_only_is_called_empty_and_says_what_was_found(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"x": 1}\n{"x": 2}\n')
-    with pytest.raises(UserError, match=r"corpus is empty.*2 texts/missing_field"):
+    with pytest.raises(
+        UserError,
+        match=r"corpus is empty.*2 texts/missing_field[\s\S]*texts/a.jsonl#0: .*no field 'text' among \['x'\]",
+    ):
         download(config(tmp_path), {}, tmp_path / "out", LocalContext())
 
 
@@ -279,3 +282,9 @@ def test_empty_files_are_told_and_take_no_shard_of_their_own(tmp_path: Path) -> 
     metrics = download(config(tmp_path), {}, tmp_path / "out", LocalContext())
     assert (metrics["documents"], metrics["rejected"]) == (10, 10)
     assert len(list((tmp_path / "out").glob("documents-*"))) == 1
+
+
+def test_a_pipe_among_the_files_is_a_mistake_and_never_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match=r"pipe\.txt: it is no regular file"):
+        config(tmp_path).resolve()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import sys
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import boto3
 import fsspec
 import pytest
 from corpora import prose, read_documents
+from fsspec.implementations.memory import MemoryFileSystem
 from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 from text_files import jsonl, parquet
@@ -192,3 +194,63 @@ def test_a_secret_of_the_environment_is_cut_out_of_messages(monkeypatch: pytest.
     fault = objects.explained("can't list", RuntimeError(f"signature with {SECRET} is wrong"), Unresolved)
     assert SECRET not in str(fault)
     assert "***" in str(fault)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"403, url='https://cdn.example.org/a/b.parquet?Expires=9&X-Amz-Signature={SECRET}'",
+        f"HTTPSConnectionPool(host='x', port=443): Max retries exceeded with url: /a/b?sv=1&sig={SECRET} (refused)",
+        f"can't reach https://me:{SECRET}@example.org/a",
+        f"wrong key {SECRET}",
+    ],
+)
+def test_a_signature_a_password_and_an_option_of_fsspec_are_cut_out_of_messages(
+    monkeypatch: pytest.MonkeyPatch, said: str
+) -> None:
+    monkeypatch.setenv("FSSPEC_S3", json.dumps({"key": KEY, "secret": SECRET}))
+    assert SECRET not in transfer.without_secrets(said)
+    assert transfer.without_secrets("is s3://b/day=3/part-?.txt there? a = b") == (
+        "is s3://b/day=3/part-?.txt there? a = b"
+    )
+
+
+@pytest.mark.usefixtures("bucket")
+def test_no_trace_of_a_fault_holds_what_a_driver_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://me:{SECRET}@127.0.0.1:9")
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(Unresolved) as lost:
+        config("s3://corpus/texts").resolve()
+    assert SECRET not in "".join(traceback.format_exception(lost.value))
+
+
+class Short(MemoryFileSystem):
+    """A driver that gives nothing beyond the end of a file, whatever it said of its size."""
+
+    protocol = "short"
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("short://").strip("/")
+
+    def info(self, path: str, **options: Any) -> dict[str, Any]:
+        found: dict[str, Any] = super().info(path, **options)
+        return found | {"size": found["size"] + 10, "ETag": "one"}
+
+    def find(self, path: str, *rest: Any, **options: Any) -> Any:
+        return {name: self.info(name) for name in super().find(path)}
+
+
+def test_a_store_that_ends_before_the_size_it_said_never_hangs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(transfer, "BACKOFF_SECONDS", 0.01)
+    fsspec.register_implementation("short", Short, clobber=True)
+    Short().pipe_file("/box/a.txt", b"text")
+    with pytest.raises(ConnectionError, match=r"nothing follows byte 4 of 14.*run again"):
+        download(config("short://box/a.txt"), {}, tmp_path / "out", LocalContext())
+
+
+def test_two_keys_that_differ_by_an_empty_folder_are_two_files(bucket: Any) -> None:
+    bucket.put_object(Key="other//d.txt", Body=b"another")
+    assert names("s3://corpus/other") == ["/d.txt", "d.txt"]

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.utils import formatdate
@@ -19,6 +21,7 @@ from pydantic import ValidationError
 from data_pipeline import transfer
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
+from data_pipeline.pieces import all_pieces
 from data_pipeline.remote import retry_after
 
 LINES = "\n".join(json.dumps({"text": prose(n, 400)}) for n in range(400)).encode()
@@ -434,3 +437,35 @@ def test_no_key_of_an_address_is_left_in_any_file(site: Site, tmp_path: Path) ->
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert len(files) > 5
     assert not [path for path in files if b"hunter2" in path.read_bytes()]
+
+
+def test_no_key_of_an_address_is_in_a_refusal(site: Site) -> None:
+    url = f"{site.address}/texts/lines.jsonl?key=hunter2"
+    for options in (
+        {"urls": url},
+        {"urls": [url], "sha256": {url: "abc"}},
+        {"urls": [url], "sha256": {url: 1}},
+    ):
+        with pytest.raises(ValidationError) as refused:
+            site.config(**options)
+        for mistake in refused.value.errors():
+            assert "hunter2" not in f"{mistake['loc']} {mistake['msg']}"
+            # Of those of other types the recipe's reader tells a text that was given.
+            assert mistake["type"] == "value_error" or not isinstance(mistake["input"], str)
+
+
+def test_an_item_of_work_holds_its_own_addresses_only(site: Site, tmp_path: Path) -> None:
+    urls = [f"{site.address}/texts/lines.jsonl?part={n}" for n in range(50)]
+    planned = site.config(urls=urls).resolve()
+    pieces = all_pieces(planned.sources, planned.listings, 1, tmp_path, LocalContext())
+    assert {pickle.dumps(piece).count(b"?part=") for piece in pieces} == {1}
+
+
+def test_a_netrc_that_cannot_be_read_is_a_mistake_and_its_words_stay_there(
+    site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("machine example.org login me hunter2")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(UserError, match="netrc can't be read") as refused:
+        site.config().resolve()
+    assert "hunter2" not in "".join(traceback.format_exception(refused.value))

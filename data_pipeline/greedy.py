@@ -70,13 +70,9 @@ def settle(edges: Sequence[Path], state: NDArray[np.void], folder: Path, at_once
         left = folder / f"undecided-{turn % 2}.edges"
         with open(left, "wb") as file:
             for chunk in read_chunks(sources, at_once):
-                before = len(chunk) + 1
-                while len(chunk) < before:
-                    before = len(chunk)
-                    chunk = chunk[
-                        undecided(chunk["loser"], chunk["winner"], state["decided"], state["waiting"])
-                    ]
-                np.array(chunk).tofile(file)
+                chunk = chunk[np.argsort(chunk["winner"])]
+                chunk = chunk[undecided(chunk["loser"], chunk["winner"], state["decided"], state["waiting"])]
+                chunk.tofile(file)
         sources, turn = [left] if left.stat().st_size else [], turn + 1
 
 
@@ -93,20 +89,40 @@ def undecided(
     decided: NDArray[np.uint8],
     waiting: NDArray[np.int64],
 ) -> NDArray[np.bool_]:
-    """Decide what some edges allow to decide; returns which of them are still needed."""
-    needed = np.zeros(len(loser), np.bool_)
-    for edge in range(len(loser)):
-        lost, won = loser[edge], winner[edge]
-        if decided[lost] == REMOVED:
-            continue
-        if decided[won] == KEPT:
-            decided[lost] = REMOVED
-        elif decided[won] == REMOVED:
-            waiting[lost] -= 1
-            if waiting[lost] == 0:
+    """Decide all that some edges, by ascending winner, allow to decide; returns which of them are still needed.
+
+    What is decided is spread from winners to losers at once, so that a chain takes no longer than as many pairs.
+    """
+    count = len(loser)
+    spread = np.empty(count, np.int64)  # the first edge of each winner whose decision must be handed on
+    last = 0
+    for edge in range(count):
+        if decided[winner[edge]] != UNDECIDED and (edge == 0 or winner[edge] != winner[edge - 1]):
+            spread[last] = edge
+            last += 1
+    while last:
+        last -= 1
+        edge = spread[last]
+        won = winner[edge]
+        while edge < count and winner[edge] == won:
+            lost = loser[edge]
+            edge += 1
+            if decided[lost] == REMOVED:
+                continue
+            if decided[won] == KEPT:
+                decided[lost] = REMOVED
+            else:
+                waiting[lost] -= 1
+                if waiting[lost]:
+                    continue
                 decided[lost] = KEPT
-        else:
-            needed[edge] = True
+            first = np.searchsorted(winner, lost)
+            if first < count and winner[first] == lost:
+                spread[last] = first
+                last += 1
+    needed = np.empty(count, np.bool_)
+    for edge in range(count):
+        needed[edge] = decided[winner[edge]] == UNDECIDED and decided[loser[edge]] == UNDECIDED
     return needed
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -72,6 +73,15 @@ def test_what_is_kept_is_what_a_greedy_pass_in_order_of_preference_keeps(
 def test_a_chain_of_thousands_is_decided_link_by_link() -> None:
     repeats = decided([(one + 1, one, 0.9) for one in range(5000)], 5001, 2, 1000)
     assert np.array_equal(repeats["of"] == NONE, np.arange(5001) % 2 == 0)
+
+
+def test_a_chain_takes_no_longer_than_as_many_pairs() -> None:
+    """Windows over one long text make such chains; passes over all edges for every link would take minutes."""
+    links = 100_000
+    started = time.perf_counter()
+    repeats = decided([(one + 1, one, 0.9) for one in range(links)], links + 1, 1, links)
+    assert time.perf_counter() - started < 10
+    assert np.array_equal(repeats["of"] == NONE, np.arange(links + 1) % 2 == 0)
 
 
 def test_without_documents_or_edges_nothing_is_removed() -> None:

@@ -9,7 +9,7 @@ on partitions nor on memory: every bucket is treated by the same rule, and a pai
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import ceil
@@ -26,8 +26,10 @@ from data_pipeline.signed import KEYS, Kind, Signed
 EDGE = np.dtype([("loser", "<i8"), ("winner", "<i8"), ("tie", "<u8"), ("similarity", "<f8"), ("exact", "?")])
 """``loser`` repeats the preferred ``winner``. ``tie`` orders winners by a hash of their texts."""
 NONE = -1
-NO_ROWS = np.zeros(0, np.int64)
+NO_ROWS, NO_EDGES = np.zeros(0, np.int64), np.zeros(0, EDGE)
 EDGES_AT_ONCE = 1 << 20
+FOUND_AT_ONCE = 1 << 17
+"""Edges that are found before they are handed on."""
 UNLIKELY = 8
 """Edges below the threshold by their estimate that take the place of one above it."""
 PART_ENTRIES = 1 << 22
@@ -35,7 +37,7 @@ PART_ENTRIES = 1 << 22
 ENTRY_BYTES = 80
 """Memory for an entry while a range is loaded, sorted and grouped."""
 DOCUMENT_BYTES = 600
-"""Memory for a document while buckets are compared, besides its signature: id, rank, edges."""
+"""Memory for a document while buckets are compared, besides its signature: id, rank, place."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +149,7 @@ class Finder:
         some = np.flatnonzero(np.diff(ends // self.search.most_members, prepend=0))
         for start, end in pairwise([0, *(ends[some] - sizes[~crowded][some]).tolist(), len(keys)]):
             if start < end:
-                edges, cut, _ = self.compare(keys[start:end], rows[start:end])
-                yield edges, cut
+                yield from self.compare(keys[start:end], rows[start:end])
 
     def find_in_crowd(self, key: int) -> Iterator[Found]:
         """The same for one key that more documents have than fit: the most preferred first, then ever less so."""
@@ -161,12 +162,10 @@ class Finder:
                 ]
             if not len(best):
                 return
-            edges, cut, leaders = self.compare(key, best, leaders)
+            leaders = yield from self.compare(key, best, leaders)
             last = best[-1:]
-            yield edges, cut
         for rows in self.pieces(key):  # no order among them matters any more
-            edges, cut, _ = self.compare(key, self.beyond(last, rows), leaders)
-            yield edges, cut
+            yield from self.compare(key, self.beyond(last, rows), leaders)
 
     def in_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ascending rows in order of preference."""
@@ -213,8 +212,8 @@ class Finder:
 
     def compare(
         self, keys: NDArray[np.uint64] | int, rows: NDArray[np.int64], leaders: NDArray[np.int64] = NO_ROWS
-    ) -> tuple[NDArray[np.void], NDArray[np.int64], NDArray[np.int64]]:
-        """Edges of the documents of each bucket, those cut short, and the leaders of the last bucket.
+    ) -> Generator[Found, None, NDArray[np.int64]]:
+        """Edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
 
         ``leaders`` are more preferred ones of the same bucket, which have been compared already.
         """
@@ -227,26 +226,36 @@ class Finder:
         keys, member = keys[order], member[order]
         starts = np.append(np.flatnonzero(np.append(True, keys[1:] != keys[:-1])), len(keys))
         signatures = self.signed.gather(f"{search.kind}-signatures", documents)
+        hashes = band_hashes(signatures, search.bands, search.rows)
+        ties = self.signed.gather("text-signatures", documents)[:, :4].copy().view("<u8")[:, 0]
+        most = search.most * UNLIKELY
+        found = np.empty((max(FOUND_AT_ONCE, most), 3), np.int64)
+        leader = np.empty(min(search.leaders, len(member)), np.int64)
         cut = np.zeros(len(documents), np.bool_)
-        found, led = compare_buckets(
-            keys,
-            starts,
-            member,
-            signatures,
-            band_hashes(signatures, search.bands, search.rows),
-            search.least,
-            search.likely,
-            search.leaders,
-            search.most * UNLIKELY,
-            skip,
-            cut,
-        )
-        edges = np.zeros(len(found), EDGE)
-        edges["loser"], edges["winner"] = documents[found[:, 0]], documents[found[:, 1]]
-        digests = self.signed.gather("text-signatures", documents)
-        edges["tie"] = digests[:, :4].copy().view("<u8")[found[:, 1], 0]
-        edges["similarity"] = found[:, 2] / signatures.shape[1]
-        return edges, documents[cut], documents[led]
+        place = np.zeros(3, np.int64)
+        while place[0] < len(starts) - 1:
+            used = compare_buckets(
+                keys,
+                starts,
+                member,
+                signatures,
+                hashes,
+                search.least,
+                search.likely,
+                most,
+                skip,
+                place,
+                leader,
+                cut,
+                found,
+            )
+            edges = np.zeros(used, EDGE)
+            edges["loser"], edges["winner"] = documents[found[:used, 0]], documents[found[:used, 1]]
+            edges["tie"] = ties[found[:used, 1]]
+            edges["similarity"] = found[:used, 2] / signatures.shape[1]
+            yield edges, NO_ROWS
+        yield NO_EDGES, documents[cut]
+        return documents[leader[: place[2]]]
 
 
 @numba.njit(nogil=True, cache=True)
@@ -276,34 +285,37 @@ def compare_buckets(
     hashes: NDArray[np.uint64],
     least: int,
     likely: int,
-    leaders: int,
     most: int,
     skip: int,
+    place: NDArray[np.int64],
+    leader: NDArray[np.int64],
     cut: NDArray[np.bool_],
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    found: NDArray[np.int64],
+) -> int:
     """Compare each document of each bucket with those of its leaders that precede it; see `Search`.
 
-    All are leaders but those with ``most`` matches, which say no more, and those that come when there are ``leaders``.
+    All are leaders but those with ``most`` matches, which say no more, and those that come when ``leader`` is full.
 
     Args:
         starts: where each bucket begins in ``member``, and the end of the last.
         member: documents (rows of ``signatures``, and of ``hashes``: the keys of their bands), those of a bucket in
             order of preference.
         skip: of the first documents of a bucket, how many are leaders that have been compared.
-        cut: set for each document whose search ended before the last leader, or met the limit of leaders.
+        place: how far this is, to go on when ``found`` is full: bucket (all of them at the end), member, leaders.
+        leader: the leaders of the bucket.
+        cut: set for each document whose search ended early, or that is no leader though it may be kept.
+        found: filled with rows of (document, preferred document, entries in which they agree).
 
     Returns:
-        Rows of (document, preferred document, entries in which they agree); the leaders of the last bucket.
+        How many were found.
     """
-    found = np.empty((1024, 3), np.int64)
     used = 0
-    leader = np.empty(min(leaders, len(member)), np.int64)
-    led = 0
-    for bucket in range(len(starts) - 1):
-        start = starts[bucket]
-        led = skip
-        leader[:led] = member[start : start + led]
-        for at in range(start + led, starts[bucket + 1]):
+    bucket, at, led = place
+    while bucket < len(starts) - 1:
+        if at == starts[bucket]:
+            leader[:skip] = member[at : at + skip]
+            at, led = at + skip, skip
+        while at < starts[bucket + 1] and used + most <= len(found):
             mine = signatures[member[at]]
             matches = 0
             other = 0
@@ -314,17 +326,18 @@ def compare_buckets(
                     continue
                 matches += UNLIKELY if agreed >= likely else 1
                 # Only the first bucket that a pair shares gives its edge.
-                if first_shared(hashes[member[at]], hashes[leader[other - 1]]) != keys[start]:
+                if first_shared(hashes[member[at]], hashes[leader[other - 1]]) != keys[starts[bucket]]:
                     continue
-                if used == len(found):
-                    more = np.empty((2 * used, 3), np.int64)
-                    more[:used] = found
-                    found = more
                 found[used, 0], found[used, 1], found[used, 2] = member[at], leader[other - 1], agreed
                 used += 1
-            if other < led or led == leaders:
+            if matches >= most or led == len(leader):
                 cut[member[at]] = True
-            if matches < most and led < leaders:
+            else:
                 leader[led] = member[at]
                 led += 1
-    return found[:used], leader[:led]
+            at += 1
+        if at < starts[bucket + 1]:
+            break
+        bucket += 1
+    place[0], place[1], place[2] = bucket, at, led
+    return used

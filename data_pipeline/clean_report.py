@@ -196,7 +196,10 @@ def page(
     for name, (of_all, of_kept) in whole["histograms"].items():
         text += f"\n## Documents by {name}\n\n" + histogram(EDGES[name], of_all, of_kept)
     for reason, shown in whole["examples"].items():
-        text += f"\n## Examples: {reason}\n\n" + table(("document", "begins"), shown)
+        safe = [
+            (id, begins.replace("<", r"\<")) for id, begins in shown
+        ]  # ``<!--`` would hide the rest of the page
+        text += f"\n## Examples: {reason}\n\n" + table(("document", "begins"), safe)
     return text
 
 

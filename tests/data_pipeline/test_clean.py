@@ -142,3 +142,9 @@ def test_a_value_falls_into_the_bin_that_begins_at_or_below_it() -> None:
     values = np.array([0, 0.0999, 0.1, 1, np.nan])
     tally.add_values({"alphabetic words": values}, np.array([True, False, True, True, True]))
     assert tally.histograms["alphabetic words"] == [[2, 1, *[0] * 8, 1], [1, 1, *[0] * 8, 1]]
+
+
+def test_a_text_with_markup_shows_in_the_report_and_hides_nothing_of_it(tmp_path: Path) -> None:
+    source = write_documents(tmp_path / "in", {"s/1": "<!-- a | b", "s/2": prose(1)})
+    clean(CleanConfig(gopher=None), {"download": source}, tmp_path / "out", LocalContext())
+    assert "| s/1 | \\<!-- a \\| b |" in (tmp_path / "out/report.md").read_text()

@@ -25,7 +25,7 @@ from flows.runners import Workers
 from flows.terminal import Terminal, duration
 from flows.tracking import Tracker, read_lines
 
-MOST_TASKS, TASKS_A_WORKER = 200, 8
+MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOLLOW_SECONDS = 1.0
 ARTIFACT_SECONDS = 10.0  # between updates of the progress that Prefect shows

@@ -112,6 +112,11 @@ class PrefectContext:
         else:
             self._terminal.line(f"{done} of {total} parts")
 
+    def checksum(self, fn: Callable[[Path], Result], paths: list[Path]) -> list[Result]:
+        """`map` over the files to be sealed."""
+        self._progress = None
+        return self.map(fn, paths, names=[f"checksum {path.name}" for path in paths])
+
     def progress(self, done: float, total: float | None, unit: str) -> None:
         self._progress = (done, total, unit)
         self._terminal.progress(done, total, unit)

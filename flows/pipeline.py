@@ -221,7 +221,7 @@ class Run:
             "mlflow_run_id": self.tracker.stage_id,
             "prefect_flow_run_id": str(flow_run.id),
         }
-        return self.store.seal(stage, name, manifest)
+        return self.store.seal(stage, name, manifest, context.checksum)
 
     @contextmanager
     def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:

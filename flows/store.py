@@ -12,11 +12,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ from filelock import FileLock
 from data_pipeline.context import UserError
 
 MANIFEST_SCHEMA = 1
+Spread = Callable[[Callable[[Path], dict[str, Any]], list[Path]], list[dict[str, Any]]]
+"""Applies a function to paths, in order, by whatever workers there are."""
+SPREAD_BYTES = 10 * 10**9  # above this, one machine's disk and cores hold up a cluster
 FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with probability 3e-8
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
 ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
@@ -140,15 +144,18 @@ class Store:
         write_durably(partial / ORIGIN, text)
         return partial, begun
 
-    def seal(self, stage: str, fingerprint: str, manifest: Mapping[str, Any]) -> Artifact:
+    def seal(
+        self, stage: str, fingerprint: str, manifest: Mapping[str, Any], spread: Spread | None = None
+    ) -> Artifact:
         """Checksum and fsync the partial folder, write its manifest last, and give it its final name.
 
         ``manifest`` holds what the caller knows (config, inputs, metrics, times ...); files, sizes and checksums
-        are added here. An artifact that is being replaced (``--force``) gives way in the same moment.
+        are added here. An artifact that is being replaced (``--force``) gives way in the same moment. ``spread``
+        computes the checksums where there are more than `SPREAD_BYTES`; without it, threads here do.
         """
         partial, final = self.partial(stage, fingerprint), self.path(stage, fingerprint)
         (partial / "manifest.json").unlink(missing_ok=True)
-        files = checksum_files(partial, fsync=True)
+        files = checksum_files(partial, spread)
         if (partial / SCRATCH).exists():
             os.rename(partial / SCRATCH, partial / DROPPED)
             shutil.rmtree(partial / DROPPED)
@@ -211,18 +218,22 @@ def read_artifact(path: Path) -> Artifact | None:
         raise Damaged(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
 
 
-def checksum_files(folder: Path, fsync: bool = False) -> list[dict[str, Any]]:
-    """``[{path, size, sha256}]`` of all files below ``folder`` but scratch, sorted by path."""
+def checksum_files(folder: Path, spread: Spread | None = None) -> list[dict[str, Any]]:
+    """``[{path, size, sha256}]`` of all files below ``folder`` but scratch, sorted by path; all are on disk then."""
     scratch = folder / SCRATCH
     found = (path for path in folder.rglob("*") if path.is_file() and path != folder / ORIGIN)
     paths = sorted(path for path in found if scratch not in path.parents)
-
-    def describe(path: Path) -> dict[str, Any]:
-        sha256 = file_sha256(path, fsync)
-        return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256}
-
+    describe = partial(describe_file, folder)
+    if spread and sum(path.stat().st_size for path in paths) > SPREAD_BYTES:
+        return spread(describe, paths)
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(describe, paths))
+
+
+def describe_file(folder: Path, path: Path) -> dict[str, Any]:
+    """A file of ``folder`` as a manifest lists it."""
+    sha256 = file_sha256(path, fsync=True)
+    return {"path": path.relative_to(folder).as_posix(), "size": path.stat().st_size, "sha256": sha256}
 
 
 def payload_checksum(files: list[dict[str, Any]]) -> str:

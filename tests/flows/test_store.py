@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from data_pipeline.context import LocalContext
 from flows.store import Damaged, Store, fingerprint, payload_checksum
 
 ORIGIN = {"inputs": {}}
@@ -161,6 +162,20 @@ def test_logs_are_sealed_but_no_part_of_the_payload(tmp_path):
     assert first.payload_sha256 == second.payload_sha256 != other.payload_sha256
     assert payload_checksum(first.manifest["files"]) == first.payload_sha256
     assert {entry["path"] for entry in first.manifest["files"]} == {"a.txt", "logs/time.txt"}
+
+
+def test_checksums_that_workers_took_are_the_same(tmp_path, monkeypatch):
+    files = {"a.txt": "one", "rejected/b.txt": "two", "scratch/c.txt": "three"}
+    alone = build(Store(tmp_path / "1"), files=files)
+    monkeypatch.setattr("flows.store.SPREAD_BYTES", 0)
+    store = Store(tmp_path / "2")
+    out, _ = store.begin("clean", "f00d", ORIGIN)
+    for path, text in files.items():
+        (out / path).parent.mkdir(parents=True, exist_ok=True)
+        (out / path).write_text(text)
+    spread = store.seal("clean", "f00d", MANIFEST, LocalContext(2).map)
+    assert spread.manifest["files"] == alone.manifest["files"]
+    assert store.verify(spread) == []
 
 
 def test_building_again_replaces_the_artifact_at_once(tmp_path):

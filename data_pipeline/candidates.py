@@ -4,7 +4,8 @@ Documents with an equal key (that is, an equal band of their signatures) form a 
 "Mining of Massive Datasets", section 3.4). In each bucket documents are compared with preferred ones by their whole
 signatures; those that agree enough become an edge from the less to the more preferred. Memory is bounded: a range of
 keys with more entries than fit is halved, and a single key with too many goes through in pieces. Edges depend neither
-on partitions nor on memory: every bucket is treated by the same rule, and a pair that meets several times gives one.
+on partitions nor on memory: every bucket is treated by the same
+rule, and a pair that meets several times gives one, if possible from a bucket in which all are compared.
 """
 
 from __future__ import annotations
@@ -15,10 +16,10 @@ from itertools import pairwise
 from math import ceil
 from pathlib import Path
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
+from data_pipeline.buckets import UNLIKELY, compare_buckets
 from data_pipeline.context import atomic_path
 from data_pipeline.minhash import band_hashes
 from data_pipeline.signed import KEYS, Kind, Signed
@@ -26,12 +27,10 @@ from data_pipeline.signed import KEYS, Kind, Signed
 EDGE = np.dtype([("loser", "<i8"), ("winner", "<i8"), ("tie", "<u8"), ("similarity", "<f8"), ("exact", "?")])
 """``loser`` repeats the preferred ``winner``. ``tie`` orders winners by a hash of their texts."""
 NONE = -1
-NO_ROWS, NO_EDGES = np.zeros(0, np.int64), np.zeros(0, EDGE)
+NO_KEYS, NO_ROWS, NO_EDGES = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(0, EDGE)
 EDGES_AT_ONCE = 1 << 20
 FOUND_AT_ONCE = 1 << 17
 """Edges that are found before they are handed on."""
-UNLIKELY = 8
-"""Edges below the threshold by their estimate that take the place of one above it."""
 PART_ENTRIES = 1 << 22
 """Entries in a partition, about, however much memory there is: so that there is work for many workers."""
 ENTRY_BYTES = 80
@@ -54,7 +53,7 @@ class Search:
     likely: int
     """Entries in agreement that make an edge likely to hold."""
     most: int
-    """Likely edges that a document gets from a bucket: those to the most preferred. `UNLIKELY` others count as one."""
+    """Likely edges that a document gets from a bucket, and `UNLIKELY` times as many others: to the most preferred."""
     memory: int
     """Bytes to stay below."""
 
@@ -74,8 +73,25 @@ class Search:
         return max(piece, 2 * (self.leaders + 1))
 
 
+def find_crowds(search: Search, signed: Signed, copies: Path | None, part: tuple[int, int]) -> list[int]:
+    """Keys of a part that more documents have than may be leaders: a pair may go unnoticed there."""
+    number, parts = part
+    finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None, NO_KEYS)
+    return [key for keys in finder.count_keys(*part_bounds(number, parts)) for key in keys.tolist()]
+
+
+def part_bounds(number: int, parts: int) -> tuple[int, int]:
+    """First key of a part, and the end of its keys."""
+    return KEYS * number // parts, KEYS * (number + 1) // parts
+
+
 def search_part(
-    search: Search, signed: Signed, copies: Path | None, folder: Path, part: tuple[int, int]
+    search: Search,
+    signed: Signed,
+    copies: Path | None,
+    crowds: NDArray[np.uint64],
+    folder: Path,
+    part: tuple[int, int],
 ) -> int:
     """Write the edges (`EDGE`) and the rows whose search was cut short of a part (number, of how many) of the keys.
 
@@ -84,15 +100,14 @@ def search_part(
     number, parts = part
     path = folder / f"{number:05d}-of-{parts:05d}.edges"
     if not path.exists():
-        bounds = KEYS * number // parts, KEYS * (number + 1) // parts
-        finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None)
+        finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None, crowds)
         with (
             atomic_path(path) as edges_path,
             atomic_path(path.with_suffix(".cut")) as cut_path,
             open(edges_path, "wb") as file,
             open(cut_path, "wb") as cut,
         ):
-            for edges, cut_rows in finder.find(*bounds):
+            for edges, cut_rows in finder.find(*part_bounds(number, parts)):
                 edges.tofile(file)
                 cut_rows.tofile(cut)
     return path.stat().st_size // EDGE.itemsize
@@ -124,6 +139,22 @@ class Finder:
     search: Search
     signed: Signed
     copies: NDArray[np.int64] | None
+    crowds: NDArray[np.uint64]
+    """Keys of all crowds, ascending: a pair gets its edge from another bucket if it shares one."""
+
+    def count_keys(self, low: int, high: int) -> Iterator[NDArray[np.uint64]]:
+        """The keys of crowds from ``low`` to below ``high``."""
+        count = self.signed.count(self.search.kind, low, high)
+        if count > self.search.most_entries and high - low > 1:
+            middle = (low + high) // 2
+            yield from self.count_keys(low, middle)
+            yield from self.count_keys(middle, high)
+        elif count > self.search.most_entries:
+            if sum(map(len, self.pieces(low))) > self.search.leaders:
+                yield np.array([low], np.uint64)
+        elif count > self.search.leaders:
+            keys, sizes = np.unique(self.shared(low, high)[0], return_counts=True)
+            yield keys[sizes > self.search.leaders]
 
     def find(self, low: int, high: int) -> Iterator[Found]:
         """Edges, and rows whose search was cut short, of all buckets with keys from ``low`` to below ``high``."""
@@ -227,9 +258,9 @@ class Finder:
         starts = np.append(np.flatnonzero(np.append(True, keys[1:] != keys[:-1])), len(keys))
         signatures = self.signed.gather(f"{search.kind}-signatures", documents)
         hashes = band_hashes(signatures, search.bands, search.rows)
+        crowded = np.isin(hashes, self.crowds)
         ties = self.signed.gather("text-signatures", documents)[:, :4].copy().view("<u8")[:, 0]
-        most = search.most * UNLIKELY
-        found = np.empty((max(FOUND_AT_ONCE, most), 3), np.int64)
+        found = np.empty((max(FOUND_AT_ONCE, (1 + UNLIKELY) * search.most), 3), np.int64)
         leader = np.empty(min(search.leaders, len(member)), np.int64)
         cut = np.zeros(len(documents), np.bool_)
         place = np.zeros(3, np.int64)
@@ -240,9 +271,10 @@ class Finder:
                 member,
                 signatures,
                 hashes,
+                crowded,
                 search.least,
                 search.likely,
-                most,
+                search.most,
                 skip,
                 place,
                 leader,
@@ -256,88 +288,3 @@ class Finder:
             yield edges, NO_ROWS
         yield NO_EDGES, documents[cut]
         return documents[leader[: place[2]]]
-
-
-@numba.njit(nogil=True, cache=True)
-def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
-    """In how many entries two signatures agree."""
-    agreed = 0
-    for entry in range(len(one)):
-        agreed += one[entry] == other[entry]
-    return agreed
-
-
-@numba.njit(nogil=True, cache=True)
-def first_shared(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> np.uint64:
-    """The first key that two documents share; they share one."""
-    band = 0
-    while one[band] != other[band]:
-        band += 1
-    return one[band]
-
-
-@numba.njit(nogil=True, cache=True)
-def compare_buckets(
-    keys: NDArray[np.uint64],
-    starts: NDArray[np.int64],
-    member: NDArray[np.int64],
-    signatures: NDArray[np.uint16],
-    hashes: NDArray[np.uint64],
-    least: int,
-    likely: int,
-    most: int,
-    skip: int,
-    place: NDArray[np.int64],
-    leader: NDArray[np.int64],
-    cut: NDArray[np.bool_],
-    found: NDArray[np.int64],
-) -> int:
-    """Compare each document of each bucket with those of its leaders that precede it; see `Search`.
-
-    All are leaders but those with ``most`` matches, which say no more, and those that come when ``leader`` is full.
-
-    Args:
-        starts: where each bucket begins in ``member``, and the end of the last.
-        member: documents (rows of ``signatures``, and of ``hashes``: the keys of their bands), those of a bucket in
-            order of preference.
-        skip: of the first documents of a bucket, how many are leaders that have been compared.
-        place: how far this is, to go on when ``found`` is full: bucket (all of them at the end), member, leaders.
-        leader: the leaders of the bucket.
-        cut: set for each document whose search ended early, or that is no leader though it may be kept.
-        found: filled with rows of (document, preferred document, entries in which they agree).
-
-    Returns:
-        How many were found.
-    """
-    used = 0
-    bucket, at, led = place
-    while bucket < len(starts) - 1:
-        if at == starts[bucket]:
-            leader[:skip] = member[at : at + skip]
-            at, led = at + skip, skip
-        while at < starts[bucket + 1] and used + most <= len(found):
-            mine = signatures[member[at]]
-            matches = 0
-            other = 0
-            while other < led and matches < most:
-                agreed = agreement(mine, signatures[leader[other]])
-                other += 1
-                if agreed < least:
-                    continue
-                matches += UNLIKELY if agreed >= likely else 1
-                # Only the first bucket that a pair shares gives its edge.
-                if first_shared(hashes[member[at]], hashes[leader[other - 1]]) != keys[starts[bucket]]:
-                    continue
-                found[used, 0], found[used, 1], found[used, 2] = member[at], leader[other - 1], agreed
-                used += 1
-            if matches >= most or led == len(leader):
-                cut[member[at]] = True
-            else:
-                leader[led] = member[at]
-                led += 1
-            at += 1
-        if at < starts[bucket + 1]:
-            break
-        bucket += 1
-    place[0], place[1], place[2] = bucket, at, led
-    return used

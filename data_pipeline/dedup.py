@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import chain, pairwise
 from math import ceil
 from pathlib import Path
 from typing import Literal, Self
@@ -18,7 +18,7 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.candidates import NONE, Search, read_chunks, read_raw, search_part
+from data_pipeline.candidates import NO_KEYS, NONE, Search, find_crowds, read_chunks, read_raw, search_part
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path
 from data_pipeline.dedup_forecast import forecast
 from data_pipeline.dedup_report import summarise
@@ -43,7 +43,7 @@ class DedupRuntime(Runtime):
 class DedupConfig(StageConfig):
     """What counts as a duplicate. `chance` says how surely LSH finds a pair."""
 
-    ngram: int = Field(default=5, ge=1)
+    ngram: int = Field(default=5, ge=1, le=256)
     """Words in a shingle."""
     bands: int = Field(default=18, ge=1)
     rows: int = Field(default=7, ge=1)
@@ -149,8 +149,13 @@ def search_all(
 ) -> list[Path]:
     """Files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
     parts = search.parts(signed.documents)
-    work = partial(search_part, search, signed, copies, folder)
     items = [(number, parts) for number in range(parts)]
+    crowds = NO_KEYS
+    if search.bands > 1 and signed.documents > search.leaders:
+        names = [f"crowds {number}" for number in range(parts)]
+        found = context.map(partial(find_crowds, search, signed, copies), items, names=names)
+        crowds = np.array(list(chain.from_iterable(found)), np.uint64)
+    work = partial(search_part, search, signed, copies, crowds, folder)
     context.map(work, items, names=[f"match {search.kind} {number}" for number in range(parts)])
     return [folder / f"{number:05d}-of-{parts:05d}.edges" for number in range(parts)]
 

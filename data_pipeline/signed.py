@@ -95,7 +95,7 @@ def quality(meta: str | None, field: str | None) -> float:
     try:
         value = json.loads(meta or "{}")[field]
         number = float(value) if isinstance(value, int | float) else -np.inf
-    except (ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         return -np.inf
     return -np.inf if np.isnan(number) else number
 

@@ -213,6 +213,22 @@ def test_a_bucket_of_hundreds_is_compared_within_bounds_and_the_cut_is_told(tmp_
     assert "max_comparisons" in (tmp_path / "out" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(("own_words", "max_comparisons"), [(60, 10_000), (100, 200)])
+def test_boilerplate_does_not_hide_duplicates(tmp_path: Path, own_words: int, max_comparisons: int) -> None:
+    """All share their first words: at about 0.65 with many a doubtful match, or in buckets with too many to compare."""
+    boilerplate, texts = prose(0, 200), {}
+    for n in range(2500):
+        own = random.Random(n).choices(range(50_000), k=own_words)
+        texts[f"own/{n:04d}"] = f"{boilerplate} {' '.join(map(str, own))}"
+        if n % 10 == 0:
+            texts[f"twin/{n:04d}"] = f"{boilerplate} {' '.join(map(str, own[:-1]))} edited"
+    run(texts, tmp_path, max_comparisons=max_comparisons)
+    kept = set(read_documents(tmp_path / "out"))
+    twins = [n for n in range(0, 2500, 10) if {f"own/{n:04d}", f"twin/{n:04d}"} <= kept]
+    assert len(twins) <= 2
+    assert len(kept) >= 2500 - 2
+
+
 def test_the_report_shows_the_largest_clusters_and_the_chance_of_finding_a_pair(tmp_path: Path) -> None:
     run(planted(), tmp_path)
     report = (tmp_path / "out" / "report.md").read_text()

@@ -81,7 +81,10 @@ def read_failure(path: Path) -> tuple[bool, str] | None:
 
 def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
     """End torchrun and its ranks: politely first, then for good."""
-    family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+    family: list[psutil.Process] = []
+    with suppress(psutil.NoSuchProcess):  # it may just have ended
+        parent = psutil.Process(process.pid)
+        family = [parent, *parent.children(recursive=True)]
     process.send_signal(signal.SIGTERM)
     with suppress(subprocess.TimeoutExpired):
         process.wait(grace_seconds)

@@ -4,8 +4,8 @@ Documents with an equal key (that is, an equal band of their signatures) form a 
 "Mining of Massive Datasets", section 3.4). In each bucket documents are compared with preferred ones by their whole
 signatures; those that agree enough become an edge from the less to the more preferred. Memory is bounded: a range of
 keys with more entries than fit is halved, and a single key with too many goes through in pieces. Edges depend neither
-on partitions nor on memory: every bucket is treated by the same
-rule, and a pair that meets several times gives one, if possible from a bucket in which all are compared.
+on partitions nor on memory: every bucket is treated by the same rule, and a pair that meets several times gives one,
+if possible from a bucket in which all are compared.
 """
 
 from __future__ import annotations

@@ -34,6 +34,8 @@ REMOVED_ROWS = 1 << 16
 """Rows in a row group of ``removed.parquet``."""
 ROWS_AT_ONCE = 1 << 19
 """Removed documents whose ids are in memory at once."""
+PARTS_AT_ONCE = 256
+"""Files that are merged at once: each is mapped into memory, and a system bounds how many may be."""
 BINS = 50
 """Of the histogram of similarities, from 0 to 1."""
 
@@ -153,7 +155,9 @@ def join_removed(signed: Signed, folder: Path, path: Path, at_once: int = ROWS_A
     """Merge what `save_removed` wrote for all shards into one Parquet file, by id."""
     if path.exists():
         return
-    parts = [read_mapped(folder / f"{stem}.arrow") for stem in signed.stems]
+    parts = [
+        read_mapped(one) for one in join_groups([folder / f"{stem}.arrow" for stem in signed.stems], at_once)
+    ]
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, REMOVED, compression="zstd") as writer:
         waiting = REMOVED.empty_table()
         for piece in merged(parts, at_once):
@@ -163,6 +167,24 @@ def join_removed(signed: Signed, folder: Path, path: Path, at_once: int = ROWS_A
                 writer.write_table(waiting.slice(start, REMOVED_ROWS).combine_chunks())
             waiting = waiting.slice(whole).combine_chunks()
         writer.write_table(waiting)
+
+
+def join_groups(paths: list[Path], at_once: int, most: int = PARTS_AT_ONCE) -> list[Path]:
+    """At most ``most`` files with the rows of ``paths``: while there are more, groups of them are merged into one."""
+    while len(paths) > most:
+        joined = []
+        for start in range(0, len(paths), most):
+            group = paths[start : start + most]
+            joined.append(group[0].with_name(f"{group[0].stem}-and-{len(group)}.arrow"))
+            with (
+                atomic_path(joined[-1]) as temporary,
+                pa.OSFile(str(temporary), "wb") as file,
+                pa.ipc.new_file(file, REMOVED) as writer,
+            ):
+                for piece in merged([read_mapped(one) for one in group], at_once):
+                    writer.write_table(piece)
+        paths = joined
+    return paths
 
 
 def merged(parts: list[pa.Table], at_once: int) -> Iterator[pa.Table]:

@@ -20,7 +20,7 @@ from data_pipeline.context import LocalContext
 from data_pipeline.dedup import DedupConfig, dedup
 from data_pipeline.dedup_forecast import forecast
 from data_pipeline.documents import write_shard
-from data_pipeline.removal import merged
+from data_pipeline.removal import REMOVED, join_groups, merged, read_mapped
 
 
 def edited(text: str, edits: int, seed: int) -> str:
@@ -301,6 +301,22 @@ def test_ids_are_merged_in_ranges_as_if_sorted_at_once(tmp_path: Path) -> None:
     ]
     pieces = list(merged([part.cast(pa.schema([("id", "string"), ("n", "int64")])) for part in parts], 400))
     assert max(len(piece) for piece in pieces) <= 500
+    assert pa.concat_tables(pieces)["id"].to_pylist() == sorted(ids)
+
+
+def test_any_number_of_files_is_merged_a_few_at_a_time(tmp_path: Path) -> None:
+    ids = [f"{n:04d}" for n in random.Random(3).sample(range(10**4), 230)]
+    paths = [tmp_path / f"{n}.arrow" for n in range(23)]
+    for n, path in enumerate(paths):
+        rows = [
+            {"id": id, "duplicate_of": "a", "jaccard": 1.0, "kind": "exact", "measured": "exact"}
+            for id in sorted(ids[n::23])
+        ]
+        with pa.ipc.new_file(path, REMOVED) as writer:
+            writer.write_table(pa.Table.from_pylist(rows, REMOVED))
+    joined = join_groups(paths, at_once=50, most=4)
+    assert len(joined) <= 4
+    pieces = merged([read_mapped(path) for path in joined], 50)
     assert pa.concat_tables(pieces)["id"].to_pylist() == sorted(ids)
 
 

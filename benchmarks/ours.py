@@ -18,7 +18,7 @@ from data_pipeline.context import LocalContext, StageConfig
 from data_pipeline.dedup import DedupConfig, dedup
 from data_pipeline.documents import SCHEMA, read_shard, shard_paths, write_shard
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.minhash import signatures
+from data_pipeline.duplicates.minhash import signatures
 from data_pipeline.token_shards import TokenizeConfig, tokenize
 from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
 

@@ -18,21 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, PrivateAttr, model_validator
 
-from data_pipeline.apply_rules import (
-    Cleaned,
-    apply_c4,
-    apply_fineweb,
-    apply_gopher,
-    apply_language,
-    apply_masking,
-    apply_search,
-    measured,
-)
-from data_pipeline.blocklists import Blocklists, phrase_blocklist, url_blocklist
-from data_pipeline.c4 import C4Rules
-from data_pipeline.clean_report import EXAMPLES, Tally, summarise
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, UserError
-from data_pipeline.decontaminate import Decontamination, contamination
 from data_pipeline.documents import (
     REJECTED,
     SCHEMA,
@@ -44,13 +30,27 @@ from data_pipeline.documents import (
     table,
     write_shard,
 )
-from data_pipeline.fineweb import FineWebRules
-from data_pipeline.language import LanguageRules
-from data_pipeline.masking import Masking
-from data_pipeline.normalise import Form
-from data_pipeline.pinned_files import PinnedFile, pin
-from data_pipeline.quality import GopherRules
-from data_pipeline.verdicts import KEPT
+from data_pipeline.rules.apply_rules import (
+    Cleaned,
+    apply_c4,
+    apply_fineweb,
+    apply_gopher,
+    apply_language,
+    apply_masking,
+    apply_search,
+    measured,
+)
+from data_pipeline.rules.blocklists import Blocklists, phrase_blocklist, url_blocklist
+from data_pipeline.rules.c4 import C4Rules
+from data_pipeline.rules.decontaminate import Decontamination, contamination
+from data_pipeline.rules.fineweb import FineWebRules
+from data_pipeline.rules.language import LanguageRules
+from data_pipeline.rules.masking import Masking
+from data_pipeline.rules.normalise import Form
+from data_pipeline.rules.pinned_files import PinnedFile, pin
+from data_pipeline.rules.quality import GopherRules
+from data_pipeline.rules.report import EXAMPLES, Tally, summarise
+from data_pipeline.rules.verdicts import KEPT
 
 
 @dataclass(frozen=True)

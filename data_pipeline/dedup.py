@@ -18,16 +18,24 @@ from typing import Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from data_pipeline.candidates import NO_KEYS, NONE, Search, find_crowds, read_chunks, read_raw, search_part
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path
-from data_pipeline.dedup_forecast import forecast
-from data_pipeline.dedup_report import summarise
 from data_pipeline.documents import shard_paths
-from data_pipeline.greedy import decide
-from data_pipeline.removal import Removal, count_clusters, join_removed, write_shard_without
-from data_pipeline.signed import DIGEST_ENTRIES, Signed, SignRules, sign_shard
-from data_pipeline.spans import SpanRules, SpanTally, cut_repeats
-from data_pipeline.verify import Sets, VerifyRules, margin, mark_open, save_sets, verify_edges
+from data_pipeline.duplicates.candidates import (
+    NO_KEYS,
+    NONE,
+    Search,
+    find_crowds,
+    read_chunks,
+    read_raw,
+    search_part,
+)
+from data_pipeline.duplicates.forecast import forecast
+from data_pipeline.duplicates.greedy import decide
+from data_pipeline.duplicates.removal import Removal, count_clusters, join_removed, write_shard_without
+from data_pipeline.duplicates.report import summarise
+from data_pipeline.duplicates.signed import DIGEST_ENTRIES, Signed, SignRules, sign_shard
+from data_pipeline.duplicates.spans import SpanRules, SpanTally, cut_repeats
+from data_pipeline.duplicates.verify import Sets, VerifyRules, margin, mark_open, save_sets, verify_edges
 
 MATCHES = 32
 """Edges that a document gets from one bucket, at most: were all those documents removed, it would stay."""

@@ -1,6 +1,6 @@
 """Stage ``download``: resolve sources of text and read them into document shards.
 
-Resolving lists what each source holds and pins it (see `data_pipeline.sources`); the body reads exactly that.
+Resolving lists what each source holds and pins it (see `data_pipeline.reading.sources`); the body reads exactly that.
 Files are read in groups of about ``shard_bytes``, made from the listing alone, so the shards are the same
 whatever the number of workers. What is remote is brought here first, into ``scratch/``, where it stays until its
 group is read: what was fetched is not fetched again by a stage that was killed.
@@ -30,14 +30,14 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import add_up, read_shard, table
-from data_pipeline.groups import Settings, read_group
-from data_pipeline.hub import list_hugging_face
-from data_pipeline.local import list_installed_python, list_local
-from data_pipeline.objects import list_objects
-from data_pipeline.parts import final_places
-from data_pipeline.pieces import all_pieces, group_files, name_of
-from data_pipeline.remote import list_http
-from data_pipeline.sources import (
+from data_pipeline.reading.groups import Settings, read_group
+from data_pipeline.reading.hub import list_hugging_face
+from data_pipeline.reading.local import list_installed_python, list_local
+from data_pipeline.reading.objects import list_objects
+from data_pipeline.reading.parts import final_places
+from data_pipeline.reading.pieces import all_pieces, group_files, name_of
+from data_pipeline.reading.remote import list_http
+from data_pipeline.reading.sources import (
     HttpSource,
     HuggingFaceSource,
     InstalledPythonSource,

@@ -11,7 +11,7 @@ import data_pipeline.clean
 import data_pipeline.dedup
 import data_pipeline.download
 import data_pipeline.token_shards  # noqa: F401
-from data_pipeline.minhash import band_hashes, shingle_sets, signatures
+from data_pipeline.duplicates.minhash import band_hashes, shingle_sets, signatures
 
 TEXTS = pa.array(["a b c"])
 band_hashes(signatures(TEXTS, permutations=2, ngram=1, seed=0), bands=1, rows=2)

@@ -31,11 +31,18 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import add_up, corrupt, once, read_shard, shard_paths
-from data_pipeline.encode import Encoder, EncoderName, Unsupported, append_to_each, find_fault, kept_encoder
-from data_pipeline.hashing import HASHES, hash_column, mix
-from data_pipeline.token_report import FIGURES, Split, count, summarise
-from data_pipeline.token_runs import Merging, Runs, TokenShard, gather, merge, pack, write_run
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, sha256
+from data_pipeline.tokens.encode import (
+    Encoder,
+    EncoderName,
+    Unsupported,
+    append_to_each,
+    find_fault,
+    kept_encoder,
+)
+from data_pipeline.tokens.hashing import HASHES, hash_column, mix
+from data_pipeline.tokens.report import FIGURES, Split, count, summarise
+from data_pipeline.tokens.runs import Merging, Runs, TokenShard, gather, merge, pack, write_run
 
 TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY = b"llmill.tokenizer_sha256", b"llmill.tokens", b"llmill.vocab_size"
 FOOTERS_AT_ONCE = 16

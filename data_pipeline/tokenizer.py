@@ -30,8 +30,8 @@ from data_pipeline.context import (
     human_bytes,
 )
 from data_pipeline.documents import byte_lengths, corrupt, file_sha256, once, shard_paths, table
-from data_pipeline.hashing import HASHES, hash_column
-from data_pipeline.token_runs import Runs, gather, order_of, write_run
+from data_pipeline.tokens.hashing import HASHES, hash_column
+from data_pipeline.tokens.runs import Runs, gather, order_of, write_run
 
 END_OF_TEXT = "<|endoftext|>"
 BYTES = 256

@@ -18,7 +18,7 @@ from data_pipeline.clean import CleanConfig
 from data_pipeline.context import Config, Runtime, UserError, cores
 from data_pipeline.dedup import DedupConfig
 from data_pipeline.download import DownloadConfig
-from data_pipeline.sources import KINDS
+from data_pipeline.reading.sources import KINDS
 from data_pipeline.token_shards import TokenizeConfig
 from data_pipeline.tokenizer import TokenizerConfig
 from llm.evaluate import EvaluateConfig

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from data_pipeline.context import LocalContext, Metrics, StageConfig, StageContext
 from data_pipeline.documents import write_shard
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.parts import Parts
+from data_pipeline.reading.parts import Parts
 
 WORDS = re.findall(
     r"\w+",

@@ -21,11 +21,11 @@ import zstandard
 from corpora import prose, read_documents
 from text_files import FORMATS, TEXTS, jsonl
 
-from data_pipeline import streams
 from data_pipeline.context import LocalContext
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.readers import Reading, read_file
-from data_pipeline.records import Rejected, Text
+from data_pipeline.reading import streams
+from data_pipeline.reading.readers import Reading, read_file
+from data_pipeline.reading.records import Rejected, Text
 
 READING = Reading("text")
 TAR = tarfile.TarInfo

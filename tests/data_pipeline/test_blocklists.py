@@ -7,10 +7,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from data_pipeline.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
 from data_pipeline.clean import CleanConfig
 from data_pipeline.context import UserError
-from data_pipeline.pinned_files import pin
+from data_pipeline.rules.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
+from data_pipeline.rules.pinned_files import pin
 
 
 def urls(folder: Path, text: str) -> UrlBlocklist:

@@ -9,16 +9,16 @@ import pytest
 from corpora import check_restarts, digests, prose, read_documents, write_documents
 from pydantic import ValidationError
 
-from data_pipeline.blocklists import Blocklists
-from data_pipeline.c4 import C4Rules
 from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.clean_report import Tally
 from data_pipeline.context import LocalContext, UserError
-from data_pipeline.decontaminate import Decontamination, EvaluationSet
-from data_pipeline.fineweb import FineWebRules
-from data_pipeline.language import LanguageRules
-from data_pipeline.masking import Masking
-from data_pipeline.quality import GopherRules
+from data_pipeline.rules.blocklists import Blocklists
+from data_pipeline.rules.c4 import C4Rules
+from data_pipeline.rules.decontaminate import Decontamination, EvaluationSet
+from data_pipeline.rules.fineweb import FineWebRules
+from data_pipeline.rules.language import LanguageRules
+from data_pipeline.rules.masking import Masking
+from data_pipeline.rules.quality import GopherRules
+from data_pipeline.rules.report import Tally
 
 OFF = dict.fromkeys(GopherRules.model_fields)
 

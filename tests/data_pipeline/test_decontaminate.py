@@ -13,8 +13,8 @@ from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import LocalContext, UserError
-from data_pipeline.decontaminate import Contamination, Decontamination, EvaluationSet
-from data_pipeline.pinned_files import pin
+from data_pipeline.rules.decontaminate import Contamination, Decontamination, EvaluationSet
+from data_pipeline.rules.pinned_files import pin
 
 QUESTION = "Which of the ships that lay in the harbour that winter didn't belong to the captain's brother?"
 WORDS = QUESTION.split()  # 17 words: 5 windows of 13

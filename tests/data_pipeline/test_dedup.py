@@ -15,12 +15,12 @@ import pytest
 from corpora import WORDS, check_restarts, digests, prose, read_documents, write_documents
 from pydantic import ValidationError
 
-from data_pipeline.candidates import Finder, Search
 from data_pipeline.context import LocalContext
 from data_pipeline.dedup import DedupConfig, dedup
-from data_pipeline.dedup_forecast import forecast
 from data_pipeline.documents import write_shard
-from data_pipeline.removal import REMOVED, join_groups, merged, read_mapped
+from data_pipeline.duplicates.candidates import Finder, Search
+from data_pipeline.duplicates.forecast import forecast
+from data_pipeline.duplicates.removal import REMOVED, join_groups, merged, read_mapped
 
 
 def edited(text: str, edits: int, seed: int) -> str:

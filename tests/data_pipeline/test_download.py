@@ -16,8 +16,8 @@ from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.local import list_installed_python
-from data_pipeline.sources import InstalledPythonSource
+from data_pipeline.reading.local import list_installed_python
+from data_pipeline.reading.sources import InstalledPythonSource
 
 
 def write_files(folder: Path, count: int = 12) -> Path:

@@ -14,8 +14,8 @@ from corpora import check_kills, digests, prose, read_documents
 
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.hub import HubRows, explained, split_of
-from data_pipeline.sources import HuggingFaceSource
+from data_pipeline.reading.hub import HubRows, explained, split_of
+from data_pipeline.reading.sources import HuggingFaceSource
 
 
 def hugging_face(dataset: Path | str, **options: Any) -> DownloadConfig:

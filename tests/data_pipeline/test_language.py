@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import LocalContext
-from data_pipeline.language import LanguageRules, detector, identify
+from data_pipeline.rules.language import LanguageRules, detector, identify
 
 GERMAN = (
     "Der Kapitän stand am Fenster und sah hinaus auf den Hafen,\nin dem die Schiffe lagen. Es war Winter. "

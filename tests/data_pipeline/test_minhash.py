@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.minhash import EMPTY, band_hashes, shingle_sets, signatures
-from data_pipeline.verify import jaccard
+from data_pipeline.duplicates.minhash import EMPTY, band_hashes, shingle_sets, signatures
+from data_pipeline.duplicates.verify import jaccard
 
 
 def sets_of(*texts: str, ngram: int = 5) -> list[set[int]]:

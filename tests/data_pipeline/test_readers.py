@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_files import FORMATS, TEXTS, jsonl, parquet
 
-from data_pipeline import readers, records
-from data_pipeline.json_values import json_values
-from data_pipeline.readers import Reading, read_file, split_paragraphs
-from data_pipeline.records import Record, Rejected, Text
+from data_pipeline.reading import readers, records
+from data_pipeline.reading.json_values import json_values
+from data_pipeline.reading.readers import Reading, read_file, split_paragraphs
+from data_pipeline.reading.records import Record, Rejected, Text
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -355,7 +355,7 @@ def test_a_line_of_300_megabytes_is_refused_in_bounded_memory_and_the_next_is_re
         file.seek(300_000_000)  # zeros, of which the disk holds none
         file.write(b'\n{"text": "after"}\n')
     program = (
-        "import resource, sys; from pathlib import Path; from data_pipeline.readers import *\n"
+        "import resource, sys; from pathlib import Path; from data_pipeline.reading.readers import *\n"
         "for one in read_file(Path(sys.argv[1]), Reading()): print(getattr(one, 'text', 0) or one.reason)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
@@ -439,7 +439,7 @@ def test_a_parquet_file_of_one_large_row_group_is_read_in_bounded_memory(tmp_pat
         pa.table({"text": rows}), path, row_group_size=1 << 30, compression="none", use_dictionary=False
     )
     count = (
-        "import resource, sys; from pathlib import Path; from data_pipeline.readers import Reading, read_file;"
+        "import resource, sys; from pathlib import Path; from data_pipeline.reading.readers import Reading, read_file;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "before = peak(); found = sum(1 for _ in read_file(Path(sys.argv[1]), Reading()));"
         "print(found, (peak() - before) // 1000)"

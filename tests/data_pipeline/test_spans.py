@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext, Metrics, StageContext, process_pool
 from data_pipeline.documents import hash_ids
-from data_pipeline.spans import SpanRules, SpanTally, cut_repeats
+from data_pipeline.duplicates.spans import SpanRules, SpanTally, cut_repeats
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where hundreds of tiny corpora don't wait for the disk."""

@@ -19,7 +19,6 @@ from transformers import AutoTokenizer
 from data_pipeline import tokenizer as module
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.documents import shard_paths
-from data_pipeline.encode import load_encoder
 from data_pipeline.tokenizer import (
     TokenizerConfig,
     draw_sample,
@@ -29,6 +28,7 @@ from data_pipeline.tokenizer import (
     token_bytes,
     train_tokenizer,
 )
+from data_pipeline.tokens.encode import load_encoder
 
 CONFIG = TokenizerConfig(vocab_size=600)
 

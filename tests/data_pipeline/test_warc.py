@@ -10,8 +10,8 @@ import pytest
 from warcio.statusandheaders import StatusAndHeaders
 from warcio.warcwriter import WARCWriter
 
-from data_pipeline.readers import Reading, read_file
-from data_pipeline.records import Rejected, Text
+from data_pipeline.reading.readers import Reading, read_file
+from data_pipeline.reading.records import Rejected, Text
 
 DATE = "2024-03-01T12:00:00Z"
 

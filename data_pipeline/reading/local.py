@@ -1,0 +1,138 @@
+"""Files of this machine as sources: folders, globs and the installed Python, listed with sizes and hashes."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+import stat
+import sysconfig
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from data_pipeline.context import UserError
+from data_pipeline.documents import file_sha256
+from data_pipeline.reading.archives import printable
+from data_pipeline.reading.formats import has_known_suffix, known_suffixes
+from data_pipeline.reading.sources import InstalledPythonSource, Listed, LocalSource
+
+
+def list_local(source: LocalSource) -> tuple[Listed, ...]:
+    """The files of a local source, sorted by name, hashed."""
+    root, paths = local_files(source.path)
+    readable = [path for path in paths if has_known_suffix(path.name)]
+    if not readable:
+        raise UserError(
+            f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, "
+            f"none ending with {known_suffixes()})"
+            if paths
+            else f"source {source.name}: no file at {source.path}"
+        )
+    return pin(((path.relative_to(root).as_posix(), path) for path in readable), source.max_bytes)
+
+
+def local_files(path: str) -> tuple[Path, list[Path]]:
+    """The folder that names are relative to, and the files that ``path`` (file, folder, glob) stands for."""
+    given = Path(path).expanduser().absolute()
+    if given.is_file():
+        return given.parent, [given]
+    if given.is_dir():
+        found = [Path(folder, name) for folder, _, names in walk(given) for name in names]
+        return given, sorted(found, key=lambda one: one.relative_to(given).as_posix())
+    fixed = Path(*_take_until_magic(given.parts))
+    matches = (Path(match) for match in glob.glob(str(given), recursive=True))
+    return fixed, sorted({match for match in matches if match.is_file()})  # `**` finds some twice
+
+
+def _take_until_magic(parts: Iterable[str]) -> Iterator[str]:
+    for part in parts:
+        if glob.has_magic(part):
+            return
+        yield part
+
+
+def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in order of name, without hidden files and folders."""
+    for here, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield here, folders, sorted(name for name in names if not name.startswith("."))
+
+
+OURSELVES = {"data_pipeline", "llm", "flows"}  # else a change to llmill would change its own corpus
+PYTHON_TEXT = (".py", ".rst", ".md", ".txt")
+NOT_LIBRARY = re.compile(
+    r"(site-packages|dist-packages|__pycache__|.*\.(dist-info|egg-info|data)|__editable__.*)$"
+)
+
+
+def list_installed_python(source: InstalledPythonSource) -> tuple[Listed, ...]:
+    """Text files of the running Python, as many as ``max_bytes`` admits, hashed."""
+    return pin(installed_python_files(), source.max_bytes)
+
+
+def installed_python_files() -> Iterator[tuple[str, Path]]:
+    """(name, path) of the standard library's text files and then those of the installed packages, by name.
+
+    Byte code and what an installer writes (metadata with paths and times, editable hooks) is left out.
+    """
+    paths = sysconfig.get_paths()
+    roots = [
+        ("stdlib", paths["stdlib"]),
+        ("site-packages", paths["purelib"]),
+        ("site-packages", paths["platlib"]),
+    ]
+    for prefix, root in {os.path.realpath(root): (prefix, root) for prefix, root in roots}.values():
+        found = []
+        for here, folders, names in walk(Path(root)):
+            skipped = OURSELVES if here == root else set()
+            folders[:] = [name for name in folders if name not in skipped and not NOT_LIBRARY.match(name)]
+            found += [
+                Path(here, name)
+                for name in names
+                if name.endswith(PYTHON_TEXT) and not NOT_LIBRARY.match(name)
+            ]
+        relative = sorted((path.relative_to(root).as_posix(), path) for path in found)
+        yield from ((f"{prefix}/{name}", path) for name, path in relative)
+
+
+def pin(files: Iterable[tuple[str, Path]], max_bytes: int | None = None) -> tuple[Listed, ...]:
+    """Size and hash of files (name, path), until ``max_bytes`` are reached. Files are hashed in threads."""
+    chosen: list[tuple[str, Path]] = []
+    total = 0
+    for name, path in files:
+        if max_bytes is not None and total >= max_bytes:
+            break
+        try:
+            total += path.stat().st_size
+        except OSError as error:
+            raise UserError(f"can't read {path}: {error.strerror}") from error
+        chosen.append((printable(name), path))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+        return tuple(pool.map(lambda item: pin_file(*item), chosen))
+
+
+def pin_file(name: str, path: Path) -> Listed:
+    """One file as it is now.
+
+    Raises:
+        UserError: it can't be read.
+    """
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for ever
+            raise UserError(f"can't read {path}: it is no regular file")
+        size = about.st_size
+        return Listed(name=name, size=size, version=f"sha256:{file_sha256(path)}", location=str(path))
+    except OSError as error:
+        raise UserError(f"can't read {path}: {error.strerror}") from error
+
+
+def check_unchanged(listed: Listed) -> None:
+    """Make sure that a local file is what it was when the run was planned.
+
+    Raises:
+        UserError: it is gone or its content changed.
+    """
+    if pin_file(listed.name, Path(listed.location)) != listed:
+        raise UserError(f"{listed.location} changed since the run was planned; run again")

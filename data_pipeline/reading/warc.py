@@ -1,0 +1,73 @@
+"""Web archives (WARC, and the WET files of extracted text), read with `warcio`.
+
+Documents are records that are text already: ``conversion`` records (what a WET file holds) and fetched pages of
+type ``text/plain``. HTML is not turned into text here, as no extractor is part of llmill: such a record is
+rejected as ``not_plain_text``, so that it is counted. Records about the crawl itself (requests, metadata) are
+passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from io import BufferedReader
+from typing import Any
+
+from warcio.archiveiterator import ArchiveIterator
+
+from data_pipeline.documents import MAX_DOCUMENT_BYTES, first_line
+from data_pipeline.reading.records import Record, Rejected, whole
+from data_pipeline.reading.streams import CODEC_FAULTS, ExpandsTooFar
+
+logging.getLogger("warcio").setLevel(logging.ERROR)  # it warns of spaces in addresses
+WITH_CONTENT = ("conversion", "resource", "response")
+
+
+class QuietIterator(ArchiveIterator):
+    """Counts records of wrong length without a word on stderr."""
+
+    INC_RECORD = ""
+
+
+def read_warc(stream: BufferedReader) -> Iterator[Record]:
+    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file."""
+    row = -1
+    errors = 0
+    try:
+        records = QuietIterator(stream)
+        for row, record in enumerate(records):
+            if records.err_count > errors:
+                yield Rejected(row - 1, "bad_warc", "its Content-Length is not where it ends")
+                errors = records.err_count
+            if record.rec_type in WITH_CONTENT:
+                yield read_record(row, record)
+    except (ExpandsTooFar, *CODEC_FAULTS):
+        raise
+    except Exception as error:  # warcio trusts its input: damaged headers end in errors of any type
+        yield Rejected(row + 1, "bad_warc", first_line(error))
+
+
+def read_record(row: int, record: Any) -> Record:
+    """One record with content."""
+    headers = record.rec_headers
+    answer = record.http_headers
+    kind = (answer or headers).get_header("Content-Type") or ""
+    media, _, parameters = kind.partition(";")
+    if answer is not None and answer.get_statuscode() != "200":
+        return Rejected(row, "http_status", f"the page answered {answer.get_statuscode()}")
+    if media.strip().lower() != "text/plain":
+        return Rejected(row, "not_plain_text", f"a record of type {media.strip()[:80] or 'unknown'}")
+    data = record.content_stream().read(MAX_DOCUMENT_BYTES + 1)
+    if len(data) > MAX_DOCUMENT_BYTES:
+        return Rejected(row, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
+    charset = parameters.partition("charset=")[2].partition(";")[0].strip(" \"'") or "utf-8"
+    try:
+        text = data.decode(charset)
+    except UnicodeDecodeError as error:
+        return Rejected(
+            row, "not_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start} of the record"
+        )
+    except (LookupError, ValueError):  # no such name, or one that is no name at all
+        return Rejected(row, "unknown_charset", charset[:80])
+    url, date = headers.get_header("WARC-Target-URI"), headers.get_header("WARC-Date")
+    return whole(row, text, {key: value for key, value in (("url", url), ("date", date)) if value})

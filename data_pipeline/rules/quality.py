@@ -1,0 +1,138 @@
+"""The quality and repetition rules of Gopher, each a threshold that may be switched off.
+
+Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Training Gopher", appendix A.1.1 and
+table A1. The defaults are theirs; ``None`` switches a rule off. Where the paper leaves a choice: words are separated
+by white space, as punctuation is not spoken of; a line or paragraph is a duplicate if it equals an earlier one; the
+characters of n-grams are those of their words and are measured against those of all words; of the most frequent
+n-gram, "characters contained within" it count once where its occurrences overlap, so that no fraction exceeds one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+from pydantic import Field
+
+from data_pipeline.context import Config
+from data_pipeline.rules.repetition import ngram_characters
+from data_pipeline.rules.text_stats import TextStats
+
+Count = Annotated[int, Field(ge=0)]
+Width = Annotated[int, Field(ge=1)]
+Ratio = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+def share(part: NDArray[np.int64], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    """``part / whole``, 0 where there is nothing.
+
+    What stands exactly at a decimal limit is equal to it, which ``limit * whole`` is not: 0.67 * 1500 > 1005.
+    """
+    return part / np.maximum(1, whole)
+
+
+Broken = tuple[str, NDArray[np.bool_]]
+"""The reason to drop for which a rule stands, and which texts of a column break it."""
+
+
+class GopherRules(Config):
+    """Thresholds; a document beyond one is dropped for the reason that bears the field's name."""
+
+    min_words: Count | None = 50
+    max_words: Count | None = 100_000
+    min_mean_word_length: Ratio | None = 3
+    """Characters."""
+    max_mean_word_length: Ratio | None = 10
+    max_symbols_per_word: Ratio | None = 0.1
+    """For hash signs and for ellipses, each on its own."""
+    max_bullet_lines: Fraction | None = 0.9
+    """Fraction of lines that begin with a bullet."""
+    max_ellipsis_lines: Fraction | None = 0.3
+    """Fraction of lines that end with an ellipsis."""
+    min_alphabetic_words: Fraction | None = 0.8
+    """Fraction of words that hold a letter."""
+    min_stop_words: Count | None = 2
+    """How many different ones of the, be, to, of, and, that, have, with must occur."""
+    max_duplicate_lines: Fraction | None = 0.3
+    """Fraction of lines that repeat an earlier one."""
+    max_duplicate_paragraphs: Fraction | None = 0.3
+    max_duplicate_line_characters: Fraction | None = 0.2
+    """Fraction of the characters that stand in repeated lines."""
+    max_duplicate_paragraph_characters: Fraction | None = 0.2
+    max_top_ngram_characters: dict[Width, Fraction] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
+    """By n: fraction of the words' characters that the most frequent n-gram covers, if it occurs twice or more."""
+    max_duplicate_ngram_characters: dict[Width, Fraction] | None = Field(
+        default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
+    )
+    """By n: fraction of the words' characters that stand in n-grams which occur more than once."""
+
+    def broken(self, stats: TextStats) -> Iterator[Broken]:
+        """The rules that need only counts, and the texts that break each."""
+        yield from self._by_words(stats)
+        yield from self._by_lines(stats)
+        yield from self._by_vocabulary(stats)
+        yield from self._by_repeated_blocks(stats)
+
+    def _by_words(self, stats: TextStats) -> Iterator[Broken]:
+        mean = share(stats.word_characters, stats.words)
+        if self.min_words is not None:
+            yield "min_words", stats.words < self.min_words
+        if self.max_words is not None:
+            yield "max_words", stats.words > self.max_words
+        if self.min_mean_word_length is not None:
+            yield "min_mean_word_length", mean < self.min_mean_word_length
+        if self.max_mean_word_length is not None:
+            yield "max_mean_word_length", mean > self.max_mean_word_length
+        if self.max_symbols_per_word is not None:
+            symbols = np.maximum(stats.hashes, stats.ellipses)
+            yield "max_symbols_per_word", share(symbols, stats.words) > self.max_symbols_per_word
+
+    def _by_lines(self, stats: TextStats) -> Iterator[Broken]:
+        if self.max_bullet_lines is not None:
+            yield "max_bullet_lines", share(stats.bullet_lines, stats.lines) > self.max_bullet_lines
+        if self.max_ellipsis_lines is not None:
+            yield "max_ellipsis_lines", share(stats.ellipsis_lines, stats.lines) > self.max_ellipsis_lines
+
+    def _by_vocabulary(self, stats: TextStats) -> Iterator[Broken]:
+        if self.min_alphabetic_words is not None:
+            yield (
+                "min_alphabetic_words",
+                share(stats.alphabetic_words, stats.words) < self.min_alphabetic_words,
+            )
+        if self.min_stop_words is not None:
+            yield "min_stop_words", stats.stop_words < self.min_stop_words
+
+    def _by_repeated_blocks(self, stats: TextStats) -> Iterator[Broken]:
+        for name, limit, part, whole in (
+            ("lines", self.max_duplicate_lines, stats.duplicate_lines, stats.lines),
+            (
+                "line_characters",
+                self.max_duplicate_line_characters,
+                stats.duplicate_line_characters,
+                stats.line_characters,
+            ),
+            ("paragraphs", self.max_duplicate_paragraphs, stats.duplicate_paragraphs, stats.paragraphs),
+            (
+                "paragraph_characters",
+                self.max_duplicate_paragraph_characters,
+                stats.duplicate_paragraph_characters,
+                stats.line_characters,
+            ),
+        ):
+            if limit is not None:
+                yield f"max_duplicate_{name}", share(part, whole) > limit
+
+    def broken_by_ngrams(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
+        """The rules that count n-grams: the dearest, so ask them of what the others left."""
+        tops, duplicates = self.max_top_ngram_characters or {}, self.max_duplicate_ngram_characters or {}
+        if not tops and not duplicates:
+            return
+        of_top, of_duplicates = ngram_characters(texts, stats.words, [*tops], [*duplicates])
+        for found, limit in zip(of_top, tops.values(), strict=True):
+            yield "max_top_ngram_characters", share(found, stats.word_characters) > limit
+        for found, limit in zip(of_duplicates, duplicates.values(), strict=True):
+            yield "max_duplicate_ngram_characters", share(found, stats.word_characters) > limit

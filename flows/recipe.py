@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -202,18 +202,23 @@ def is_kind(part: str | int) -> bool:
 
 def suggestion(location: Sequence[str | int]) -> str:
     """``; did you mean min_words?``, or the keys that there are."""
-    model: Any = Recipe
+    model: type[BaseModel] = Recipe
     for part in location[:-1]:
-        field = (
-            model.model_fields.get(part) if isinstance(part, str) and hasattr(model, "model_fields") else None
-        )
-        model = type(field.get_default(call_default_factory=True)) if field else None
-        if field and isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
-        if model is None or not hasattr(model, "model_fields"):
+        field = model.model_fields.get(str(part))
+        within = model_in(field.annotation) if field else None
+        if within is None:
             return ""
+        model = within
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(model.model_fields)}"
+
+
+def model_in(annotation: Any) -> type[BaseModel] | None:
+    """The config that a field holds, always or unless it is None."""
+    for one in (annotation, *get_args(annotation)):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            return one
+    return None
 
 
 def line_of(node: Any, location: Sequence[str | int]) -> int:

@@ -97,6 +97,7 @@ def drive(script: str, folder: Path, *arguments: str, **environment: str) -> lis
         [sys.executable, str(folder / "work.py"), *arguments],
         capture_output=True,
         text=True,
+        cwd=folder,
         env={**os.environ, "PYTHONPATH": path, **environment},
         timeout=300,
     )

@@ -55,6 +55,7 @@ def test_an_override_may_switch_a_rule_off(recipe):
     ("wrong", "told"),
     [
         ("clean.min_charz=3", ["--set clean.min_charz=3", "no such key; did you mean min_chars?"]),
+        ("clean.language.allowd=[en]", ["clean.language.allowd", "no such key; did you mean allowed?"]),
         ("clean.min_chars=many", ["--set clean.min_chars=many", "valid integer", "'many'"]),
         ("clean.min_chars=-1", ["greater than or equal to 1", "-1"]),
         ("dedup.bands=0", ["greater than or equal to 1"]),

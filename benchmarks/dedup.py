@@ -38,10 +38,9 @@ def main() -> None:
     ]
     if not options.no_peers:
         race.append(contestant("text-dedup", peers.text_dedup, part, **lsh))
-        words = "datatrove, words by one regular expression"
-        race.append(contestant(words, peers.datatrove_dedup, part, words=True, **lsh))
-        english = "datatrove, its English tokenizer"
-        race.append(contestant(english, peers.datatrove_dedup, tenth, 1, words=False, **lsh))
+        for tokenizer, name in peers.DATATROVE.items():
+            text, repeats = (tenth, 1) if tokenizer == "english" else (part, None)
+            race.append(contestant(name, peers.datatrove_dedup, text, repeats, tokenizer=tokenizer, **lsh))
     scale = installed_text(options.work, options.scale_megabytes)
     steps = [
         contestant("once", ours.remove_duplicates, scale, config={}),

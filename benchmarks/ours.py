@@ -14,7 +14,7 @@ import pyarrow as pa
 from benchmarks.measure import Work
 from benchmarks.watch import WatchedContext, sampled, summary
 from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, StageConfig
+from data_pipeline.context import LocalContext, StageConfig, process_pool
 from data_pipeline.dedup import DedupConfig, dedup
 from data_pipeline.documents import SCHEMA, read_shard, shard_paths, write_shard
 from data_pipeline.download import DownloadConfig, download
@@ -88,12 +88,20 @@ def compile_kernels(folder: Path) -> None:
                 f"{number}", f"one two three four five six seven eight nine {number // 2}", "warm-up", "{}"
             )
     dedup(DedupConfig(), {"clean": folder / "in"}, folder / "out", LocalContext())
+    start_fork_server()
+
+
+def start_fork_server() -> None:
+    """Have what workers are forked from import our modules, as peers' workers are forked with theirs imported."""
+    with process_pool(1) as pool:
+        pool.submit(int).result()
 
 
 def encode(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     """Document shards to token shards; gives the stage's metrics."""
     folder = empty_folder(out)
     inputs = {"dedup": Path(corpus), "train_tokenizer": Path(tokenizer)}
+    start_fork_server()
 
     def work() -> Any:
         with LocalContext(workers) as context:
@@ -119,6 +127,7 @@ def watch_stage(stage: str, config: dict[str, Any], inputs: dict[str, str], out:
     folder = empty_folder(out)
     if stage == "dedup":
         compile_kernels(folder.with_name("warm-up"))
+    start_fork_server()
 
     def work() -> Any:
         start = time.perf_counter()

@@ -31,6 +31,21 @@ class Words:
         return WORD.findall(text)
 
 
+class Spaces:
+    """The cheapest word tokenizer for datatrove: what white space parts."""
+
+    def word_tokenize(self, text: str) -> list[str]:
+        return text.split()
+
+
+DATATROVE: dict[str, str] = {
+    "same": "datatrove, words by one regular expression",
+    "spaces": "datatrove, whitespace tokenizer",
+    "english": "datatrove, its English tokenizer",
+}
+"""Its word tokenizers; with "same" shingles are llmill's, the others follow its own normalisation."""
+
+
 def daft_minhash(corpus: str, permutations: int, words: str, in_memory: bool) -> Work:
     """Text to signatures by Daft's own runner.
 
@@ -72,10 +87,10 @@ def rensa_minhash(corpus: str, permutations: int) -> Work:
     return work
 
 
-def datatrove_signature(corpus: str, out: str, workers: int, bands: int, rows: int, words: bool) -> Work:
+def datatrove_signature(corpus: str, out: str, workers: int, bands: int, rows: int, tokenizer: str) -> Work:
     """Parquet shards to signature files: the first of datatrove's four steps."""
     folder = empty_folder(out)
-    step = signature_step(folder, bands, rows, words)
+    step = signature_step(folder, bands, rows, tokenizer)
 
     def work() -> None:
         run_datatrove([reader(corpus), step], len(shard_paths(Path(corpus))), workers, folder)
@@ -83,14 +98,14 @@ def datatrove_signature(corpus: str, out: str, workers: int, bands: int, rows: i
     return work
 
 
-def signature_step(folder: Path, bands: int, rows: int, words: bool) -> Any:
-    """`MinhashDedupSignature` as it comes, or, with ``words``, with llmill's shingles and the cheapest tokenizer."""
+def signature_step(folder: Path, bands: int, rows: int, tokenizer: str) -> Any:
+    """`MinhashDedupSignature` with one of the tokenizers of `DATATROVE`."""
     from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
 
-    step = MinhashDedupSignature(str(folder / "signatures"), minhash_config(bands, rows, words))
+    step = MinhashDedupSignature(str(folder / "signatures"), minhash_config(bands, rows, tokenizer))
     step._hash_func = xxh64  # its own hands a string to xxhash, which refuses that from version 4 on
-    if words:
-        step.word_tokenizer = Words()
+    if tokenizer != "english":
+        step.word_tokenizer = Words() if tokenizer == "same" else Spaces()
     return step
 
 
@@ -100,14 +115,14 @@ def xxh64(shingle: str) -> int:
     return int(xxhash.xxh64_intdigest(shingle.encode()))
 
 
-def minhash_config(bands: int, rows: int, words: bool) -> Any:
+def minhash_config(bands: int, rows: int, tokenizer: str) -> Any:
     from datatrove.pipeline.dedup.minhash import MinhashConfig
     from datatrove.utils.text import TextNormConfig
 
     lower_only = TextNormConfig(
         norm_whitespace=False, remove_punctuation=False, norm_unicode_diacritics=False, norm_numbers=False
     )
-    norm = lower_only if words else TextNormConfig()
+    norm = lower_only if tokenizer == "same" else TextNormConfig()
     return MinhashConfig(n_grams=SHINGLE, num_buckets=bands, hashes_per_bucket=rows, norm_config=norm)
 
 
@@ -125,14 +140,14 @@ def run_datatrove(steps: list[Any], tasks: int, workers: int, folder: Path) -> N
     LocalPipelineExecutor(steps, tasks=tasks, workers=workers, logging_dir=str(folder / "logs" / name)).run()
 
 
-def datatrove_dedup(corpus: str, out: str, workers: int, bands: int, rows: int, words: bool) -> Work:
+def datatrove_dedup(corpus: str, out: str, workers: int, bands: int, rows: int, tokenizer: str) -> Work:
     """Document shards to document shards by datatrove's four MinHash steps."""
     from datatrove.pipeline.dedup import minhash
     from datatrove.pipeline.writers import ParquetWriter
 
     folder = empty_folder(out)
-    config = minhash_config(bands, rows, words)
-    sign = signature_step(folder, bands, rows, words)
+    config = minhash_config(bands, rows, tokenizer)
+    sign = signature_step(folder, bands, rows, tokenizer)
     signatures, pairs, remove = (str(folder / name) for name in ("signatures", "pairs", "remove"))
     buckets = minhash.MinhashDedupBuckets(signatures, pairs, config=config)
     cluster = minhash.MinhashDedupCluster(pairs, remove, config=config)

@@ -112,9 +112,13 @@ def contestants(corpus: Path, outs: Path, cores: int, with_peers: bool) -> list[
     if with_peers:
         bands = f"{config.bands} bands of {config.rows}"
         found += [
-            contestant(f"datatrove, {bands}, same words", peers.datatrove_dedup, words=True, **lsh),
+            contestant(f"datatrove, {bands}, same words", peers.datatrove_dedup, tokenizer="same", **lsh),
             contestant(
-                "datatrove, 14 bands of 8, same words", peers.datatrove_dedup, words=True, bands=14, rows=8
+                "datatrove, 14 bands of 8, same words",
+                peers.datatrove_dedup,
+                tokenizer="same",
+                bands=14,
+                rows=8,
             ),
             contestant(f"text-dedup, {bands}", peers.text_dedup, **lsh),
         ]

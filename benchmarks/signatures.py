@@ -29,10 +29,12 @@ def main() -> None:
     def signer(name: str, prepare: Callable[..., Work], cores: int, **job: Any) -> Contestant:
         return Contestant(name, prepare, {"corpus": str(corpus), "permutations": entries, **job}, size, cores)
 
-    def datatrove(name: str, words: bool, repeats: int | None = None) -> Contestant:
-        job = {"corpus": str(part), "workers": cores, "bands": bands, "rows": rows, "words": words}
-        job["out"] = str(outs / f"datatrove-{words}")
-        return Contestant(name, peers.datatrove_signature, job, part_size, cores, repeats)
+    def datatrove(tokenizer: str, repeats: int | None = None) -> Contestant:
+        job = {"corpus": str(part), "workers": cores, "bands": bands, "rows": rows, "tokenizer": tokenizer}
+        job["out"] = str(outs / f"datatrove-{tokenizer}")
+        return Contestant(
+            peers.DATATROVE[tokenizer], peers.datatrove_signature, job, part_size, cores, repeats
+        )
 
     one = [signer("llmill", ours.sign_in_memory, 1, threads=1)]
     many = [
@@ -46,8 +48,7 @@ def main() -> None:
         one.append(signer("rensa", peers.rensa_minhash, 1))
         from_parquet = f"{DAFT['same']}, from Parquet"
         many.append(signer(from_parquet, peers.daft_minhash, cores, words="same", in_memory=False))
-        many.append(datatrove("datatrove, words by one regular expression", True))
-        many.append(datatrove("datatrove, its English tokenizer", False, 1))
+        many += [datatrove("same"), datatrove("spaces"), datatrove("english", 1)]
     report = Report("signatures", "Signatures", {"entries": entries, "ngram": peers.SHINGLE})
     report.text(
         f"MinHash signatures of {entries} entries from {peers.SHINGLE}-word shingles. Text and signatures are in "

@@ -39,10 +39,11 @@ class Forecast:
     def lines(self) -> list[str]:
         """For a person."""
         worker, driver = human_bytes(self.worker_memory), human_bytes(self.driver_memory)
+        partitions = f"{self.partitions} partition" + "s" * (self.partitions > 1)
         return [
-            f"{human_bytes(self.disk)} of scratch on disk, {self.partitions} partitions of band hashes",
+            f"{human_bytes(self.disk)} of scratch on disk, {partitions} of band hashes",
             f"memory: {worker} a worker, {driver} to decide, most of it mapped files",
-            f"about {self.seconds:,.0f} s on {self.workers} cores at a nominal {MB_PER_CORE:.0f} MB/s a core",
+            f"about {max(self.seconds, 1):,.0f} s on {self.workers} cores at a nominal {MB_PER_CORE:.0f} MB/s a core",
         ]
 
 

@@ -40,7 +40,8 @@ class Spaces:
 
 DATATROVE: dict[str, str] = {
     "same": "datatrove, words by one regular expression",
-    "spaces": "datatrove, whitespace tokenizer",
+    "spaces": "datatrove, split at white space",
+    "whitespace": "datatrove, its WhitespaceTokenizer",
     "english": "datatrove, its English tokenizer",
 }
 """Its word tokenizers; with "same" shingles are llmill's, the others follow its own normalisation."""
@@ -101,11 +102,13 @@ def datatrove_signature(corpus: str, out: str, workers: int, bands: int, rows: i
 def signature_step(folder: Path, bands: int, rows: int, tokenizer: str) -> Any:
     """`MinhashDedupSignature` with one of the tokenizers of `DATATROVE`."""
     from datatrove.pipeline.dedup.minhash import MinhashDedupSignature
+    from datatrove.utils.word_tokenizers import WhitespaceTokenizer
 
     step = MinhashDedupSignature(str(folder / "signatures"), minhash_config(bands, rows, tokenizer))
     step._hash_func = xxh64  # its own hands a string to xxhash, which refuses that from version 4 on
     if tokenizer != "english":
-        step.word_tokenizer = Words() if tokenizer == "same" else Spaces()
+        own = {"same": Words, "spaces": Spaces, "whitespace": WhitespaceTokenizer}
+        step.word_tokenizer = own[tokenizer]()
     return step
 
 

@@ -48,7 +48,7 @@ def main() -> None:
         one.append(signer("rensa", peers.rensa_minhash, 1))
         from_parquet = f"{DAFT['same']}, from Parquet"
         many.append(signer(from_parquet, peers.daft_minhash, cores, words="same", in_memory=False))
-        many += [datatrove("same"), datatrove("spaces"), datatrove("english", 1)]
+        many += [datatrove("same"), datatrove("spaces"), datatrove("whitespace"), datatrove("english", 1)]
     report = Report("signatures", "Signatures", {"entries": entries, "ngram": peers.SHINGLE})
     report.text(
         f"MinHash signatures of {entries} entries from {peers.SHINGLE}-word shingles. Text and signatures are in "

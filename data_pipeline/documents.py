@@ -152,6 +152,17 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
+def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
+    """Bytes and offsets (documents + 1) of a column of strings without nulls, in place."""
+    assert texts.type == pa.string(), f"expected string, found {texts.type}"
+    assert texts.null_count == 0, "texts are never null"
+    if not len(texts):
+        return np.zeros(0, np.uint8), np.zeros(1, np.int32)
+    _, offsets, data = texts.buffers()
+    starts = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
+    return np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), starts
+
+
 def byte_lengths(column: pa.Array) -> NDArray[np.int64]:
     """UTF-8 bytes of every string in a column."""
     return pc.binary_length(column).to_numpy(zero_copy_only=False).astype(np.int64)

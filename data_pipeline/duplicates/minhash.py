@@ -19,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.documents import buffers
+
 # A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
 
 EMPTY = np.uint16(0xFFFF)
@@ -205,17 +207,6 @@ def sign_all(
         count = word_hashes(data, offsets[row], offsets[row + 1], classes, lower, words)
         count = shingle_hashes(words, count, ngram, seed)
         fill_signature(words, count, signatures[row], least, closed)
-
-
-def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Bytes and offsets (documents + 1) of a column of strings without nulls, in place."""
-    assert texts.type == pa.string(), f"expected string, found {texts.type}"
-    assert texts.null_count == 0, "texts are never null"
-    _, offsets, data = texts.buffers()
-    if not len(texts):
-        return np.zeros(0, np.uint8), np.zeros(1, np.int32)
-    starts = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    return np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), starts
 
 
 def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> NDArray[np.uint16]:

@@ -22,8 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from data_pipeline.context import Config, StageContext, atomic_path, human_bytes
-from data_pipeline.documents import add_up, hash_ids, read_shard, save_array, table
-from data_pipeline.duplicates.minhash import buffers
+from data_pipeline.documents import add_up, buffers, hash_ids, read_shard, save_array, table
 from data_pipeline.duplicates.span_cutting import (
     CUT,
     EXAMPLES,

@@ -21,8 +21,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from data_pipeline.context import Config
+from data_pipeline.documents import buffers
 from data_pipeline.rules.quality import Broken, Count
-from data_pipeline.rules.text_columns import TABLE_SIZE, buffers, code_point, from_buffers, replace_rows
+from data_pipeline.rules.text_columns import TABLE_SIZE, code_point, from_buffers, replace_rows
 
 CITATIONS = r"\[\d*\]|\[edit\]|\[citation needed\]"
 POLICIES = (

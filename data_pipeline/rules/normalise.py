@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.rules.text_columns import TABLE_SIZE, buffers, code_point, replace_rows, slices
+from data_pipeline.documents import buffers
+from data_pipeline.rules.text_columns import TABLE_SIZE, code_point, replace_rows, slices
 
 Form = Literal["NFC", "NFKC", "NFD", "NFKD"]
 

@@ -16,7 +16,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.rules.text_columns import TABLE_SIZE, buffers, code_point
+from data_pipeline.documents import buffers
+from data_pipeline.rules.text_columns import TABLE_SIZE, code_point
 
 # A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 OTHER, SPACE, LETTER, IDEOGRAPH = 0, 1, 2, 3

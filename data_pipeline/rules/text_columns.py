@@ -14,17 +14,6 @@ TABLE_SIZE = 0x40000
 """Code points below this have a class of their own in the kernels' tables; planes 4 and up hold no letter."""
 
 
-def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Bytes and offsets (documents + 1) of a column of strings without nulls, in place."""
-    assert texts.type == pa.string(), f"expected string, found {texts.type}"
-    assert texts.null_count == 0, "texts are never null"
-    if not len(texts):
-        return np.zeros(0, np.uint8), np.zeros(1, np.int32)
-    _, offsets, data = texts.buffers()
-    starts = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    return np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8), starts
-
-
 def blocks(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
     """The eight bytes from each byte on as one little-endian number, in place; for all bytes but the last seven.
 

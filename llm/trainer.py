@@ -5,16 +5,11 @@ is random, so all the state there is lies in the checkpoint: after a kill the lo
 
 from __future__ import annotations
 
-import errno
-import fcntl
-import json
 import os
-import resource
 import sys
 import time
-import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +27,15 @@ from llm.batches import batch_windows, rank_share
 from llm.bits import bits_per_byte, text_sums
 from llm.engine import Engine, start_ranks
 from llm.events import EventLog
+from llm.failures import only_trainer, report_failure
 from llm.model import Transformer, save_model
 from llm.pretrain import Job, precision_reason
+from llm.probe import matmul_flops, memory_bytes
 from llm.schedule import learning_rate
-
-LOCK_SECONDS = 60
-"""How long to wait for the ranks of a killed run to be gone: they notice within a second."""
-
 
 CHECKPOINT_BYTES = {0: 12, 1: 16, 2: 16, 3: 12}
 """Of a checkpoint for each parameter, by ZeRO stage: its value and Adam's two moments, in fp32. At stages 1 and 2
 DeepSpeed saves the value twice: in the module, and in the optimizer's partitions."""
-
-DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
-"""What libraries say of a full disk that raise no OSError: safetensors, and torch's writer of archives."""
 
 
 class Trainer:
@@ -214,69 +204,6 @@ class Trainer:
             "memory": memory_bytes(),
             "eta_seconds": steps_left * self.seconds_a_step,
         }
-
-
-def matmul_flops(device: torch.device, precision: str, repeats: int = 20) -> float:
-    """Floating-point operations a second of one rank's large matrix products while all ranks run them: the best
-    of a few, because other work on the machine only ever makes one slower."""
-    kind = torch.bfloat16 if precision == "bf16" else torch.float32
-    size = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
-    best = 0.0
-    for _ in range(repeats):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
-    return best
-
-
-def memory_bytes() -> int:
-    """The most memory this rank has held: on its GPU, or resident where it has none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@contextmanager
-def only_trainer(scratch: Path) -> Iterator[None]:
-    """Hold the lock that one training job at a time has on a folder.
-
-    Raises:
-        RuntimeError: another job still held it after `LOCK_SECONDS`.
-    """
-    with open(scratch / "trainer.lock", "w", encoding="utf-8") as file:
-        deadline = time.monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"another training job holds {file.name}") from None
-                time.sleep(0.2)
-        yield
-
-
-def report_failure(error: Exception, folder: Path) -> None:
-    """Leave what went wrong where the launcher looks, unless another rank was first."""
-    if no_room(error):
-        error = UserError(f"the disk of {folder.parent} is full: make room and run again")
-    elif isinstance(error, torch.OutOfMemoryError):
-        error = UserError("the GPU's memory does not hold a micro-batch: lower pretrain.runtime.micro_batch")
-    user = isinstance(error, UserError)
-    message = {"user": user, "message": str(error) if user else f"{type(error).__name__}: {error}"}
-    with suppress(OSError), open(folder / "error.json", "x", encoding="utf-8") as file:
-        json.dump(message, file)
-    if not user:
-        traceback.print_exception(error)
-
-
-def no_room(error: Exception) -> bool:
-    """Whether an error says that the disk is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return any(words in str(error) for words in DISK_FULL)
 
 
 def main(path: Path) -> None:

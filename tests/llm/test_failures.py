@@ -12,9 +12,9 @@ import torch
 
 from data_pipeline.context import UserError, has_ended
 from flows.launch import read_failure
+from llm.failures import report_failure
 from llm.model import ModelConfig
 from llm.pretrain import Job, PretrainConfig
-from llm.trainer import report_failure
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from llm.trainer import no_room, report_failure
+from llm.failures import no_room, report_failure
 
 folder = Path(sys.argv[1])
 weights = {"a": torch.zeros(2_000_000)}

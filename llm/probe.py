@@ -1,0 +1,33 @@
+"""What a machine can do, measured on it: the rate of its matrix products, which a training's own is told as a part
+of, and the memory that a rank has held.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+
+
+def matmul_flops(device: torch.device, precision: str, repeats: int = 20) -> float:
+    """Floating-point operations a second of one rank's large matrix products while all ranks run them: the best
+    of a few, because other work on the machine only ever makes one slower."""
+    kind = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
+    best = 0.0
+    for _ in range(repeats):
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+    return best
+
+
+def memory_bytes() -> int:
+    """The most memory this rank has held: on its GPU, or resident where it has none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -220,3 +220,13 @@ def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
         for key, value in one.items():
             total[key] = total.get(key, 0) + value
     return dict(sorted(total.items()))
+
+
+def blocks(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """The eight bytes from each byte on as one little-endian number, in place; for all bytes but the last seven.
+
+    There is always one: fewer than eight bytes are followed by zeros.
+    """
+    if len(data) < 8:
+        data = np.concatenate([data, np.zeros(8 - len(data), np.uint8)])
+    return np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))

@@ -14,16 +14,6 @@ TABLE_SIZE = 0x40000
 """Code points below this have a class of their own in the kernels' tables; planes 4 and up hold no letter."""
 
 
-def blocks(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The eight bytes from each byte on as one little-endian number, in place; for all bytes but the last seven.
-
-    There is always one: fewer than eight bytes are followed by zeros.
-    """
-    if len(data) < 8:
-        data = np.concatenate([data, np.zeros(8 - len(data), np.uint8)])
-    return np.ndarray((len(data) - 7,), "<u8", data, strides=(1,))
-
-
 @numba.njit(nogil=True, cache=True)
 def code_point(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
     """The code point at byte ``at`` of valid UTF-8, and its length in bytes.

@@ -15,8 +15,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.documents import buffers
-from data_pipeline.rules.text_columns import TABLE_SIZE, blocks, code_point
+from data_pipeline.documents import blocks, buffers
+from data_pipeline.rules.text_columns import TABLE_SIZE, code_point
 
 Counts = NDArray[np.int64]
 

@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.duplicates.minhash import EMPTY, band_hashes, shingle_sets, signatures
+from data_pipeline.duplicates.minhash import (
+    EMPTY,
+    IDEOGRAPH,
+    LETTER,
+    band_hashes,
+    character_tables,
+    shingle_sets,
+    signatures,
+)
 from data_pipeline.duplicates.verify import jaccard
 
 
@@ -38,6 +46,43 @@ def test_case_punctuation_and_spacing_do_not_change_the_words(one: str, other: s
     first, second = sets_of(one, other, ngram=2)
     assert first == second
     assert first
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text by the definition, a character at a time."""
+    classes, lower = character_tables()
+    found = [""]
+    for character in text:
+        code = ord(character)
+        kind = classes[code] if code < 1 << 16 else LETTER
+        lowered = chr(lower[code]) if code < 1 << 16 else character
+        if kind == LETTER:
+            found[-1] += lowered
+        else:
+            found += [lowered, ""] if kind == IDEOGRAPH else [""]
+    return [word for word in found if word]
+
+
+CHARACTERS = "aZ_ 09.`@[{/:^\x7f\n" + "éÉß“—ŞK" + "東ア" + "😀"
+TEXTS = st.lists(
+    st.one_of(st.text(CHARACTERS, max_size=12), st.text("abcXYZ_7", max_size=70), st.just(" ")), max_size=30
+).map("".join)
+
+
+@given(TEXTS, st.integers(0, 70), st.integers(0, 9))
+@settings(deadline=None, max_examples=300)
+def test_words_are_those_of_the_definition_wherever_a_text_lies(text: str, before: int, behind: int) -> None:
+    """Words are read many bytes at a time: their hashes must not depend on where blocks begin and end."""
+    words = words_of(text)
+    vocabulary = sorted(set(words))
+    hashes = [sets_of(word, ngram=1)[0].pop() for word in vocabulary]
+    assert len(set(hashes)) == len(vocabulary)
+    column = ["x" * before, text, "y" * behind]
+    assert sets_of(*column, ngram=1)[1] == set(hashes)
+    moved = pa.array([" " * before + text.upper().lower() + "." * behind, text], pa.string())
+    if words_of(moved[0].as_py()) == words:
+        one, other = signatures(moved, permutations=16, ngram=3, seed=0)
+        assert np.array_equal(one, other)
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 GOLDEN = {
     "download": "10132a85c3acfb58",
     "clean": "7054933a4951bc18",
-    "dedup": "1449c4d5d9a3930c",
-    "train_tokenizer": "c0e889bbba362c45",
-    "tokenize": "7599188b45de5323",
-    "pretrain": "b5c02ecf4a983506",
-    "evaluate": "c85ce27edbd9ab7b",
-    "export": "42a071ea2cadfde4",
+    "dedup": "68a51eab918f790c",
+    "train_tokenizer": "79014e06a6770f59",
+    "tokenize": "3e107989afd690d6",
+    "pretrain": "e6072396677fa781",
+    "evaluate": "8b74383bd1ed1e9d",
+    "export": "8fa68234c3f74133",
 }
 
 

@@ -60,12 +60,12 @@ class Windows:
         return rows[:, :-1], rows[:, 1:]
 
 
-def batch_windows(step: int, seed: int, batch: int, total: int) -> Indices:
-    """Which windows the global batch of ``step`` (from 0) holds: ``batch`` numbers below ``total``.
+def batch_windows(first: int, batch: int, seed: int, total: int) -> Indices:
+    """Which windows the global batch holds that comes after ``first`` others: ``batch`` numbers below ``total``.
 
     Steps read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
     """
-    places = np.arange(step * batch, (step + 1) * batch, dtype=np.uint64)
+    places = np.arange(first, first + batch, dtype=np.uint64)
     epochs, places = places // np.uint64(total), places % np.uint64(total)
     windows = np.empty(batch, np.uint64)
     for epoch in np.unique(epochs):

@@ -58,9 +58,9 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, derived from ours."""
     runtime = config.runtime
     return {
-        "train_batch_size": config.batch_windows,
+        "train_batch_size": config.plan.smallest,
         "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.accumulation,
+        "gradient_accumulation_steps": config.accumulation(0),
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
         "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
         "zero_optimization": {"stage": runtime.zero_stage},
@@ -94,29 +94,43 @@ class Engine:
         """The model. At ZeRO 3 its parameters are empty outside `forward`."""
         return self.engine.module
 
-    def step(self, micro_batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> tuple[float, float]:
-        """One optimizer step over this rank's micro-batches of (tokens, targets).
+    def step(
+        self, micro_batches: Iterable[tuple[Tensor, Tensor]], count: int, lr: float
+    ) -> tuple[float, float]:
+        """One optimizer step over this rank's ``count`` micro-batches of (tokens, targets).
 
         Returns:
             The mean loss in nats over the global batch, and the norm of the gradient before clipping.
         """
         self.engine.train()
+        self.set_accumulation(count)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         total = torch.zeros((), dtype=torch.float64, device=self.device)
-        count = 0
         norm = 0.0
-        for tokens_BT, targets_BT in micro_batches:
+        done = 0
+        for done, (tokens_BT, targets_BT) in enumerate(micro_batches, start=1):
+            self.engine.set_gradient_accumulation_boundary(done == count)
             loss = self.engine(tokens_BT.to(self.device), targets_BT.to(self.device))
             total += loss.detach()
-            count += 1
             self.engine.backward(loss)
-            if self.zero_stage == 0 and self.engine.is_gradient_accumulation_boundary():
+            if self.zero_stage == 0 and done == count:
                 norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip))
             self.engine.step()
+        assert done == count, f"{done} micro-batches came, not {count}"
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm())
         return self.sum(total / count).item() / dist.get_world_size(), norm
+
+    def set_accumulation(self, count: int) -> None:
+        """Let the next step average its gradient over ``count`` micro-batches.
+
+        `step` tells where they end: DeepSpeed's own count of micro-batches runs on from step to step, so after a
+        change of their number it would see a step end where none does.
+        """
+        self.engine.set_train_batch_size(
+            count * self.engine.train_micro_batch_size_per_gpu() * dist.get_world_size()
+        )
 
     @torch.no_grad()
     def nats(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
 from llm.model import ModelConfig, ModelShape, load_model
+from llm.schedule import BatchPlan, Schedule, batch_plan
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Most tokens a rank works on at once when the micro-batch is "auto": what fits caches, or fills a GPU."""
@@ -68,10 +69,7 @@ class PretrainConfig(StageConfig):
     """Tokens a step, over all ranks: a multiple of the context."""
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
-    min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last step's rate as a part of the peak."""
-    warmup_share: float = Field(default=0.02, ge=0, lt=1)
-    """Part of the steps in which the rate rises."""
+    schedule: Schedule = Schedule()
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)
@@ -96,13 +94,14 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of model.context {self.model.context}"
             )
-        ranks, micro = self.runtime.ranks, self.runtime.micro_batch
-        if self.batch_windows % ranks:
-            raise ValueError(f"a batch of {self.batch_windows} windows does not divide among {ranks} ranks")
-        if micro != "auto" and (micro < 1 or self.rank_windows % micro):
+        ranks, micro, smallest = self.runtime.ranks, self.runtime.micro_batch, self.plan.smallest
+        if smallest % ranks:
+            raise ValueError(f"a batch of {smallest} windows does not divide among {ranks} ranks")
+        if micro != "auto" and (micro < 1 or smallest // ranks % micro):
             raise ValueError(
-                f"runtime.micro_batch {micro} does not divide a rank's {self.rank_windows} windows a step"
+                f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} windows a step"
             )
+        self.schedule.require_room(self.steps)
         return self
 
     def resolve(self) -> Self:
@@ -117,39 +116,34 @@ class PretrainConfig(StageConfig):
         return self.model_copy(update={"precision": hardware_precision()[0]})
 
     @property
-    def batch_windows(self) -> int:
-        """Windows a step: batch_tokens / context."""
-        return self.batch_tokens // self.model.context
-
-    @property
-    def rank_windows(self) -> int:
-        """Windows a step and rank: batch_windows / ranks."""
-        return self.batch_windows // self.runtime.ranks
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device."""
-        if self.runtime.micro_batch != "auto":
-            return self.runtime.micro_batch
-        most = max(1, MICRO_BATCH_TOKENS[device_kind()] // self.model.context)
-        return max(
-            size for size in range(1, min(most, self.rank_windows) + 1) if self.rank_windows % size == 0
-        )
-
-    @property
-    def accumulation(self) -> int:
-        """Micro-batches a rank and step."""
-        return self.rank_windows // self.micro_batch
+    def plan(self) -> BatchPlan:
+        """How many windows each step reads, over all ranks."""
+        return batch_plan(self.tokens, self.batch_tokens, self.model.context, self.schedule.batch_warmup)
 
     @property
     def steps(self) -> int:
-        """Optimizer steps: tokens / batch_tokens, rounded down, at least one."""
-        return max(1, self.tokens // self.batch_tokens)
+        """Optimizer steps: tokens / batch_tokens, rounded down, at least one; more with a batch warm-up."""
+        return self.plan.steps
 
     @property
-    def warmup_steps(self) -> int:
-        """warmup_share of the steps, rounded."""
-        return round(self.warmup_share * self.steps)
+    def micro_batch(self) -> int:
+        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device.
+
+        With a batch warm-up, of its share of the smallest batch.
+        """
+        if self.runtime.micro_batch != "auto":
+            return self.runtime.micro_batch
+        most = max(1, MICRO_BATCH_TOKENS[device_kind()] // self.model.context)
+        share = self.plan.smallest // self.runtime.ranks
+        return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+    def accumulation(self, step: int) -> int:
+        """Micro-batches a rank works through in ``step``."""
+        return self.plan.windows_at(step) // (self.runtime.ranks * self.micro_batch)
+
+    def tokens_after(self, done: int) -> int:
+        """Tokens that the first ``done`` steps read."""
+        return self.plan.windows_before(done) * self.model.context
 
 
 class Job(Config):
@@ -340,7 +334,7 @@ def report(
         "| ---: | ---: | ---: | ---: |",
     ]
     for check in checks:
-        tokens = check["step"] * config.batch_tokens
+        tokens = config.tokens_after(int(check["step"]))
         lines.append(f"| {check['step']} | {tokens:,} | {check['loss']:.4f} | {check['bits_per_byte']:.4f} |")
     lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
     for row in losses[:: max(1, len(losses) // 20)]:

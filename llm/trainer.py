@@ -31,7 +31,6 @@ from llm.failures import only_trainer, report_failure
 from llm.model import Transformer, save_model
 from llm.pretrain import Job, precision_reason
 from llm.probe import matmul_flops, memory_bytes
-from llm.schedule import learning_rate
 
 CHECKPOINT_BYTES = {0: 12, 1: 16, 2: 16, 3: 12}
 """Of a checkpoint for each parameter, by ZeRO stage: its value and Adam's two moments, in fp32. At stages 1 and 2
@@ -52,7 +51,7 @@ class Trainer:
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
         self.history: dict[str, list[dict[str, float]]] = {"step": [], "validation": []}
-        self.seconds_a_step: float | None = None
+        self.seconds_a_token: float | None = None
         rate = matmul_flops(self.engine.device, self.config.precision)
         self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
 
@@ -72,35 +71,32 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """One optimizer step, remembered and told."""
         config = self.config
-        lr = learning_rate(
-            step,
-            steps=config.steps,
-            warmup=config.warmup_steps,
-            peak=config.lr,
-            floor_ratio=config.min_lr_ratio,
-        )
+        lr = config.lr * config.schedule.multiple(step, config.steps)
         start = time.perf_counter()
-        loss, grad_norm = self.engine.step(self.micro_batches(step), lr)
+        loss, grad_norm = self.engine.step(self.micro_batches(step), config.accumulation(step), lr)
         seconds = time.perf_counter() - start
         done = step + 1
         if not np.isfinite(loss):
             raise UserError(f"the loss of step {done} is {loss}: training diverged; lower pretrain.lr")
         fact = {
             "step": done,
-            "tokens": done * config.batch_tokens,
+            "tokens": config.tokens_after(done),
             "loss": loss,
             "lr": lr,
             "grad_norm": grad_norm,
         }
         self.history["step"].append(fact)
         if done % config.runtime.log_every == 0 or done == config.steps:
-            self.tell("step", **fact, **self.speed(seconds, config.steps - done))
+            self.tell("step", **fact, **self.speed(step, seconds))
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of the batch of ``step``, cut into micro-batches."""
-        windows = batch_windows(step, self.config.seed, self.config.batch_windows, len(self.train))
+        plan = self.config.plan
+        windows = batch_windows(
+            plan.windows_before(step), plan.windows_at(step), self.config.seed, len(self.train)
+        )
         mine = rank_share(windows, self.rank, self.ranks)
-        for micro in np.split(mine, self.config.accumulation):
+        for micro in np.split(mine, self.config.accumulation(step)):
             tokens, targets = self.train.take(micro)
             yield torch.from_numpy(tokens), torch.from_numpy(targets)
 
@@ -179,7 +175,7 @@ class Trainer:
             reason=precision_reason(config),
             parameters=self.parameters,
             steps=config.steps,
-            tokens=config.steps * config.batch_tokens,
+            tokens=config.tokens_after(config.steps),
             ranks=self.ranks,
             zero_stage=config.runtime.zero_stage,
             micro_batch=config.micro_batch,
@@ -191,18 +187,20 @@ class Trainer:
         if self.events is not None:
             self.events.write(event, **fields)
 
-    def speed(self, seconds: float, steps_left: int) -> dict[str, float]:
+    def speed(self, step: int, seconds: float) -> dict[str, float]:
         """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
         matrix products reached when probed at the start (of a rank's memory, its own)."""
-        rate = self.config.batch_tokens / seconds
-        self.seconds_a_step = (
-            seconds if self.seconds_a_step is None else 0.9 * self.seconds_a_step + 0.1 * seconds
-        )
+        config = self.config
+        tokens = config.plan.windows_at(step) * config.model.context
+        rate = tokens / seconds
+        previous = self.seconds_a_token
+        self.seconds_a_token = 1 / rate if previous is None else 0.9 * previous + 0.1 / rate
+        left = config.tokens_after(config.steps) - config.tokens_after(step + 1)
         return {
             "tokens_per_second": rate,
             "mfu": rate * self.job.model.flops_per_token() / self.peak_flops,
             "memory": memory_bytes(),
-            "eta_seconds": steps_left * self.seconds_a_step,
+            "eta_seconds": left * self.seconds_a_token,
         }
 
 

@@ -33,11 +33,11 @@ def refused(given: PretrainConfig, corpus: dict[str, Path], out: Path) -> str:
 
 
 def test_derived_values_follow_their_rules() -> None:
-    derived = config(warmup_share=0.3, runtime={"ranks": 4})
-    assert (derived.steps, derived.warmup_steps) == (9, 3)
-    assert (derived.batch_windows, derived.rank_windows) == (32, 8)
-    assert (derived.micro_batch, derived.accumulation) == (8, 1)
-    assert config(runtime={"micro_batch": 4}).accumulation == 8
+    derived = config(schedule={"warmup_share": 0.3}, runtime={"ranks": 4})
+    assert (derived.steps, derived.schedule.warmup_of(derived.steps)) == (9, 3)
+    assert (derived.plan.smallest, derived.plan.windows_before(9)) == (32, 9 * 32)
+    assert (derived.micro_batch, derived.accumulation(0)) == (8, 1)
+    assert config(runtime={"micro_batch": 4}).accumulation(8) == 8
     assert config(tokens=1).steps == 1
 
 

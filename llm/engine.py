@@ -7,10 +7,12 @@ DeepSpeed's shared-memory collectives (a minute of C++ for ranks on CPUs) are le
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +30,8 @@ if "mlflow" not in sys.modules:
 
 import deepspeed
 
-from llm.optim import adamw
+from llm.muon import EndToEnd, Pieces, Striped
+from llm.optim import Optimizer, parameter_groups
 
 if TYPE_CHECKING:
     from llm.model import Transformer
@@ -64,6 +67,7 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
         "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
         "zero_optimization": {"stage": runtime.zero_stage},
+        "zero_allow_untested_optimizer": True,  # ours; tests hold it to its rule at each stage
         "torch_autocast": {
             "enabled": config.precision == "bf16",
             "dtype": "bfloat16",
@@ -71,6 +75,18 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         },
         "steps_per_print": 1 << 40,
     }
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step tells."""
+
+    loss: float
+    """Mean over the global batch, in nats."""
+    grad_norm: float
+    """Of the gradient, before clipping."""
+    update_ratios: dict[str, float]
+    """By kind of parameter, when measured: `Engine.update_ratios`."""
 
 
 class Engine:
@@ -82,12 +98,18 @@ class Engine:
         self.clip = config.grad_clip
         self.zero_stage = config.runtime.zero_stage
         model = model.to(self.device)
+        groups = parameter_groups(model, config)
+        self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
+        self.optimizer = Optimizer(groups, config)
+        members = [{id(parameter) for parameter in group["params"]} for group in groups]
         self.engine, *_ = deepspeed.initialize(
             model=model,
-            optimizer=adamw(model, config),
+            optimizer=self.optimizer,
             config=deepspeed_config(config),
             dist_init_required=False,
         )
+        if self.zero_stage:
+            self.optimizer.pieces = pieces_of(self.engine.optimizer, self.zero_stage, members)
 
     @property
     def module(self) -> nn.Module:
@@ -95,17 +117,25 @@ class Engine:
         return self.engine.module
 
     def step(
-        self, micro_batches: Iterable[tuple[Tensor, Tensor]], count: int, lr: float
-    ) -> tuple[float, float]:
+        self,
+        micro_batches: Iterable[tuple[Tensor, Tensor]],
+        count: int,
+        multiple: float,
+        measure: bool = False,
+    ) -> Step:
         """One optimizer step over this rank's ``count`` micro-batches of (tokens, targets).
 
-        Returns:
-            The mean loss in nats over the global batch, and the norm of the gradient before clipping.
+        Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
         """
         self.engine.train()
         self.set_accumulation(count)
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * multiple
+        self.optimizer.measured = (
+            {kind: torch.zeros(2, dtype=torch.float64, device=self.device) for kind in self.kinds}
+            if measure
+            else None
+        )
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = 0.0
         done = 0
@@ -120,7 +150,27 @@ class Engine:
         assert done == count, f"{done} micro-batches came, not {count}"
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm())
-        return self.sum(total / count).item() / dist.get_world_size(), norm
+        mean = self.sum(total / count).item() / dist.get_world_size()
+        return Step(mean, norm, self.update_ratios())
+
+    def update_ratios(self) -> dict[str, float]:
+        """Of the last step when it was measured, by kind of parameter: root mean square of the update over that of
+        the weights."""
+        if self.optimizer.measured is None:
+            return {}
+        sums_K2 = torch.stack([self.optimizer.measured[kind] for kind in self.kinds])
+        if self.zero_stage:
+            sums_K2 = self.sum(sums_K2)
+        return {
+            kind: math.sqrt(moved / weights) if weights else 0.0
+            for kind, (moved, weights) in zip(self.kinds, sums_K2.tolist(), strict=True)
+        }
+
+    def group_facts(self, step: Step) -> dict[str, float]:
+        """A measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event tells
+        them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
+        rates = {f"lr_{group['kind']}": group["lr"] for group in self.optimizer.param_groups}
+        return rates | {f"update_ratio_{kind}": ratio for kind, ratio in step.update_ratios.items()}
 
     def set_accumulation(self, count: int) -> None:
         """Let the next step average its gradient over ``count`` micro-batches.
@@ -161,3 +211,33 @@ class Engine:
                 if dist.get_rank() == 0:
                     weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         return weights
+
+
+def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:
+    """By the id of each flat tensor that the optimizer sees under ZeRO, what it holds.
+
+    DeepSpeed says so in attributes that are no documented interface, so all that is taken from them is asserted:
+    ``members`` are the ids of each group's parameters, as they were given.
+    """
+    pieces: dict[int, Pieces] = {}
+    if stage == 3:
+        for place, (flat, parameters) in enumerate(
+            zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        ):
+            assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[place]]
+            striped = Striped(tuple(parameter.ds_shape for parameter in parameters))
+            assert sum(size for _, size in striped.stripes()) == flat.numel()
+            pieces[id(flat)] = striped
+        placed = sum(len(parameters) for parameters in zero.fp16_groups)
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        for flat, parameters, offsets, group in zip(
+            flats, groups, zero.round_robin_bit16_offsets, members, strict=True
+        ):
+            assert {id(parameter) for parameter in parameters} == group
+            shapes = tuple(parameter.shape for parameter in parameters)
+            assert offsets[-1] + shapes[-1].numel() <= flat.numel() * dist.get_world_size()
+            pieces[id(flat)] = EndToEnd(shapes, tuple(offsets))
+        placed = sum(len(parameters) for parameters in groups)
+    assert placed == sum(map(len, members))
+    return pieces

@@ -28,6 +28,7 @@ from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
 from llm.model import ModelConfig, ModelShape, load_model
+from llm.optim import OptimizerConfig
 from llm.schedule import BatchPlan, Schedule, batch_plan
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -70,6 +71,7 @@ class PretrainConfig(StageConfig):
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     schedule: Schedule = Schedule()
+    optimizer: OptimizerConfig = OptimizerConfig()
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.1, ge=0)

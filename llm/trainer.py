@@ -71,23 +71,24 @@ class Trainer:
     def train_step(self, step: int) -> None:
         """One optimizer step, remembered and told."""
         config = self.config
-        lr = config.lr * config.schedule.multiple(step, config.steps)
-        start = time.perf_counter()
-        loss, grad_norm = self.engine.step(self.micro_batches(step), config.accumulation(step), lr)
-        seconds = time.perf_counter() - start
+        multiple = config.schedule.multiple(step, config.steps)
         done = step + 1
-        if not np.isfinite(loss):
-            raise UserError(f"the loss of step {done} is {loss}: training diverged; lower pretrain.lr")
+        told = done % config.runtime.log_every == 0 or done == config.steps
+        start = time.perf_counter()
+        taken = self.engine.step(self.micro_batches(step), config.accumulation(step), multiple, measure=told)
+        seconds = time.perf_counter() - start
+        if not np.isfinite(taken.loss):
+            raise UserError(f"the loss of step {done} is {taken.loss}: training diverged; lower pretrain.lr")
         fact = {
             "step": done,
             "tokens": config.tokens_after(done),
-            "loss": loss,
-            "lr": lr,
-            "grad_norm": grad_norm,
+            "loss": taken.loss,
+            "lr": config.lr * multiple,
+            "grad_norm": taken.grad_norm,
         }
         self.history["step"].append(fact)
-        if done % config.runtime.log_every == 0 or done == config.steps:
-            self.tell("step", **fact, **self.speed(step, seconds))
+        if told:
+            self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's part of the batch of ``step``, cut into micro-batches."""

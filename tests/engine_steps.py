@@ -1,22 +1,50 @@
-"""What each rank of a small experiment runs (``python -m tests.engine_steps JOB`` under torchrun): steps of our engine
+"""What each rank of small experiments runs (``python -m tests.engine_steps JOB`` under torchrun): steps of our engine
 on random tokens, the same ones whatever the ranks, and what became of losses, norms and weights."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flows import launch
 from llm.engine import Engine, start_ranks
 from llm.model import ModelConfig, Transformer
 from llm.pretrain import PretrainConfig
+
+VOCAB_SIZE = 61
+
+
+@dataclass
+class Experiment:
+    """Some optimizer steps, with the engine saved and built anew after `reload_after` of them."""
+
+    config: dict[str, Any]
+    steps: int
+    reload_after: int = 0
+
+    @property
+    def pretrain(self) -> PretrainConfig:
+        return PretrainConfig.model_validate(self.config)
+
+    @property
+    def shape(self) -> ModelConfig:
+        return ModelConfig(**self.pretrain.model.model_dump(), vocab_size=VOCAB_SIZE)
+
+
+@dataclass
+class Outcome:
+    """The steps' losses, norms and what an event tells of each, and the weights after the last."""
+
+    facts: list[dict[str, Any]]
+    weights: dict[str, Tensor]
 
 
 def batch(step: int, windows: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -26,37 +54,45 @@ def batch(step: int, windows: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def take_steps(
-    config: PretrainConfig, vocab_size: int, folder: Path, steps: int
-) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """Let the config's ranks take ``steps`` optimizer steps; the facts of each, and the weights after the last."""
-    from safetensors.torch import load_file
-
+def run(experiments: list[Experiment], folder: Path) -> list[Outcome]:
+    """Let ranks do experiments, all of the same number of ranks, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
-    job = {"config": config.model_dump(mode="json"), "vocab_size": vocab_size, "steps": steps}
-    (folder / "job.json").write_text(json.dumps(job))
-    launch.local("tests.engine_steps", folder / "job.json", config.runtime.ranks, logs=folder / "logs")
+    (folder / "job.json").write_text(json.dumps([asdict(experiment) for experiment in experiments]))
+    ranks = experiments[0].pretrain.runtime.ranks
+    launch.local("tests.engine_steps", folder / "job.json", ranks, logs=folder / "logs")
     facts = json.loads((folder / "facts.json").read_text())
-    return facts, load_file(folder / "weights.safetensors")
+    weights = [load_file(folder / f"weights-{number}.safetensors") for number in range(len(experiments))]
+    return [Outcome(*outcome) for outcome in zip(facts, weights, strict=True)]
+
+
+def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+    """One experiment, on every rank."""
+    config, shape = experiment.pretrain, experiment.shape
+    engine = Engine(Transformer(shape, seed=config.seed), config)
+    facts = []
+    for step in range(experiment.steps):
+        if step and step == experiment.reload_after:
+            engine.save(folder)
+            engine = Engine(Transformer(shape, seed=config.seed + 1), config)
+            engine.load(folder)
+        windows, count = config.plan.windows_at(step), config.accumulation(step)
+        mine = [part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch(step, windows, shape)]
+        micro_batches = zip(*(part.chunk(count) for part in mine), strict=True)
+        taken = engine.step(micro_batches, count, config.schedule.multiple(step, config.steps), measure=True)
+        facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
+    return facts, engine.weights()
 
 
 def main(path: Path) -> None:
-    job = json.loads(path.read_text())
-    config = PretrainConfig.model_validate(job["config"])
-    shape = ModelConfig(**config.model.model_dump(), vocab_size=job["vocab_size"])
-    rank, ranks = start_ranks()
-    engine = Engine(Transformer(shape, seed=config.seed), config)
+    start_ranks()
     facts = []
-    for step in range(job["steps"]):
-        windows, count = config.plan.windows_at(step), config.accumulation(step)
-        mine = [part.chunk(ranks)[rank].chunk(count) for part in batch(step, windows, shape)]
-        rate = config.lr * config.schedule.multiple(step, config.steps)
-        loss, norm = engine.step(zip(*mine, strict=True), count, rate)
-        facts.append({"loss": loss, "norm": norm})
-    weights = engine.weights()
-    if rank == 0:
+    for number, job in enumerate(json.loads(path.read_text())):
+        told, weights = perform(Experiment(**job), path.parent / f"checkpoint-{number}")
+        facts.append(told)
+        if dist.get_rank() == 0:
+            save_file(weights, path.parent / f"weights-{number}.safetensors")
+    if dist.get_rank() == 0:
         (path.parent / "facts.json").write_text(json.dumps(facts))
-        save_file(weights, path.parent / "weights.safetensors")
     dist.destroy_process_group()
 
 

@@ -5,13 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_steps import batch, take_steps
+from engine_steps import Experiment, batch, run
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llm.model import ModelConfig, Transformer
-from llm.optim import parameter_groups
+from llm.model import Transformer
 from llm.pretrain import PretrainConfig
 from llm.schedule import BatchWarmup, Schedule, batch_plan
 
@@ -131,27 +130,12 @@ def test_while_the_batch_grows_loss_and_gradient_stay_means_over_it(
     given = config({"batch_warmup": {"start_tokens": 256, "share": 0.3}}, **runtime)
     given = given.model_copy(update={"lr": 1e-30})
     assert [given.plan.windows_at(step) for step in range(given.steps)][:9] == [8] * 6 + [16] * 3
-    facts, _ = take_steps(given, 64, tmp_path, steps=11)
-    shape = ModelConfig(**given.model.model_dump(), vocab_size=64)
-    for step, fact in enumerate(facts):
+    experiment = Experiment(given.model_dump(mode="json"), steps=11)
+    [outcome] = run([experiment], tmp_path)
+    shape = experiment.shape
+    for step, fact in enumerate(outcome.facts):
         model = Transformer(shape)
         loss = model(*batch(step, given.plan.windows_at(step), shape))
         loss.backward()
         norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm().item()
-        assert fact == pytest.approx({"loss": loss.item(), "norm": norm}, rel=1e-4)
-
-
-@pytest.mark.parametrize("tied", [False, True])
-def test_weight_decay_is_on_the_matrices_alone(tied: bool) -> None:
-    model = Transformer(
-        ModelConfig(layers=1, heads=2, width=16, vocab_size=64, qk_norm=True, tie_embeddings=tied)
-    )
-    decayed, kept = parameter_groups(model, 0.1)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    decays = {names[id(parameter)] for parameter in decayed["params"]}
-    keeps = {names[id(parameter)] for parameter in kept["params"]}
-    assert decays | keeps == set(names.values())
-    assert not decays & keeps
-    assert all("norm" in name or name == "embed_tokens.weight" for name in keeps)
-    assert ("lm_head.weight" in decays) != tied
+        assert (fact["loss"], fact["norm"]) == pytest.approx((loss.item(), norm), rel=1e-4)

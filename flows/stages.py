@@ -57,7 +57,7 @@ STAGES: tuple[Stage, ...] = (
         pretrain,
         PretrainConfig,
         ("tokenize", "train_tokenizer"),
-        1,
+        2,
         ("val_bits_per_byte", "loss"),
     ),
     Stage(

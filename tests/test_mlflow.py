@@ -83,7 +83,8 @@ def test_training_is_there_step_by_step_once(client, finished, children):
     history = client.get_metric_history(children["pretrain"].info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(row["step"], row["loss"]) for row in losses]
     assert len({point.timestamp for point in history}) > 1
-    for name in ("train/lr", "train/grad_norm", "train/tokens_per_second", "val/bits_per_byte"):
+    told = ("lr", "lr_matrices", "update_ratio_matrices", "grad_norm", "tokens_per_second")
+    for name in (*(f"train/{name}" for name in told), "val/bits_per_byte"):
         assert client.get_metric_history(children["pretrain"].info.run_id, name), name
 
 

@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "e6072396677fa781",
-    "evaluate": "8b74383bd1ed1e9d",
-    "export": "8fa68234c3f74133",
+    "pretrain": "2ef0ca33c1249187",
+    "evaluate": "d556410b75b3224c",
+    "export": "0b013521d625cdb1",
 }
 
 

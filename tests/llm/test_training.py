@@ -164,6 +164,7 @@ def test_events_tell_every_step_once_with_the_losses_of_the_artifact(runs: Runs)
         assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
         assert [event["loss"] for event in steps] == losses(run)
         assert all(event["tokens_per_second"] > 0 and event["mfu"] > 0 for event in steps)
+        assert all(1e-6 < event["update_ratio_matrices"] < 1 for event in steps)
         kinds = [event["event"] for event in events]
         assert (kinds[0], kinds[-1], kinds.count("validation")) == ("start", "end", 2)
 

@@ -66,7 +66,8 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         "gradient_accumulation_steps": config.accumulation(0),
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
         "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
-        "zero_optimization": {"stage": runtime.zero_stage},
+        "zero_optimization": {"stage": runtime.zero_stage, **offload_config(config)},
+        "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at its first use, and is no Muon
         "zero_allow_untested_optimizer": True,  # ours; tests hold it to its rule at each stage
         "torch_autocast": {
             "enabled": config.precision == "bf16",
@@ -75,6 +76,15 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
         },
         "steps_per_print": 1 << 40,
     }
+
+
+def offload_config(config: PretrainConfig) -> dict[str, Any]:
+    """What DeepSpeed is told of what leaves the device between its uses."""
+    runtime = config.runtime
+    if runtime.offload == "none":
+        return {}
+    place = {"device": runtime.offload, "pin_memory": torch.cuda.is_available()}
+    return {"offload_optimizer": place} | ({"offload_param": place} if runtime.zero_stage == 3 else {})
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,9 @@ def divided(stack_NRC: Tensor) -> Tensor:
 
 
 def gather(local: Tensor) -> Tensor:
-    """Every rank's ``local``, ``(ranks, *local.shape)``."""
+    """Every rank's ``local``, ``(ranks, *local.shape)``, on the device on which ranks talk and products are fast."""
+    if torch.cuda.is_available():
+        local = local.cuda()  # at home it may be offloaded
     everyone = local.new_empty(dist.get_world_size() * local.numel())
     dist.all_gather_into_tensor(everyone, local.flatten())
     return everyone.view(-1, *local.shape)
@@ -118,10 +120,10 @@ class EndToEnd:
         ]
 
     def mine(self, matrices: Sequence[Tensor], local: Tensor) -> Tensor:
-        flat = local.new_zeros(dist.get_world_size(), local.numel())
+        flat = matrices[0].new_zeros(dist.get_world_size(), local.numel())
         for matrix, offset in zip(matrices, self.offsets, strict=True):
             flat.view(-1)[offset : offset + matrix.numel()] = matrix.flatten()
-        return flat[dist.get_rank()]
+        return flat[dist.get_rank()].to(local.device)
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,9 @@ class Striped:
         ]
 
     def mine(self, matrices: Sequence[Tensor], local: Tensor) -> Tensor:
-        flat = torch.zeros_like(local)
+        flat = matrices[0].new_zeros(local.numel())
         for matrix, (offset, size) in zip(matrices, self.stripes(), strict=True):
             missing = size * dist.get_world_size() - matrix.numel()
             padded = F.pad(matrix.flatten(), (0, missing)).view(-1, size)
             flat[offset : offset + size] = padded[dist.get_rank()]
-        return flat
+        return flat.to(local.device)

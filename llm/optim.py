@@ -75,7 +75,8 @@ class Optimizer(torch.optim.Optimizer):
                 (self.muon if group["rule"] == "muon" else self.adamw)(group, moving)
             for old, new in zip(before, moving if before else [], strict=True):
                 assert self.measured is not None
-                self.measured[group["kind"]] += torch.stack([old.sub_(new).norm() ** 2, new.norm() ** 2])
+                squares = torch.stack([old.sub_(new).norm() ** 2, new.norm() ** 2])
+                self.measured[group["kind"]] += squares.to(self.measured[group["kind"]])
 
     def adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """One step by torch's fused kernel, which needs no compiler on any device."""

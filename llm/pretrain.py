@@ -42,6 +42,9 @@ class PretrainRuntime(Runtime):
     """Processes that share each batch: one a GPU, or a few on a CPU."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
+    device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
     micro_batch: int | Literal["auto"] = "auto"
     """Windows a rank works on at once; the rest of its share is accumulated."""
     log_every: int = Field(default=1, ge=1)
@@ -49,6 +52,14 @@ class PretrainRuntime(Runtime):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+
+    @model_validator(mode="after")
+    def _offload_needs_zero(self) -> Self:
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                "offload moves what ZeRO spreads, and zero_stage is 0: set zero_stage to 1, 2 or 3"
+            )
+        return self
 
 
 class Validation(Config):

@@ -46,6 +46,12 @@ EXPERIMENTS = {
     "2 ranks, ZeRO 1, cautious": Experiment(
         config({**MUON, "cautious_decay": True}, **SPREAD["2 ranks, ZeRO 1"]), STEPS
     ),
+    **{
+        f"2 ranks, ZeRO {stage}, offloaded": Experiment(
+            config(MUON, ranks=2, zero_stage=stage, offload="cpu"), STEPS, reload_after=2
+        )
+        for stage in (1, 2, 3)
+    },
     "1 rank, AdamW": Experiment(config({"kind": "adamw"}), STEPS, reload_after=2),
     "2 ranks, ZeRO 2, AdamW": Experiment(config({"kind": "adamw"}, **SPREAD["2 ranks, ZeRO 2"]), STEPS, 2),
     "2 ranks, ZeRO 1, bf16": Experiment(

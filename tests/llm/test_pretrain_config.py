@@ -61,6 +61,7 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
         ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of model.context 32"),
         ({"runtime": {"ranks": 5}}, "32 windows does not divide among 5 ranks"),
         ({"runtime": {"micro_batch": 5}}, "micro_batch 5 does not divide a rank's 32 windows"),
+        ({"runtime": {"offload": "cpu"}}, "zero_stage is 0: set zero_stage to 1, 2 or 3"),
         ({"runtime": {"zero_stage": 4}}, "less than or equal to 3"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
         ({"precision": "fp16"}, "'auto', 'fp32' or 'bf16'"),

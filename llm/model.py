@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from data_pipeline.context import Config, atomic_path
 from llm.attention import causal_attention
+from llm.loss import Reduction, linear_cross_entropy
 
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to a multiple of this: odd sizes fall off the fast matrix kernels."""
@@ -39,6 +40,8 @@ class ModelShape(Config):
     norm_eps: float = Field(default=1e-5, gt=0)
     qk_norm: bool = False
     tie_embeddings: bool = False
+    logit_softcap: float | None = Field(default=None, gt=0)
+    """Logits s become logit_softcap * tanh(s / logit_softcap); no layout of `transformers` that we export has it."""
     init_std: float = Field(default=0.02, gt=0)
     """Standard deviation of initial weights; projections into the residual stream get it / sqrt(2 layers)."""
 
@@ -106,13 +109,13 @@ class Transformer(nn.Module):
     cos_TE: Tensor
     sin_TE: Tensor
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
+    def __init__(self, config: ModelConfig, *, seed: int = 0, z_loss: float = 0.0) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
-        self.lm_head = Head(config)
+        self.lm_head = Head(config, z_loss)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
         cos_TE, sin_TE = rotary_tables(config)
@@ -120,21 +123,20 @@ class Transformer(nn.Module):
         self.register_buffer("sin_TE", sin_TE, persistent=False)
         self.initialise(seed)
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, reduction: str = "mean") -> Tensor:
-        """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats.
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
 
         ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). Logits of ids that only
-        pad the matrices are -inf: they have no probability, in training or sampling.
+        pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
+        loss in training mode only.
         """
         rope = (self.cos_TE[: tokens_BT.shape[1]], self.sin_TE[: tokens_BT.shape[1]])
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope)
-        logits_BTV = self.lm_head(self.norm(x_BTD)).float()
-        if targets_BT is None:
-            return logits_BTV
-        nats = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction=reduction)
-        return nats if reduction == "mean" else nats.view_as(targets_BT)
+        return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
@@ -210,20 +212,30 @@ class SwiGLU(nn.Module):
 
 
 class Head(nn.Linear):
-    """Stream to logits. Columns that only pad the vocabulary get -inf through the bias, which costs nothing."""
+    """Stream to logits, or straight to the loss."""
 
-    padding_V: Tensor | None
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, z_loss: float) -> None:
         super().__init__(config.width, config.padded_vocab, bias=False)
-        padding_V = None
-        if config.padded_vocab > config.vocab_size:
-            padding_V = torch.zeros(config.padded_vocab)
-            padding_V[config.vocab_size :] = -math.inf
-        self.register_buffer("padding_V", padding_V, persistent=False)
+        self.vocab_size, self.softcap, self.z_loss = config.vocab_size, config.logit_softcap, z_loss
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return F.linear(x_BTD, self.weight, self.padding_V)
+    def forward(
+        self, x_BTD: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean"
+    ) -> Tensor:
+        if targets_BT is not None:
+            return linear_cross_entropy(
+                x_BTD,
+                self.weight,
+                targets_BT,
+                vocab_size=self.vocab_size,
+                reduction=reduction,
+                z_loss=self.z_loss if self.training else 0.0,
+                softcap=self.softcap,
+            )
+        logits_BTV = F.linear(x_BTD, self.weight).float()
+        if self.softcap is not None:
+            logits_BTV = self.softcap * torch.tanh(logits_BTV / self.softcap)
+        logits_BTV[..., self.vocab_size :] = -math.inf
+        return logits_BTV
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:

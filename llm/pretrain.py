@@ -88,6 +88,8 @@ class PretrainConfig(StageConfig):
     weight_decay: float = Field(default=0.1, ge=0)
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down to it."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight in the training loss of log(Z)^2, Z the sum of the exponentials of the logits; 1e-4 in PaLM."""
     seed: int = Field(default=0, ge=0)
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"

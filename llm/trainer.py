@@ -44,7 +44,7 @@ class Trainer:
         self.job, self.config = job, job.config
         self.rank, self.ranks = rank, ranks
         self.train, self.held_out = job.windows("train"), job.windows("val")
-        model = Transformer(job.model, seed=self.config.seed)
+        model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss)
         self.parameters = model.parameter_count()
         self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)

@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "2ef0ca33c1249187",
-    "evaluate": "d556410b75b3224c",
-    "export": "0b013521d625cdb1",
+    "pretrain": "d07ca16d57e06fa0",
+    "evaluate": "5e4d18d9f33fd8ce",
+    "export": "a20fd557b186359f",
 }
 
 

@@ -31,6 +31,7 @@ class Setup:
     precision: str
     device: str
     """"cpu" or "cuda"."""
+    attention: str = "sdpa"
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from data_pipeline.context import Config, atomic_path
-from llm.attention import causal_attention
+from llm.attention import Attend, BackEnd, Documents, attention
 from llm.loss import Reduction, linear_cross_entropy
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the positions' rotations."""
 
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to a multiple of this: odd sizes fall off the fast matrix kernels."""
@@ -109,9 +112,12 @@ class Transformer(nn.Module):
     cos_TE: Tensor
     sin_TE: Tensor
 
-    def __init__(self, config: ModelConfig, *, seed: int = 0, z_loss: float = 0.0) -> None:
+    def __init__(
+        self, config: ModelConfig, *, seed: int = 0, z_loss: float = 0.0, back_end: BackEnd = "sdpa"
+    ) -> None:
         super().__init__()
         self.config = config
+        self.attend = attention(back_end)
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
@@ -124,18 +130,24 @@ class Transformer(nn.Module):
         self.initialise(seed)
 
     def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean"
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        reduction: Reduction = "mean",
+        documents_BT: Tensor | None = None,
     ) -> Tensor:
         """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
 
-        ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). Logits of ids that only
+        ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). ``documents_BT`` numbers the
+        document of each position in its window; with it no position sees another document. Logits of ids that only
         pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
         loss in training mode only.
         """
         rope = (self.cos_TE[: tokens_BT.shape[1]], self.sin_TE[: tokens_BT.shape[1]])
+        documents = None if documents_BT is None else Documents(documents_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope)
+            x_BTD = layer(x_BTD, rope, self.attend, documents)
         return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
 
     @torch.no_grad()
@@ -166,8 +178,8 @@ class Layer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope)
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend, documents: Documents | None) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend, documents)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
@@ -187,15 +199,14 @@ class Attention(nn.Module):
             self.q_norm = nn.RMSNorm(config.head_width, config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend, documents: Documents | None) -> Tensor:
         q_BTHE = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_width))
         k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE.float()), self.k_norm(k_BTKE.float())
         q_BTHE, k_BTKE = rotate(q_BTHE, *rope).type_as(v_BTKE), rotate(k_BTKE, *rope).type_as(v_BTKE)
-        mixed_BHTE = causal_attention(q_BTHE.transpose(1, 2), k_BTKE.transpose(1, 2), v_BTKE.transpose(1, 2))
-        return self.o_proj(mixed_BHTE.transpose(1, 2).flatten(-2))
+        return self.o_proj(attend(q_BTHE, k_BTKE, v_BTKE, documents).flatten(-2))
 
 
 class SwiGLU(nn.Module):

@@ -27,6 +27,7 @@ from data_pipeline.context import (
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
+from llm.attention import BackEnd, choose
 from llm.model import ModelConfig, ModelShape, load_model
 from llm.optim import OptimizerConfig
 from llm.schedule import BatchPlan, Schedule, batch_plan
@@ -52,6 +53,8 @@ class PretrainRuntime(Runtime):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    attention: BackEnd | Literal["auto"] = "auto"
+    """Which kernels compute it: see `llm.attention`. "auto" takes the fastest that can run."""
 
     @model_validator(mode="after")
     def _offload_needs_zero(self) -> Self:
@@ -123,12 +126,27 @@ class PretrainConfig(StageConfig):
         """A copy with ``precision`` pinned to what this machine computes in.
 
         Raises:
-            UserError: more ranks than this machine has places for.
+            UserError: more ranks than this machine has places for; attention that cannot run here.
         """
         require_ranks(self.runtime.ranks)
-        if self.precision != "auto":
-            return self
-        return self.model_copy(update={"precision": hardware_precision()[0]})
+        precision = hardware_precision()[0] if self.precision == "auto" else self.precision
+        resolved = self.model_copy(update={"precision": precision})
+        resolved.attention()
+        return resolved
+
+    def attention(self) -> tuple[BackEnd, str]:
+        """How attention is computed on this machine, and why.
+
+        Raises:
+            UserError: what ``runtime.attention`` asks for cannot run here.
+        """
+        return choose(
+            self.runtime.attention,
+            device=device_kind(),
+            precision=self.precision,
+            head_width=self.model.head_width,
+            documents=False,
+        )
 
     @property
     def plan(self) -> BatchPlan:
@@ -196,6 +214,7 @@ class Job(Config):
             micro_batch=self.config.micro_batch,
             precision=self.config.precision,
             device=device_kind(),
+            attention=self.config.attention()[0],
         )
 
 
@@ -252,6 +271,10 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     """
     config = config.resolve()
     context.note(f"precision {config.precision}: {precision_reason(config)}")
+    attention, reason = config.attention()
+    context.note(f"attention {attention}: {reason}")
+    runtime = config.runtime.model_copy(update={"attention": attention})
+    config = config.model_copy(update={"runtime": runtime})
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
         job = prepare(config, inputs, out, context)
         path = job.scratch / "job.json"

@@ -44,7 +44,8 @@ class Trainer:
         self.job, self.config = job, job.config
         self.rank, self.ranks = rank, ranks
         self.train, self.held_out = job.windows("train"), job.windows("val")
-        model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss)
+        back_end, _ = self.config.attention()
+        model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss, back_end=back_end)
         self.parameters = model.parameter_count()
         self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)
@@ -179,6 +180,7 @@ class Trainer:
             tokens=config.tokens_after(config.steps),
             ranks=self.ranks,
             zero_stage=config.runtime.zero_stage,
+            attention=config.attention()[0],
             micro_batch=config.micro_batch,
             matmul_flops=self.peak_flops,
         )

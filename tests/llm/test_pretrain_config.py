@@ -49,7 +49,14 @@ def test_the_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch:
 
 def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
     other = config(
-        runtime={"ranks": 2, "zero_stage": 3, "micro_batch": 1, "checkpoint_every": 7, "log_every": 9}
+        runtime={
+            "ranks": 2,
+            "zero_stage": 3,
+            "micro_batch": 1,
+            "checkpoint_every": 7,
+            "log_every": 9,
+            "attention": "formula",
+        }
     )
     assert other.identity() == config().identity()
     assert config(seed=1).identity() != config().identity()
@@ -71,6 +78,13 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
 def test_a_config_that_cannot_work_says_what_to_change(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         config(**fields)
+
+
+def test_attention_that_cannot_run_is_refused_when_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match=r"runtime\.attention is flash3, but it needs a GPU"):
+        config(runtime={"attention": "flash3"}).resolve()
+    assert config().resolve().attention() == ("sdpa", "torch's choice of kernels")
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ if "mlflow" not in sys.modules:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
 
 import deepspeed
+from deepspeed.sequence.layer import DistributedAttention
 
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
@@ -61,7 +62,8 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, derived from ours."""
     runtime = config.runtime
     return {
-        "train_batch_size": config.plan.smallest,
+        "train_batch_size": config.plan.smallest
+        * runtime.sequence_parallel,  # it takes each rank's for its own
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation(0),
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
@@ -108,6 +110,8 @@ class Engine:
         self.clip = config.grad_clip
         self.zero_stage = config.runtime.zero_stage
         model = model.to(self.device)
+        self.sharing = Sharing(config.runtime.sequence_parallel)
+        self.sharing.apply(model)
         groups = parameter_groups(model, config)
         self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
         self.optimizer = Optimizer(groups, config)
@@ -151,7 +155,7 @@ class Engine:
         done = 0
         for done, (tokens_BT, targets_BT) in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(done == count)
-            loss = self.engine(tokens_BT.to(self.device), targets_BT.to(self.device))
+            loss = self.engine(*(self.sharing.part(each).to(self.device) for each in (tokens_BT, targets_BT)))
             total += loss.detach()
             self.engine.backward(loss)
             if self.zero_stage == 0 and done == count:
@@ -196,7 +200,8 @@ class Engine:
     def nats(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
         self.engine.eval()
-        return self.engine(tokens_BT.to(self.device), targets_BT.to(self.device), reduction="none")
+        mine = (self.sharing.part(each).to(self.device) for each in (tokens_BT, targets_BT))
+        return self.sharing.whole(self.engine(*mine, reduction="none"))
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over the ranks."""
@@ -221,6 +226,45 @@ class Engine:
                 if dist.get_rank() == 0:
                     weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
         return weights
+
+
+class Sharing:
+    """Groups of neighbouring ranks that share windows: each has an equal part of the positions.
+
+    Only attention looks across positions, so around it ranks exchange: each gets all positions, for a part of the
+    heads, and gives them back (DeepSpeed's `DistributedAttention`). All else stays as if each rank had windows of its
+    own: the mean over the ranks of the means over their positions is the mean over the batch.
+    """
+
+    def __init__(self, size: int) -> None:
+        ranks = range(dist.get_world_size())
+        self.size, self.place = size, dist.get_rank() % size
+        groups = [dist.new_group(list(ranks[first : first + size])) for first in ranks[::size]]
+        self.group = groups[dist.get_rank() // size]
+
+    def apply(self, model: Transformer) -> None:
+        """Let ``model`` work on this rank's positions."""
+        if self.size == 1:
+            return
+        alone = model.attend
+        exchange = DistributedAttention(alone, self.group, scatter_idx=2, gather_idx=1)
+        # Not the module itself, which would become a part of the model.
+        model.attend = lambda q_BTHE, k_BTKE, v_BTKE, documents: exchange(
+            q_BTHE, k_BTKE, v_BTKE, 0, None, documents
+        )
+        model.first_position = self.place * (model.config.context // self.size)
+
+    def part(self, whole_BT: Tensor) -> Tensor:
+        """This rank's positions of what has all."""
+        return whole_BT.chunk(self.size, dim=1)[self.place]
+
+    def whole(self, part_BT: Tensor) -> Tensor:
+        """All positions of what each rank of the group has for its own."""
+        if self.size == 1:
+            return part_BT
+        parts = [torch.empty_like(part_BT) for _ in range(self.size)]
+        dist.all_gather(parts, part_BT.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
 
 
 def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:

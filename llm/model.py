@@ -118,6 +118,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.attend = attention(back_end)
+        self.first_position = 0
+        """That of the first token given, where ranks share windows by positions."""
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.width, config.norm_eps)
@@ -143,7 +145,8 @@ class Transformer(nn.Module):
         pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
         loss in training mode only.
         """
-        rope = (self.cos_TE[: tokens_BT.shape[1]], self.sin_TE[: tokens_BT.shape[1]])
+        positions = slice(self.first_position, self.first_position + tokens_BT.shape[1])
+        rope = (self.cos_TE[positions], self.sin_TE[positions])
         documents = None if documents_BT is None else Documents(documents_BT)
         x_BTD = self.embed_tokens(tokens_BT)
         for layer in self.layers:

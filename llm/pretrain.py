@@ -43,6 +43,9 @@ class PretrainRuntime(Runtime):
     """Processes that share each batch: one a GPU, or a few on a CPU."""
     zero_stage: int = Field(default=0, ge=0, le=3)
     """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each window, a part of its positions each, and exchange heads for positions around attention
+    (Ulysses: Jacobs et al. 2023, arXiv:2309.14509): for contexts whose activations one GPU does not hold."""
     offload: Literal["none", "cpu"] = "none"
     """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
     device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
@@ -57,12 +60,21 @@ class PretrainRuntime(Runtime):
     """Which kernels compute it: see `llm.attention`. "auto" takes the fastest that can run."""
 
     @model_validator(mode="after")
-    def _offload_needs_zero(self) -> Self:
+    def _fits_together(self) -> Self:
+        if self.ranks % self.sequence_parallel:
+            raise ValueError(
+                f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}: change one of them"
+            )
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(
                 "offload moves what ZeRO spreads, and zero_stage is 0: set zero_stage to 1, 2 or 3"
             )
         return self
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share windows."""
+        return self.ranks // self.sequence_parallel
 
 
 class Validation(Config):
@@ -112,7 +124,7 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of model.context {self.model.context}"
             )
-        ranks, micro, smallest = self.runtime.ranks, self.runtime.micro_batch, self.plan.smallest
+        ranks, micro, smallest = self.runtime.data_ranks, self.runtime.micro_batch, self.plan.smallest
         if smallest % ranks:
             raise ValueError(f"a batch of {smallest} windows does not divide among {ranks} ranks")
         if micro != "auto" and (micro < 1 or smallest // ranks % micro):
@@ -120,6 +132,20 @@ class PretrainConfig(StageConfig):
                 f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} windows a step"
             )
         self.schedule.require_room(self.steps)
+        return self
+
+    @model_validator(mode="after")
+    def _positions_divide(self) -> Self:
+        size = self.runtime.sequence_parallel
+        for name, number in (
+            ("context", self.model.context),
+            ("heads", self.model.heads),
+            ("kv_heads", self.model.kv_head_count),
+        ):
+            if number % size:
+                raise ValueError(
+                    f"runtime.sequence_parallel {size} does not divide model.{name} {number}: change one of them"
+                )
         return self
 
     def resolve(self) -> Self:
@@ -166,13 +192,15 @@ class PretrainConfig(StageConfig):
         """
         if self.runtime.micro_batch != "auto":
             return self.runtime.micro_batch
-        most = max(1, MICRO_BATCH_TOKENS[device_kind()] // self.model.context)
-        share = self.plan.smallest // self.runtime.ranks
+        most = max(
+            1, MICRO_BATCH_TOKENS[device_kind()] * self.runtime.sequence_parallel // self.model.context
+        )
+        share = self.plan.smallest // self.runtime.data_ranks
         return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
     def accumulation(self, step: int) -> int:
         """Micro-batches a rank works through in ``step``."""
-        return self.plan.windows_at(step) // (self.runtime.ranks * self.micro_batch)
+        return self.plan.windows_at(step) // (self.runtime.data_ranks * self.micro_batch)
 
     def tokens_after(self, done: int) -> int:
         """Tokens that the first ``done`` steps read."""

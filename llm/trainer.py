@@ -43,6 +43,8 @@ class Trainer:
     def __init__(self, job: Job, rank: int, ranks: int) -> None:
         self.job, self.config = job, job.config
         self.rank, self.ranks = rank, ranks
+        runtime = self.config.runtime
+        self.data_rank, self.data_ranks = rank // runtime.sequence_parallel, runtime.data_ranks
         self.train, self.held_out = job.windows("train"), job.windows("val")
         back_end, _ = self.config.attention()
         model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss, back_end=back_end)
@@ -97,7 +99,7 @@ class Trainer:
         windows = batch_windows(
             plan.windows_before(step), plan.windows_at(step), self.config.seed, len(self.train)
         )
-        mine = rank_share(windows, self.rank, self.ranks)
+        mine = rank_share(windows, self.data_rank, self.data_ranks)
         for micro in np.split(mine, self.config.accumulation(step)):
             tokens, targets = self.train.take(micro)
             yield torch.from_numpy(tokens), torch.from_numpy(targets)
@@ -106,15 +108,15 @@ class Trainer:
         """Loss and bits per byte on the same held-out windows each time.
 
         The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
-        call the model equally often.
+        call the model equally often. Ranks that share windows count them once each, which no ratio of sums notices.
         """
         windows = np.arange(
             max(1, min(len(self.held_out), self.config.validation.tokens // self.job.model.context))
         )
-        size = self.config.micro_batch * self.ranks
+        size = self.config.micro_batch * self.data_ranks
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(windows), size):
-            places = start + self.rank + self.ranks * np.arange(self.config.micro_batch)
+            places = start + self.data_rank + self.data_ranks * np.arange(self.config.micro_batch)
             tokens, targets = map(torch.from_numpy, self.held_out.take(np.minimum(places, windows[-1])))
             nats = self.engine.nats(tokens, targets)
             weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]

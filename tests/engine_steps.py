@@ -41,10 +41,11 @@ class Experiment:
 
 @dataclass
 class Outcome:
-    """The steps' losses, norms and what an event tells of each, and the weights after the last."""
+    """The steps' losses, norms and what an event tells of each; then weights and losses of the targets of a batch."""
 
     facts: list[dict[str, Any]]
     weights: dict[str, Tensor]
+    nats_BT: Tensor
 
 
 def batch(step: int, windows: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -61,13 +62,15 @@ def run(experiments: list[Experiment], folder: Path) -> list[Outcome]:
     ranks = experiments[0].pretrain.runtime.ranks
     launch.local("tests.engine_steps", folder / "job.json", ranks, logs=folder / "logs")
     facts = json.loads((folder / "facts.json").read_text())
-    weights = [load_file(folder / f"weights-{number}.safetensors") for number in range(len(experiments))]
-    return [Outcome(*outcome) for outcome in zip(facts, weights, strict=True)]
+    tensors = [load_file(folder / f"tensors-{number}.safetensors") for number in range(len(experiments))]
+    nats = [each.pop("nats") for each in tensors]
+    return [Outcome(*outcome) for outcome in zip(facts, tensors, nats, strict=True)]
 
 
 def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
-    """One experiment, on every rank."""
+    """One experiment, on every rank: facts, and tensors."""
     config, shape = experiment.pretrain, experiment.shape
+    rank = dist.get_rank() // config.runtime.sequence_parallel
     engine = Engine(Transformer(shape, seed=config.seed), config)
     facts = []
     for step in range(experiment.steps):
@@ -76,21 +79,22 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
             engine = Engine(Transformer(shape, seed=config.seed + 1), config)
             engine.load(folder)
         windows, count = config.plan.windows_at(step), config.accumulation(step)
-        mine = [part.chunk(dist.get_world_size())[dist.get_rank()] for part in batch(step, windows, shape)]
+        mine = [part.chunk(config.runtime.data_ranks)[rank] for part in batch(step, windows, shape)]
         micro_batches = zip(*(part.chunk(count) for part in mine), strict=True)
         taken = engine.step(micro_batches, count, config.schedule.multiple(step, config.steps), measure=True)
         facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
-    return facts, engine.weights()
+    nats_BT = engine.nats(*batch(experiment.steps, 2, shape))
+    return facts, engine.weights() | {"nats": nats_BT}
 
 
 def main(path: Path) -> None:
     start_ranks()
     facts = []
     for number, job in enumerate(json.loads(path.read_text())):
-        told, weights = perform(Experiment(**job), path.parent / f"checkpoint-{number}")
+        told, tensors = perform(Experiment(**job), path.parent / f"checkpoint-{number}")
         facts.append(told)
         if dist.get_rank() == 0:
-            save_file(weights, path.parent / f"weights-{number}.safetensors")
+            save_file(tensors, path.parent / f"tensors-{number}.safetensors")
     if dist.get_rank() == 0:
         (path.parent / "facts.json").write_text(json.dumps(facts))
     dist.destroy_process_group()

@@ -20,10 +20,13 @@ STEPS = 3
 MUON = {"kind": "muon", "muon_lr": 2e-3, "embedding_lr": 5e-3, "head_lr": 1e-3, "momentum": 0.9}
 
 
-def config(optimizer: dict[str, Any], *, tied: bool = False, **runtime: Any) -> dict[str, Any]:
+def config(
+    optimizer: dict[str, Any], *, tied: bool = False, heads: tuple[int, int] = (3, 1), **runtime: Any
+) -> dict[str, Any]:
     """A training whose gradient is clipped, whose matrices have five shapes, and no shape in a number that two ranks
     divide evenly, so that pieces of matrices lie across ranks."""
-    model = {"layers": 1, "heads": 3, "kv_heads": 1, "width": 18, "hidden": 26, "context": 8, "qk_norm": True}
+    shape = {"heads": heads[0], "kv_heads": heads[1], "width": 6 * heads[0], "hidden": 26}
+    model = {**shape, "layers": 1, "context": 8, "qk_norm": True}
     fields = {
         "model": {**model, "tie_embeddings": tied, "init_std": 0.1},
         "tokens": 8 * 8 * 20,
@@ -51,6 +54,12 @@ EXPERIMENTS = {
             config(MUON, ranks=2, zero_stage=stage, offload="cpu"), STEPS, reload_after=2
         )
         for stage in (1, 2, 3)
+    },
+    **{
+        f"2 ranks, ZeRO {stage}, sharing windows": Experiment(
+            config(MUON, heads=(4, 2), ranks=2, zero_stage=stage, sequence_parallel=2), STEPS
+        )
+        for stage in (0, 3)
     },
     "1 rank, AdamW": Experiment(config({"kind": "adamw"}), STEPS, reload_after=2),
     "2 ranks, ZeRO 2, AdamW": Experiment(config({"kind": "adamw"}, **SPREAD["2 ranks, ZeRO 2"]), STEPS, 2),
@@ -139,6 +148,18 @@ def test_every_tensor_moves_by_its_rule_and_no_other(outcomes: dict[str, Outcome
         assert moved > 0
         difference = (weight.double() - should[tensor]).abs().max().item()
         assert difference < 2e-3 * moved, f"{tensor}: off by {difference:.1e} of {moved:.1e}"
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_losses_are_those_of_the_weights(outcomes: dict[str, Outcome], name: str) -> None:
+    """Of the first step, of the initial ones; of each target after training, of the last."""
+    experiment, outcome = EXPERIMENTS[name], outcomes[name]
+    model = Transformer(experiment.shape, seed=experiment.pretrain.seed)
+    first = model(*batch(0, experiment.pretrain.plan.windows_at(0), experiment.shape))
+    assert outcome.facts[0]["loss"] == pytest.approx(first.item(), rel=1e-5)
+    model.load_state_dict(outcome.weights, strict=not experiment.shape.tie_embeddings)
+    nats_BT = model.eval()(*batch(experiment.steps, 2, experiment.shape), reduction="none")
+    torch.testing.assert_close(outcome.nats_BT, nats_BT, atol=1e-4, rtol=1e-4)
 
 
 def test_the_rules_differ_by_far_more_than_the_tolerance(outcomes: dict[str, Outcome]) -> None:

@@ -39,6 +39,8 @@ def test_derived_values_follow_their_rules() -> None:
     assert (derived.micro_batch, derived.accumulation(0)) == (8, 1)
     assert config(runtime={"micro_batch": 4}).accumulation(8) == 8
     assert config(tokens=1).steps == 1
+    sharing = config(runtime={"ranks": 4, "sequence_parallel": 2, "micro_batch": 4})
+    assert (sharing.runtime.data_ranks, sharing.accumulation(0)) == (2, 4)
 
 
 def test_the_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,6 +70,11 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
         ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of model.context 32"),
         ({"runtime": {"ranks": 5}}, "32 windows does not divide among 5 ranks"),
         ({"runtime": {"micro_batch": 5}}, "micro_batch 5 does not divide a rank's 32 windows"),
+        ({"runtime": {"ranks": 2, "sequence_parallel": 3}}, "sequence_parallel 3 does not divide ranks 2"),
+        (
+            {"runtime": {"ranks": 4, "sequence_parallel": 4}},
+            r"sequence_parallel 4 does not divide model\.heads 2",
+        ),
         ({"runtime": {"offload": "cpu"}}, "zero_stage is 0: set zero_stage to 1, 2 or 3"),
         ({"runtime": {"zero_stage": 4}}, "less than or equal to 3"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),

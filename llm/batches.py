@@ -1,20 +1,17 @@
-"""(seed, step) -> batch, as a pure function over the token shards. All documents of a split lie end to end in one
-flat file that every rank maps into memory; it is cut into windows of ``context + 1`` tokens, and training reads
-the windows in the order of a seeded permutation, drawn anew each epoch. The permutation is computed index by index
-(a Feistel network), so no order is stored, resume needs no state, and the number of ranks never changes what
-step N trains on.
+"""(seed, slot) -> window, as a pure function. Training reads windows slot by slot, a step so many slots, in the order
+of a seeded permutation that is drawn anew each epoch. The permutation is computed index by index (a Feistel network),
+so no order is stored, resume needs no state, and the number of ranks never changes what step N trains on. What a
+window is, `llm.windows` says; how several sources share the slots, `llm.mixture`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from data_pipeline.context import UserError, atomic_path
+from data_pipeline.context import UserError
 
 FEISTEL_ROUNDS = 6
 """Luby and Rackoff (1988) need 4 for a pseudo-random permutation; two more because small domains have short keys."""
@@ -22,52 +19,18 @@ FEISTEL_ROUNDS = 6
 Indices = npt.NDArray[np.uint64]
 
 
-def write_flat(documents: Iterable[npt.NDArray[Any]], path: Path, vocab_size: int) -> int:
-    """Write documents end to end to ``path``, little endian, 2 bytes a token where ids fit, and count tokens."""
-    count = 0
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        for tokens in documents:
-            count += len(tokens)
-            file.write(np.ascontiguousarray(tokens, token_type(vocab_size)).data)
-    return count
+def batch_windows(first: int, count: int, seed: int, total: int) -> Indices:
+    """Which windows the slots ``first`` to ``first + count`` read: numbers below ``total``.
 
-
-def token_type(vocab_size: int) -> np.dtype[Any]:
-    """The smallest unsigned type that holds every id below ``vocab_size``."""
-    return np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<u4")
-
-
-class Windows:
-    """A flat token file as windows of ``context + 1`` tokens, each a ``context`` after the last.
-
-    Window i gives inputs ``tokens[i c : i c + c]`` and, shifted by one, targets; so every token but the first is
-    a target exactly once an epoch, less a remainder shorter than a window.
+    Slots read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
     """
-
-    def __init__(self, path: Path, vocab_size: int, context: int) -> None:
-        kind = token_type(vocab_size)
-        # numpy cannot map an empty file.
-        self.tokens = np.memmap(path, kind, "r") if path.stat().st_size else np.empty(0, kind)
-        self.context = context
-
-    def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // self.context)
-
-    def take(self, indices: npt.NDArray[Any]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Inputs and targets, each ``(len(indices), context)``."""
-        at = indices.astype(np.int64)[:, None] * self.context + np.arange(self.context + 1)
-        rows = self.tokens[at].astype(np.int64)
-        return rows[:, :-1], rows[:, 1:]
+    return shuffled(np.arange(first, first + count, dtype=np.uint64), seed, total)
 
 
-def batch_windows(first: int, batch: int, seed: int, total: int) -> Indices:
-    """Which windows the global batch holds that comes after ``first`` others: ``batch`` numbers below ``total``.
-
-    Steps read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
-    """
-    places = np.arange(first, first + batch, dtype=np.uint64)
+def shuffled(places: Indices, seed: int, total: int) -> Indices:
+    """The windows at these places of the endless sequence: all ``total`` in one order, then all in another, ..."""
     epochs, places = places // np.uint64(total), places % np.uint64(total)
-    windows = np.empty(batch, np.uint64)
+    windows = np.empty(len(places), np.uint64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
         windows[here] = permute(places[here], total, seed, int(epoch))

@@ -33,6 +33,7 @@ from deepspeed.sequence.layer import DistributedAttention
 
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
+from llm.windows import Batch
 
 if TYPE_CHECKING:
     from llm.model import Transformer
@@ -131,13 +132,9 @@ class Engine:
         return self.engine.module
 
     def step(
-        self,
-        micro_batches: Iterable[tuple[Tensor, Tensor]],
-        count: int,
-        multiple: float,
-        measure: bool = False,
+        self, micro_batches: Iterable[Batch], count: int, multiple: float, measure: bool = False
     ) -> Step:
-        """One optimizer step over this rank's ``count`` micro-batches of (tokens, targets).
+        """One optimizer step over this rank's ``count`` micro-batches.
 
         Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
         """
@@ -153,9 +150,9 @@ class Engine:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = 0.0
         done = 0
-        for done, (tokens_BT, targets_BT) in enumerate(micro_batches, start=1):
+        for done, batch in enumerate(micro_batches, start=1):
             self.engine.set_gradient_accumulation_boundary(done == count)
-            loss = self.engine(*(self.sharing.part(each).to(self.device) for each in (tokens_BT, targets_BT)))
+            loss = self.loss(batch)
             total += loss.detach()
             self.engine.backward(loss)
             if self.zero_stage == 0 and done == count:
@@ -197,11 +194,16 @@ class Engine:
         )
 
     @torch.no_grad()
-    def nats(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def nats(self, batch: Batch) -> Tensor:
         """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
         self.engine.eval()
-        mine = (self.sharing.part(each).to(self.device) for each in (tokens_BT, targets_BT))
-        return self.sharing.whole(self.engine(*mine, reduction="none"))
+        return self.sharing.whole(self.loss(batch, reduction="none"))
+
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        """What the model's `forward` makes of this rank's positions of a batch that may lie on another device."""
+        part, (tokens_BT, targets_BT, documents_BT) = self.sharing.part, batch.to(self.device)
+        # Documents are for attention, which sees all positions whoever has them.
+        return self.engine(part(tokens_BT), part(targets_BT), reduction=reduction, documents_BT=documents_BT)
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of ``value`` over the ranks."""

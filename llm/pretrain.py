@@ -6,9 +6,10 @@ newest whole checkpoint and ends with the same bytes.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import pyarrow.parquet as pq
 import torch
@@ -25,9 +26,12 @@ from data_pipeline.context import (
     cores,
 )
 from data_pipeline.token_shards import TokenShards
+from data_pipeline.tokenizer import end_of_text, load_tokenizer
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
 from llm.attention import BackEnd, choose
+from llm.corpus import Corpus
+from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape, load_model
 from llm.optim import OptimizerConfig
 from llm.schedule import BatchPlan, Schedule, batch_plan
@@ -94,6 +98,12 @@ class PretrainConfig(StageConfig):
     """Tokens to train on; more than the corpus has means to read it again, in another order."""
     batch_tokens: int = Field(default=524_288, ge=2)
     """Tokens a step, over all ranks: a multiple of the context."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
+    text as often as any other."""
+    mask_documents: bool = False
+    """Let no position see another document of its window. The end of a document still has the next one's first token
+    for its target."""
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     schedule: Schedule = Schedule()
@@ -132,6 +142,7 @@ class PretrainConfig(StageConfig):
                 f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} windows a step"
             )
         self.schedule.require_room(self.steps)
+        assert self.mixture is None or self.mix  # raises ValueError where it can't be shared out
         return self
 
     @model_validator(mode="after")
@@ -171,7 +182,7 @@ class PretrainConfig(StageConfig):
             device=device_kind(),
             precision=self.precision,
             head_width=self.model.head_width,
-            documents=False,
+            documents=self.mask_documents,
         )
 
     @property
@@ -183,6 +194,15 @@ class PretrainConfig(StageConfig):
     def steps(self) -> int:
         """Optimizer steps: tokens / batch_tokens, rounded down, at least one; more with a batch warm-up."""
         return self.plan.steps
+
+    @property
+    def mix(self) -> Mixture | None:
+        """How slots are shared among the sources of `mixture`."""
+        return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
+
+    def step_slots(self, step: int) -> tuple[int, int]:
+        """The first slot that ``step`` (from 0) reads a window from, and how many there are for it."""
+        return self.plan.windows_before(step), self.plan.windows_at(step)
 
     @property
     def micro_batch(self) -> int:
@@ -228,9 +248,20 @@ class Job(Config):
     def events(self) -> Path:
         return self.out / "logs" / "events.jsonl"
 
-    def windows(self, split: str) -> batches.Windows:
-        """The windows of split "train" or "val"."""
-        return batches.Windows(self.scratch / f"{split}.bin", self.model.vocab_size, self.model.context)
+    @property
+    def corpus(self) -> Corpus:
+        """The text, as it lies in `scratch`."""
+        end = end_of_text(load_tokenizer(self.tokenizer))
+        shape, config = self.model, self.config
+        return Corpus(
+            self.scratch,
+            shape.vocab_size,
+            shape.context,
+            end,
+            config.seed,
+            config.mix,
+            config.mask_documents,
+        )
 
     @property
     def setup(self) -> checkpoint.Setup:
@@ -292,7 +323,8 @@ def require_ranks(ranks: int) -> None:
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
 
-    Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet`` and ``report.md``.
+    Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet``, ``sources.json`` (what was
+    read of each source) and ``report.md``.
 
     Raises:
         UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another setup.
@@ -333,14 +365,29 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
             f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
             "lower pretrain.model.context, or raise tokenize.val_fraction"
         )
-    for name, shards in (("train", train), ("val", held_out)):
-        flat = job.scratch / f"{name}.bin"
-        if not flat.exists():
-            batches.write_flat((batch.tokens for batch in shards), flat, model.vocab_size)
-    context.note(
-        f"{config.steps:,} steps of {config.batch_tokens:,} tokens: {config.tokens / train.tokens:.2f} epochs"
-    )
+    tokens = job.corpus.lay(train, held_out)
+    reading = job.corpus.reading(config.plan.windows_before(config.steps))
+    with atomic_path(out / "sources.json") as path:
+        path.write_text(json.dumps(reading, indent=1) + "\n", encoding="utf-8")
+    for line in describe_reading(config, reading):
+        context.note(line)
+    if left_out := [
+        f"{name} ({tokens[name]:,} tokens)" for name in sorted(tokens.keys() - (config.mixture or {}).keys())
+    ]:
+        context.note(f"pretrain.mixture leaves out {', '.join(left_out)}", warning=True)
     return job
+
+
+def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> list[str]:
+    """Lines for a person: how much is read of what."""
+    head = f"{config.steps:,} steps of {config.batch_tokens:,} tokens"
+    if config.mixture is None:
+        return [f"{head}: {reading[0]['epochs']:.2f} epochs"]
+    total = sum(row["read"] for row in reading)
+    return [f"{head}, mixed:"] + [
+        f"- {row['source']}: {row['read'] / total:.1%} of the windows, {row['epochs']:.2f} epochs"
+        for row in reading
+    ]
 
 
 def as_begun(job: Job) -> Job:
@@ -365,6 +412,7 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
     checks = pq.read_table(out / "validation.parquet").to_pylist()
     model = load_model(out)
     last = losses[-max(1, len(losses) // 50) :]
+    reading = json.loads((out / "sources.json").read_text(encoding="utf-8"))
     metrics = {
         "parameters": float(model.parameter_count()),
         "steps": float(len(losses)),
@@ -373,9 +421,11 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
         "val_loss": checks[-1]["loss"],
         "val_bits_per_byte": checks[-1]["bits_per_byte"],
         "best_val_bits_per_byte": min(check["bits_per_byte"] for check in checks),
+        "epochs": sum(row["read"] for row in reading) / sum(row["windows"] for row in reading),
+        **{f"epochs/{row['source']}": row["epochs"] for row in reading if row["source"]},
     }
     with atomic_path(out / "report.md") as path:
-        path.write_text(report(config, model.config, metrics, losses, checks), encoding="utf-8")
+        path.write_text(report(config, model.config, metrics, reading, losses, checks), encoding="utf-8")
     return metrics
 
 
@@ -383,6 +433,7 @@ def report(
     config: PretrainConfig,
     model: ModelConfig,
     metrics: Metrics,
+    reading: list[dict[str, Any]],
     losses: list[dict[str, float]],
     checks: list[dict[str, float]],
 ) -> str:
@@ -393,6 +444,8 @@ def report(
         f"{metrics['parameters']:,.0f} parameters ({model.layers} layers, width {model.width}, {model.heads} heads, "
         f"context {model.context}, vocabulary {model.vocab_size}), {metrics['steps']:,.0f} steps of "
         f"{config.batch_tokens:,} tokens in {config.precision}.",
+        "",
+        *describe_reading(config, reading),
         "",
         f"Training loss over the last steps: {metrics['loss']:.4f} nats a token.",
         "",

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from data_pipeline.context import UserError, atomic_path, die_with, has_ended
 from data_pipeline.tokenizer import token_bytes
 from llm import checkpoint
-from llm.batches import batch_windows, rank_share
 from llm.bits import bits_per_byte, text_sums
 from llm.engine import Engine, start_ranks
 from llm.events import EventLog
 from llm.failures import only_trainer, report_failure
+from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
 from llm.pretrain import Job, precision_reason
 from llm.probe import matmul_flops, memory_bytes
@@ -45,12 +43,21 @@ class Trainer:
         self.rank, self.ranks = rank, ranks
         runtime = self.config.runtime
         self.data_rank, self.data_ranks = rank // runtime.sequence_parallel, runtime.data_ranks
-        self.train, self.held_out = job.windows("train"), job.windows("val")
+        corpus = job.corpus
+        train, self.held_out = corpus.windows("train"), corpus.windows("val")
         back_end, _ = self.config.attention()
         model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss, back_end=back_end)
         self.parameters = model.parameter_count()
         self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)
+        self.loader = Loader(
+            train,
+            corpus.order(train),
+            self.config.step_slots,
+            Share(self.data_rank, self.data_ranks, self.config.micro_batch),
+            self.config.steps,
+            pinned=self.engine.device.type == "cuda",
+        )
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
         self.history: dict[str, list[dict[str, float]]] = {"step": [], "validation": []}
@@ -61,13 +68,14 @@ class Trainer:
     def run(self) -> None:
         """Train to the end, from the newest whole checkpoint where there is one, and write the results."""
         self.say_start()
-        for step in range(self.resume(), self.config.steps):
-            self.train_step(step)
-            done = step + 1
-            if done % self.config.validation.every == 0 or done == self.config.steps:
-                self.validate(done)
-            if done % self.config.runtime.checkpoint_every == 0 and done < self.config.steps:
-                self.save(done)
+        with self.loader:
+            for step in range(self.resume(), self.config.steps):
+                self.train_step(step)
+                done = step + 1
+                if done % self.config.validation.every == 0 or done == self.config.steps:
+                    self.validate(done)
+                if done % self.config.runtime.checkpoint_every == 0 and done < self.config.steps:
+                    self.save(done)
         self.write_results()
         self.tell("end", step=self.config.steps)
 
@@ -78,7 +86,9 @@ class Trainer:
         done = step + 1
         told = done % config.runtime.log_every == 0 or done == config.steps
         start = time.perf_counter()
-        taken = self.engine.step(self.micro_batches(step), config.accumulation(step), multiple, measure=told)
+        taken = self.engine.step(
+            self.loader.micro_batches(step), config.accumulation(step), multiple, measure=told
+        )
         seconds = time.perf_counter() - start
         if not np.isfinite(taken.loss):
             raise UserError(f"the loss of step {done} is {taken.loss}: training diverged; lower pretrain.lr")
@@ -93,17 +103,6 @@ class Trainer:
         if told:
             self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
 
-    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This rank's part of the batch of ``step``, cut into micro-batches."""
-        plan = self.config.plan
-        windows = batch_windows(
-            plan.windows_before(step), plan.windows_at(step), self.config.seed, len(self.train)
-        )
-        mine = rank_share(windows, self.data_rank, self.data_ranks)
-        for micro in np.split(mine, self.config.accumulation(step)):
-            tokens, targets = self.train.take(micro)
-            yield torch.from_numpy(tokens), torch.from_numpy(targets)
-
     def validate(self, done: int) -> None:
         """Loss and bits per byte on the same held-out windows each time.
 
@@ -117,10 +116,10 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(windows), size):
             places = start + self.data_rank + self.data_ranks * np.arange(self.config.micro_batch)
-            tokens, targets = map(torch.from_numpy, self.held_out.take(np.minimum(places, windows[-1])))
-            nats = self.engine.nats(tokens, targets)
+            batch = self.held_out.take(np.minimum(places, windows[-1]))
+            nats = self.engine.nats(batch)
             weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
-            sums += text_sums(nats, self.token_bytes[targets.to(nats.device)], weight)
+            sums += text_sums(nats, self.token_bytes[batch.targets_BT.to(nats.device)], weight)
         nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
         fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
         self.history["validation"].append(fact)

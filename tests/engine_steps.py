@@ -18,6 +18,7 @@ from flows import launch
 from llm.engine import Engine, start_ranks
 from llm.model import ModelConfig, Transformer
 from llm.pretrain import PretrainConfig
+from llm.windows import Batch
 
 VOCAB_SIZE = 61
 
@@ -80,10 +81,10 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
             engine.load(folder)
         windows, count = config.plan.windows_at(step), config.accumulation(step)
         mine = [part.chunk(config.runtime.data_ranks)[rank] for part in batch(step, windows, shape)]
-        micro_batches = zip(*(part.chunk(count) for part in mine), strict=True)
+        micro_batches = map(Batch, *(part.chunk(count) for part in mine))
         taken = engine.step(micro_batches, count, config.schedule.multiple(step, config.steps), measure=True)
         facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
-    nats_BT = engine.nats(*batch(experiment.steps, 2, shape))
+    nats_BT = engine.nats(Batch(*batch(experiment.steps, 2, shape)))
     return facts, engine.weights() | {"nats": nats_BT}
 
 

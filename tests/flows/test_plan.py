@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "d07ca16d57e06fa0",
-    "evaluate": "5e4d18d9f33fd8ce",
-    "export": "a20fd557b186359f",
+    "pretrain": "355a2eeb7adfaf7f",
+    "evaluate": "18bb29bf10832164",
+    "export": "3ba672532c8415e1",
 }
 
 

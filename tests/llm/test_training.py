@@ -21,17 +21,25 @@ from safetensors.torch import load_file
 
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import token_bytes
+from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from flows import launch
 from llm import checkpoint
 from llm.batches import permute
 from llm.events import read_events
+from llm.mixture import Mixture
 from llm.model import Transformer, load_model
 from llm.pretrain import PretrainConfig, pretrain
 from llm.trainer import CHECKPOINT_BYTES
 
 STEPS = 20
-PAYLOAD = {"losses.parquet", "validation.parquet", "model.json", "model.safetensors", "report.md"}
+PAYLOAD = {
+    "losses.parquet",
+    "validation.parquet",
+    "sources.json",
+    "model.json",
+    "model.safetensors",
+    "report.md",
+}
 
 
 def recipe(**runtime: Any) -> PretrainConfig:
@@ -142,7 +150,29 @@ def test_the_first_loss_is_that_of_the_untrained_model_on_the_first_batch(
     windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
     rows = torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
     model = Transformer(load_model(runs["1 rank"]).config, seed=0)
-    assert losses(runs["1 rank"])[0] == pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-6)
+    assert losses(runs["1 rank"])[0] == pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-5)
+
+
+def test_masked_documents_are_masked_wherever_the_positions_lie(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    """By the parts again, in a training whose two ranks have half of each window."""
+    # Short documents, and a seed with which some of the windows hold an end.
+    changes = {"tokens": 24 * 64, "mask_documents": True, "mixture": {"email": 1.0}, "seed": 5}
+    config = recipe(ranks=2, sequence_parallel=2).model_copy(update=changes)
+    pretrain(config, corpus, tmp_path, LocalContext(launcher=launch.local))
+    text = np.fromfile(tmp_path / "scratch" / "train-email.bin", "<u2").astype(np.int64)
+    order = Mixture.of({"email": 1.0}, 24).order([(len(text) - 1) // 64], seed=5)
+    rows = torch.from_numpy(
+        np.stack([text[64 * window : 64 * window + 65] for window in order(0, 24).astype(int)])
+    )
+    end = end_of_text(load_tokenizer(corpus["train_tokenizer"]))
+    documents = torch.nn.functional.pad((rows[:, :-2] == end).int(), (1, 0)).cumsum(1)
+    assert documents.max() > 0, "some window should hold the end of a document"
+    model = Transformer(load_model(tmp_path).config, seed=5)
+    masked = model(rows[:, :-1], rows[:, 1:], documents_BT=documents).item()
+    assert losses(tmp_path) == pytest.approx([masked], rel=1e-6)
+    assert masked != pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-5)
 
 
 def test_the_last_validation_is_that_of_the_saved_model(runs: Runs, corpus: dict[str, Path]) -> None:

@@ -50,6 +50,15 @@ def test_the_line_is_timed_by_stage(tmp_path: Path) -> None:
     assert not (tmp_path / "work" / "pipeline").exists()
 
 
+def test_the_loader_is_timed_by_tokens(tmp_path: Path) -> None:
+    found = run("loader", tmp_path, "--megabytes", "8", "--tokens", "1000000", "--vocab-size", "4096")
+    for key, batch in (("context_256", 256 * 32), ("context_1024", 1024 * 512)):
+        plain, documents = found[key]
+        assert plain["million tokens read"] == -(-1_000_000 // batch) * batch / 1e6
+        assert min(plain["million tokens/s"], documents["million tokens/s"]) > 0
+        assert plain["llmill / this"] == 1
+
+
 def test_planted_near_duplicates_are_judged_by_true_similarity(tmp_path: Path) -> None:
     found = run("quality", tmp_path, "--no-natural", "--planted", "30")
     (ours,) = found["planted"]

@@ -1,6 +1,6 @@
-"""The export stage: a folder that `transformers` loads with `AutoModelForCausalLM` and `AutoTokenizer`, in Llama's
-layout, or Qwen3's where the model norms its queries and keys; with a model card written from the manifests of all
-the stages before. The folder is loaded back and its logits held against ours before it counts as made.
+"""The export stage: a folder that `transformers` loads with `AutoModelForCausalLM` and `AutoTokenizer`, in the layout
+that the model has (`llm.layouts`), with a model card written from the manifests of all the stages before. The folder
+is loaded back and its logits held against ours before it counts as made.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 
 from data_pipeline.context import Metrics, StageConfig, StageContext, atomic_path
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from llm.layouts import exported_weights, layout_of, transformers_config
 from llm.model import ModelConfig, Transformer, load_model
 from llm.model_card import model_card, table
 
@@ -38,9 +38,11 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     """Write the folder and load it back; ``inputs`` are all the stages before.
 
     Raises:
+        UserError: `transformers` has no layout for the model.
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
     model = load_model(inputs["pretrain"])
+    layout_of(model.config)
     with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, config.dtype)))
@@ -75,72 +77,6 @@ def report(config: ExportConfig, model: ModelConfig, difference: float, out: Pat
         f"`transformers` loads it as {architecture}, weights in {config.dtype}. Its logits differ from ours by at "
         f"most {difference:.1e} (allowed: {TOLERANCE:.0e}).\n\n{table(('file', 'bytes'), rows)}\n"
     )
-
-
-def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as `LlamaConfig` or `Qwen3Config` reads it."""
-    kind, architecture = ("qwen3", "Qwen3ForCausalLM") if config.qk_norm else ("llama", "LlamaForCausalLM")
-    return {
-        "architectures": [architecture],
-        "model_type": kind,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden_width,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_head_count,
-        "head_dim": config.head_width,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.context,
-        "rms_norm_eps": config.norm_eps,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
-        "initializer_range": config.init_std,
-        "tie_word_embeddings": config.tie_embeddings,
-        "attention_bias": False,
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "dtype": dtype,
-    }
-
-
-def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
-    weights = {}
-    for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
-        padded = name in ("embed_tokens.weight", "lm_head.weight")
-        weight = parameter.detach()[: model.config.vocab_size] if padded else parameter.detach()
-        their_name = name if name == "lm_head.weight" else f"model.{name}"
-        weights[their_name] = weight.to(dtype).contiguous()
-    return weights
-
-
-def load_exported(folder: Path) -> Transformer:
-    """Our model from an exported folder: the inverse of `export`. fp32, in evaluation mode, on the CPU."""
-    theirs = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config = ModelConfig(
-        vocab_size=theirs["vocab_size"],
-        width=theirs["hidden_size"],
-        hidden=theirs["intermediate_size"],
-        layers=theirs["num_hidden_layers"],
-        heads=theirs["num_attention_heads"],
-        kv_heads=theirs["num_key_value_heads"],
-        context=theirs["max_position_embeddings"],
-        norm_eps=theirs["rms_norm_eps"],
-        rope_theta=theirs["rope_parameters"]["rope_theta"],
-        tie_embeddings=theirs["tie_word_embeddings"],
-        qk_norm=theirs["model_type"] == "qwen3",
-    )
-    model = Transformer(config)
-    weights = {
-        name.removeprefix("model."): weight
-        for name, weight in load_file(folder / "model.safetensors").items()
-    }
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            weight = weights.pop(name)
-            parameter[: len(weight)] = weight
-    assert not weights, f"{folder} has weights that the model lacks: {sorted(weights)}"
-    return model.eval()
 
 
 @torch.inference_mode()

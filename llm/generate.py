@@ -50,10 +50,10 @@ def generate_from_folder(
     seed: int = 0,
 ) -> str:
     """`generate` with the model and the tokenizer of an exported folder."""
-    from llm.export import load_exported
+    from llm.layouts import load_folder
 
     return generate(
-        load_exported(folder),
+        load_folder(folder),
         load_tokenizer(folder),
         prompt,
         max_new_tokens=max_new_tokens,

@@ -1,15 +1,16 @@
-"""The decoder-only transformer, readable top to bottom: embed, then per layer attention and SwiGLU, each behind
-an RMSNorm and added to the residual stream, then a norm and the head. The layout, the names and the arithmetic
-are Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention; `qk_norm` adds Qwen3's norm on
-each head's queries and keys. Shape suffixes: B batch, T positions, D width, F hidden width, H query heads,
-K key-value heads, E width of a head, V vocabulary.
+"""The decoder-only transformer, readable top to bottom: embed, then per layer attention and an MLP, each behind a
+norm and added to the residual stream, then a norm and the head. With rotary positions the layout, the names and the
+arithmetic are Llama's (Touvron et al. 2023, arXiv:2302.13971) with grouped-query attention, and `qk_norm` adds
+Qwen3's norm on each head's queries and keys; with learned positions the blocks are GPT-2's (Radford et al. 2019).
+Shape suffixes: B batch, T positions, D width, F hidden width, H query heads, K key-value heads, E width of a head,
+V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +31,17 @@ VOCAB_MULTIPLE = 64
 class ModelShape(Config):
     """What a recipe says of the model. The vocabulary comes from the tokenizer."""
 
+    positions: Literal["rotary", "learned"] = "rotary"
+    """"rotary": RMSNorm, SwiGLU and no biases; "learned": GPT-2's LayerNorm, GELU and biases."""
     layers: int = Field(default=12, ge=1)
     heads: int = Field(default=12, ge=1)
     kv_heads: int | None = Field(default=None, ge=1)
     """Heads of keys and values; None: as many as `heads` (no grouping)."""
+    head_dim: int | None = Field(default=None, ge=1)
+    """Width of a head; None: `width` / `heads`."""
     width: int = Field(default=768, ge=2)
     hidden: int | None = Field(default=None, ge=1)
-    """Width of the SwiGLU layer; None: 8/3 of `width`, rounded up to a multiple of 64."""
+    """Width inside the MLP; None: 4 times `width` for GPT-2's, for SwiGLU 8/3, rounded up to a multiple of 64."""
     context: int = Field(default=1024, ge=2)
     """Positions the model sees at once, in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
@@ -50,7 +55,7 @@ class ModelShape(Config):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
-        if self.width % self.heads:
+        if self.head_dim is None and self.width % self.heads:
             raise ValueError(
                 f"width {self.width} does not divide into {self.heads} heads: change width or heads"
             )
@@ -58,9 +63,15 @@ class ModelShape(Config):
             raise ValueError(
                 f"kv_heads {self.kv_heads} does not divide heads {self.heads}: change one of them"
             )
-        if self.head_width % 2:
+        if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(
                 f"width / heads is {self.head_width}; rotary positions need an even number: change width or heads"
+            )
+        if self.positions == "learned" and (
+            self.qk_norm or self.kv_head_count != self.heads or self.head_dim
+        ):
+            raise ValueError(
+                "GPT-2's blocks (positions: learned) have no qk_norm, grouped kv_heads or head_dim: drop them"
             )
         return self
 
@@ -71,13 +82,17 @@ class ModelShape(Config):
 
     @property
     def head_width(self) -> int:
-        """width / heads."""
-        return self.width // self.heads
+        """`head_dim`, or width / heads."""
+        return self.head_dim or self.width // self.heads
 
     @property
     def hidden_width(self) -> int:
-        """`hidden`, or 8/3 of `width` rounded up to a multiple of 64: as many parameters as a plain 4x MLP."""
-        return self.hidden or math.ceil(8 * self.width / 3 / 64) * 64
+        """`hidden`, or 4 `width` (GPT-2), or 8/3 of it rounded up to a multiple of 64: about as many parameters."""
+        if self.hidden:
+            return self.hidden
+        if self.positions == "learned":
+            return 4 * self.width
+        return math.ceil(8 * self.width / 3 / 64) * 64
 
 
 class ModelConfig(ModelShape):
@@ -94,19 +109,20 @@ class ModelConfig(ModelShape):
     def flops_per_token(self, context: int | None = None) -> float:
         """Floating-point operations to train on one token: 6 a matrix parameter, and attention.
 
-        Attention over a causal context of T costs 6 T D a layer (Chowdhery et al. 2022, arXiv:2204.02311,
+        Attention over a causal context of T costs 6 T H E a layer (Chowdhery et al. 2022, arXiv:2204.02311,
         appendix B, halved for causality).
         """
-        kv_width = self.kv_head_count * self.head_width
-        layer = 2 * self.width * (self.width + kv_width) + 3 * self.width * self.hidden_width
+        q_width, kv_width = self.heads * self.head_width, self.kv_head_count * self.head_width
+        of_mlp = 2 if self.positions == "learned" else 3
+        layer = 2 * self.width * (q_width + kv_width) + of_mlp * self.width * self.hidden_width
         matrices = self.layers * layer + self.width * self.padded_vocab
-        return 6 * matrices + 6 * self.layers * self.width * (context or self.context)
+        return 6 * matrices + 6 * self.layers * q_width * (context or self.context)
 
 
 class Transformer(nn.Module):
     """Token ids to logits, or to the loss.
 
-    Parameters carry the names of `transformers`' Llama less the prefix ``model.``.
+    Parameters carry the names of `transformers`' Llama less the prefix ``model.``; `llm.layouts` knows those of GPT-2.
     """
 
     cos_TE: Tensor
@@ -121,14 +137,18 @@ class Transformer(nn.Module):
         self.first_position = 0
         """That of the first token given, where ranks share windows by positions."""
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
+        self.embed_positions: nn.Embedding | None = None
+        if config.positions == "learned":
+            self.embed_positions = nn.Embedding(config.context, config.width)
+        else:
+            cos_TE, sin_TE = rotary_tables(config)
+            self.register_buffer("cos_TE", cos_TE, persistent=False)
+            self.register_buffer("sin_TE", sin_TE, persistent=False)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.width, config.norm_eps)
+        self.norm = norm(config)
         self.lm_head = Head(config, z_loss)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
-        cos_TE, sin_TE = rotary_tables(config)
-        self.register_buffer("cos_TE", cos_TE, persistent=False)
-        self.register_buffer("sin_TE", sin_TE, persistent=False)
         self.initialise(seed)
 
     def forward(
@@ -145,17 +165,23 @@ class Transformer(nn.Module):
         pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
         loss in training mode only.
         """
-        positions = slice(self.first_position, self.first_position + tokens_BT.shape[1])
-        rope = (self.cos_TE[positions], self.sin_TE[positions])
         documents = None if documents_BT is None else Documents(documents_BT)
-        x_BTD = self.embed_tokens(tokens_BT)
+        first, count = self.first_position, tokens_BT.shape[1]
+        x_BTD, rope = self.embed(tokens_BT, torch.arange(first, first + count, device=tokens_BT.device))
         for layer in self.layers:
             x_BTD = layer(x_BTD, rope, self.attend, documents)
         return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
 
+    def embed(self, tokens_BT: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
+        """What enters the layers, and how far they turn their heads, at positions ``(T,)`` or ``(B, T)``."""
+        x_BTD = self.embed_tokens(tokens_BT)
+        if self.embed_positions is not None:
+            return x_BTD + self.embed_positions(positions), None
+        return x_BTD, (self.cos_TE[positions], self.sin_TE[positions])
+
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw the weights: normal, smaller where a projection adds to the residual stream (GPT-2)."""
+        """Draw the weights: normal, smaller where a projection adds to the residual stream (GPT-2); biases are 0."""
         generator = torch.Generator().manual_seed(seed)
         residual_std = self.config.init_std / math.sqrt(2 * self.config.layers)
         for name, parameter in self.named_parameters():
@@ -163,6 +189,8 @@ class Transformer(nn.Module):
                 into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 std = residual_std if into_residual else self.config.init_std
                 parameter.normal_(0.0, std, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
 
     def parameter_count(self) -> int:
         """Parameters that can matter: rows which only pad the vocabulary are not counted."""
@@ -172,43 +200,56 @@ class Transformer(nn.Module):
 
 
 class Layer(nn.Module):
-    """One block: attention, then SwiGLU, each on a normed copy of the stream and added back to it."""
+    """One block: attention, then an MLP, each on a normed copy of the stream and added back to it."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(config.width, config.norm_eps)
+        self.input_layernorm = norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = nn.RMSNorm(config.width, config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.post_attention_layernorm = norm(config)
+        self.mlp = Gelu(config) if config.positions == "learned" else SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: Rope | None, attend: Attend, documents: Documents | None
+    ) -> Tensor:
         x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, attend, documents)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))
 
 
+def norm(config: ModelConfig) -> nn.Module:
+    """The norm before a block's parts and before the head."""
+    if config.positions == "learned":
+        return nn.LayerNorm(config.width, config.norm_eps)
+    return nn.RMSNorm(config.width, config.norm_eps)
+
+
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped key-value heads."""
+    """Causal self-attention with grouped key-value heads; with rotary positions where ``rope`` is given."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_head_count, config.head_width
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=False)
-        self.k_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=False)
-        self.v_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=False)
-        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=False)
+        biased = config.positions == "learned"
+        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=biased)
+        self.k_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=biased)
+        self.v_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=biased)
+        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=biased)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if config.qk_norm:
             self.q_norm = nn.RMSNorm(config.head_width, config.norm_eps)
             self.k_norm = nn.RMSNorm(config.head_width, config.norm_eps)
 
-    def forward(self, x_BTD: Tensor, rope: Rope, attend: Attend, documents: Documents | None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, rope: Rope | None, attend: Attend, documents: Documents | None
+    ) -> Tensor:
         q_BTHE = self.q_proj(x_BTD).unflatten(-1, (self.heads, self.head_width))
         k_BTKE = self.k_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         v_BTKE = self.v_proj(x_BTD).unflatten(-1, (self.kv_heads, self.head_width))
         if self.q_norm is not None and self.k_norm is not None:
             q_BTHE, k_BTKE = self.q_norm(q_BTHE.float()), self.k_norm(k_BTKE.float())
-        q_BTHE, k_BTKE = rotate(q_BTHE, *rope).type_as(v_BTKE), rotate(k_BTKE, *rope).type_as(v_BTKE)
+        if rope is not None:
+            q_BTHE, k_BTKE = rotate(q_BTHE, *rope).type_as(v_BTKE), rotate(k_BTKE, *rope).type_as(v_BTKE)
         return self.o_proj(attend(q_BTHE, k_BTKE, v_BTKE, documents).flatten(-2))
 
 
@@ -223,6 +264,18 @@ class SwiGLU(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Gelu(nn.Module):
+    """down(gelu(up x)), as GPT-2: GELU by its tanh formula (Hendrycks and Gimpel 2016, arXiv:1606.08415)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(config.width, config.hidden_width)
+        self.down_proj = nn.Linear(config.hidden_width, config.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
 
 
 class Head(nn.Linear):
@@ -265,10 +318,10 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn each head's features by its position's angles, in fp32."""
+    """Turn each head's features by its position's angles, ``(T, E)`` or ``(B, T, E)``, in fp32."""
     left, right = x_BTHE.chunk(2, dim=-1)
     turned_BTHE = torch.cat((-right, left), dim=-1)
-    return x_BTHE * cos_TE[:, None] + turned_BTHE * sin_TE[:, None]
+    return x_BTHE * cos_TE[..., None, :] + turned_BTHE * sin_TE[..., None, :]
 
 
 def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:

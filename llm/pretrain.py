@@ -31,6 +31,7 @@ from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint
 from llm.attention import BackEnd, choose
 from llm.corpus import Corpus
+from llm.layouts import content_sha256, require_start
 from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape, load_model
 from llm.optim import OptimizerConfig
@@ -94,6 +95,9 @@ class PretrainConfig(StageConfig):
     """What is trained, on how much, and how."""
 
     model: ModelShape = ModelShape()
+    init_from: Path | None = None
+    """A folder with a model in a layout of `transformers` (an exported one, say) whose weights training starts from;
+    None: weights are drawn from `seed`. What the folder holds is identity, where it lies is not."""
     tokens: int = Field(ge=1)
     """Tokens to train on; more than the corpus has means to read it again, in another order."""
     batch_tokens: int = Field(default=524_288, ge=2)
@@ -120,6 +124,8 @@ class PretrainConfig(StageConfig):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     validation: Validation = Validation()
     runtime: PretrainRuntime = PretrainRuntime()
+
+    _init_sha256: str | None = None
 
     @field_validator("betas")
     @classmethod
@@ -163,13 +169,32 @@ class PretrainConfig(StageConfig):
         """A copy with ``precision`` pinned to what this machine computes in.
 
         Raises:
-            UserError: more ranks than this machine has places for; attention that cannot run here.
+            UserError: more ranks than this machine has places for; attention that cannot run here; no model in
+                ``init_from``.
         """
         require_ranks(self.runtime.ranks)
         precision = hardware_precision()[0] if self.precision == "auto" else self.precision
         resolved = self.model_copy(update={"precision": precision})
         resolved.attention()
-        return resolved
+        return resolved if self.init_from is None else resolved.with_start(self.init_from)
+
+    def with_start(self, folder: Path) -> Self:
+        """A copy that knows what ``folder`` holds, to start from."""
+        folder = folder.expanduser().absolute()
+        now = content_sha256(folder)
+        if self._init_sha256 not in (None, now):
+            raise UserError(f"{folder} changed since the run was planned: run again")
+        pinned = self.model_copy(update={"init_from": folder})
+        pinned._init_sha256 = now
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies."""
+        identity = super().identity()
+        if identity.pop("init_from") is not None:
+            assert self._init_sha256 is not None, "resolve() the config first"
+            identity["init_sha256"] = self._init_sha256
+        return identity
 
     def attention(self) -> tuple[BackEnd, str]:
         """How attention is computed on this machine, and why.
@@ -357,6 +382,8 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
         f"the token shards were made with tokenizer {train.tokenizer_sha256}"
     )
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
+    if config.init_from is not None:
+        require_start(model, inputs["train_tokenizer"], config.init_from)
     job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
     job = as_begun(job)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)

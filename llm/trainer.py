@@ -25,6 +25,7 @@ from llm.bits import bits_per_byte, text_sums
 from llm.engine import Engine, start_ranks
 from llm.events import EventLog
 from llm.failures import only_trainer, report_failure
+from llm.layouts import load_weights
 from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
 from llm.pretrain import Job, precision_reason
@@ -47,6 +48,8 @@ class Trainer:
         train, self.held_out = corpus.windows("train"), corpus.windows("val")
         back_end, _ = self.config.attention()
         model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss, back_end=back_end)
+        if self.config.init_from is not None:
+            load_weights(model, self.config.init_from)
         self.parameters = model.parameter_count()
         self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)

@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "355a2eeb7adfaf7f",
-    "evaluate": "18bb29bf10832164",
-    "export": "3ba672532c8415e1",
+    "pretrain": "0784d864d36c6915",
+    "evaluate": "492ae1af81437d52",
+    "export": "9662429e803d7999",
 }
 
 

@@ -10,11 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from data_pipeline.context import LocalContext
+from data_pipeline.context import LocalContext, UserError
 from data_pipeline.download import DownloadConfig
 from data_pipeline.tokenizer import load_tokenizer
-from llm.export import ExportConfig, export, load_exported, logits_difference
+from llm.export import ExportConfig, export, logits_difference
 from llm.generate import generate, generate_from_folder
+from llm.layouts import load_folder
 from llm.model import ModelConfig, load_model
 from llm.model_card import sources
 
@@ -22,12 +23,20 @@ Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]
 
 
-@pytest.mark.parametrize("qk_norm", [False, True], ids=["llama", "qwen3"])
+SHAPES: dict[str, dict[str, Any]] = {
+    "LlamaForCausalLM": {"kv_heads": 2},
+    "Qwen3ForCausalLM": {"kv_heads": 2, "qk_norm": True, "head_dim": 12},
+    "GPT2LMHeadModel": {"positions": "learned"},
+}
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_transformers_loads_the_folder_and_computes_our_logits(
-    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, qk_norm: bool, tied: bool
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, architecture: str, tied: bool
 ) -> None:
-    folder, out = saved_model(tiny(qk_norm=qk_norm, tie_embeddings=tied, kv_heads=2)), tmp_path / "out"
+    config = tiny(tie_embeddings=tied, **SHAPES[architecture])
+    folder, out = saved_model(config), tmp_path / "out"
     metrics = export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
     model = load_model(folder)
     assert metrics == {
@@ -35,7 +44,7 @@ def test_transformers_loads_the_folder_and_computes_our_logits(
         "logits_max_abs_difference": pytest.approx(0, abs=1e-4),
     }
     theirs = AutoModelForCausalLM.from_pretrained(out)
-    assert type(theirs).__name__ == ("Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM")
+    assert type(theirs).__name__ == architecture
     assert theirs.num_parameters() == model.parameter_count()
     text = "def main(path):\n    return None"
     ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"]
@@ -55,12 +64,20 @@ def test_an_export_that_computes_otherwise_is_noticed(
     assert logits_difference(load_model(folder), out) > 1e-3
 
 
+def test_a_model_that_no_layout_can_hold_is_not_exported(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    inputs = {**corpus, "pretrain": saved_model(tiny(logit_softcap=15.0))}
+    with pytest.raises(UserError, match="logit_softcap is set, but neither Llama"):
+        export(ExportConfig(), inputs, tmp_path / "out", LocalContext())
+
+
 def test_our_own_model_comes_back_from_the_folder_and_writes_the_same_text(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, out = saved_model(tiny(qk_norm=True, rope_theta=777.0)), tmp_path / "out"
     export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
-    ours, back = load_model(folder), load_exported(out)
+    ours, back = load_model(folder), load_folder(out)
     tokens = torch.randint(500, (2, 24))
     with torch.inference_mode():
         assert torch.equal(ours(tokens), back(tokens))

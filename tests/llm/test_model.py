@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from llm.export import exported_weights, transformers_config
+from llm.layouts import exported_weights, transformers_config
 from llm.model import ModelConfig, ModelShape, Transformer
 
 Make = Callable[..., ModelConfig]
@@ -99,9 +100,14 @@ def test_initial_weights_follow_from_the_seed_and_start_near_uniform(tiny: Make)
         ({"width": 100, "heads": 3}, "width 100 does not divide into 3 heads"),
         ({"width": 64, "heads": 4, "kv_heads": 3}, "kv_heads 3 does not divide heads 4"),
         ({"width": 12, "heads": 4}, "rotary positions need an even number"),
+        ({"positions": "learned", "qk_norm": True}, "have no qk_norm, grouped kv_heads or head_dim"),
+        (
+            {"positions": "learned", "heads": 4, "kv_heads": 2},
+            "have no qk_norm, grouped kv_heads or head_dim",
+        ),
     ],
 )
-def test_a_shape_that_cannot_be_built_says_what_to_change(fields: dict[str, int], message: str) -> None:
+def test_a_shape_that_cannot_be_built_says_what_to_change(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelShape.model_validate(fields)
 
@@ -112,3 +118,15 @@ def test_counts_are_those_of_the_matrices(tiny: Make) -> None:
     layer = 32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 48 + 2 * 32
     assert model.parameter_count() == 2 * layer + 2 * 500 * 32 + 32
     assert config.flops_per_token() == 6 * (2 * (layer - 64) + 512 * 32) + 6 * 2 * 32 * 24
+
+
+def test_gpt2_starts_with_no_bias_and_is_counted_with_all_of_them(tiny: Make) -> None:
+    config = tiny(positions="learned", tie_embeddings=True)
+    model = Transformer(config)
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    assert len(biases) == 2 * 8 + 1
+    assert not any(bias.any() for bias in biases)
+    matrices = 4 * 32 * 32 + 2 * 32 * 128
+    layer = matrices + 4 * 32 + 128 + 32 + 4 * 32
+    assert model.parameter_count() == 2 * layer + 500 * 32 + 24 * 32 + 2 * 32
+    assert config.flops_per_token() == 6 * (2 * matrices + 512 * 32) + 6 * 2 * 32 * 24

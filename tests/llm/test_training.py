@@ -26,6 +26,7 @@ from flows import launch
 from llm import checkpoint
 from llm.batches import permute
 from llm.events import read_events
+from llm.export import ExportConfig, export
 from llm.mixture import Mixture
 from llm.model import Transformer, load_model
 from llm.pretrain import PretrainConfig, pretrain
@@ -141,14 +142,30 @@ def test_the_artifact_is_complete_and_all_else_lies_in_logs_and_scratch(runs: Ru
         assert {path.name for path in run.iterdir()} == PAYLOAD | {"logs", "scratch"}
 
 
+def first_batch(corpus: dict[str, Path]) -> torch.Tensor:
+    """The windows of the first step, ``(24, 65)``."""
+    text = TokenShards(corpus["tokenize"], "train").read_all().astype(np.int64)
+    total = (len(text) - 1) // 64
+    windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
+    return torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
+
+
+def test_a_training_goes_on_from_an_exported_model(
+    runs: Runs, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    export(ExportConfig(), {**corpus, "pretrain": runs["1 rank"]}, tmp_path / "model", LocalContext())
+    config = recipe().model_copy(update={"tokens": 24 * 64, "init_from": tmp_path / "model"})
+    pretrain(config, corpus, tmp_path / "out", LocalContext(launcher=launch.local))
+    rows = first_batch(corpus)
+    expected = load_model(runs["1 rank"])(rows[:, :-1], rows[:, 1:]).item()
+    assert losses(tmp_path / "out") == pytest.approx([expected], rel=1e-6)
+
+
 def test_the_first_loss_is_that_of_the_untrained_model_on_the_first_batch(
     runs: Runs, corpus: dict[str, Path]
 ) -> None:
     """By the parts: windows from the permutation, text from the shards, weights from the seed."""
-    text = TokenShards(corpus["tokenize"], "train").read_all().astype(np.int64)
-    total = (len(text) - 1) // 64
-    windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
-    rows = torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
+    rows = first_batch(corpus)
     model = Transformer(load_model(runs["1 rank"]).config, seed=0)
     assert losses(runs["1 rank"])[0] == pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-5)
 

@@ -60,14 +60,16 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     documents = choose(read(TokenShards(inputs["tokenize"], "val")), config.max_documents)
     sizes = token_bytes(inputs["train_tokenizer"])
     rows = score(model, documents, sizes, end_of_text(tokenizer), context)
-    samples = [
-        {"prompt": prompt, "text": generate(
-            model, tokenizer, prompt,
-            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_p=config.top_p,
-            seed=config.seed + number,
-        )}
-        for number, prompt in enumerate(config.prompts)
-    ]  # fmt: skip
+    texts = generate(
+        model,
+        tokenizer,
+        config.prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seeds=range(config.seed, config.seed + len(config.prompts)),
+    )
+    samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
     return write(rows, samples, out)
 
 

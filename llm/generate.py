@@ -1,43 +1,51 @@
 """Text from a model: one token at a time, drawn from the distribution sharpened by a temperature and cut to its
-nucleus (Holtzman et al. 2019, arXiv:1904.09751). The seed fixes the draws.
+nucleus (Holtzman et al. 2019, arXiv:1904.09751), for many prompts at once. Keys and values of what was read are kept,
+so that a token costs one position. Each prompt has a seed, which fixes its draws whatever the others are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from llm.attention import Attend, Documents
 from llm.model import Transformer
 
 
 def generate(
     model: Transformer,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.8,
     top_p: float = 0.95,
-    seed: int = 0,
-) -> str:
-    """The continuation of ``prompt`` (not itself included), up to the end of text or ``max_new_tokens``.
+    seeds: Sequence[int],
+) -> list[str]:
+    """The continuation of each prompt (not itself included), up to the end of text or ``max_new_tokens``.
 
-    The prompt stands at the start of a document, as in training. Temperature 0 takes the likeliest token.
+    The prompts stand at the start of a document, as in training. Temperature 0 takes the likeliest token.
     """
+    if not prompts:
+        return []
     end = end_of_text(tokenizer)
-    tokens = [end, *tokenizer.encode(prompt).ids]
-    drawn = draw(model, tokens, temperature=temperature, top_p=top_p, seed=seed)
-    new: list[int] = []
-    for token in drawn:
-        if token == end or len(new) == max_new_tokens:
-            break
-        new.append(token)
-    return tokenizer.decode(new, skip_special_tokens=True)
+    sequences = [[end, *encoding.ids] for encoding in tokenizer.encode_batch(list(prompts))]
+    new = draw(
+        model,
+        sequences,
+        most=max_new_tokens,
+        end=end,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=seeds,
+    )
+    return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
 
 
 def generate_from_folder(
@@ -49,33 +57,142 @@ def generate_from_folder(
     top_p: float = 0.95,
     seed: int = 0,
 ) -> str:
-    """`generate` with the model and the tokenizer of an exported folder."""
+    """`generate` for one prompt with the model and the tokenizer of an exported folder."""
     from llm.layouts import load_folder
 
     return generate(
         load_folder(folder),
         load_tokenizer(folder),
-        prompt,
+        [prompt],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
-        seed=seed,
-    )
+        seeds=[seed],
+    )[0]
 
 
 @torch.inference_mode()
 def draw(
-    model: Transformer, tokens: list[int], *, temperature: float, top_p: float, seed: int
-) -> Iterator[int]:
-    """Tokens after ``tokens``, without end. The model sees the last ``context`` of them."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    tokens = list(tokens)
-    while True:
-        seen_1T = torch.tensor([tokens[-model.config.context :]], device=device)
-        logits_V = model(seen_1T)[0, -1].cpu()
-        tokens.append(pick(logits_V, temperature, top_p, generator))
-        yield tokens[-1]
+    model: Transformer,
+    sequences: Sequence[Sequence[int]],
+    *,
+    most: int,
+    end: int | None,
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int],
+) -> list[list[int]]:
+    """At most ``most`` tokens after each of ``sequences``, less where ``end`` is drawn, which is left out.
+
+    The model sees the last ``context`` tokens of a sequence. When it has more, positions shift with every token, so
+    nothing that was kept holds any longer, and the window is read anew for each.
+    """
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    tokens = [list(sequence) for sequence in sequences]
+    new: list[list[int]] = [[] for _ in tokens]
+    reader = Reader(model, longest=max(map(len, tokens)) + most)
+    open_rows = list(range(len(tokens)))
+    for _ in range(most):
+        logits = reader.next_logits({row: tokens[row] for row in open_rows})
+        for row, logits_V in logits.items():
+            token = pick(logits_V, temperature, top_p, generators[row])
+            if token == end:
+                open_rows.remove(row)
+            else:
+                tokens[row].append(token)
+                new[row].append(token)
+        if not open_rows:
+            break
+    return new
+
+
+class Reader:
+    """Reads sequences that grow at their ends, keeping what it has read of those that still fit the context."""
+
+    def __init__(self, model: Transformer, longest: int) -> None:
+        self.model = model
+        self.room = min(model.config.context, longest)
+        self.rows: list[int] = []
+        self.cache: Cache | None = None
+
+    def next_logits(self, sequences: dict[int, list[int]]) -> dict[int, Tensor]:
+        """Logits ``(V,)``, on the CPU, of what follows each sequence; since last time each has got one token more."""
+        context = self.model.config.context
+        short = [row for row, tokens in sequences.items() if len(tokens) <= context]
+        logits = self.follow(short, sequences) if short else {}
+        if slid := [row for row, tokens in sequences.items() if len(tokens) > context]:
+            windows = [sequences[row][-context:] for row in slid]
+            logits |= dict(zip(slid, Cache(self.model, len(slid), context).read(windows), strict=True))
+        return logits
+
+    def follow(self, rows: list[int], sequences: dict[int, list[int]]) -> dict[int, Tensor]:
+        """The same for sequences within the context: all of them the first time, then their last tokens."""
+        if self.cache is None:
+            self.cache = Cache(self.model, len(rows), self.room)
+            unread = [sequences[row] for row in rows]
+        else:
+            if rows != self.rows:
+                self.cache.keep([self.rows.index(row) for row in rows])
+            unread = [sequences[row][-1:] for row in rows]
+        self.rows = rows
+        return dict(zip(rows, self.cache.read(unread), strict=True))
+
+
+class Cache:
+    """Keys and values of the positions that a batch of sequences has, layer by layer."""
+
+    def __init__(self, model: Transformer, rows: int, room: int) -> None:
+        """Room for ``room`` tokens of each of ``rows`` sequences."""
+        config, weight = model.config, model.embed_tokens.weight
+        shape = (rows, room, config.kv_head_count, config.head_width)
+        self.model = model
+        self.keys = [torch.zeros(shape, device=weight.device, dtype=weight.dtype) for _ in model.layers]
+        self.values = [torch.zeros_like(key) for key in self.keys]
+        self.lengths_B = torch.zeros(rows, dtype=torch.long, device=weight.device)
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget all other rows."""
+        index = torch.tensor(rows, device=self.lengths_B.device)
+        self.keys, self.values = [x[index] for x in self.keys], [x[index] for x in self.values]
+        self.lengths_B = self.lengths_B[index]
+
+    def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Logits ``(B, V)``, on the CPU, of what follows when each row has gone on by its ``tokens``.
+
+        Shorter rows are filled up behind, where none of theirs looks and where their next tokens will be written.
+        """
+        device = self.lengths_B.device
+        counts_B = torch.tensor([len(row) for row in tokens], device=device)
+        longest = int(counts_B.max())
+        padded_BT = torch.tensor([[*row, *[0] * (longest - len(row))] for row in tokens], device=device)
+        positions_BT = self.lengths_B[:, None] + torch.arange(longest, device=device)
+        seen = torch.arange(int(positions_BT.max()) + 1, device=device)
+        mask_B1TS = (seen <= positions_BT[..., None])[:, None]
+        x_BTD, rope = self.model.embed(padded_BT, positions_BT)
+        for number, layer in enumerate(self.model.layers):
+            x_BTD = layer(x_BTD, rope, self.attend(number, positions_BT, mask_B1TS), None)
+        self.lengths_B = self.lengths_B + counts_B
+        last_BD = x_BTD[torch.arange(len(tokens), device=device), counts_B - 1]
+        return self.model.lm_head(self.model.norm(last_BD)).cpu()
+
+    def attend(self, layer: int, positions_BT: Tensor, mask_B1TS: Tensor) -> Attend:
+        """Attention of new positions to all that the layer has read so far, after the new ones are kept."""
+        rows_B1 = torch.arange(len(positions_BT), device=positions_BT.device)[:, None]
+        seen = mask_B1TS.shape[-1]
+
+        def attend(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, _: Documents | None) -> Tensor:
+            keys_BSKE, values_BSKE = self.keys[layer], self.values[layer]
+            keys_BSKE[rows_B1, positions_BT], values_BSKE[rows_B1, positions_BT] = k_BTKE, v_BTKE
+            mixed_BHTE = F.scaled_dot_product_attention(
+                q_BTHE.transpose(1, 2),
+                keys_BSKE[:, :seen].transpose(1, 2),
+                values_BSKE[:, :seen].transpose(1, 2),
+                attn_mask=mask_B1TS,
+                enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
+            )
+            return mixed_BHTE.transpose(1, 2)
+
+        return attend
 
 
 def pick(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

@@ -81,7 +81,8 @@ def test_our_own_model_comes_back_from_the_folder_and_writes_the_same_text(
     tokens = torch.randint(500, (2, 24))
     with torch.inference_mode():
         assert torch.equal(ours(tokens), back(tokens))
-    expected = generate(ours, load_tokenizer(corpus["train_tokenizer"]), "import ", max_new_tokens=20, seed=5)
+    tokenizer = load_tokenizer(corpus["train_tokenizer"])
+    [expected] = generate(ours, tokenizer, ["import "], max_new_tokens=20, seeds=[5])
     assert generate_from_folder(out, "import ", max_new_tokens=20, seed=5) == expected
 
 

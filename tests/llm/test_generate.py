@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,11 +16,69 @@ from llm.model import ModelConfig, Transformer
 Make = Callable[..., ModelConfig]
 
 
+def uncached(
+    model: Transformer, tokens: list[int], most: int, temperature: float, top_p: float, seed: int
+) -> list[int]:
+    """The tokens after ``tokens``, with the whole window read anew for each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(tokens)
+    for _ in range(most):
+        with torch.inference_mode():
+            logits = model(torch.tensor([tokens[-model.config.context :]]))[0, -1]
+        tokens.append(pick(logits, temperature, top_p, generator))
+    return tokens[-most:]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    "shape",
+    [{"kv_heads": 2}, {"qk_norm": True, "tie_embeddings": True}, {"positions": "learned"}],
+    ids=["llama", "qwen3", "gpt2"],
+)
+def test_prompts_of_any_length_go_on_together_as_each_would_alone_without_a_cache(
+    tiny: Make, shape: dict[str, Any], temperature: float
+) -> None:
+    """From within the context, up to it, over it while going on, and from beyond it."""
+    model = Transformer(tiny(init_std=0.3, **shape)).eval()
+    prompts = [torch.randint(500, (length,)).tolist() for length in (1, 7, 20, 24, 25, 40)]
+    seeds = range(3, 9)
+    drawn = draw(model, prompts, most=12, end=None, temperature=temperature, top_p=0.9, seeds=seeds)
+    for prompt, seed, tokens in zip(prompts, seeds, drawn, strict=True):
+        assert tokens == uncached(model, prompt, 12, temperature, 0.9, seed)
+    assert len({tuple(tokens) for tokens in drawn}) == len(drawn)
+
+
+def test_a_sequence_that_ends_leaves_the_others_as_they_were(tiny: Make) -> None:
+    model = Transformer(tiny(init_std=0.3)).eval()
+    prompts = [[1], [2, 3], [4, 5, 6]]
+    free = draw(model, prompts, most=20, end=None, temperature=1.0, top_p=1.0, seeds=(0, 1, 2))
+    end = free[1][4]
+    ended = draw(model, prompts, most=20, end=end, temperature=1.0, top_p=1.0, seeds=(0, 1, 2))
+    assert len(ended[1]) <= 4
+    for tokens, its in zip(free, ended, strict=True):
+        assert its == tokens[: tokens.index(end) if end in tokens else None]
+
+
+def test_a_token_costs_one_position(tiny: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(tiny()).eval()
+    read: list[tuple[int, ...]] = []
+    embed = model.embed_tokens.forward
+
+    def watched(tokens: torch.Tensor) -> torch.Tensor:
+        read.append(tuple(tokens.shape))
+        return embed(tokens)
+
+    monkeypatch.setattr(model.embed_tokens, "forward", watched)
+    draw(model, [[1, 2, 3], [4]], most=4, end=None, temperature=0, top_p=1.0, seeds=(0, 0))
+    assert read == [(2, 3), (2, 1), (2, 1), (2, 1)]
+
+
 def test_the_seed_fixes_the_text(tiny: Make, corpus: dict[str, Path]) -> None:
     model, tokenizer = Transformer(tiny(init_std=0.2)).eval(), load_tokenizer(corpus["train_tokenizer"])
-    texts = [generate(model, tokenizer, "def ", max_new_tokens=40, seed=seed) for seed in (1, 1, 2)]
+    texts = generate(model, tokenizer, ["def "] * 3, max_new_tokens=40, seeds=(1, 1, 2))
     assert texts[0] == texts[1] != texts[2]
     assert texts[0]
+    assert generate(model, tokenizer, [], seeds=()) == []
 
 
 def test_text_ends_where_the_model_ends_it(tiny: Make, corpus: dict[str, Path]) -> None:
@@ -29,22 +87,15 @@ def test_text_ends_where_the_model_ends_it(tiny: Make, corpus: dict[str, Path]) 
     with torch.no_grad():
         model.lm_head.weight.zero_()
         model.norm.weight.zero_()
-    tokens = list(islice(draw(model, [end], temperature=1.0, top_p=1.0, seed=14), 100))
+    settings: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "seeds": [14]}
+    tokens = draw(model, [[end]], most=100, end=None, **settings)[0]
     assert end in tokens, "every token is as likely as any; with this seed the end of text comes early"
     before = tokens[: tokens.index(end)]
-    text = generate(model, tokenizer, "", max_new_tokens=100, temperature=1.0, top_p=1.0, seed=14)
+    [text] = generate(model, tokenizer, [""], max_new_tokens=100, **settings)
     assert text == tokenizer.decode(before, skip_special_tokens=True)
-    cut = generate(model, tokenizer, "", max_new_tokens=5, temperature=1.0, top_p=1.0, seed=14)
+    [cut] = generate(model, tokenizer, [""], max_new_tokens=5, **settings)
     assert cut == tokenizer.decode(before[:5], skip_special_tokens=True)
     assert END_OF_TEXT not in text
-
-
-def test_temperature_zero_takes_the_likeliest_token_and_a_full_context_slides(tiny: Make) -> None:
-    model = Transformer(tiny(init_std=0.3)).eval()
-    tokens = [1, 2, 3]
-    for token in islice(draw(model, tokens, temperature=0, top_p=0.5, seed=0), 40):
-        assert token == int(model(torch.tensor([tokens[-24:]]))[0, -1].argmax())
-        tokens.append(token)
 
 
 @given(

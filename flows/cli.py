@@ -238,6 +238,20 @@ def exported_model(store: Any, model: str | None) -> Path:
 
 
 @app.command()
+def join(
+    job: Annotated[Path, typer.Argument(help="The job.json that the first machine names.")],
+) -> None:
+    """Run this machine's part of a training that another machine started; see docs/training.md."""
+    from flows import launch
+    from llm.pretrain import Job
+
+    if not job.is_file():
+        raise UserError(f"{job}: there is no such file; the machines must see the store under one path")
+    ranks = Job.model_validate_json(job.read_text(encoding="utf-8")).config.runtime.ranks
+    sys.exit(launch.join("llm.trainer", job, ranks))
+
+
+@app.command()
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where on this machine.")] = 5000,
     home: Home = HOME,

@@ -24,6 +24,7 @@ from flows.parts import Part, Stopped, compute
 from flows.runners import Workers
 from flows.terminal import Terminal, duration
 from flows.tracking import Tracker, read_lines
+from llm.nodes import nodes_for
 
 MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
@@ -135,6 +136,12 @@ class PrefectContext:
 
         _, self._shown_events = read_lines(events, 0)
         self._terminal.line(f"starting {ranks} rank(s)")
+        nodes = nodes_for(ranks)
+        if nodes.started_by == "hand":
+            self.note(
+                f"waiting at {nodes.endpoint} for the other machines: run there, with the same LLMILL_NODES and "
+                f"LLMILL_ENDPOINT, `llmill join {job.resolve()}`"
+            )
         try:
             launch.local(module, job, ranks, logs=logs, while_running=follow)
         finally:

@@ -1,10 +1,12 @@
-"""How the ranks of a training job are started: as processes of this machine, through torchrun."""
+"""How the ranks of a training job are started: as processes of this machine and of those that share the work
+(`llm.nodes`), through torchrun."""
 
 from __future__ import annotations
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from pathlib import Path
 import psutil
 
 from data_pipeline.context import UserError, cores, last_lines
+from llm.nodes import Nodes, nodes_for
 
 ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
 """Keep freed memory: a step frees and takes the same large tensors again, and fresh pages cost a fifth of it."""
@@ -34,20 +37,14 @@ def local(
     logs.mkdir(parents=True, exist_ok=True)
     error = logs / "error.json"
     error.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {
-        "OMP_NUM_THREADS": str(max(1, cores() // ranks)),
-        "GLIBC_TUNABLES": ALLOCATOR,
-        **os.environ,
-        "LLMILL_PARENT": str(os.getpid()),
-    }
+    nodes = nodes_for(ranks)
     with open(logs / "ranks.log", "ab") as log:
         process = subprocess.Popen(
-            [*command, "-m", module, str(job)],
+            nodes.everywhere(torchrun(nodes, module, job, ranks)),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment,
+            env=environment(ranks // nodes.count),
             start_new_session=True,  # Ctrl-C reaches us; we end the ranks ourselves
         )
         try:
@@ -68,6 +65,40 @@ def local(
         raise UserError(message) if user else RuntimeError(f"{message}\n(full log: {logs / 'ranks.log'})")
     tail = last_lines((logs / "ranks.log").read_text(encoding="utf-8", errors="replace"))
     raise RuntimeError(f"the ranks ended with exit code {code}; the end of {logs / 'ranks.log'}:\n{tail}")
+
+
+def join(module: str, job: Path, ranks: int) -> int:
+    """Run this machine's part of ranks that `local` starts on another one; torchrun's exit code.
+
+    `llm.nodes` says what the environment must tell, here as there.
+
+    Raises:
+        UserError: it tells of one machine only.
+    """
+    nodes = nodes_for(ranks)
+    if nodes.started_by != "hand":
+        raise UserError(
+            "there is nothing to join: set LLMILL_NODES and LLMILL_ENDPOINT as on the first machine"
+        )
+    command = torchrun(nodes, module, job, ranks)
+    return subprocess.run(command, env=environment(ranks // nodes.count), check=False).returncode
+
+
+def torchrun(nodes: Nodes, module: str, job: Path, ranks: int) -> list[str]:
+    """The command that starts one machine's part of ``ranks`` ranks."""
+    command = [sys.executable, "-m", "torch.distributed.run", *nodes.rendezvous(ranks)]
+    return [*command, "-m", module, str(job)]
+
+
+def environment(ranks_here: int) -> dict[str, str]:
+    """What ranks find in theirs: ours, with what pays where it does not say otherwise."""
+    return {
+        "OMP_NUM_THREADS": str(max(1, cores() // ranks_here)),
+        "GLIBC_TUNABLES": ALLOCATOR,
+        **os.environ,
+        "LLMILL_PARENT": str(os.getpid()),
+        "LLMILL_PARENT_HOST": socket.gethostname(),
+    }
 
 
 def read_failure(path: Path) -> tuple[bool, str] | None:

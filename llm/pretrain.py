@@ -23,7 +23,6 @@ from data_pipeline.context import (
     StageContext,
     UserError,
     atomic_path,
-    cores,
 )
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
@@ -34,6 +33,7 @@ from llm.corpus import Corpus
 from llm.layouts import content_sha256, require_start
 from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape, load_model
+from llm.nodes import nodes_for, places
 from llm.optim import OptimizerConfig
 from llm.schedule import BatchPlan, Schedule, batch_plan
 
@@ -331,18 +331,19 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
 
 
 def require_ranks(ranks: int) -> None:
-    """Refuse more ranks than this machine has places for.
+    """Refuse more ranks than there are places for.
 
     Raises:
-        UserError: more than its GPUs or, without any, its processor cores.
+        UserError: more than GPUs or, without any, processor cores, on this machine and those that share the work.
     """
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    places, kind = (gpus, "GPUs") if gpus else (cores(), "processor cores")
-    if ranks > places:
+    nodes, (room, kind) = nodes_for(ranks), places()
+    if ranks > room * nodes.count:
+        who = "this machine has" if nodes.count == 1 else f"{nodes.count} machines like this one have"
         raise UserError(
-            f"pretrain.runtime.ranks is {ranks}, but this machine has {places} {kind}:\n"
-            f"set pretrain.runtime.ranks to at most {places}"
+            f"pretrain.runtime.ranks is {ranks}, but {who} {room * nodes.count} {kind}:\n"
+            f"set pretrain.runtime.ranks to at most {room * nodes.count}"
         )
+    nodes.rendezvous(ranks)
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:

@@ -28,6 +28,7 @@ from llm.failures import only_trainer, report_failure
 from llm.layouts import load_weights
 from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
+from llm.nodes import launcher_pid
 from llm.pretrain import Job, precision_reason
 from llm.probe import matmul_flops, memory_bytes
 
@@ -213,7 +214,7 @@ class Trainer:
 
 def main(path: Path) -> None:
     """Run one rank of the job in ``path``; exit code 1 when it fails."""
-    parent = int(os.environ.get("LLMILL_PARENT", os.getpid()))
+    parent = launcher_pid()
     if parent != os.getpid():
         die_with(parent)
     job = Job.model_validate_json(path.read_text(encoding="utf-8"))

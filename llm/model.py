@@ -94,6 +94,14 @@ class ModelShape(Config):
             return 4 * self.width
         return math.ceil(8 * self.width / 3 / 64) * 64
 
+    @property
+    def block_parameters(self) -> int:
+        """Numbers in the blocks' matrices: nearly all parameters outside embeddings and head."""
+        q_width, kv_width = self.heads * self.head_width, self.kv_head_count * self.head_width
+        of_mlp = 2 if self.positions == "learned" else 3
+        block = 2 * self.width * (q_width + kv_width) + of_mlp * self.width * self.hidden_width
+        return self.layers * block
+
 
 class ModelConfig(ModelShape):
     """A model's shape with its vocabulary: all that is needed to build it."""
@@ -112,11 +120,9 @@ class ModelConfig(ModelShape):
         Attention over a causal context of T costs 6 T H E a layer (Chowdhery et al. 2022, arXiv:2204.02311,
         appendix B, halved for causality).
         """
-        q_width, kv_width = self.heads * self.head_width, self.kv_head_count * self.head_width
-        of_mlp = 2 if self.positions == "learned" else 3
-        layer = 2 * self.width * (q_width + kv_width) + of_mlp * self.width * self.hidden_width
-        matrices = self.layers * layer + self.width * self.padded_vocab
-        return 6 * matrices + 6 * self.layers * q_width * (context or self.context)
+        matrices = self.block_parameters + self.width * self.padded_vocab
+        attention = self.layers * self.heads * self.head_width
+        return 6 * matrices + 6 * attention * (context or self.context)
 
 
 class Transformer(nn.Module):

@@ -27,7 +27,7 @@ from data_pipeline.context import (
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
-from llm import batches, checkpoint
+from llm import batches, checkpoint, presets
 from llm.attention import BackEnd, choose
 from llm.corpus import Corpus
 from llm.layouts import content_sha256, require_start
@@ -94,6 +94,8 @@ class Validation(Config):
 class PretrainConfig(StageConfig):
     """What is trained, on how much, and how."""
 
+    depth: int | None = Field(default=None, ge=1)
+    """One dial for what follows and is not set: see `llm.presets`. Its consequences are identity, it is not."""
     model: ModelShape = ModelShape()
     init_from: Path | None = None
     """A folder with a model in a layout of `transformers` (an exported one, say) whose weights training starts from;
@@ -126,6 +128,11 @@ class PretrainConfig(StageConfig):
     runtime: PretrainRuntime = PretrainRuntime()
 
     _init_sha256: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_depth(cls, values: Any) -> Any:
+        return presets.fill(values) if isinstance(values, dict) else values
 
     @field_validator("betas")
     @classmethod
@@ -189,12 +196,18 @@ class PretrainConfig(StageConfig):
         return pinned
 
     def identity(self) -> dict[str, Any]:
-        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies."""
+        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, and without `depth`,
+        from which nothing follows any more."""
         identity = super().identity()
+        del identity["depth"]
         if identity.pop("init_from") is not None:
             assert self._init_sha256 is not None, "resolve() the config first"
             identity["init_sha256"] = self._init_sha256
         return identity
+
+    def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
+        """What follows from `depth`."""
+        return presets.describe(self)
 
     def attention(self) -> tuple[BackEnd, str]:
         """How attention is computed on this machine, and why.
@@ -356,6 +369,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another setup.
     """
     config = config.resolve()
+    for line in presets.describe(config):
+        context.note(line)
     context.note(f"precision {config.precision}: {precision_reason(config)}")
     attention, reason = config.attention()
     context.note(f"attention {attention}: {reason}")

@@ -17,6 +17,9 @@ from torch import Tensor
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Of a chunk's logits in fp32: large enough that reading the weights once more for each chunk costs little."""
 
+SPARE_COLUMNS = 16
+"""More than the logits need: rows whose length in bytes is a power of two would share a few sets of the cache."""
+
 Reduction = Literal["mean", "none"]
 
 
@@ -117,13 +120,15 @@ def sweep(
     exact = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
     nats_N = torch.empty(len(x_ND), dtype=exact, device=x_ND.device)
     x_grad_ND = torch.empty_like(x_ND, dtype=exact) if wanted[0] else None
-    weight_grad_VD = torch.zeros_like(weight_VD, dtype=exact) if wanted[1] else None
+    weight_grad_VD = torch.empty_like(weight_VD, dtype=exact) if wanted[1] else None
     x_ND, matrix_VD = x_ND.to(head.dtype), weight_VD.to(head.dtype)
     for rows in chunks(x_ND, len(weight_VD)):
         x_CD, targets_C = x_ND[rows], targets_N[rows]
-        logits_CV = scratch(len(x_CD), len(weight_VD), exact, x_ND.device)
+        padded_CV = scratch(len(x_CD), len(weight_VD) + SPARE_COLUMNS, exact, x_ND.device)
+        padded_CV[:, len(weight_VD) :] = -math.inf
+        logits_CV = padded_CV[:, : len(weight_VD)]
         slope_CV = fill_logits(logits_CV, x_CD, matrix_VD, head)
-        log_z_C, nats_N[rows] = normalise(logits_CV, targets_C)
+        log_z_C, nats_N[rows] = normalise(padded_CV, targets_C)
         if head.z_loss:
             nats_N[rows] += head.z_loss * log_z_C.square()
         if not any(wanted):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data_pipeline.context import Config, atomic_path
 from llm.attention import Attend, BackEnd, Documents, attention
 from llm.loss import Reduction, linear_cross_entropy
+from llm.passes import RMSNorm, rotate
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the positions' rotations."""
@@ -226,7 +227,7 @@ def norm(config: ModelConfig) -> nn.Module:
     """The norm before a block's parts and before the head."""
     if config.positions == "learned":
         return nn.LayerNorm(config.width, config.norm_eps)
-    return nn.RMSNorm(config.width, config.norm_eps)
+    return RMSNorm(config.width, config.norm_eps)
 
 
 class Attention(nn.Module):
@@ -243,8 +244,8 @@ class Attention(nn.Module):
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_width, config.norm_eps)
-            self.k_norm = nn.RMSNorm(config.head_width, config.norm_eps)
+            self.q_norm = RMSNorm(config.head_width, config.norm_eps)
+            self.k_norm = RMSNorm(config.head_width, config.norm_eps)
 
     def forward(
         self, x_BTD: Tensor, rope: Rope | None, attend: Attend, documents: Documents | None
@@ -321,13 +322,6 @@ def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
     angle_TE = torch.outer(torch.arange(config.context, dtype=torch.float32), rate_E)
     angle_TE = torch.cat((angle_TE, angle_TE), dim=-1)
     return angle_TE.cos(), angle_TE.sin()
-
-
-def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn each head's features by its position's angles, ``(T, E)`` or ``(B, T, E)``, in fp32."""
-    left, right = x_BTHE.chunk(2, dim=-1)
-    turned_BTHE = torch.cat((-right, left), dim=-1)
-    return x_BTHE * cos_TE[..., None, :] + turned_BTHE * sin_TE[..., None, :]
 
 
 def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import psutil
 
-from data_pipeline.context import UserError, cores, last_lines
+from data_pipeline.context import UserError, last_lines
+from llm.environment import rank_environment
 from llm.nodes import Nodes, nodes_for
-
-ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=4294967296"
-"""Keep freed memory: a step frees and takes the same large tensors again, and fresh pages cost a fifth of it."""
 
 
 def local(
@@ -93,8 +91,7 @@ def torchrun(nodes: Nodes, module: str, job: Path, ranks: int) -> list[str]:
 def environment(ranks_here: int) -> dict[str, str]:
     """What ranks find in theirs: ours, with what pays where it does not say otherwise."""
     return {
-        "OMP_NUM_THREADS": str(max(1, cores() // ranks_here)),
-        "GLIBC_TUNABLES": ALLOCATOR,
+        **rank_environment(ranks_here),
         **os.environ,
         "LLMILL_PARENT": str(os.getpid()),
         "LLMILL_PARENT_HOST": socket.gethostname(),

@@ -13,7 +13,7 @@ from typing import Any
 
 import psutil
 
-from flows.launch import cores
+from data_pipeline.context import cores
 from flows.plan import Step
 from flows.recipe import Recipe
 from flows.store import Artifact

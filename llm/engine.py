@@ -33,6 +33,7 @@ from deepspeed.sequence.layer import DistributedAttention
 
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
+from llm.probe import Clock
 from llm.windows import Batch
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Engine:
     def __init__(self, model: Transformer, config: PretrainConfig) -> None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)
+        self.clock = Clock()
         self.clip = config.grad_clip
         self.zero_stage = config.runtime.zero_stage
         model = model.to(self.device)
@@ -138,6 +140,7 @@ class Engine:
 
         Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
         """
+        self.clock.start()
         self.engine.train()
         self.set_accumulation(count)
         for group in self.optimizer.param_groups:
@@ -151,13 +154,17 @@ class Engine:
         norm = 0.0
         done = 0
         for done, batch in enumerate(micro_batches, start=1):
+            self.clock.lap("data")
             self.engine.set_gradient_accumulation_boundary(done == count)
             loss = self.loss(batch)
             total += loss.detach()
+            self.clock.lap("forward")
             self.engine.backward(loss)
+            self.clock.lap("backward")
             if self.zero_stage == 0 and done == count:
                 norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip))
             self.engine.step()
+            self.clock.lap("optimizer")
         assert done == count, f"{done} micro-batches came, not {count}"
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm())

@@ -47,7 +47,7 @@ class ScaleByRMS(torch.autograd.Function):
 
 
 def rotate(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
-    """Turn each head's features by its position's angles, in fp32."""
+    """Turn each head's features by its position's angles, ``(T, E)`` or ``(B, T, E)``, in fp32."""
     result: Tensor = Rotate.apply(x_BTHE, cos_TE, sin_TE)
     return result
 
@@ -69,9 +69,9 @@ class Rotate(torch.autograd.Function):
 def turned(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor, sign: float) -> Tensor:
     """x cos + (-right, left) sin of each head, with ``sign`` 1; its transpose with -1."""
     half = x_BTHE.shape[-1] // 2
-    sin_T1E = sin_TE[:, None, :half]
+    sin_T1E = sin_TE[..., None, :half]
     left, right = x_BTHE[..., :half], x_BTHE[..., half:]
-    out_BTHE = x_BTHE * cos_TE[:, None]
+    out_BTHE = x_BTHE * cos_TE[..., None, :]
     out_BTHE[..., :half].addcmul_(right, sin_T1E, value=-sign)
     out_BTHE[..., half:].addcmul_(left, sin_T1E, value=sign)
     return out_BTHE

@@ -31,3 +31,26 @@ def memory_bytes() -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+class Clock:
+    """Where the time of a step goes: seconds by part, added up over steps while it runs."""
+
+    def __init__(self, running: bool = False) -> None:
+        self.running = running
+        self.seconds: dict[str, float] = {}
+        self._last = 0.0
+
+    def start(self) -> None:
+        """What follows is the first part."""
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        """All since the last call was ``part``. Waits for the GPU, so a step that is timed by parts is no race."""
+        if not self.running:
+            return
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self._last = now

@@ -18,7 +18,7 @@ def rotate_formula(x_BTHE: Tensor, cos_TE: Tensor, sin_TE: Tensor) -> Tensor:
     """As a product of complex numbers: feature i + E/2 is the imaginary part of feature i."""
     half = x_BTHE.shape[-1] // 2
     x = torch.complex(x_BTHE[..., :half], x_BTHE[..., half:])
-    turn = torch.complex(cos_TE[:, None, :half], sin_TE[:, None, :half])
+    turn = torch.complex(cos_TE[..., None, :half], sin_TE[..., None, :half])
     return torch.cat(((x * turn).real, (x * turn).imag), dim=-1)
 
 

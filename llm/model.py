@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from data_pipeline.context import Config, atomic_path
 from llm.attention import Attend, BackEnd, Documents, attention
@@ -136,11 +137,19 @@ class Transformer(nn.Module):
     sin_TE: Tensor
 
     def __init__(
-        self, config: ModelConfig, *, seed: int = 0, z_loss: float = 0.0, back_end: BackEnd = "sdpa"
+        self,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        z_loss: float = 0.0,
+        back_end: BackEnd = "sdpa",
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
         self.attend = attention(back_end)
+        self.checkpointing = checkpointing
+        """Keep of each layer's activations its input only, and compute the others again in the backward pass."""
         self.first_position = 0
         """That of the first token given, where ranks share windows by positions."""
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
@@ -175,8 +184,10 @@ class Transformer(nn.Module):
         documents = None if documents_BT is None else Documents(documents_BT)
         first, count = self.first_position, tokens_BT.shape[1]
         x_BTD, rope = self.embed(tokens_BT, torch.arange(first, first + count, device=tokens_BT.device))
+        forget = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
-            x_BTD = layer(x_BTD, rope, self.attend, documents)
+            inputs = (x_BTD, rope, self.attend, documents)
+            x_BTD = checkpoint(layer, *inputs, use_reentrant=False) if forget else layer(*inputs)
         return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
 
     def embed(self, tokens_BT: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:

@@ -63,6 +63,9 @@ class PretrainRuntime(Runtime):
     keep_checkpoints: int = Field(default=2, ge=1)
     attention: BackEnd | Literal["auto"] = "auto"
     """Which kernels compute it: see `llm.attention`. "auto" takes the fastest that can run."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again for its gradients: a third more work, for memory that
+    does not grow with what a layer holds."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

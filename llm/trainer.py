@@ -48,7 +48,13 @@ class Trainer:
         corpus = job.corpus
         train, self.held_out = corpus.windows("train"), corpus.windows("val")
         back_end, _ = self.config.attention()
-        model = Transformer(job.model, seed=self.config.seed, z_loss=self.config.z_loss, back_end=back_end)
+        model = Transformer(
+            job.model,
+            seed=self.config.seed,
+            z_loss=self.config.z_loss,
+            back_end=back_end,
+            checkpointing=runtime.activation_checkpointing,
+        )
         if self.config.init_from is not None:
             load_weights(model, self.config.init_from)
         self.parameters = model.parameter_count()

@@ -83,6 +83,31 @@ def test_rows_that_pad_the_vocabulary_get_no_gradient(tiny: Make) -> None:
     assert gradient[:500].any(dim=1).all()
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_activation_checkpointing_changes_memory_and_nothing_else(tiny: Make, positions: str) -> None:
+    config = tiny(init_std=0.2, positions=positions, layers=4)
+    tokens, targets = torch.randint(500, (2, 2, 24))
+    documents = torch.tensor([[0] * 9 + [1] * 15] * 2, dtype=torch.int32)
+    kept, gradients = [], []
+    for checkpointing in (False, True):
+        model = Transformer(config, checkpointing=checkpointing)
+        size = 0
+
+        def weigh(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(weigh, lambda tensor: tensor):
+            loss = model(tokens, targets, documents_BT=documents)
+        kept.append(size)
+        loss.backward()
+        gradients.append([loss, *(parameter.grad for parameter in model.parameters())])
+    for one, other in zip(*gradients, strict=True):
+        assert torch.equal(one, other)
+    assert kept[1] < kept[0] / 4
+
+
 def test_initial_weights_follow_from_the_seed_and_start_near_uniform(tiny: Make) -> None:
     one, same, other = (Transformer(tiny(), seed=seed) for seed in (3, 3, 4))
     for name, parameter in one.named_parameters():

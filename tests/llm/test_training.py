@@ -72,7 +72,7 @@ CONFIGS = {
     "2 ranks, ZeRO 1": recipe(ranks=2, zero_stage=1, micro_batch=12),
     "2 ranks, ZeRO 2": recipe(ranks=2, zero_stage=2, micro_batch=4),
     "1 rank, tied": tied(recipe()),
-    "2 ranks, ZeRO 3, tied": tied(recipe(ranks=2, zero_stage=3)),
+    "2 ranks, ZeRO 3, tied": tied(recipe(ranks=2, zero_stage=3, activation_checkpointing=True)),
     "2 ranks, bf16": recipe(ranks=2).model_copy(update={"precision": "bf16"}),
 }
 

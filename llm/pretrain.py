@@ -377,6 +377,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     context.note(f"precision {config.precision}: {precision_reason(config)}")
     attention, reason = config.attention()
     context.note(f"attention {attention}: {reason}")
+    if config.model.logit_softcap is not None:
+        context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
     runtime = config.runtime.model_copy(update={"attention": attention})
     config = config.model_copy(update={"runtime": runtime})
     if not (out / "model.safetensors").exists():  # the last file that the ranks write

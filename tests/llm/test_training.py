@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import psutil
@@ -24,6 +24,7 @@ from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from flows import launch
 from llm import checkpoint
+from llm.attention import BackEnd
 from llm.batches import permute
 from llm.events import read_events
 from llm.export import ExportConfig, export
@@ -214,6 +215,7 @@ def test_events_tell_every_step_once_with_the_losses_of_the_artifact(runs: Runs)
         assert all(1e-6 < event["update_ratio_matrices"] < 1 for event in steps)
         kinds = [event["event"] for event in events]
         assert (kinds[0], kinds[-1], kinds.count("validation")) == ("start", "end", 2)
+        assert events[0]["attention"] in get_args(BackEnd)
 
 
 DISTURBED = """

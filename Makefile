@@ -5,7 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test lint clean
+.PHONY: help setup run test test-long lint clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ lint: setup  ## Style, types and the law of imports
 
 test: lint  ## Lint, then the tests
 	$(BIN)/pytest
+
+test-long: setup  ## The tests that take minutes each
+	$(BIN)/pytest -m long
 
 clean:  ## Remove the environment and the caches (never .llmill, where the models are)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

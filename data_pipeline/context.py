@@ -105,11 +105,14 @@ class StageContext(Protocol):
         """Tell a person one line: a choice made ("precision fp32: ...") or a warning."""
         ...
 
-    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+    def launch(
+        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+    ) -> None:
         """Run ``python -m module job`` as ``ranks`` processes of one `torch.distributed` job.
 
         Returns when all have ended well. ``events`` is the JSON-lines file that rank 0 appends to, which the
-        caller may follow meanwhile; ``logs`` the folder for what the ranks print.
+        caller may follow meanwhile; ``logs`` the folder for what the ranks print; ``grace_seconds`` what they get
+        to save their work when they are to end.
 
         Raises:
             UserError: a rank ended with a user's mistake (see `llm.pretrain`).
@@ -156,10 +159,12 @@ class LocalContext:
     def note(self, message: str, *, warning: bool = False) -> None:
         self.notes.append(message)
 
-    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+    def launch(
+        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+    ) -> None:
         if self._launcher is None:
             raise UserError("this context starts no ranks: give LocalContext a launcher (flows.launch.local)")
-        self._launcher(module, job, ranks, logs=logs)
+        self._launcher(module, job, ranks, logs=logs, grace_seconds=grace_seconds)
 
 
 @contextmanager

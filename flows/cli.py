@@ -64,6 +64,7 @@ def run(
     selection, loaded = Selection(start, stop, only, force), load_recipe(recipe, set_ or ())
     writable(home)
     end_like_ctrl_c()
+    save_when_asked()
     terminal = Terminal()
     terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
     with PrefectServer(home) as server:
@@ -302,6 +303,13 @@ def end_like_ctrl_c() -> None:
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
+
+
+def save_when_asked() -> None:
+    """Let SIGUSR1 have a training that runs write a checkpoint, and go on."""
+    from flows import launch
+
+    signal.signal(signal.SIGUSR1, lambda number, frame: launch.save_asked.set())
 
 
 def quiet_libraries() -> None:

@@ -128,7 +128,9 @@ class PrefectContext:
         self._terminal.note(message, warning)
         get_run_logger().log(30 if warning else 20, message)
 
-    def launch(self, module: str, job: Path, ranks: int, *, events: Path, logs: Path) -> None:
+    def launch(
+        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+    ) -> None:
         def follow() -> None:
             if time.monotonic() - self._followed >= FOLLOW_SECONDS:
                 self._followed = time.monotonic()
@@ -143,7 +145,7 @@ class PrefectContext:
                 f"LLMILL_ENDPOINT, `llmill join {job.resolve()}`"
             )
         try:
-            launch.local(module, job, ranks, logs=logs, while_running=follow)
+            launch.local(module, job, ranks, logs=logs, grace_seconds=grace_seconds, while_running=follow)
         finally:
             self._follow(events)
 
@@ -162,8 +164,19 @@ class PrefectContext:
             self.note(f"{event['parameters']:,} parameters, {event['ranks']} rank(s)")
         elif kind == "resume":
             self.note(f"resumed at step {event['step']}")
+        elif kind == "interrupted":
+            self.note(f"interrupted after step {event['step']}, which is saved")
         elif kind == "warning":
             self.note(event["message"], warning=True)
+        elif kind == "skip":
+            loss, norm = event["loss"], event["grad_norm"]
+            self.note(f"step {event['step']} was skipped: loss {loss}, gradient norm {norm}", warning=True)
+        elif kind == "rollback":
+            self.note(
+                f"the loss leapt to {event['loss']:.4f} in step {event['step']} (z {event['z']:.1f}): back to step "
+                f"{event['to']}, past {event['windows']:,} windows",
+                warning=True,
+            )
         elif kind == "validation":
             self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
         elif kind == "step":

@@ -1,14 +1,16 @@
-"""How the ranks of a training job are started: as processes of this machine and of those that share the work
-(`llm.nodes`), through torchrun."""
+"""How the ranks of a training job are started, asked to save, and ended: as processes of this machine and of those
+that share the work (`llm.nodes`), through torchrun."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,26 +21,51 @@ from data_pipeline.context import UserError, last_lines
 from llm.environment import rank_environment
 from llm.nodes import Nodes, nodes_for
 
+TORCHRUN = """
+import signal
+from torch.distributed.run import main
+signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a rank listens, and in torchrun, it would be the end
+main()
+"""
+MARGIN_SECONDS = 5
+"""What torchrun gets to end itself, after what its ranks get."""
+
+save_asked = threading.Event()
+"""Set it to have the ranks that `local` runs write a checkpoint and go on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The ranks were asked to stop by others than us, and ended as they should; the message says where."""
+
 
 def local(
-    module: str, job: Path, ranks: int, *, logs: Path, while_running: Callable[[], None] | None = None
+    module: str,
+    job: Path,
+    ranks: int,
+    *,
+    logs: Path,
+    grace_seconds: float = 30,
+    while_running: Callable[[], None] | None = None,
 ) -> None:
     """Run ``python -m module job`` as ``ranks`` local processes under torchrun and wait for their end.
 
     ``while_running`` is called about five times a second meanwhile and must not raise. The ranks' output goes
-    to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"user": bool, "message": str}).
+    to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"kind": "user", "interrupted" or "fault",
+    "message": str}). Ranks that are to end get SIGTERM, and ``grace_seconds`` later SIGKILL.
 
     Raises:
         UserError: a rank ended with a user's mistake.
+        Interrupted: the ranks got a SIGTERM that was not ours.
         RuntimeError: a rank failed; the message holds the end of the log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     error = logs / "error.json"
     error.unlink(missing_ok=True)
+    save_asked.clear()
     nodes = nodes_for(ranks)
     with open(logs / "ranks.log", "ab") as log:
         process = subprocess.Popen(
-            nodes.everywhere(torchrun(nodes, module, job, ranks)),
+            nodes.everywhere(torchrun(nodes, module, job, ranks, grace_seconds)),
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
@@ -51,16 +78,25 @@ def local(
                     code = process.wait(timeout=0.2)
                     break
                 except subprocess.TimeoutExpired:
+                    if save_asked.is_set():
+                        save_asked.clear()
+                        signal_ranks(process, signal.SIGUSR1)
                     if while_running:
                         while_running()
         except BaseException:
-            stop(process)
+            stop(process, grace_seconds + MARGIN_SECONDS)
             raise
     if code == 0:
         return
     if failure := read_failure(error):
-        user, message = failure
-        raise UserError(message) if user else RuntimeError(f"{message}\n(full log: {logs / 'ranks.log'})")
+        kind, message = failure
+        if kind == "interrupted":
+            raise Interrupted(message)
+        raise (
+            UserError(message)
+            if kind == "user"
+            else RuntimeError(f"{message}\n(full log: {logs / 'ranks.log'})")
+        )
     tail = last_lines((logs / "ranks.log").read_text(encoding="utf-8", errors="replace"))
     raise RuntimeError(f"the ranks ended with exit code {code}; the end of {logs / 'ranks.log'}:\n{tail}")
 
@@ -78,14 +114,14 @@ def join(module: str, job: Path, ranks: int) -> int:
         raise UserError(
             "there is nothing to join: set LLMILL_NODES and LLMILL_ENDPOINT as on the first machine"
         )
-    command = torchrun(nodes, module, job, ranks)
+    command = torchrun(nodes, module, job, ranks, grace_seconds=30)
     return subprocess.run(command, env=environment(ranks // nodes.count), check=False).returncode
 
 
-def torchrun(nodes: Nodes, module: str, job: Path, ranks: int) -> list[str]:
+def torchrun(nodes: Nodes, module: str, job: Path, ranks: int, grace_seconds: float) -> list[str]:
     """The command that starts one machine's part of ``ranks`` ranks."""
-    command = [sys.executable, "-m", "torch.distributed.run", *nodes.rendezvous(ranks)]
-    return [*command, "-m", module, str(job)]
+    command = [sys.executable, "-c", TORCHRUN, *nodes.rendezvous(ranks)]
+    return [*command, f"--shutdown-timeout={math.ceil(grace_seconds)}", "-m", module, str(job)]
 
 
 def environment(ranks_here: int) -> dict[str, str]:
@@ -98,25 +134,37 @@ def environment(ranks_here: int) -> dict[str, str]:
     }
 
 
-def read_failure(path: Path) -> tuple[bool, str] | None:
-    """(whether it is a user's mistake, message) as a rank left it; None where it could not, or not all of it."""
+def read_failure(path: Path) -> tuple[str, str] | None:
+    """(kind, message) as a rank left it; None where it could not, or not all of it."""
     try:
         failure = json.loads(path.read_text(encoding="utf-8"))
-        return bool(failure["user"]), str(failure["message"])
+        return str(failure["kind"]), str(failure["message"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def stop(process: subprocess.Popen[bytes], grace_seconds: float = 10) -> None:
-    """End torchrun and its ranks: politely first, then for good."""
+def signal_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to the ranks of a torchrun."""
+    with suppress(psutil.NoSuchProcess):  # it may just have ended
+        for rank in psutil.Process(process.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                rank.send_signal(number)
+
+
+def stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+    """End torchrun and its ranks: politely first, then for good; at once when we are interrupted again.
+
+    Not torchrun alone is waited for: told twice to end (by a scheduler too) it goes before its ranks have saved.
+    """
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):  # it may just have ended
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
     process.send_signal(signal.SIGTERM)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(grace_seconds)
-    for member in family:
-        with suppress(psutil.NoSuchProcess):
-            member.kill()
-    process.wait()
+    try:
+        psutil.wait_procs(family, grace_seconds)
+    finally:
+        for member in family:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
+        process.wait()

@@ -1,7 +1,8 @@
-"""Checkpoints in two phases: every rank writes into ``step-00000050.tmp``, all is synced to disk and rank 0 records
-each file's size and SHA-256, and only then is the folder renamed. So a folder with its final name is whole unless
-the disk failed, and that the checksums tell before anything is loaded. The newest whole one is what a start
-continues from; a torn one is removed. There is no ``latest`` file that could be wrong.
+"""Checkpoints in two phases: every rank writes its part into ``step-00000050.tmp``, syncs it to disk, and leaves its
+size and SHA-256; when all have, rank 0 records them, and only then is the folder renamed. So a folder with its final
+name is whole unless the disk failed, and that the checksums tell before anything is loaded. The newest whole one is
+what a start continues from; a torn one is removed. There is no ``latest`` file that could be wrong, and nothing is
+unpickled: parts are safetensors, records are JSON.
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import UserError, human_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+from data_pipeline.context import UserError, atomic_path, human_bytes
 
 RECORD = "checkpoint.json"
 HISTORY = "history.json"
+FORMAT = 2
+"""Raised when what a checkpoint holds changes; others are not gone on from."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the order of sums, and so the last bits of all that follows: a resume must keep it."""
+    """What decides the order of sums, and so the last bits of all that follows."""
 
     ranks: int
     zero_stage: int
@@ -32,6 +39,8 @@ class Setup:
     device: str
     """"cpu" or "cuda"."""
     attention: str = "sdpa"
+    sequence_parallel: int = 1
+    offload: str = "none"
 
 
 @dataclass(frozen=True)
@@ -73,17 +82,45 @@ def begin(root: Path, step: int, size: int = 0) -> Path:
     return folder
 
 
+def write_part(folder: Path, rank: int, pieces: dict[str, Tensor]) -> None:
+    """Write one rank's part into ``folder`` (from `begin`) and force it to disk."""
+    path = folder / f"rank-{rank:05d}.safetensors"
+    save_file(pieces, path)
+    with atomic_path(path.with_suffix(".json")) as described:
+        described.write_text(json.dumps(describe(path)), encoding="utf-8")
+
+
+def await_parts(folder: Path, ranks: int, seconds: float) -> None:
+    """Wait until all ranks have written their parts into ``folder``.
+
+    Raises:
+        TimeoutError: one had not after ``seconds``.
+    """
+    deadline = time.monotonic() + seconds
+    while (written := len(list(folder.glob("rank-*.json")))) < ranks:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{folder} has the parts of {written} of {ranks} ranks after {seconds:.0f} seconds: "
+                "is it a folder that all machines share?"
+            )
+        time.sleep(0.02)
+
+
 def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
-    """Seal what all ranks wrote into ``folder`` (from `begin`), rename it, and return its size in bytes.
+    """Seal the parts that all ranks wrote into ``folder``, rename it, and return its size in bytes.
 
     Call on one rank, when all have written.
     """
     (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
-    files = {str(path.relative_to(folder)): describe(path) for path in walk(folder)}
-    record = Checkpoint(step, setup, files)
-    (folder / RECORD).write_text(json.dumps(asdict(record), indent=1), encoding="utf-8")
+    files = {HISTORY: describe(folder / HISTORY)}
+    for described in sorted(folder.glob("rank-*.json")):
+        files[f"{described.stem}.safetensors"] = json.loads(described.read_text(encoding="utf-8"))
+        described.unlink()
+    record = {"format": FORMAT, **asdict(Checkpoint(step, setup, files))}
+    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
     sync(folder / RECORD)
     sync(folder)
+    shutil.rmtree(folder_of(folder.parent, step), ignore_errors=True)  # a rollback saves a step again
     folder.rename(folder_of(folder.parent, step))
     sync(folder.parent)
     return sum(size for size, _ in files.values())
@@ -97,15 +134,22 @@ def complete(root: Path) -> list[Checkpoint]:
 def committed(root: Path) -> list[Path]:
     """The folders under ``root`` that have a checkpoint's final name, newest first."""
     folders = [folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name)]
-    return sorted(folders, key=lambda folder: int(folder.name.removeprefix("step-")), reverse=True)
+    return sorted(folders, key=step_of, reverse=True)
+
+
+def step_of(folder: Path) -> int:
+    """The step that a complete checkpoint's folder is named after."""
+    return int(folder.name.removeprefix("step-"))
 
 
 def read_record(folder: Path) -> Checkpoint | None:
-    """The record in ``folder``, or None where it is missing or torn."""
+    """The record in ``folder``, or None where it is missing, torn or of another format."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        if record.get("format") != FORMAT:
+            return None
         return Checkpoint(record["step"], Setup(**record["setup"]), record["files"])
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
@@ -121,15 +165,20 @@ def damage(root: Path, checkpoint: Checkpoint) -> str | None:
     return None
 
 
-def recover(root: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that passes its checksums, and what was wrong with newer ones.
+def recover(root: Path, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint that passes its checksums, of at most ``until`` steps, and what was wrong with newer ones.
 
-    Those are removed: they are of no use, and `prune` would count them among the newest.
+    Those are removed, and so are later ones: they are of no use, and `prune` would count them among the newest.
     """
     problems: list[str] = []
     for folder in committed(root):
+        if until is not None and step_of(folder) > until:
+            shutil.rmtree(folder)
+            continue
         checkpoint = read_record(folder)
-        problem = damage(root, checkpoint) if checkpoint else f"{RECORD} is missing or torn"
+        problem = (
+            damage(root, checkpoint) if checkpoint else f"{RECORD} is missing, torn or of another version"
+        )
         if problem is None:
             return checkpoint, problems
         problems.append(f"removed {folder.name}: {problem}")
@@ -137,20 +186,31 @@ def recover(root: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, problems
 
 
-def require_same_setup(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Refuse to go on otherwise than a checkpoint was made: the bytes of the result would depend on the accident.
+def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
+    """Refuse to go on in another precision than a checkpoint was made in: that would be another training.
 
     Raises:
-        UserError: the setups differ.
+        UserError: the precisions differ.
     """
+    if checkpoint.setup.precision != setup.precision:
+        raise UserError(
+            f"the checkpoint of step {checkpoint.step} was made in {checkpoint.setup.precision}, but pretrain would "
+            f"go on in {setup.precision}:\nset pretrain.precision to {checkpoint.setup.precision} again, or force "
+            "pretrain to start again"
+        )
+
+
+def changes(checkpoint: Checkpoint, setup: Setup) -> str | None:
+    """How ``setup`` differs from what a checkpoint was made with, in words; None where the bits will be the same."""
     made, now = asdict(checkpoint.setup), asdict(setup)
     changed = [name for name in made if made[name] != now[name]]
-    if changed:
-        was, is_now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (made, now))
-        raise UserError(
-            f"the checkpoint of step {checkpoint.step} was made with {was}, but pretrain would go on with {is_now}:\n"
-            f"run it with {was} again (pretrain.runtime), or force pretrain to start again"
-        )
+    if not changed:
+        return None
+    was, is_now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (made, now))
+    return (
+        f"the checkpoint of step {checkpoint.step} was made with {was}, and training goes on with {is_now}: "
+        "it reads the same batches, but sums in another order, so the last bits may differ from here on"
+    )
 
 
 def read_history(root: Path, checkpoint: Checkpoint) -> Any:
@@ -158,17 +218,16 @@ def read_history(root: Path, checkpoint: Checkpoint) -> Any:
     return json.loads((folder_of(root, checkpoint.step) / HISTORY).read_text(encoding="utf-8"))
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove what never completed, and all but the newest ``keep`` that did."""
+def prune(root: Path, keep: int, every: int | None = None, spare: int | None = None) -> None:
+    """Remove what never completed, and of what did all but the newest ``keep``, those of each ``every`` steps, and
+    the newest that is a multiple of ``spare``."""
     for folder in root.glob("step-*.tmp"):
         shutil.rmtree(folder)
-    for checkpoint in complete(root)[keep:]:
-        shutil.rmtree(folder_of(root, checkpoint.step))
-
-
-def walk(folder: Path) -> list[Path]:
-    """All files under ``folder``, in order of name."""
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    steps = [checkpoint.step for checkpoint in complete(root)]
+    kept = {step for step in steps if every and step % every == 0} | set(steps[:keep])
+    kept |= set([step for step in steps if spare and step % spare == 0][:1])
+    for step in set(steps) - kept:
+        shutil.rmtree(folder_of(root, step))
 
 
 def describe(path: Path) -> list[Any]:

@@ -31,6 +31,7 @@ if "mlflow" not in sys.modules:
 import deepspeed
 from deepspeed.sequence.layer import DistributedAttention
 
+from llm import state
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
 from llm.probe import Clock
@@ -46,17 +47,20 @@ if sys.modules["mlflow"] is None:
 # DeepSpeed calls collectives by names that torch has renamed, and torch says so at each call.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-"""How long a rank waits for the others: longer than any checkpoint or validation takes on one of them."""
 
+def start_ranks(timeout_seconds: float = 600) -> tuple[int, int]:
+    """Join the process group that torchrun described in the environment; this rank and how many there are.
 
-def start_ranks() -> tuple[int, int]:
-    """Join the process group that torchrun described in the environment; this rank and how many there are."""
+    A collective that the others do not answer within ``timeout_seconds`` raises.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    # For the groups that DeepSpeed makes of its own, which would wait half an hour.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     # DeepSpeed builds optional C++ collectives when this table, which it fills by running compilers, allows it.
     deepspeed.ops.__compatible_ops__ = {}
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(timeout=COLLECTIVE_TIMEOUT, auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size()
 
 
@@ -92,8 +96,16 @@ def offload_config(config: PretrainConfig) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What a rank wants of all of them after a step."""
+
+    save: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True)
 class Step:
-    """What an optimizer step tells."""
+    """What an optimizer step did, the same on all ranks."""
 
     loss: float
     """Mean over the global batch, in nats."""
@@ -101,6 +113,15 @@ class Step:
     """Of the gradient, before clipping."""
     update_ratios: dict[str, float]
     """By kind of parameter, when measured: `Engine.update_ratios`."""
+    applied: bool
+    """False where loss or gradients were not finite: then nothing moved."""
+    asked: Asked
+    """By any rank."""
+
+
+def spoilt_where_not_finite(loss: Tensor) -> Tensor:
+    """``loss``, with gradients of NaN where it is not finite itself: so the gradients' norm tells of both."""
+    return loss * (loss.detach() * 0 + 1)
 
 
 class Engine:
@@ -134,11 +155,18 @@ class Engine:
         return self.engine.module
 
     def step(
-        self, micro_batches: Iterable[Batch], count: int, multiple: float, measure: bool = False
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        multiple: float,
+        measure: bool = False,
+        asked: Asked = Asked(),
     ) -> Step:
         """One optimizer step over this rank's ``count`` micro-batches.
 
         Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
+        Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
+        discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
         """
         self.clock.start()
         self.engine.train()
@@ -159,17 +187,26 @@ class Engine:
             loss = self.loss(batch)
             total += loss.detach()
             self.clock.lap("forward")
-            self.engine.backward(loss)
+            self.engine.backward(spoilt_where_not_finite(loss))
             self.clock.lap("backward")
             if self.zero_stage == 0 and done == count:
                 norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip))
+                if not math.isfinite(norm):
+                    self.engine.zero_grad()  # to None: the optimizer passes over such parameters
             self.engine.step()
             self.clock.lap("optimizer")
         assert done == count, f"{done} micro-batches came, not {count}"
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm())
-        mean = self.sum(total / count).item() / dist.get_world_size()
-        return Step(mean, norm, self.update_ratios())
+        told = torch.stack([total / count, total.new_tensor(asked.save), total.new_tensor(asked.stop)])
+        loss_sum, save, stop = self.sum(told).tolist()
+        return Step(
+            loss_sum / dist.get_world_size(),
+            norm,
+            self.update_ratios(),
+            applied=math.isfinite(norm),
+            asked=Asked(save=save > 0, stop=stop > 0),
+        )
 
     def update_ratios(self) -> dict[str, float]:
         """Of the last step when it was measured, by kind of parameter: root mean square of the update over that of
@@ -218,14 +255,13 @@ class Engine:
         dist.all_reduce(value)
         return value
 
-    def save(self, folder: Path) -> None:
-        """Each rank writes its part of parameters and optimizer into ``folder``."""
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's part of parameters and optimizer, in host memory: see `llm.state`."""
+        return state.snapshot(self.engine)
 
-    def load(self, folder: Path) -> None:
-        """Each rank reads its part back: only with the ranks and ZeRO stage that wrote it."""
-        loaded, _ = self.engine.load_checkpoint(str(folder.parent), tag=folder.name)
-        assert loaded is not None, f"DeepSpeed found no checkpoint in {folder}"
+    def restore(self, folder: Path) -> None:
+        """Take parameters and optimizer from the snapshots in ``folder``, however they were spread when made."""
+        state.restore(self.engine, folder)
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""

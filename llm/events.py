@@ -9,8 +9,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-ONCE = ("step", "validation")
-"""Events that are facts of a step: replayed after a resume they are the same, so they are not written again."""
+ONCE = ("step", "validation", "skip")
+"""Events that are facts of a step: replayed after a resume they are the same, so they are not written again. After
+a rollback they are others, and written."""
 
 
 class EventLog:
@@ -23,17 +24,23 @@ class EventLog:
         """The last step of which each kind in `ONCE` is in the file."""
         self._drop_torn_line(path)
         for event in read_events(path):
-            if event["event"] in ONCE:
-                self.written[event["event"]] = max(self.written[event["event"]], event["step"])
+            self._note(event)
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
 
     def write(self, event: str, **fields: Any) -> None:
         """Append one event with the time (seconds since 1970), unless the file tells of its step already."""
-        if event in ONCE:
-            if fields["step"] <= self.written[event]:
-                return
-            self.written[event] = fields["step"]
+        if event in ONCE and fields["step"] <= self.written[event]:
+            return
+        self._note({"event": event, **fields})
         self._file.write(json.dumps({"event": event, **fields, "time": round(time.time(), 3)}) + "\n")
+
+    def _note(self, event: dict[str, Any]) -> None:
+        """Keep in mind up to which step the file tells."""
+        kind = event["event"]
+        if kind in ONCE:
+            self.written[kind] = max(self.written[kind], event["step"])
+        elif kind == "rollback":
+            self.written = {kind: min(step, event["to"]) for kind, step in self.written.items()}
 
     @staticmethod
     def _drop_torn_line(path: Path) -> None:

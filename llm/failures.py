@@ -24,6 +24,18 @@ DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWri
 """What libraries say of a full disk that raise no OSError: safetensors, and torch's writer of archives."""
 
 
+TIMED_OUT = (
+    "Timed out waiting",
+    "Application timeout caused",
+    "Watchdog caught collective operation timeout",
+)
+"""What libraries say of a rank that does not answer: gloo (twice), and NCCL."""
+
+
+class Interrupted(Exception):
+    """A signal asked the training to stop; the message says where it did."""
+
+
 @contextmanager
 def only_trainer(scratch: Path) -> Iterator[None]:
     """Hold the lock that one training job at a time has on a folder.
@@ -50,12 +62,28 @@ def report_failure(error: Exception, folder: Path) -> None:
         error = UserError(f"the disk of {folder.parent} is full: make room and run again")
     elif isinstance(error, torch.OutOfMemoryError):
         error = UserError("the GPU's memory does not hold a micro-batch: lower pretrain.runtime.micro_batch")
-    user = isinstance(error, UserError)
-    message = {"user": user, "message": str(error) if user else f"{type(error).__name__}: {error}"}
+    elif timed_out(error):
+        error = RuntimeError(
+            "another rank did not answer within pretrain.runtime.collective_timeout_seconds: it hangs, or its "
+            f"machine is gone; what is saved is gone on from when it is run again ({str(error)[:200]})"
+        )
+    kind = (
+        "interrupted"
+        if isinstance(error, Interrupted)
+        else "user"
+        if isinstance(error, UserError)
+        else "fault"
+    )
+    message = f"{type(error).__name__}: {error}" if kind == "fault" else str(error)
     with suppress(OSError), open(folder / "error.json", "x", encoding="utf-8") as file:
-        json.dump(message, file)
-    if not user:
+        json.dump({"kind": kind, "message": message}, file)
+    if kind == "fault":
         traceback.print_exception(error)
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether an error says that a collective was not answered in time, as gloo or NCCL put it."""
+    return any(words in str(error) for words in TIMED_OUT)
 
 
 def no_room(error: Exception) -> bool:

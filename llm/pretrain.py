@@ -35,6 +35,7 @@ from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape, load_model
 from llm.nodes import nodes_for, places
 from llm.optim import OptimizerConfig
+from llm.recovery import Recovery
 from llm.schedule import BatchPlan, Schedule, batch_plan
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -61,6 +62,14 @@ class PretrainRuntime(Runtime):
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest that are kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep the checkpoints of each so many steps, while training lasts."""
+    collective_timeout_seconds: float = Field(default=600, gt=0)
+    """How long a rank waits for the others before the run ends: longer than anything that one of them does alone."""
+    grace_seconds: float = Field(default=30, gt=0)
+    """What ranks that are told to stop get to end their step and save it, before they are killed: as long as a step
+    and the writing of a checkpoint take. Slurm's KillWait and Kubernetes' grace period must be longer."""
     attention: BackEnd | Literal["auto"] = "auto"
     """Which kernels compute it: see `llm.attention`. "auto" takes the fastest that can run."""
     activation_checkpointing: bool = False
@@ -128,6 +137,7 @@ class PretrainConfig(StageConfig):
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     validation: Validation = Validation()
+    recovery: Recovery = Recovery()
     runtime: PretrainRuntime = PretrainRuntime()
 
     _init_sha256: str | None = None
@@ -306,7 +316,7 @@ class Job(Config):
 
     @property
     def setup(self) -> checkpoint.Setup:
-        """What a checkpoint of this job must have been made with, to be gone on from."""
+        """What a checkpoint of this job must have been made with, to be gone on from to the same bits."""
         runtime = self.config.runtime
         return checkpoint.Setup(
             ranks=runtime.ranks,
@@ -315,6 +325,8 @@ class Job(Config):
             precision=self.config.precision,
             device=device_kind(),
             attention=self.config.attention()[0],
+            sequence_parallel=runtime.sequence_parallel,
+            offload=runtime.offload,
         )
 
 
@@ -366,10 +378,11 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
 
     Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet``, ``sources.json`` (what was
-    read of each source) and ``report.md``.
+    read of each source) and ``report.md``; and ``skipped.parquet`` where steps or batches were skipped (see
+    `llm.recovery`).
 
     Raises:
-        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another setup.
+        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another precision.
     """
     config = config.resolve()
     for line in presets.describe(config):
@@ -385,7 +398,14 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         job = prepare(config, inputs, out, context)
         path = job.scratch / "job.json"
         path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-        context.launch("llm.trainer", path, config.runtime.ranks, events=job.events, logs=out / "logs")
+        context.launch(
+            "llm.trainer",
+            path,
+            config.runtime.ranks,
+            events=job.events,
+            logs=out / "logs",
+            grace_seconds=config.runtime.grace_seconds,
+        )
     return summarise(config, out)
 
 
@@ -439,18 +459,21 @@ def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> l
 
 
 def as_begun(job: Job) -> Job:
-    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it has one.
+    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
+    follow are those of an undisturbed run.
 
     Raises:
-        UserError: that checkpoint was made with another setup.
+        UserError: that checkpoint was made in another precision.
     """
     newest = next(iter(checkpoint.complete(job.checkpoints)), None)
     if newest is None:
         return job
-    if job.config.runtime.micro_batch == "auto":
-        runtime = job.config.runtime.model_copy(update={"micro_batch": newest.setup.micro_batch})
+    made, now = newest.setup, job.setup
+    alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
+    if job.config.runtime.micro_batch == "auto" and alike:
+        runtime = job.config.runtime.model_copy(update={"micro_batch": made.micro_batch})
         job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
-    checkpoint.require_same_setup(newest, job.setup)
+    checkpoint.require_same_training(newest, job.setup)
     return job
 
 
@@ -472,8 +495,12 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
         "epochs": sum(row["read"] for row in reading) / sum(row["windows"] for row in reading),
         **{f"epochs/{row['source']}": row["epochs"] for row in reading if row["source"]},
     }
+    skipped = out / "skipped.parquet"
+    passed = pq.read_table(skipped).to_pylist() if skipped.exists() else []
     with atomic_path(out / "report.md") as path:
-        path.write_text(report(config, model.config, metrics, reading, losses, checks), encoding="utf-8")
+        path.write_text(
+            report(config, model.config, metrics, reading, losses, checks, passed), encoding="utf-8"
+        )
     return metrics
 
 
@@ -484,6 +511,7 @@ def report(
     reading: list[dict[str, Any]],
     losses: list[dict[str, float]],
     checks: list[dict[str, float]],
+    skipped: list[dict[str, Any]],
 ) -> str:
     """The stage's report in Markdown."""
     lines = [
@@ -506,4 +534,7 @@ def report(
     lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
     for row in losses[:: max(1, len(losses) // 20)]:
         lines.append(f"| {row['step']} | {row['loss']:.4f} | {row['lr']:.3e} | {row['grad_norm']:.3f} |")
+    if skipped:
+        lines += ["", "| step | skipped because | windows passed over |", "| ---: | :--- | ---: |"]
+        lines += [f"| {fact['step']} | {fact['reason']} | {fact['windows']} |" for fact in skipped]
     return "\n".join(lines) + "\n"

@@ -18,23 +18,23 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from data_pipeline.context import UserError, atomic_path, die_with, has_ended
+from data_pipeline.context import atomic_path, die_with, has_ended
 from data_pipeline.tokenizer import token_bytes
 from llm import checkpoint
 from llm.bits import bits_per_byte, text_sums
-from llm.engine import Engine, start_ranks
+from llm.engine import Asked, Engine, start_ranks
 from llm.events import EventLog
-from llm.failures import only_trainer, report_failure
+from llm.failures import Interrupted, only_trainer, report_failure
 from llm.layouts import load_weights
 from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
 from llm.nodes import launcher_pid
 from llm.pretrain import Job, precision_reason
 from llm.probe import matmul_flops, memory_bytes
-
-CHECKPOINT_BYTES = {0: 12, 1: 16, 2: 16, 3: 12}
-"""Of a checkpoint for each parameter, by ZeRO stage: its value and Adam's two moments, in fp32. At stages 1 and 2
-DeepSpeed saves the value twice: in the module, and in the optimizer's partitions."""
+from llm.recovery import History, Watch, skipped_windows
+from llm.saver import Saved, Saver
+from llm.signals import Requests
+from llm.state import size_of
 
 
 class Trainer:
@@ -58,50 +58,86 @@ class Trainer:
         if self.config.init_from is not None:
             load_weights(model, self.config.init_from)
         self.parameters = model.parameter_count()
-        self.checkpoint_bytes = CHECKPOINT_BYTES[self.config.runtime.zero_stage] * self.parameters
         self.engine = Engine(model, self.config)
         self.loader = Loader(
             train,
             corpus.order(train),
-            self.config.step_slots,
+            self.slots,
             Share(self.data_rank, self.data_ranks, self.config.micro_batch),
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
-        self.history: dict[str, list[dict[str, float]]] = {"step": [], "validation": []}
+        self.saver = Saver(
+            job.checkpoints,
+            rank=rank,
+            setup=job.setup,
+            kept=self.kept_checkpoints(),
+            patience=self.config.runtime.collective_timeout_seconds,
+        )
+        self.history: History = {"step": [], "validation": [], "skipped": []}
+        self.watch = Watch(self.config.recovery)
+        self.requests = Requests()
         self.seconds_a_token: float | None = None
         rate = matmul_flops(self.engine.device, self.config.precision)
         self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
 
     def run(self) -> None:
-        """Train to the end, from the newest whole checkpoint where there is one, and write the results."""
+        """Train to the end, from the newest whole checkpoint where there is one, and write the results.
+
+        Raises:
+            Interrupted: a signal asked to stop; the last step taken is saved.
+            UserError: training diverged.
+        """
         self.say_start()
+        done = self.resume()
+        self.requests.listen()
         with self.loader:
-            for step in range(self.resume(), self.config.steps):
-                self.train_step(step)
-                done = step + 1
-                if done % self.config.validation.every == 0 or done == self.config.steps:
-                    self.validate(done)
-                if done % self.config.runtime.checkpoint_every == 0 and done < self.config.steps:
-                    self.save(done)
+            while done < self.config.steps:
+                done = self.advance(done)
+        self.tell_saved(self.saver.wait())
         self.write_results()
         self.tell("end", step=self.config.steps)
 
-    def train_step(self, step: int) -> None:
-        """One optimizer step, remembered and told."""
+    def advance(self, step: int) -> int:
+        """Take ``step`` (from 0), and do what is due after it; how many are done then, fewer after a rollback."""
+        asked = self.train_step(step)
+        done, last = step + 1, step + 1 == self.config.steps
+        self.watch.require_finite(self.history, done)
+        self.tell_saved(self.saver.poll())
+        z = self.watch.spike(self.history)
+        if z is not None:
+            done, last = self.roll_back(done, z), False
+        else:
+            if done % self.config.validation.every == 0 or last:
+                self.validate(done)
+            due = done % self.config.runtime.checkpoint_every == 0 or self.watch.saves_at(done)
+            if not last and (due or asked.save or asked.stop):
+                self.save(done)
+        if asked.stop and not last:
+            self.leave(done)
+        return done
+
+    def train_step(self, step: int) -> Asked:
+        """One optimizer step, remembered and told; what was asked for meanwhile."""
         config = self.config
         multiple = config.schedule.multiple(step, config.steps)
         done = step + 1
         told = done % config.runtime.log_every == 0 or done == config.steps
         start = time.perf_counter()
         taken = self.engine.step(
-            self.loader.micro_batches(step), config.accumulation(step), multiple, measure=told
+            self.loader.micro_batches(step),
+            config.accumulation(step),
+            multiple,
+            measure=told,
+            asked=self.requests.take(),
         )
         seconds = time.perf_counter() - start
-        if not np.isfinite(taken.loss):
-            raise UserError(f"the loss of step {done} is {taken.loss}: training diverged; lower pretrain.lr")
+        if not taken.applied:
+            self.history["skipped"].append({"step": done, "reason": "nonfinite", "windows": 0})
+            self.tell("skip", step=done, loss=str(taken.loss), grad_norm=str(taken.grad_norm))
+            return taken.asked
         fact = {
             "step": done,
             "tokens": config.tokens_after(done),
@@ -112,6 +148,12 @@ class Trainer:
         self.history["step"].append(fact)
         if told:
             self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
+        return taken.asked
+
+    def slots(self, step: int) -> tuple[int, int]:
+        """What ``step`` reads, past what rollbacks passed over."""
+        first, count = self.config.step_slots(step)
+        return first + skipped_windows(self.history), count
 
     def validate(self, done: int) -> None:
         """Loss and bits per byte on the same held-out windows each time.
@@ -136,38 +178,82 @@ class Trainer:
         self.tell("validation", **fact)
 
     def save(self, done: int) -> None:
-        """Write a checkpoint in two phases and drop the oldest."""
-        start = time.perf_counter()
-        root = self.job.checkpoints
+        """Begin a checkpoint: training waits for the copy in memory, not for the disk."""
+        self.tell_saved(self.saver.wait())
+        since = time.perf_counter()
+        pieces = self.engine.snapshot()
         if self.rank == 0:
-            checkpoint.begin(root, done, size=self.checkpoint_bytes)
+            checkpoint.begin(self.job.checkpoints, done, size=size_of(pieces) * self.ranks)
         dist.barrier()
-        folder = checkpoint.unfinished(root, done)
-        self.engine.save(folder)
-        dist.barrier()
-        if self.rank == 0:
-            size = checkpoint.commit(folder, step=done, setup=self.job.setup, history=self.history)
-            checkpoint.prune(root, self.config.runtime.keep_checkpoints)
-            self.tell("checkpoint", step=done, seconds=round(time.perf_counter() - start, 3), bytes=size)
-        dist.barrier()
+        history = {kind: list(facts) for kind, facts in self.history.items()}
+        self.saver.start(done, pieces, history, since)
+
+    def kept_checkpoints(self) -> dict[str, int | None]:
+        """Which checkpoints stay, in the words of `checkpoint.prune`."""
+        runtime, recovery = self.config.runtime, self.config.recovery
+        spare = recovery.rollback_every if recovery.spike_z else None
+        return {"keep": runtime.keep_checkpoints, "every": runtime.keep_every, "spare": spare}
+
+    def tell_saved(self, saved: Saved | None) -> None:
+        """Tell of a checkpoint that is whole."""
+        if saved:
+            self.tell("checkpoint", step=saved.step, seconds=round(saved.seconds, 3), bytes=saved.bytes)
 
     def resume(self) -> int:
         """Load the newest whole checkpoint; the number of steps already taken."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            if self.watch.saves_at(0):
+                self.save(0)
+            return 0
+        checkpoint.require_same_training(newest, self.job.setup)
+        if changed := checkpoint.changes(newest, self.job.setup):
+            self.tell("warning", message=changed)
+        self.take_up(newest)
+        self.tell("resume", step=newest.step)
+        return newest.step
+
+    def roll_back(self, done: int, z: float) -> int:
+        """After a spike in step ``done``: take up an earlier checkpoint, to go on past the batches since; its step.
+
+        That is saved again with what is to be skipped, so that a start after a kill knows.
+        """
+        self.tell_saved(self.saver.wait())
+        until, plan = self.watch.rollback_to(self.history, done), self.config.plan
+        target = self.newest_checkpoint(until)
+        assert target is not None, f"no whole checkpoint up to step {until} to roll back to"
+        spike = {"step": done, "reason": "spike", "loss": self.history["step"][-1]["loss"], "z": round(z, 3)}
+        windows = plan.windows_before(done) - plan.windows_before(target.step)
+        self.take_up(target)
+        self.history["skipped"].append({**spike, "windows": windows})
+        self.tell("rollback", **spike, to=target.step, windows=windows)
+        self.save(target.step)
+        self.tell_saved(self.saver.wait())
+        dist.barrier()
+        return target.step
+
+    def newest_checkpoint(self, until: int | None = None) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, of at most ``until`` steps; torn and later ones are removed."""
         found: list[Any] = [None]
-        root = self.job.checkpoints
         if self.rank == 0:
-            found[0], problems = checkpoint.recover(root)
+            found[0], problems = checkpoint.recover(self.job.checkpoints, until)
             for message in problems:
                 self.tell("warning", message=message)
         dist.broadcast_object_list(found)
-        newest: checkpoint.Checkpoint | None = found[0]
-        if newest is None:
-            return 0
-        checkpoint.require_same_setup(newest, self.job.setup)
-        self.engine.load(checkpoint.folder_of(root, newest.step))
-        self.history = checkpoint.read_history(root, newest)
-        self.tell("resume", step=newest.step)
-        return newest.step
+        return found[0]
+
+    def take_up(self, saved: checkpoint.Checkpoint) -> None:
+        """Be where the training was when ``saved`` was made."""
+        root = self.job.checkpoints
+        self.engine.restore(checkpoint.folder_of(root, saved.step))
+        self.history = checkpoint.read_history(root, saved)
+
+    def leave(self, done: int) -> None:
+        """End because a signal asked to, when all is on disk."""
+        self.tell_saved(self.saver.wait())
+        self.tell("interrupted", step=done)
+        dist.barrier()
+        raise Interrupted(f"interrupted after step {done}, which is saved: run it again to go on")
 
     def write_results(self) -> None:
         """The artifact's files, the model last: it says that the others are there."""
@@ -176,6 +262,9 @@ class Trainer:
             for kind, name in (("step", "losses"), ("validation", "validation")):
                 with atomic_path(self.job.out / f"{name}.parquet") as path:
                     pq.write_table(pa.Table.from_pylist(self.history[kind]), path, compression="zstd")
+            if self.history["skipped"]:
+                with atomic_path(self.job.out / "skipped.parquet") as path:
+                    pq.write_table(pa.Table.from_pylist(self.history["skipped"]), path, compression="zstd")
             save_model(self.job.model, weights, self.job.out)
         dist.barrier()
 
@@ -226,7 +315,7 @@ def main(path: Path) -> None:
     job = Job.model_validate_json(path.read_text(encoding="utf-8"))
     try:
         with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
-            rank, ranks = start_ranks()
+            rank, ranks = start_ranks(job.config.runtime.collective_timeout_seconds)
             Trainer(job, rank, ranks).run()
             dist.destroy_process_group()
     except Exception as error:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flows import launch
+from llm import checkpoint
 from llm.engine import Engine, start_ranks
 from llm.model import ModelConfig, Transformer
 from llm.pretrain import PretrainConfig
@@ -76,9 +77,11 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
     facts = []
     for step in range(experiment.steps):
         if step and step == experiment.reload_after:
-            engine.save(folder)
+            folder.mkdir(exist_ok=True)
+            checkpoint.write_part(folder, dist.get_rank(), engine.snapshot())
+            dist.barrier()
             engine = Engine(Transformer(shape, seed=config.seed + 1), config)
-            engine.load(folder)
+            engine.restore(folder)
         windows, count = config.plan.windows_at(step), config.accumulation(step)
         mine = [part.chunk(config.runtime.data_ranks)[rank] for part in batch(step, windows, shape)]
         micro_batches = map(Batch, *(part.chunk(count) for part in mine))

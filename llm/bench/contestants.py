@@ -87,7 +87,7 @@ def train_ours(job: Contestant, steps: int) -> dict[str, Any]:
             return timed(trainer.train_step, trainer.engine.clock, steps)
 
 
-def timed(train_step: Callable[[int], None], clock: Clock, steps: int) -> dict[str, Any]:
+def timed(train_step: Callable[[int], object], clock: Clock, steps: int) -> dict[str, Any]:
     """Seconds of each of ``steps`` steps, and then of the parts of a few more, in which the clock runs."""
     seconds = []
     for step in range(steps):

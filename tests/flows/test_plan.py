@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "0784d864d36c6915",
-    "evaluate": "492ae1af81437d52",
-    "export": "9662429e803d7999",
+    "pretrain": "7e1e544bbfc5f2f1",
+    "evaluate": "9e136bf29cb0f970",
+    "export": "d634ddb188f29acb",
 }
 
 

@@ -5,18 +5,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from data_pipeline.context import UserError
 from llm import checkpoint
 from llm.checkpoint import Checkpoint, Setup
 
+PART = "rank-00001.safetensors"
 SETUP = Setup(ranks=2, zero_stage=1, micro_batch=4, precision="bf16", device="cpu")
 
 
-def make(root: Path, step: int, text: str = "weights") -> Path:
-    """A complete checkpoint of one file."""
+def make(root: Path, step: int) -> Path:
+    """A complete checkpoint of two ranks."""
     folder = checkpoint.begin(root, step)
-    (folder / "rank0.pt").write_text(text)
+    for rank in range(2):
+        checkpoint.write_part(folder, rank, {f"weight:value:{4 * rank}": torch.full((4,), float(step))})
+    checkpoint.await_parts(folder, ranks=2, seconds=1)
     checkpoint.commit(folder, step=step, setup=SETUP, history={"step": [step]})
     return checkpoint.folder_of(root, step)
 
@@ -36,33 +40,38 @@ def test_nothing_is_found_where_nothing_was_saved(tmp_path: Path) -> None:
 
 def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
     make(tmp_path, 4)
-    (checkpoint.begin(tmp_path, 8) / "rank0.pt").write_text("half")
+    checkpoint.write_part(checkpoint.begin(tmp_path, 8), 0, {})
+    with pytest.raises(TimeoutError, match="the parts of 1 of 2 ranks"):
+        checkpoint.await_parts(checkpoint.unfinished(tmp_path, 8), ranks=2, seconds=0.1)
     assert [found.step for found in checkpoint.complete(tmp_path)] == [4]
 
 
-@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "record"])
+@pytest.mark.parametrize("harm", ["truncate", "flip", "remove", "record", "version"])
 def test_a_torn_checkpoint_is_removed_and_the_one_before_taken(tmp_path: Path, harm: str) -> None:
     make(tmp_path, 4)
-    torn = make(tmp_path, 8) / "rank0.pt"
-    whole = torn.read_text()
+    torn = make(tmp_path, 8) / PART
+    whole = torn.read_bytes()
+    record = torn.parent / "checkpoint.json"
     if harm == "truncate":
-        torn.write_text(whole[:-1])
+        torn.write_bytes(whole[:-1])
     elif harm == "flip":
-        torn.write_text("x" + whole[1:])
+        torn.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     elif harm == "remove":
         torn.unlink()
+    elif harm == "record":
+        record.write_text(record.read_text()[:40])
     else:
-        (torn.parent / "checkpoint.json").write_text('{"step": 8, "ra')
+        record.write_text(record.read_text().replace('"format": 2', '"format": 1'))
     newest, problems = checkpoint.recover(tmp_path)
     assert newest is not None
     assert newest.step == 4
-    file = "checkpoint.json" if harm == "record" else "rank0.pt"
+    file = "checkpoint.json" if harm in ("record", "version") else PART
     assert [problem.startswith(f"removed step-00000008: {file} is") for problem in problems] == [True]
-    make(tmp_path, 8, "again")
-    assert (checkpoint.folder_of(tmp_path, 8) / "rank0.pt").read_text() == "again"
+    make(tmp_path, 8)
+    assert (checkpoint.folder_of(tmp_path, 8) / PART).read_bytes() == whole
 
 
-@pytest.mark.parametrize("name", ["rank0.pt", "checkpoint.json"])
+@pytest.mark.parametrize("name", [PART, "checkpoint.json"])
 def test_a_torn_checkpoint_is_not_kept_in_place_of_a_whole_one(tmp_path: Path, name: str) -> None:
     make(tmp_path, 4)
     (make(tmp_path, 8) / name).write_text("torn")
@@ -83,6 +92,13 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000008", "step-00000012"]
 
 
+def test_those_of_each_so_many_steps_are_kept_as_well(tmp_path: Path) -> None:
+    for step in (4, 8, 12, 16, 20):
+        make(tmp_path, step)
+        checkpoint.prune(tmp_path, keep=1, every=8)
+    assert [found.step for found in checkpoint.complete(tmp_path)] == [20, 16, 8]
+
+
 def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"needs about 1000000\.0 TB, but the disk of .* has .* left:\nmake room"
@@ -99,10 +115,16 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
         ({"device": "cuda"}, "device=cpu", "device=cuda"),
     ],
 )
-def test_another_setup_is_refused_with_what_it_was(changed: dict[str, Any], was: str, is_now: str) -> None:
+def test_another_setup_is_gone_on_with_and_told(changed: dict[str, Any], was: str, is_now: str) -> None:
     made = Checkpoint(step=8, setup=SETUP, files={})
-    checkpoint.require_same_setup(made, SETUP)
-    with pytest.raises(UserError) as refusal:
-        checkpoint.require_same_setup(made, replace(SETUP, **changed))
-    assert f"step 8 was made with {was}, but pretrain would go on with {is_now}:" in str(refusal.value)
-    assert f"run it with {was} again" in str(refusal.value)
+    assert checkpoint.changes(made, SETUP) is None
+    checkpoint.require_same_training(made, replace(SETUP, **changed))
+    message = checkpoint.changes(made, replace(SETUP, **changed))
+    assert message is not None
+    assert f"step 8 was made with {was}, and training goes on with {is_now}:" in message
+
+
+def test_another_precision_is_refused_with_what_it_was() -> None:
+    made = Checkpoint(step=8, setup=SETUP, files={})
+    with pytest.raises(UserError, match="step 8 was made in bf16, but pretrain would go on in fp32"):
+        checkpoint.require_same_training(made, replace(SETUP, precision="fp32"))

@@ -23,6 +23,21 @@ def test_a_log_opened_again_drops_a_torn_line_and_tells_no_step_twice(tmp_path: 
     assert told[4:] == [("resume", 1), ("validation", 3), ("step", 4), ("validation", 4)]
 
 
+def test_steps_after_a_rollback_are_told_again_and_once(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    log = EventLog(path)
+    for step in (1, 2, 3, 4):
+        log.write("step", step=step)
+    log.write("rollback", step=4, to=2)
+    log.write("step", step=2)
+    log.write("step", step=3)
+    again = EventLog(path)
+    for step in (3, 4):
+        again.write("step", step=step)
+    told = [event["step"] for event in read_events(path) if event["event"] == "step"]
+    assert told == [1, 2, 3, 4, 3, 4]
+
+
 def test_every_event_is_on_disk_as_soon_as_it_is_written(tmp_path: Path) -> None:
     log = EventLog(tmp_path / "events.jsonl")
     log.write("step", step=1, loss=2.5)

@@ -29,16 +29,16 @@ def test_what_the_user_can_mend_is_told_in_a_line(tmp_path: Path, error: Excepti
     report_failure(error, tmp_path)
     failure = read_failure(tmp_path / "error.json")
     assert failure is not None
-    assert (failure[0], message in failure[1]) == (True, True)
+    assert (failure[0], message in failure[1]) == ("user", True)
 
 
 def test_the_first_failure_is_the_one_told(tmp_path: Path) -> None:
     report_failure(ValueError("first"), tmp_path)
     report_failure(UserError("second"), tmp_path)
-    assert read_failure(tmp_path / "error.json") == (False, "ValueError: first")
+    assert read_failure(tmp_path / "error.json") == ("fault", "ValueError: first")
 
 
-@pytest.mark.parametrize("content", ["", '{"user": tr', "[]", '{"user": true}', None])
+@pytest.mark.parametrize("content", ["", '{"kind": "us', "[]", '{"kind": "user"}', None])
 def test_a_failure_that_was_not_told_whole_is_not_heard(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "error.json").write_text(content)

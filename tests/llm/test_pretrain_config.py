@@ -158,25 +158,27 @@ def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any)
     return made
 
 
-def test_a_checkpoint_of_other_ranks_is_refused_before_anything_starts(
+def test_a_checkpoint_of_another_precision_is_refused_before_anything_starts(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     given = config(precision="fp32")
-    job(given, corpus, tmp_path, ranks=2, zero_stage=3)
-    assert "made with ranks=2, zero_stage=3" in refused(given, corpus, tmp_path)
+    job(given, corpus, tmp_path, precision="bf16")
+    assert "step 4 was made in bf16, but pretrain would go on in fp32" in refused(given, corpus, tmp_path)
 
 
-def test_an_automatic_micro_batch_is_that_of_the_checkpoint_and_a_given_one_must_be(
+def test_an_automatic_micro_batch_is_that_of_the_checkpoint_and_a_given_one_stays(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     automatic = job(config(precision="fp32"), corpus, tmp_path, micro_batch=2)
     assert automatic.config.micro_batch != 2
     assert as_begun(automatic).config.micro_batch == 2
     given = job(config(precision="fp32", runtime={"micro_batch": 4}), corpus, tmp_path)
-    with pytest.raises(
-        UserError, match="made with micro_batch=2, but pretrain would go on with micro_batch=4"
-    ):
-        as_begun(given)
+    assert as_begun(given) == given
+
+
+def test_an_automatic_micro_batch_is_not_that_of_other_ranks(corpus: dict[str, Path], tmp_path: Path) -> None:
+    automatic = job(config(precision="fp32"), corpus, tmp_path, ranks=2, micro_batch=2)
+    assert as_begun(automatic) == automatic
 
 
 def test_a_training_without_checkpoints_is_begun_as_the_recipe_says(

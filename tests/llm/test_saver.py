@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm import checkpoint
+from llm.checkpoint import Setup
+from llm.saver import Saved, Saver
+from llm.state import Pieces
+
+SETUP = Setup(ranks=2, zero_stage=1, micro_batch=4, precision="fp32", device="cpu")
+
+
+def saver(root: Path, rank: int, patience: float = 20) -> Saver:
+    return Saver(root, rank=rank, setup=SETUP, kept={"keep": 2}, patience=patience)
+
+
+def part(rank: int) -> dict[str, torch.Tensor]:
+    return {f"weight:value:{2 * rank}": torch.arange(2.0) + 2 * rank, "weight:step:": torch.tensor(7.0)}
+
+
+def look_until_told(one: Saver) -> Saved:
+    """As the loop does, after each step."""
+    deadline = time.monotonic() + 20
+    while (told := one.poll()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return told
+
+
+def test_a_checkpoint_is_whole_when_the_last_rank_has_written_and_not_before(tmp_path: Path) -> None:
+    savers = [saver(tmp_path, rank) for rank in range(2)]
+    checkpoint.begin(tmp_path, 5)
+    savers[0].start(5, part(0), {"step": []}, since=time.perf_counter())
+    time.sleep(0.2)
+    assert savers[0].poll() is None
+    assert checkpoint.complete(tmp_path) == []
+    savers[1].start(5, part(1), {"step": []}, since=time.perf_counter())
+    told = savers[0].wait()
+    assert isinstance(told, Saved)
+    assert (told.step, savers[1].wait(), savers[0].poll()) == (5, None, None)
+    assert [found.step for found in checkpoint.complete(tmp_path)] == [5]
+    assert checkpoint.recover(tmp_path)[1] == []
+    kept = Pieces(checkpoint.folder_of(tmp_path, 5))
+    assert (kept.kinds("weight"), kept.numbers["weight"]["step"].item()) == (["value"], 7)
+
+
+def test_a_write_that_fails_is_raised_at_the_next_look_and_leaves_no_checkpoint(tmp_path: Path) -> None:
+    failing = saver(tmp_path, 1)
+    failing.start(5, part(1), {}, since=0.0)  # nobody made the folder
+    with pytest.raises(Exception, match="No such file"):
+        look_until_told(failing)
+    assert checkpoint.complete(tmp_path) == []
+
+
+def test_a_rank_that_never_writes_is_an_error_in_bounded_time(tmp_path: Path) -> None:
+    alone = saver(tmp_path, 0, patience=0.2)
+    checkpoint.begin(tmp_path, 5)
+    alone.start(5, part(0), {}, since=0.0)
+    with pytest.raises(
+        TimeoutError, match="has the parts of 1 of 2 ranks after 0 seconds: is it a folder that all"
+    ):
+        alone.wait()
+
+
+def test_the_loop_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that takes its time is one whose sync does."""
+    slow, syncing = checkpoint.sync, threading.Event()
+
+    def sync(path: Path) -> None:
+        syncing.set()
+        time.sleep(0.3)
+        slow(path)
+
+    monkeypatch.setattr(checkpoint, "sync", sync)
+    one = Saver(tmp_path, rank=0, setup=Setup(1, 0, 4, "fp32", "cpu"), kept={"keep": 2}, patience=20)
+    checkpoint.begin(tmp_path, 5)
+    since = time.perf_counter()
+    one.start(5, part(0), {}, since=since)
+    assert one.poll() is None
+    assert time.perf_counter() - since < 0.2
+    assert syncing.wait(10)
+    assert one.poll() is None
+    told = one.wait()
+    assert told is not None
+    assert told.seconds > 0.3

@@ -40,6 +40,7 @@ class Setup:
     """"cpu" or "cuda"."""
     attention: str = "sdpa"
     sequence_parallel: int = 1
+    tensor_parallel: int = 1
     offload: str = "none"
 
 
@@ -187,11 +188,19 @@ def recover(root: Path, until: int | None = None) -> tuple[Checkpoint | None, li
 
 
 def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Refuse to go on in another precision than a checkpoint was made in: that would be another training.
+    """Refuse to go on in another precision than a checkpoint was made in, which would be another training, or with
+    layers split otherwise, for parts of matrices are saved as they are.
 
     Raises:
-        UserError: the precisions differ.
+        UserError: these differ.
     """
+    if checkpoint.setup.tensor_parallel != setup.tensor_parallel:
+        raise UserError(
+            f"the checkpoint of step {checkpoint.step} was made with tensor_parallel="
+            f"{checkpoint.setup.tensor_parallel}, but pretrain would go on with {setup.tensor_parallel}:\nset "
+            f"pretrain.runtime.tensor_parallel to {checkpoint.setup.tensor_parallel} again, or force pretrain to start "
+            "again"
+        )
     if checkpoint.setup.precision != setup.precision:
         raise UserError(
             f"the checkpoint of step {checkpoint.step} was made in {checkpoint.setup.precision}, but pretrain would "

@@ -35,6 +35,7 @@ from llm import state
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
 from llm.probe import Clock
+from llm.tensor_parallel import Splitting, autotp
 from llm.windows import Batch
 
 if TYPE_CHECKING:
@@ -68,8 +69,8 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, derived from ours."""
     runtime = config.runtime
     return {
-        "train_batch_size": config.plan.smallest
-        * runtime.sequence_parallel,  # it takes each rank's for its own
+        # It does not know yet of ranks that work on the same windows.
+        "train_batch_size": config.micro_batch * config.accumulation(0) * runtime.ranks,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": config.accumulation(0),
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
@@ -83,7 +84,7 @@ def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
             "lower_precision_safe_modules": [],  # gradients travel in fp32
         },
         "steps_per_print": 1 << 40,
-    }
+    } | ({"tensor_parallel": autotp(runtime.tensor_parallel)} if runtime.tensor_parallel > 1 else {})
 
 
 def offload_config(config: PretrainConfig) -> dict[str, Any]:
@@ -136,6 +137,8 @@ class Engine:
         model = model.to(self.device)
         self.sharing = Sharing(config.runtime.sequence_parallel)
         self.sharing.apply(model)
+        self.splitting = Splitting(config.runtime.tensor_parallel)
+        self.splitting.prepare(model)
         groups = parameter_groups(model, config)
         self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
         self.optimizer = Optimizer(groups, config)
@@ -234,7 +237,7 @@ class Engine:
         change of their number it would see a step end where none does.
         """
         self.engine.set_train_batch_size(
-            count * self.engine.train_micro_batch_size_per_gpu() * dist.get_world_size()
+            count * self.engine.train_micro_batch_size_per_gpu() * self.engine.dp_world_size
         )
 
     @torch.no_grad()
@@ -257,19 +260,20 @@ class Engine:
 
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's part of parameters and optimizer, in host memory: see `llm.state`."""
-        return state.snapshot(self.engine)
+        return state.snapshot(self.engine, self.splitting)
 
     def restore(self, folder: Path) -> None:
         """Take parameters and optimizer from the snapshots in ``folder``, however they were spread when made."""
-        state.restore(self.engine, folder)
+        state.restore(self.engine, self.splitting, folder)
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
         weights: dict[str, Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                whole = self.splitting.whole(name, parameter.detach())
                 if dist.get_rank() == 0:
-                    weights[name] = parameter.detach().to("cpu", torch.float32, copy=True).contiguous()
+                    weights[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
         return weights
 
 

@@ -52,6 +52,9 @@ class PretrainRuntime(Runtime):
     sequence_parallel: int = Field(default=1, ge=1)
     """Ranks that share each window, a part of its positions each, and exchange heads for positions around attention
     (Ulysses: Jacobs et al. 2023, arXiv:2309.14509): for contexts whose activations one GPU does not hold."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that work on the same windows, each with a part of every layer's matrices (`llm.tensor_parallel`): for
+    models of which one GPU does not hold a layer's work, on GPUs with a fast link."""
     offload: Literal["none", "cpu"] = "none"
     """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
     device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
@@ -78,10 +81,17 @@ class PretrainRuntime(Runtime):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.ranks % self.sequence_parallel:
-            raise ValueError(
-                f"sequence_parallel {self.sequence_parallel} does not divide ranks {self.ranks}: change one of them"
-            )
+        for name, size in (
+            ("sequence_parallel", self.sequence_parallel),
+            ("tensor_parallel", self.tensor_parallel),
+        ):
+            if self.ranks % size:
+                raise ValueError(f"{name} {size} does not divide ranks {self.ranks}: change one of them")
+        if self.tensor_parallel > 1:
+            if self.zero_stage not in (1, 2):
+                raise ValueError(f"tensor_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
+            if self.sequence_parallel > 1 or self.offload != "none":
+                raise ValueError("tensor_parallel goes with neither sequence_parallel nor offload")
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(
                 "offload moves what ZeRO spreads, and zero_stage is 0: set zero_stage to 1, 2 or 3"
@@ -91,7 +101,7 @@ class PretrainRuntime(Runtime):
     @property
     def data_ranks(self) -> int:
         """Parts into which a batch is divided: a rank's, or one for each group of ranks that share windows."""
-        return self.ranks // self.sequence_parallel
+        return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
 class Validation(Config):
@@ -172,17 +182,24 @@ class PretrainConfig(StageConfig):
         return self
 
     @model_validator(mode="after")
-    def _positions_divide(self) -> Self:
-        size = self.runtime.sequence_parallel
-        for name, number in (
-            ("context", self.model.context),
-            ("heads", self.model.heads),
-            ("kv_heads", self.model.kv_head_count),
+    def _shares_divide(self) -> Self:
+        shape = self.model
+        heads = {"heads": shape.heads, "kv_heads": shape.kv_head_count}
+        for name, divided in (
+            ("sequence_parallel", {"context": shape.context, **heads}),
+            ("tensor_parallel", {"hidden": shape.hidden_width, **heads}),
         ):
-            if number % size:
-                raise ValueError(
-                    f"runtime.sequence_parallel {size} does not divide model.{name} {number}: change one of them"
-                )
+            size = getattr(self.runtime, name)
+            for what, number in divided.items():
+                if number % size:
+                    raise ValueError(
+                        f"runtime.{name} {size} does not divide model.{what} {number}: change one of them"
+                    )
+        if self.runtime.tensor_parallel > 1 and self.optimizer.kind == "muon":
+            raise ValueError(
+                "Muon needs whole matrices, and runtime.tensor_parallel splits them: set optimizer.kind to adamw, "
+                "or use zero_stage 3 in its place"
+            )
         return self
 
     def resolve(self) -> Self:
@@ -326,6 +343,7 @@ class Job(Config):
             device=device_kind(),
             attention=self.config.attention()[0],
             sequence_parallel=runtime.sequence_parallel,
+            tensor_parallel=runtime.tensor_parallel,
             offload=runtime.offload,
         )
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
+from llm.tensor_parallel import Splitting
+
 VALUE = "value"
 
 
@@ -56,9 +58,9 @@ class Flat:
         return {kind: held for kind, held in kept.items() if not held.ndim}
 
 
-def layout(engine: Any) -> list[Flat]:
+def layout(engine: Any, split: Splitting) -> list[Flat]:
     """What this rank holds of the parameters of a DeepSpeed engine, at its ZeRO stage."""
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
+    names = {parameter: split.own_name(name) for name, parameter in engine.module.named_parameters()}
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return [
@@ -95,12 +97,14 @@ def whole_partition(optimizer: Any, parameter: Any, name: str) -> Run:
     return Run(name, start, at, min(size, parameter.ds_numel - start))
 
 
-def snapshot(engine: Any) -> dict[str, Tensor]:
+def snapshot(engine: Any, split: Splitting) -> dict[str, Tensor]:
     """Copies, in host memory, of the pieces that are this rank's to save: together the ranks save each once."""
     replicated = engine.zero_optimization_stage() == 0
     pieces: dict[str, Tensor] = {}
-    for flat in layout(engine):
+    for flat in layout(engine, split):
         for whole in flat.runs:
+            if not split.saves(whole.name):
+                continue
             run = whole.share(dist.get_rank(), dist.get_world_size()) if replicated else whole
             if not run.count:
                 continue
@@ -145,14 +149,14 @@ class Pieces:
 
 
 @torch.no_grad()
-def restore(engine: Any, folder: Path) -> None:
+def restore(engine: Any, split: Splitting, folder: Path) -> None:
     """Read what this rank holds from the pieces in ``folder``, whoever saved them. A collective."""
     pieces = Pieces(folder)
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 3:
         optimizer.checkpoint_event_prologue()
     fused = (optimizer.optimizer if stage else optimizer).defaults.get("fused")
-    for flat in layout(engine):
+    for flat in layout(engine, split):
         kinds = {kind for run in flat.runs for kind in pieces.kinds(run.name)} - {VALUE}
         for kind in kinds - flat.kept.keys():
             flat.kept[kind] = torch.zeros_like(flat.tensor, requires_grad=False)

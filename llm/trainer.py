@@ -43,8 +43,8 @@ class Trainer:
     def __init__(self, job: Job, rank: int, ranks: int) -> None:
         self.job, self.config = job, job.config
         self.rank, self.ranks = rank, ranks
-        runtime = self.config.runtime
-        self.data_rank, self.data_ranks = rank // runtime.sequence_parallel, runtime.data_ranks
+        self.data_ranks = self.config.runtime.data_ranks
+        self.data_rank = rank * self.data_ranks // ranks
         corpus = job.corpus
         train, self.held_out = corpus.windows("train"), corpus.windows("val")
         back_end, _ = self.config.attention()
@@ -53,7 +53,7 @@ class Trainer:
             seed=self.config.seed,
             z_loss=self.config.z_loss,
             back_end=back_end,
-            checkpointing=runtime.activation_checkpointing,
+            checkpointing=self.config.runtime.activation_checkpointing,
         )
         if self.config.init_from is not None:
             load_weights(model, self.config.init_from)

@@ -72,7 +72,7 @@ def run(experiments: list[Experiment], folder: Path) -> list[Outcome]:
 def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """One experiment, on every rank: facts, and tensors."""
     config, shape = experiment.pretrain, experiment.shape
-    rank = dist.get_rank() // config.runtime.sequence_parallel
+    rank = dist.get_rank() * config.runtime.data_ranks // dist.get_world_size()
     engine = Engine(Transformer(shape, seed=config.seed), config)
     facts = []
     for step in range(experiment.steps):

@@ -128,3 +128,11 @@ def test_another_precision_is_refused_with_what_it_was() -> None:
     made = Checkpoint(step=8, setup=SETUP, files={})
     with pytest.raises(UserError, match="step 8 was made in bf16, but pretrain would go on in fp32"):
         checkpoint.require_same_training(made, replace(SETUP, precision="fp32"))
+
+
+def test_layers_split_otherwise_are_refused() -> None:
+    """Parts of matrices are saved as they are, so other ranks cannot take them up."""
+    made = Checkpoint(step=8, setup=replace(SETUP, tensor_parallel=2), files={})
+    with pytest.raises(UserError, match="made with tensor_parallel=2, but pretrain would go on with 1"):
+        checkpoint.require_same_training(made, SETUP)
+    checkpoint.require_same_training(made, made.setup)

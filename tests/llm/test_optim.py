@@ -66,6 +66,15 @@ EXPERIMENTS = {
     "2 ranks, ZeRO 1, bf16": Experiment(
         {**config(MUON, **SPREAD["2 ranks, ZeRO 1"]), "precision": "bf16"}, STEPS
     ),
+    # Last of all: DeepSpeed keeps its groups of ranks that split layers for the rest of a process.
+    **{
+        f"2 ranks, ZeRO {stage}, splitting layers": Experiment(
+            config({"kind": "adamw"}, heads=(4, 2), ranks=2, zero_stage=stage, tensor_parallel=2),
+            STEPS,
+            reload_after=2,
+        )
+        for stage in (1, 2)
+    },
 }
 EXACT = [name for name in EXPERIMENTS if "bf16" not in name]
 
@@ -151,12 +160,15 @@ def test_every_tensor_moves_by_its_rule_and_no_other(outcomes: dict[str, Outcome
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_losses_are_those_of_the_weights(outcomes: dict[str, Outcome], name: str) -> None:
-    """Of the first step, of the initial ones; of each target after training, of the last."""
+def test_losses_and_norms_are_those_of_the_weights(outcomes: dict[str, Outcome], name: str) -> None:
+    """In the first step, of the initial ones; for each target after training, of the last."""
     experiment, outcome = EXPERIMENTS[name], outcomes[name]
     model = Transformer(experiment.shape, seed=experiment.pretrain.seed)
     first = model(*batch(0, experiment.pretrain.plan.windows_at(0), experiment.shape))
-    assert outcome.facts[0]["loss"] == pytest.approx(first.item(), rel=1e-5)
+    first.backward()
+    norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm().item()
+    fact = outcome.facts[0]
+    assert (fact["loss"], fact["norm"]) == pytest.approx((first.item(), norm), rel=1e-5)
     model.load_state_dict(outcome.weights, strict=not experiment.shape.tie_embeddings)
     nats_BT = model.eval()(*batch(experiment.steps, 2, experiment.shape), reduction="none")
     torch.testing.assert_close(outcome.nats_BT, nats_BT, atol=1e-4, rtol=1e-4)

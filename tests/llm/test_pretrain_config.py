@@ -75,6 +75,19 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             {"runtime": {"ranks": 4, "sequence_parallel": 4}},
             r"sequence_parallel 4 does not divide model\.heads 2",
         ),
+        ({"runtime": {"ranks": 2, "tensor_parallel": 2}}, "tensor_parallel needs zero_stage 1 or 2, not 0"),
+        (
+            {"runtime": {"ranks": 4, "tensor_parallel": 4, "zero_stage": 1}},
+            r"tensor_parallel 4 does not divide model\.heads 2",
+        ),
+        (
+            {"runtime": {"ranks": 4, "tensor_parallel": 2, "sequence_parallel": 2, "zero_stage": 1}},
+            "goes with neither sequence_parallel nor offload",
+        ),
+        (
+            {"runtime": {"ranks": 2, "tensor_parallel": 2, "zero_stage": 1}, "optimizer": {"kind": "muon"}},
+            "Muon needs whole matrices",
+        ),
         ({"runtime": {"offload": "cpu"}}, "zero_stage is 0: set zero_stage to 1, 2 or 3"),
         ({"runtime": {"zero_stage": 4}}, "less than or equal to 3"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),

@@ -17,3 +17,10 @@ def rank_environment(ranks: int) -> dict[str, str]:
     """
     wanted = {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "GLIBC_TUNABLES": ALLOCATOR}
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def remark() -> str:
+    """A line for a person on what `rank_environment` does."""
+    if "GLIBC_TUNABLES" in os.environ:
+        return "memory is allocated as GLIBC_TUNABLES says, which is set already"
+    return "ranks keep freed memory for the next step: GLIBC_TUNABLES is set for them"

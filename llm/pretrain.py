@@ -30,6 +30,7 @@ from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint, presets
 from llm.attention import BackEnd, choose
 from llm.corpus import Corpus
+from llm.environment import remark
 from llm.layouts import content_sha256, require_start
 from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape, load_model
@@ -416,6 +417,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         job = prepare(config, inputs, out, context)
         path = job.scratch / "job.json"
         path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+        if device_kind() == "cpu":
+            context.note(remark())
         context.launch(
             "llm.trainer",
             path,

@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import pyarrow.parquet as pq
-import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_pipeline.context import (
@@ -31,13 +29,14 @@ from llm import batches, checkpoint, presets
 from llm.attention import BackEnd, choose
 from llm.corpus import Corpus
 from llm.environment import remark
+from llm.hardware import device_kind, hardware_precision, precision_reason, require_ranks
 from llm.layouts import content_sha256, require_start
 from llm.mixture import Mixture
-from llm.model import ModelConfig, ModelShape, load_model
-from llm.nodes import nodes_for, places
+from llm.model import ModelConfig, ModelShape
 from llm.optim import OptimizerConfig
 from llm.recovery import Recovery
 from llm.schedule import BatchPlan, Schedule, batch_plan
+from llm.summary import describe_reading, summarise
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 """Most tokens a rank works on at once when the micro-batch is "auto": what fits caches, or fills a GPU."""
@@ -349,50 +348,6 @@ class Job(Config):
         )
 
 
-def device_kind() -> Literal["cpu", "cuda"]:
-    """What ranks on this machine compute on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
-    if torch.cuda.is_available():
-        if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bf16", f"{torch.cuda.get_device_name()} computes in it"
-        return "fp32", f"{torch.cuda.get_device_name()} does not compute in bf16"
-    flags = cpu_flags()
-    for flag in ("amx_bf16", "avx512_bf16"):
-        if flag in flags:
-            return "bf16", f"this processor computes in it ({flag})"
-    return "fp32", "this processor has neither amx_bf16 nor avx512_bf16"
-
-
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
-    """The processor's features as Linux lists them; empty elsewhere."""
-    if not cpuinfo.exists():
-        return frozenset()
-    line = next(
-        (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ""
-    )
-    return frozenset(line.partition(":")[2].split())
-
-
-def require_ranks(ranks: int) -> None:
-    """Refuse more ranks than there are places for.
-
-    Raises:
-        UserError: more than GPUs or, without any, processor cores, on this machine and those that share the work.
-    """
-    nodes, (room, kind) = nodes_for(ranks), places()
-    if ranks > room * nodes.count:
-        who = "this machine has" if nodes.count == 1 else f"{nodes.count} machines like this one have"
-        raise UserError(
-            f"pretrain.runtime.ranks is {ranks}, but {who} {room * nodes.count} {kind}:\n"
-            f"set pretrain.runtime.ranks to at most {room * nodes.count}"
-        )
-    nodes.rendezvous(ranks)
-
-
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
 
@@ -406,7 +361,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     config = config.resolve()
     for line in presets.describe(config):
         context.note(line)
-    context.note(f"precision {config.precision}: {precision_reason(config)}")
+    context.note(f"precision {config.precision}: {precision_reason(config.precision)}")
     attention, reason = config.attention()
     context.note(f"attention {attention}: {reason}")
     if config.model.logit_softcap is not None:
@@ -428,12 +383,6 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
             grace_seconds=config.runtime.grace_seconds,
         )
     return summarise(config, out)
-
-
-def precision_reason(config: PretrainConfig) -> str:
-    """Why training is in the precision it is in."""
-    fastest, reason = hardware_precision()
-    return reason if fastest == config.precision else f"asked for ({fastest} would be faster here: {reason})"
 
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
@@ -467,18 +416,6 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     return job
 
 
-def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> list[str]:
-    """Lines for a person: how much is read of what."""
-    head = f"{config.steps:,} steps of {config.batch_tokens:,} tokens"
-    if config.mixture is None:
-        return [f"{head}: {reading[0]['epochs']:.2f} epochs"]
-    total = sum(row["read"] for row in reading)
-    return [f"{head}, mixed:"] + [
-        f"- {row['source']}: {row['read'] / total:.1%} of the windows, {row['epochs']:.2f} epochs"
-        for row in reading
-    ]
-
-
 def as_begun(job: Job) -> Job:
     """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
     follow are those of an undisturbed run.
@@ -496,66 +433,3 @@ def as_begun(job: Job) -> Job:
         job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
     checkpoint.require_same_training(newest, job.setup)
     return job
-
-
-def summarise(config: PretrainConfig, out: Path) -> Metrics:
-    """Read back what the ranks wrote, write the report, and give the headline figures."""
-    losses = pq.read_table(out / "losses.parquet").to_pylist()
-    checks = pq.read_table(out / "validation.parquet").to_pylist()
-    model = load_model(out)
-    last = losses[-max(1, len(losses) // 50) :]
-    reading = json.loads((out / "sources.json").read_text(encoding="utf-8"))
-    metrics = {
-        "parameters": float(model.parameter_count()),
-        "steps": float(len(losses)),
-        "tokens": float(losses[-1]["tokens"]),
-        "loss": sum(row["loss"] for row in last) / len(last),
-        "val_loss": checks[-1]["loss"],
-        "val_bits_per_byte": checks[-1]["bits_per_byte"],
-        "best_val_bits_per_byte": min(check["bits_per_byte"] for check in checks),
-        "epochs": sum(row["read"] for row in reading) / sum(row["windows"] for row in reading),
-        **{f"epochs/{row['source']}": row["epochs"] for row in reading if row["source"]},
-    }
-    skipped = out / "skipped.parquet"
-    passed = pq.read_table(skipped).to_pylist() if skipped.exists() else []
-    with atomic_path(out / "report.md") as path:
-        path.write_text(
-            report(config, model.config, metrics, reading, losses, checks, passed), encoding="utf-8"
-        )
-    return metrics
-
-
-def report(
-    config: PretrainConfig,
-    model: ModelConfig,
-    metrics: Metrics,
-    reading: list[dict[str, Any]],
-    losses: list[dict[str, float]],
-    checks: list[dict[str, float]],
-    skipped: list[dict[str, Any]],
-) -> str:
-    """The stage's report in Markdown."""
-    lines = [
-        "# Pretraining",
-        "",
-        f"{metrics['parameters']:,.0f} parameters ({model.layers} layers, width {model.width}, {model.heads} heads, "
-        f"context {model.context}, vocabulary {model.vocab_size}), {metrics['steps']:,.0f} steps of "
-        f"{config.batch_tokens:,} tokens in {config.precision}.",
-        "",
-        *describe_reading(config, reading),
-        "",
-        f"Training loss over the last steps: {metrics['loss']:.4f} nats a token.",
-        "",
-        "| step | tokens | held-out loss (nats) | bits per byte |",
-        "| ---: | ---: | ---: | ---: |",
-    ]
-    for check in checks:
-        tokens = config.tokens_after(int(check["step"]))
-        lines.append(f"| {check['step']} | {tokens:,} | {check['loss']:.4f} | {check['bits_per_byte']:.4f} |")
-    lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
-    for row in losses[:: max(1, len(losses) // 20)]:
-        lines.append(f"| {row['step']} | {row['loss']:.4f} | {row['lr']:.3e} | {row['grad_norm']:.3f} |")
-    if skipped:
-        lines += ["", "| step | skipped because | windows passed over |", "| ---: | :--- | ---: |"]
-        lines += [f"| {fact['step']} | {fact['reason']} | {fact['windows']} |" for fact in skipped]
-    return "\n".join(lines) + "\n"

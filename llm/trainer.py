@@ -25,11 +25,12 @@ from llm.bits import bits_per_byte, text_sums
 from llm.engine import Asked, Engine, start_ranks
 from llm.events import EventLog
 from llm.failures import Interrupted, only_trainer, report_failure
+from llm.hardware import precision_reason
 from llm.layouts import load_weights
 from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
 from llm.nodes import launcher_pid
-from llm.pretrain import Job, precision_reason
+from llm.pretrain import Job
 from llm.probe import matmul_flops, memory_bytes
 from llm.recovery import History, Watch, skipped_windows
 from llm.saver import Saved, Saver
@@ -274,7 +275,7 @@ class Trainer:
         self.tell(
             "start",
             precision=config.precision,
-            reason=precision_reason(config),
+            reason=precision_reason(config.precision),
             parameters=self.parameters,
             steps=config.steps,
             tokens=config.tokens_after(config.steps),

@@ -18,8 +18,8 @@ import llm.bench
 from data_pipeline.context import cores
 from llm.bench.contestants import SHAPES, Contestant, Shape
 from llm.bench.measure import Measured, alternate
+from llm.hardware import cpu_flags
 from llm.model_card import table
-from llm.pretrain import cpu_flags
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

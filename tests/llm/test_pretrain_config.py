@@ -12,9 +12,10 @@ from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext, UserError
 from llm import checkpoint
-from llm import pretrain as module
+from llm import hardware as module
+from llm.hardware import hardware_precision
 from llm.model import ModelConfig
-from llm.pretrain import Job, PretrainConfig, as_begun, hardware_precision, pretrain
+from llm.pretrain import Job, PretrainConfig, as_begun, pretrain
 
 
 def config(**fields: Any) -> PretrainConfig:

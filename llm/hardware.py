@@ -1,0 +1,61 @@
+"""What this machine trains on: its device, the precision that it computes in, and how many ranks have room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from data_pipeline.context import UserError
+from llm.nodes import nodes_for, places
+
+
+def device_kind() -> Literal["cpu", "cuda"]:
+    """What ranks on this machine compute on."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
+    if torch.cuda.is_available():
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16", f"{torch.cuda.get_device_name()} computes in it"
+        return "fp32", f"{torch.cuda.get_device_name()} does not compute in bf16"
+    flags = cpu_flags()
+    for flag in ("amx_bf16", "avx512_bf16"):
+        if flag in flags:
+            return "bf16", f"this processor computes in it ({flag})"
+    return "fp32", "this processor has neither amx_bf16 nor avx512_bf16"
+
+
+def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """The processor's features as Linux lists them; empty elsewhere."""
+    if not cpuinfo.exists():
+        return frozenset()
+    line = next(
+        (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ""
+    )
+    return frozenset(line.partition(":")[2].split())
+
+
+def require_ranks(ranks: int) -> None:
+    """Refuse more ranks than there are places for.
+
+    Raises:
+        UserError: more than GPUs or, without any, processor cores, on this machine and those that share the work.
+    """
+    nodes, (room, kind) = nodes_for(ranks), places()
+    if ranks > room * nodes.count:
+        who = "this machine has" if nodes.count == 1 else f"{nodes.count} machines like this one have"
+        raise UserError(
+            f"pretrain.runtime.ranks is {ranks}, but {who} {room * nodes.count} {kind}:\n"
+            f"set pretrain.runtime.ranks to at most {room * nodes.count}"
+        )
+    nodes.rendezvous(ranks)
+
+
+def precision_reason(precision: str) -> str:
+    """Why training is in ``precision``."""
+    fastest, reason = hardware_precision()
+    return reason if fastest == precision else f"asked for ({fastest} would be faster here: {reason})"

@@ -20,10 +20,11 @@ from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_k
 from torch.nn.attention.varlen import varlen_attn
 
 from data_pipeline.context import UserError
+from llm.blocks import LONGEST, in_blocks
 
-BackEnd = Literal["formula", "sdpa", "flash", "flash2", "flash3", "flash4"]
-"""The formula; torch's choice of its kernels; torch's own FlashAttention-2; the package flash-attn; and the packages
-of FlashAttention-3 and -4 through torch."""
+BackEnd = Literal["formula", "blocks", "sdpa", "flash", "flash2", "flash3", "flash4"]
+"""The formula; `llm.blocks`; torch's choice of its kernels; torch's own FlashAttention-2; the package flash-attn; and
+the packages of FlashAttention-3 and -4 through torch."""
 
 PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 CAPABILITIES = {"flash": (8, 9, 10, 12), "flash2": (8, 9, 10, 12), "flash3": (9,), "flash4": (9, 10)}
@@ -46,6 +47,11 @@ class Documents:
         return (same_BTT & past_TT)[:, None]
 
     @cached_property
+    def hidden_B1TT(self) -> Tensor:
+        """True where a position may not look."""
+        return ~self.mask_B1TT
+
+    @cached_property
     def starts(self) -> Tensor:
         """Where documents begin in the batch laid end to end, and, last, where it ends: int32."""
         begins_BT = torch.ones_like(self.documents_BT, dtype=torch.bool)
@@ -66,7 +72,12 @@ def attention(name: BackEnd) -> Attend:
         activate_flash_attention_impl("FA3")
     elif name == "flash4":
         activate_flash_attention_impl("FA4")
-    table: dict[BackEnd, Attend] = {"formula": formula, "sdpa": sdpa, "flash2": flash_package}
+    table: dict[BackEnd, Attend] = {
+        "formula": formula,
+        "blocks": block_products,
+        "sdpa": sdpa,
+        "flash2": flash_package,
+    }
     return table.get(name, flash)
 
 
@@ -76,6 +87,7 @@ def choose(
     device: Literal["cpu", "cuda"],
     precision: str,
     head_width: int,
+    context: int,
     documents: bool,
 ) -> tuple[BackEnd, str]:
     """The back end to use and why: the one that was asked for, or for "auto" the fastest that can run.
@@ -92,6 +104,8 @@ def choose(
     for name in ("flash3", "flash4"):
         if not missing(name, device, precision, head_width):
             return name, f"{PACKAGES[name]} is installed and made for this GPU"
+    if not missing("blocks", device, precision, head_width) and context <= LONGEST:
+        return "blocks", f"keeps probabilities, which pays in fp32 up to a context of {LONGEST:,}"
     if documents and not missing("flash", device, precision, head_width):
         return "flash", "computes only inside documents"
     return "sdpa", "torch's choice of kernels"
@@ -101,6 +115,10 @@ def missing(name: BackEnd, device: str, precision: str, head_width: int) -> str 
     """What a back end lacks to run here, or None."""
     if name in ("formula", "sdpa"):
         return None
+    if name == "blocks":
+        if device != "cpu":
+            return "it is made for CPUs"
+        return None if precision == "fp32" else f"it computes in fp32, not in {precision}"
     if device != "cuda":
         return "it needs a GPU"
     if precision != "bf16":
@@ -135,6 +153,11 @@ def formula(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents
         allowed = documents.mask_B1TT
     p_BHTT = scores_BHTT.masked_fill(~allowed, -math.inf).softmax(dim=-1).type_as(v_BTHE)
     return torch.einsum("bhts,bshe->bthe", p_BHTT, v_BTHE)
+
+
+def block_products(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
+    """By batched matrix products of blocks of queries."""
+    return in_blocks(q_BTHE, k_BTKE, v_BTKE, None if documents is None else documents.hidden_B1TT)
 
 
 def sdpa(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:

@@ -250,6 +250,7 @@ class PretrainConfig(StageConfig):
             device=device_kind(),
             precision=self.precision,
             head_width=self.model.head_width,
+            context=self.model.context,
             documents=self.mask_documents,
         )
 

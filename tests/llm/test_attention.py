@@ -44,7 +44,7 @@ PACKED = numbered([[1, 7, 5], [13], [12, 1]])
 
 def ready(name: BackEnd, width: int) -> tuple[Any, torch.dtype]:
     """The back end, and the type it computes in."""
-    precision = "fp32" if name in ("formula", "sdpa") else "bf16"
+    precision = "fp32" if name in ("formula", "blocks", "sdpa") else "bf16"
     if why_not := missing(name, DEVICE, precision, width):
         pytest.skip(f"{name}: {why_not}")
     return attention(name), torch.float32 if precision == "fp32" else torch.bfloat16
@@ -74,12 +74,12 @@ def test_each_back_end_is_the_formula_forwards_and_backwards(
 
 @settings(deadline=None, max_examples=25)
 @given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=6),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=6),
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 3),
     width=st.sampled_from([2, 16, 40]),
 )
-def test_torchs_kernel_is_the_formula_for_all_shapes(
+def test_what_runs_on_cpus_is_the_formula_for_all_shapes(
     lengths: list[int], kv_heads: int, group: int, width: int
 ) -> None:
     documents = Documents(numbered([lengths]))
@@ -87,8 +87,23 @@ def test_torchs_kernel_is_the_formula_for_all_shapes(
     k, v = torch.randn(2, 1, sum(lengths), kv_heads, width)
     for given_documents in (documents, None):
         expected = module.formula(q.double(), k.double(), v.double(), given_documents)
-        ours = module.sdpa(q, k, v, given_documents)
-        torch.testing.assert_close(ours.double(), expected, atol=2e-5, rtol=1e-4)
+        for ours in (module.sdpa, module.block_products):
+            mixed = ours(q, k, v, given_documents)
+            torch.testing.assert_close(mixed.double(), expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["whole-windows", "documents"])
+def test_several_blocks_have_the_gradients_of_the_formula(packed: bool) -> None:
+    documents = Documents(numbered([[1, 70, 79], [150]])) if packed else None
+    q = torch.randn(2, 150, 4, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (torch.randn(2, 150, 2, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(2, 150, 4, 8, dtype=torch.float64)
+    ours, theirs = (each(q, k, v, documents) for each in (module.block_products, module.formula))
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(
+        *(torch.autograd.grad(each, (q, k, v), upstream) for each in (ours, theirs)), strict=True
+    ):
+        torch.testing.assert_close(one, other)
 
 
 def test_documents_begin_where_their_number_changes_and_windows_begin() -> None:
@@ -98,7 +113,7 @@ def test_documents_begin_where_their_number_changes_and_windows_begin() -> None:
     assert documents.mask_B1TT.sum().item() == (1 + 2) + (1 + 2 + 3) + (1 + 2 + 3 + 4) + 1
 
 
-SHAPE: dict[str, Any] = {"precision": "bf16", "head_width": 64, "documents": True}
+SHAPE: dict[str, Any] = {"precision": "bf16", "head_width": 64, "context": 64, "documents": True}
 
 
 @pytest.mark.parametrize("name", ["flash", "flash2", "flash3", "flash4"])
@@ -128,9 +143,12 @@ def test_the_automatic_choice_goes_by_what_the_machine_can(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
     monkeypatch.setattr(module, "installed", lambda name: name in packages)
-    name, reason = choose("auto", device="cuda", precision="bf16", head_width=64, documents=documents)
+    shape = {"head_width": 64, "documents": documents}
+    name, reason = choose("auto", device="cuda", precision="bf16", context=1024, **shape)
     assert (name, bool(reason)) == (chosen, True)
-    assert choose("auto", device="cpu", precision="bf16", head_width=64, documents=documents)[0] == "sdpa"
+    assert choose("auto", device="cpu", precision="bf16", context=1024, **shape)[0] == "sdpa"
+    assert choose("auto", device="cpu", precision="fp32", context=1024, **shape)[0] == "blocks"
+    assert choose("auto", device="cpu", precision="fp32", context=1025, **shape)[0] == "sdpa"
     assert choose("formula", device="cpu", **SHAPE) == ("formula", "asked for")
 
 

@@ -39,6 +39,7 @@ class Setup:
     device: str
     """"cpu" or "cuda"."""
     attention: str = "sdpa"
+    matmul: str = "torch"
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     offload: str = "none"

@@ -29,14 +29,25 @@ def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
     return "fp32", "this processor has neither amx_bf16 nor avx512_bf16"
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+CPUINFO = Path("/proc/cpuinfo")
+
+
+def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
     """The processor's features as Linux lists them; empty elsewhere."""
+    return frozenset(first_entry("flags", cpuinfo).split())
+
+
+def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
+    """Who made the processor, as it says itself ("GenuineIntel", "AuthenticAMD"); empty outside Linux."""
+    return first_entry("vendor_id", cpuinfo)
+
+
+def first_entry(name: str, cpuinfo: Path) -> str:
+    """What Linux tells of the first processor under that name."""
     if not cpuinfo.exists():
-        return frozenset()
-    line = next(
-        (line for line in cpuinfo.read_text(encoding="utf-8").splitlines() if line.startswith("flags")), ""
-    )
-    return frozenset(line.partition(":")[2].split())
+        return ""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+    return next((line for line in lines if line.startswith(name)), "").partition(":")[2].strip()
 
 
 def require_ranks(ranks: int) -> None:

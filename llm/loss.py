@@ -14,6 +14,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from llm.matmul import Library, onednn, outer
+
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
 """Of a chunk's logits in fp32: large enough that reading the weights once more for each chunk costs little."""
 
@@ -32,6 +34,7 @@ def linear_cross_entropy(
     reduction: Reduction = "mean",
     z_loss: float = 0.0,
     softcap: float | None = None,
+    matmul: Library = "torch",
 ) -> Tensor:
     """Nats of each target (``(B, T)``), or their mean, under softmax(x weight') over the first ``vocab_size`` rows.
 
@@ -46,6 +49,7 @@ def linear_cross_entropy(
         z_loss,
         softcap,
         torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype,
+        matmul,
     )
     x_ND, targets_N = x_BTD.flatten(0, -2), targets_BT.flatten()
     if reduction == "mean":
@@ -62,6 +66,7 @@ class LinearHead:
     softcap: float | None
     dtype: torch.dtype
     """Of matrix products."""
+    matmul: Library
 
 
 class MeanNats(torch.autograd.Function):
@@ -120,14 +125,13 @@ def sweep(
     exact = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
     nats_N = torch.empty(len(x_ND), dtype=exact, device=x_ND.device)
     x_grad_ND = torch.empty_like(x_ND, dtype=exact) if wanted[0] else None
-    weight_grad_VD = torch.empty_like(weight_VD, dtype=exact) if wanted[1] else None
+    weight_grad_VD: Tensor | None = None
     x_ND, matrix_VD = x_ND.to(head.dtype), weight_VD.to(head.dtype)
+    columns_VD = matrix_VD.t().contiguous().t() if head.matmul == "onednn" and wanted[0] else matrix_VD
     for rows in chunks(x_ND, len(weight_VD)):
         x_CD, targets_C = x_ND[rows], targets_N[rows]
-        padded_CV = scratch(len(x_CD), len(weight_VD) + SPARE_COLUMNS, exact, x_ND.device)
-        padded_CV[:, len(weight_VD) :] = -math.inf
-        logits_CV = padded_CV[:, : len(weight_VD)]
-        slope_CV = fill_logits(logits_CV, x_CD, matrix_VD, head)
+        logits_CV, padded_CV = make_logits(x_CD, matrix_VD, head, exact)
+        slope_CV = cap(logits_CV, head)
         log_z_C, nats_N[rows] = normalise(padded_CV, targets_C)
         if head.z_loss:
             nats_N[rows] += head.z_loss * log_z_C.square()
@@ -140,9 +144,9 @@ def sweep(
             logits_CV *= slope_CV
         grad_CV = logits_CV.to(head.dtype)
         if x_grad_ND is not None:
-            add_product(x_grad_ND[rows], grad_CV, matrix_VD, alpha, onto=False)
-        if weight_grad_VD is not None:
-            add_product(weight_grad_VD, grad_CV.t(), x_CD, alpha, onto=rows.start > 0)
+            x_grad_ND[rows] = add_product(None, grad_CV, columns_VD, alpha, head, exact)
+        if wanted[1]:
+            weight_grad_VD = add_product(weight_grad_VD, grad_CV.t(), x_CD, alpha, head, exact)
     return nats_N, x_grad_ND, weight_grad_VD
 
 
@@ -154,9 +158,22 @@ def chunks(x_ND: Tensor, vocab: int) -> list[slice]:
     return [slice(start, min(start + size, len(x_ND))) for start in range(0, len(x_ND), size)]
 
 
-def fill_logits(logits_CV: Tensor, x_CD: Tensor, matrix_VD: Tensor, head: LinearHead) -> Tensor | None:
-    """Write a chunk's logits; the derivative of the soft-cap, where there is one."""
-    add_product(logits_CV, x_CD, matrix_VD.t(), 1.0, onto=False)
+def make_logits(
+    x_CD: Tensor, matrix_VD: Tensor, head: LinearHead, exact: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A chunk's logits, and what holds them with columns that have no probability."""
+    if head.matmul == "onednn":
+        logits_CV = onednn(x_CD, matrix_VD)
+        return logits_CV, logits_CV
+    padded_CV = scratch(len(x_CD), len(matrix_VD) + SPARE_COLUMNS, exact, x_CD.device)
+    padded_CV[:, len(matrix_VD) :] = -math.inf
+    logits_CV = padded_CV[:, : len(matrix_VD)]
+    add_to(logits_CV, x_CD, matrix_VD.t(), 1.0, beta=0.0)
+    return logits_CV, padded_CV
+
+
+def cap(logits_CV: Tensor, head: LinearHead) -> Tensor | None:
+    """Apply the soft-cap, and take what pads the vocabulary away; the cap's derivative, where there is one."""
     slope_CV = None
     if head.softcap is not None:
         logits_CV.div_(head.softcap).tanh_()
@@ -193,17 +210,25 @@ def to_gradient(
     return float(scale) if uniform else 1.0
 
 
-def add_product(out: Tensor, a: Tensor, b: Tensor, alpha: float, *, onto: bool) -> None:
-    """out = alpha a b, or out += alpha a b, summed in the type of ``out`` (on a CPU, products of bf16 are rounded)."""
-    beta = 1.0 if onto else 0.0
+def add_product(
+    out: Tensor | None, a: Tensor, b: Tensor, alpha: float, head: LinearHead, exact: torch.dtype
+) -> Tensor:
+    """out + alpha a b, in the place of ``out`` where there is one, summed in ``exact``."""
+    if head.matmul == "onednn":
+        made = outer(a.t(), b) if a.stride(0) == 1 else onednn(a, b.t())
+        return made.mul_(alpha) if out is None else out.add_(made, alpha=alpha)
+    if out is None:
+        return add_to(torch.empty(len(a), b.shape[1], dtype=exact, device=a.device), a, b, alpha, beta=0.0)
+    return add_to(out, a, b, alpha, beta=1.0)
+
+
+def add_to(out: Tensor, a: Tensor, b: Tensor, alpha: float, beta: float) -> Tensor:
+    """out = alpha a b + beta out, beta being 0 or 1 (on a CPU, products of bf16 are rounded before they are summed)."""
     if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
-    elif onto:
-        out.add_(a @ b, alpha=alpha)
-    else:
-        torch.mul(a @ b, alpha, out=out)
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out=out)
+    if out.is_cuda:
+        return torch.addmm(out, a, b, beta=beta, alpha=alpha, out_dtype=out.dtype, out=out)
+    return out.add_(a @ b, alpha=alpha) if beta else torch.mul(a @ b, alpha, out=out)
 
 
 kept = threading.local()

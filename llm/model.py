@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from data_pipeline.context import Config, atomic_path
 from llm.attention import Attend, BackEnd, Documents, attention
 from llm.loss import Reduction, linear_cross_entropy
+from llm.matmul import Library, Linear
 from llm.passes import RMSNorm, rotate
 
 Rope = tuple[Tensor, Tensor]
@@ -143,6 +144,7 @@ class Transformer(nn.Module):
         seed: int = 0,
         z_loss: float = 0.0,
         back_end: BackEnd = "sdpa",
+        matmul: Library = "torch",
         checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -165,6 +167,9 @@ class Transformer(nn.Module):
         self.lm_head = Head(config, z_loss)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.matmul = matmul
         self.initialise(seed)
 
     def forward(
@@ -248,10 +253,10 @@ class Attention(nn.Module):
         super().__init__()
         self.heads, self.kv_heads, self.head_width = config.heads, config.kv_head_count, config.head_width
         biased = config.positions == "learned"
-        self.q_proj = nn.Linear(config.width, config.heads * config.head_width, bias=biased)
-        self.k_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=biased)
-        self.v_proj = nn.Linear(config.width, self.kv_heads * config.head_width, bias=biased)
-        self.o_proj = nn.Linear(config.heads * config.head_width, config.width, bias=biased)
+        self.q_proj = Linear(config.width, config.heads * config.head_width, bias=biased)
+        self.k_proj = Linear(config.width, self.kv_heads * config.head_width, bias=biased)
+        self.v_proj = Linear(config.width, self.kv_heads * config.head_width, bias=biased)
+        self.o_proj = Linear(config.heads * config.head_width, config.width, bias=biased)
         self.q_norm: nn.Module | None = None
         self.k_norm: nn.Module | None = None
         if config.qk_norm:
@@ -276,9 +281,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.width, config.hidden_width, bias=False)
-        self.up_proj = nn.Linear(config.width, config.hidden_width, bias=False)
-        self.down_proj = nn.Linear(config.hidden_width, config.width, bias=False)
+        self.gate_proj = Linear(config.width, config.hidden_width, bias=False)
+        self.up_proj = Linear(config.width, config.hidden_width, bias=False)
+        self.down_proj = Linear(config.hidden_width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
@@ -289,14 +294,14 @@ class Gelu(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.up_proj = nn.Linear(config.width, config.hidden_width)
-        self.down_proj = nn.Linear(config.hidden_width, config.width)
+        self.up_proj = Linear(config.width, config.hidden_width)
+        self.down_proj = Linear(config.hidden_width, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.down_proj(F.gelu(self.up_proj(x_BTD), approximate="tanh"))
 
 
-class Head(nn.Linear):
+class Head(Linear):
     """Stream to logits, or straight to the loss."""
 
     def __init__(self, config: ModelConfig, z_loss: float) -> None:
@@ -315,6 +320,7 @@ class Head(nn.Linear):
                 reduction=reduction,
                 z_loss=self.z_loss if self.training else 0.0,
                 softcap=self.softcap,
+                matmul=self.matmul,
             )
         logits_BTV = F.linear(x_BTD, self.weight).float()
         if self.softcap is not None:

@@ -31,6 +31,7 @@ from llm.corpus import Corpus
 from llm.environment import remark
 from llm.hardware import device_kind, hardware_precision, precision_reason, require_ranks
 from llm.layouts import content_sha256, require_start
+from llm.matmul import Library, choose_matmul
 from llm.mixture import Mixture
 from llm.model import ModelConfig, ModelShape
 from llm.optim import OptimizerConfig
@@ -75,6 +76,8 @@ class PretrainRuntime(Runtime):
     and the writing of a checkpoint take. Slurm's KillWait and Kubernetes' grace period must be longer."""
     attention: BackEnd | Literal["auto"] = "auto"
     """Which kernels compute it: see `llm.attention`. "auto" takes the fastest that can run."""
+    matmul: Library | Literal["auto"] = "auto"
+    """Which library multiplies the layers' matrices in fp32 on a CPU: see `llm.matmul`. "auto" takes the faster."""
     activation_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again for its gradients: a third more work, for memory that
     does not grow with what a layer holds."""
@@ -213,6 +216,7 @@ class PretrainConfig(StageConfig):
         precision = hardware_precision()[0] if self.precision == "auto" else self.precision
         resolved = self.model_copy(update={"precision": precision})
         resolved.attention()
+        resolved.matmul()
         return resolved if self.init_from is None else resolved.with_start(self.init_from)
 
     def with_start(self, folder: Path) -> Self:
@@ -253,6 +257,14 @@ class PretrainConfig(StageConfig):
             context=self.model.context,
             documents=self.mask_documents,
         )
+
+    def matmul(self) -> tuple[Library, str]:
+        """Which library multiplies matrices on this machine, and why.
+
+        Raises:
+            UserError: what ``runtime.matmul`` asks for cannot be had.
+        """
+        return choose_matmul(self.runtime.matmul, device=device_kind(), precision=self.precision)
 
     @property
     def plan(self) -> BatchPlan:
@@ -343,6 +355,7 @@ class Job(Config):
             precision=self.config.precision,
             device=device_kind(),
             attention=self.config.attention()[0],
+            matmul=self.config.matmul()[0],
             sequence_parallel=runtime.sequence_parallel,
             tensor_parallel=runtime.tensor_parallel,
             offload=runtime.offload,
@@ -367,7 +380,10 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     context.note(f"attention {attention}: {reason}")
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
-    runtime = config.runtime.model_copy(update={"attention": attention})
+    matmul, reason = config.matmul()
+    if device_kind() == "cpu":
+        context.note(f"matrix products by {matmul}: {reason}")
+    runtime = config.runtime.model_copy(update={"attention": attention, "matmul": matmul})
     config = config.model_copy(update={"runtime": runtime})
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
         job = prepare(config, inputs, out, context)

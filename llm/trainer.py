@@ -48,12 +48,13 @@ class Trainer:
         self.data_rank = rank * self.data_ranks // ranks
         corpus = job.corpus
         train, self.held_out = corpus.windows("train"), corpus.windows("val")
-        back_end, _ = self.config.attention()
+        (back_end, _), (matmul, _) = self.config.attention(), self.config.matmul()
         model = Transformer(
             job.model,
             seed=self.config.seed,
             z_loss=self.config.z_loss,
             back_end=back_end,
+            matmul=matmul,
             checkpointing=self.config.runtime.activation_checkpointing,
         )
         if self.config.init_from is not None:
@@ -282,6 +283,7 @@ class Trainer:
             ranks=self.ranks,
             zero_stage=config.runtime.zero_stage,
             attention=config.attention()[0],
+            matmul=config.matmul()[0],
             micro_batch=config.micro_batch,
             matmul_flops=self.peak_flops,
         )

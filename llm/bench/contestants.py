@@ -149,7 +149,7 @@ def train_plain(job: Contestant, steps: int) -> dict[str, Any]:
     from llm.optim import Optimizer, parameter_groups
 
     config = config_of(job, steps)
-    model = Transformer(job.shape.model)
+    model = Transformer(job.shape.model, back_end=config.attention()[0], matmul=config.matmul()[0])
     optimizer = Optimizer(parameter_groups(model, config), config)
 
     def loss(rows: Tensor) -> Tensor:

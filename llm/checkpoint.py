@@ -43,6 +43,7 @@ class Setup:
     sequence_parallel: int = 1
     tensor_parallel: int = 1
     offload: str = "none"
+    compile: bool = False
 
 
 @dataclass(frozen=True)

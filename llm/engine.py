@@ -1,8 +1,8 @@
 """DeepSpeed, and the only import of it: a model and its optimizer spread over the ranks by ZeRO (Rajbhandari et
 al. 2019, arXiv:1910.02054), behind the few calls that the training loop needs. Parameters stay fp32; bf16 means
 that matrix products run in it (autocast), so every ZeRO stage computes the same numbers up to rounding. DeepSpeed's
-JSON is derived from `PretrainConfig` here and nowhere else. Nothing is compiled: the optimizer is torch's own, and
-DeepSpeed's shared-memory collectives (a minute of C++ for ranks on CPUs) are left out.
+JSON is derived from `PretrainConfig` here and nowhere else. Of DeepSpeed nothing is compiled: the optimizer is
+torch's own, and the shared-memory collectives (a minute of C++ for ranks on CPUs) are left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ import deepspeed
 from deepspeed.sequence.layer import DistributedAttention
 
 from llm import state
+from llm.compiled import compile_layers
 from llm.muon import EndToEnd, Pieces, Striped
 from llm.optim import Optimizer, parameter_groups
 from llm.probe import Clock
@@ -139,6 +140,8 @@ class Engine:
         self.sharing.apply(model)
         self.splitting = Splitting(config.runtime.tensor_parallel)
         self.splitting.prepare(model)
+        if config.runtime.compile:
+            compile_layers(model)
         groups = parameter_groups(model, config)
         self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
         self.optimizer = Optimizer(groups, config)

@@ -54,7 +54,7 @@ class Linear(nn.Linear):
     matmul: Library = "torch"
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.matmul == "torch":
+        if self.matmul == "torch" or torch.compiler.is_compiling():  # which cannot trace oneDNN's operator
             return super().forward(x)
         result: Tensor = ByOneDNN.apply(x, self.weight, self.bias)
         return result

@@ -25,7 +25,7 @@ from data_pipeline.context import (
 from data_pipeline.token_shards import TokenShards
 from data_pipeline.tokenizer import end_of_text, load_tokenizer
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
-from llm import batches, checkpoint, presets
+from llm import batches, checkpoint, compiled, presets
 from llm.attention import BackEnd, choose
 from llm.corpus import Corpus
 from llm.environment import remark
@@ -81,6 +81,8 @@ class PretrainRuntime(Runtime):
     activation_checkpointing: bool = False
     """Keep each layer's input only and compute the layer again for its gradients: a third more work, for memory that
     does not grow with what a layer holds."""
+    compile: bool = False
+    """Compile each layer (`llm.compiled`): about a minute at the start, for fewer passes over memory in each step."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -98,6 +100,11 @@ class PretrainRuntime(Runtime):
         if self.offload != "none" and self.zero_stage == 0:
             raise ValueError(
                 "offload moves what ZeRO spreads, and zero_stage is 0: set zero_stage to 1, 2 or 3"
+            )
+        if self.compile and (self.zero_stage == 3 or self.tensor_parallel > 1):
+            raise ValueError(
+                "compile needs layers whose parameters stay and that nothing is sent in: set zero_stage to 0, 1 or 2, "
+                "and tensor_parallel to 1"
             )
         return self
 
@@ -209,14 +216,18 @@ class PretrainConfig(StageConfig):
         """A copy with ``precision`` pinned to what this machine computes in.
 
         Raises:
-            UserError: more ranks than this machine has places for; attention that cannot run here; no model in
-                ``init_from``.
+            UserError: more ranks than this machine has places for; attention that cannot run here; nothing to compile
+                with; no model in ``init_from``.
         """
         require_ranks(self.runtime.ranks)
         precision = hardware_precision()[0] if self.precision == "auto" else self.precision
         resolved = self.model_copy(update={"precision": precision})
         resolved.attention()
         resolved.matmul()
+        if self.runtime.compile and (why_not := compiled.missing(device_kind())):
+            raise UserError(
+                f"pretrain.runtime.compile is true, but {why_not}:\ninstall it, or set it to false"
+            )
         return resolved if self.init_from is None else resolved.with_start(self.init_from)
 
     def with_start(self, folder: Path) -> Self:
@@ -359,6 +370,7 @@ class Job(Config):
             sequence_parallel=runtime.sequence_parallel,
             tensor_parallel=runtime.tensor_parallel,
             offload=runtime.offload,
+            compile=runtime.compile,
         )
 
 

@@ -7,9 +7,13 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from llm.matmul import missing, onednn
@@ -56,8 +60,64 @@ class Clock:
         """All since the last call was ``part``. Waits for the GPU, so a step that is timed by parts is no race."""
         if not self.running:
             return
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = self._now()
         self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
         self._last = now
+
+    @contextmanager
+    def apart(self, part: str) -> Iterator[None]:
+        """What is done inside is ``part``, and none of the lap that it falls into."""
+        start = self._now() if self.running else 0.0
+        yield
+        if self.running:
+            took = self._now() - start
+            self.seconds[part] = self.seconds.get(part, 0.0) + took
+            self._last += took
+
+    def _now(self) -> float:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+COLLECTIVES = (
+    *("allreduce", "allreduce_coalesced", "reduce", "broadcast", "allgather", "allgather_coalesced"),
+    *(
+        "all_gather_single",
+        "all_gather_single_coalesced",
+        "_allgather_base",
+        "allgather_into_tensor_coalesced",
+    ),
+    *("reduce_scatter", "reduce_scatter_single", "reduce_scatter_single_coalesced", "_reduce_scatter_base"),
+    *("reduce_scatter_tensor_coalesced", "alltoall", "all_to_all_single", "alltoall_base", "barrier"),
+    "_end_coalescing",
+)
+"""Methods of `torch.distributed.ProcessGroup` in which all of DeepSpeed's, torch's and our own collectives end."""
+
+
+@contextmanager
+def collectives_timed(clock: Clock) -> Iterator[None]:
+    """Inside, collectives are ``clock``'s part "communication", the wait for slower ranks included.
+
+    Each is waited for at once: so what would run beside computation is told in full.
+    """
+
+    def timed(collective: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(collective)
+        def call(*arguments: Any, **options: Any) -> Any:
+            with clock.apart("communication"):
+                work = collective(*arguments, **options)
+                if work is not None:
+                    work.wait()
+            return work
+
+        return call
+
+    plain = {name: method for name, method in vars(dist.ProcessGroup).items() if name in COLLECTIVES}
+    try:
+        for name, collective in plain.items():
+            setattr(dist.ProcessGroup, name, timed(collective))
+        yield
+    finally:
+        for name, collective in plain.items():
+            setattr(dist.ProcessGroup, name, collective)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.tokenizer import END_OF_TEXT
 from llm.model import ModelConfig, Transformer
 from llm.pretrain import Job, PretrainConfig
-from llm.probe import Clock
+from llm.probe import Clock, collectives_timed
 
 PART_STEPS = 3
 """Steps whose parts are timed, apart from those that count: waiting for a GPU between parts costs time."""
@@ -95,8 +95,9 @@ def timed(train_step: Callable[[int], object], clock: Clock, steps: int) -> dict
         train_step(step)
         seconds.append(time.perf_counter() - start)
     clock.running = True
-    for step in range(steps, steps + PART_STEPS):
-        train_step(step)
+    with collectives_timed(clock):
+        for step in range(steps, steps + PART_STEPS):
+            train_step(step)
     return {"seconds": seconds, "parts": {part: total / PART_STEPS for part, total in clock.seconds.items()}}
 
 

@@ -113,6 +113,7 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
         ({"ranks": 4, "zero_stage": 0}, "ranks=2, zero_stage=1", "ranks=4, zero_stage=0"),
         ({"micro_batch": 8}, "micro_batch=4", "micro_batch=8"),
         ({"device": "cuda"}, "device=cpu", "device=cuda"),
+        ({"compile": True}, "compile=False", "compile=True"),
     ],
 )
 def test_another_setup_is_gone_on_with_and_told(changed: dict[str, Any], was: str, is_now: str) -> None:

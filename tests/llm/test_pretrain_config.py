@@ -54,11 +54,12 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
     other = config(
         runtime={
             "ranks": 2,
-            "zero_stage": 3,
+            "zero_stage": 2,
             "micro_batch": 1,
             "checkpoint_every": 7,
             "log_every": 9,
             "attention": "formula",
+            "compile": True,
         }
     )
     assert other.identity() == config().identity()
@@ -90,6 +91,10 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             "Muon needs whole matrices",
         ),
         ({"runtime": {"offload": "cpu"}}, "zero_stage is 0: set zero_stage to 1, 2 or 3"),
+        (
+            {"runtime": {"compile": True, "zero_stage": 3}},
+            "set zero_stage to 0, 1 or 2, and tensor_parallel to 1",
+        ),
         ({"runtime": {"zero_stage": 4}}, "less than or equal to 3"),
         ({"betas": (0.9, 1.0)}, r"betas must lie in \[0, 1\)"),
         ({"precision": "fp16"}, "'auto', 'fp32' or 'bf16'"),
@@ -101,10 +106,15 @@ def test_a_config_that_cannot_work_says_what_to_change(fields: dict[str, Any], m
         config(**fields)
 
 
-def test_attention_that_cannot_run_is_refused_when_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_run_here_is_refused_when_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=r"runtime\.attention is flash3, but it needs a GPU"):
         config(runtime={"attention": "flash3"}).resolve()
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(
+        UserError, match="there is no compiler no-such-compiler:\ninstall it, or set it to false"
+    ):
+        config(runtime={"compile": True}).resolve()
     assert config().resolve().attention() == ("sdpa", "torch's choice of kernels")
 
 

@@ -34,8 +34,8 @@ GATHERED_NUMBERS = 1 << 27
 class OptimizerConfig(Config):
     """How parameters move. What AdamW needs (lr, betas, eps) and the weight decay stand in `PretrainConfig`."""
 
-    kind: Literal["adamw", "muon"] = "adamw"
-    """What moves hidden matrices; all else is AdamW's."""
+    kind: Literal["adamw", "muon"] = "muon"
+    """What moves hidden matrices; all else is AdamW's. docs/log.md has what Muon saves."""
     muon_lr: float | None = Field(default=None, gt=0)
     """Peak rate of Muon's matrices; None: pretrain.lr, for its steps are scaled to the size of AdamW's."""
     embedding_lr: float | None = Field(default=None, gt=0)

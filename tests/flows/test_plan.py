@@ -18,9 +18,9 @@ GOLDEN = {
     "dedup": "68a51eab918f790c",
     "train_tokenizer": "79014e06a6770f59",
     "tokenize": "3e107989afd690d6",
-    "pretrain": "7e1e544bbfc5f2f1",
-    "evaluate": "9e136bf29cb0f970",
-    "export": "d634ddb188f29acb",
+    "pretrain": "5b2310484fb4a983",
+    "evaluate": "3f09ac3cd405176b",
+    "export": "bb9bf6ed99389f09",
 }
 
 

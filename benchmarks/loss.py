@@ -123,7 +123,13 @@ def curve(name: str, seed: int, home: Path, recipe: Path, overrides: list[str]) 
 
 def tell(curves: list[Curve], options: argparse.Namespace) -> None:
     """The table, and both curves in one plot."""
-    report = Report("loss", "Loss for compute", {key: str(value) for key, value in vars(options).items()})
+    told = {
+        "recipe": options.recipe.name,
+        "tokens": options.tokens,
+        "seeds": options.seeds,
+        "set": options.set,
+    }
+    report = Report("loss", "Loss for compute", told)
     report.text(
         f"Held-out bits per byte of `{options.recipe.name}` and of its rivals on the same {options.tokens:,} tokens, "
         "in the same order for a seed. `reached` is the first check at which llmill, in its one full run, is no worse "

@@ -59,6 +59,9 @@ SHAPES = {
 }
 """By name: about so many parameters. 7M is for CPUs, the larger ones for a GPU each, tiny for tests."""
 
+ATTENTION = {"cpu": Shape(1, 256, 4, 1024, 64, 2), "cuda": Shape(1, 2048, 16, 8192, 64, 2)}
+"""Of which heads, their width and the tokens of a batch are those of the race between attention back ends."""
+
 
 @dataclass(frozen=True)
 class Contestant:

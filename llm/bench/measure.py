@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from data_pipeline.context import last_lines
+from llm.bench.attention import time_attention
 from llm.bench.contestants import WARM_UP, WORK, Contestant, Shape
 from llm.environment import rank_environment
 from llm.probe import matmul_flops, memory_bytes
@@ -31,29 +32,66 @@ def run_child(job_path: Path, result_path: Path) -> None:
     precision = job.settings.get("precision", "fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = matmul_flops(device, precision)
-    result = WORK[job.kind](job, told["steps"])
-    result |= {
-        "peak_flops": max(before, matmul_flops(device, precision)) * job.ranks,
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    result = {
+        **(WORK | {"attention": time_attention})[job.kind](job, told["steps"]),
         "memory": memory_bytes(),
     }
+    result["peak_flops"] = max(before, matmul_flops(device, precision)) * job.ranks
     if os.environ.get("RANK", "0") == "0":
         result_path.write_text(json.dumps(result), encoding="utf-8")
 
 
 @dataclass
-class Measured:
+class Entry:
     """What the runs of a contestant gave, a figure a round."""
 
     contestant: Contestant
+    failed: str | None = None
+    """Why it could not run."""
+
+    def add(self, result: dict[str, Any]) -> str:
+        """Take up a run's result; a line that tells it."""
+        raise NotImplementedError
+
+
+@dataclass
+class AttentionTimes(Entry):
+    """Of a back end of attention."""
+
+    rounds: list[list[dict[str, Any]]] = field(default_factory=list)
+    """By round, what `llm.bench.attention.time_case` told of each case."""
+
+    def add(self, result: dict[str, Any]) -> str:
+        self.rounds.append(result["cases"])
+        return f"{len(result['cases'])} cases"
+
+
+@dataclass
+class Measured(Entry):
+    """Of a training."""
+
     rates: list[float] = field(default_factory=list)
     """Tokens a second, of the round's median step."""
     peaks: list[float] = field(default_factory=list)
     """Operations a second of large matrix products, all ranks together."""
+    first: list[float] = field(default_factory=list)
+    """Seconds of the first step, with all that is compiled or allocated in it."""
     memory: list[float] = field(default_factory=list)
+    """Bytes that rank 0 held, at most."""
     parts: list[dict[str, float]] = field(default_factory=list)
     """Seconds a step by part."""
-    failed: str | None = None
-    """Why it could not run."""
+
+    def add(self, result: dict[str, Any]) -> str:
+        shape = self.contestant.shape
+        median = statistics.median(result["seconds"][WARM_UP:])
+        self.rates.append(shape.batch_windows * shape.context / median)
+        self.peaks.append(result["peak_flops"])
+        self.first.append(result["seconds"][0])
+        self.memory.append(result["memory"])
+        self.parts.append(result["parts"])
+        return f"{self.rates[-1]:,.0f} tokens/s, utilisation {self.utilisation:.3f}"
 
     @property
     def rate(self) -> float:
@@ -106,33 +144,27 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def alternate(contestants: Sequence[Contestant], rounds: int, steps: int) -> list[Measured]:
-    """Run all in turns, ``rounds`` times. One that fails is left out from then on, and says why."""
-    all_measured = [Measured(one) for one in contestants]
+def alternate(entries: Sequence[Entry], rounds: int, steps: int) -> Sequence[Entry]:
+    """Run all in turns, ``rounds`` times; ``entries``. One that fails is left out from then on, and says why."""
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(rounds):
-            for measured in all_measured:
-                if measured.failed is None:
-                    add_run(measured, steps, Path(folder))
-    return all_measured
+            for entry in entries:
+                if entry.failed is None:
+                    add_run(entry, steps, Path(folder))
+    return entries
 
 
-def add_run(measured: Measured, steps: int, folder: Path) -> None:
+def add_run(entry: Entry, steps: int, folder: Path) -> None:
     """Run a contestant once more, and say so on standard error."""
-    one = measured.contestant
+    one = entry.contestant
     print(f"  {one.name} ...", end=" ", flush=True, file=sys.stderr)
     try:
         result = measure_once(one, steps, folder)
     except RuntimeError as error:
-        measured.failed = str(error)
+        entry.failed = str(error)
         print(f"failed:\n{error}", file=sys.stderr)
         return
-    seconds = statistics.median(result["seconds"][WARM_UP:])
-    measured.rates.append(one.shape.batch_windows * one.shape.context / seconds)
-    measured.peaks.append(result["peak_flops"])
-    measured.memory.append(result["memory"])
-    measured.parts.append(result["parts"])
-    print(f"{measured.rates[-1]:,.0f} tokens/s, utilisation {measured.utilisation:.3f}", file=sys.stderr)
+    print(entry.add(result), file=sys.stderr)
 
 
 if __name__ == "__main__":

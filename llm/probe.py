@@ -16,23 +16,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from llm.matmul import missing, onednn
+from llm.matmul import Library, missing, onednn
 
 
-def matmul_flops(device: torch.device, precision: str, repeats: int = 20) -> float:
-    """Floating-point operations a second of one rank's large matrix products while all ranks run them: the best
-    of a few, because other work on the machine only ever makes one slower, by torch's library or by oneDNN."""
+def matmul_rates(device: torch.device, precision: str, repeats: int = 20) -> dict[Library, float]:
+    """Floating-point operations a second of one rank's large matrix products while all ranks run them, by each library
+    that can be had: the best of a few, because other work on the machine only ever makes one slower."""
     kind = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a, b = (torch.ones(size, size, dtype=kind, device=device) for _ in range(2))
-    ways: list[Callable[[Tensor, Tensor], Tensor]] = [torch.matmul]
+    libraries: dict[Library, Callable[[Tensor, Tensor], Tensor]] = {"torch": torch.matmul}
     if not missing(device.type, precision):
-        ways.append(onednn)
-    best = 0.0
-    for way in ways * repeats:
-        start = time.perf_counter()
-        way(a, b)[0, 0].item()  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - start))
+        libraries["onednn"] = onednn
+    best: dict[Library, float] = dict.fromkeys(libraries, 0.0)
+    for _ in range(repeats):
+        for name, product in libraries.items():
+            start = time.perf_counter()
+            product(a, b)[0, 0].item()  # waits for the device
+            best[name] = max(best[name], 2 * size**3 / (time.perf_counter() - start))
     return best
 
 

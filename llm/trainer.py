@@ -31,7 +31,7 @@ from llm.loader import Loader, Share
 from llm.model import Transformer, save_model
 from llm.nodes import launcher_pid
 from llm.pretrain import Job
-from llm.probe import matmul_flops, memory_bytes
+from llm.probe import matmul_rates, memory_bytes
 from llm.recovery import History, Watch, skipped_windows
 from llm.saver import Saved, Saver
 from llm.signals import Requests
@@ -82,7 +82,7 @@ class Trainer:
         self.watch = Watch(self.config.recovery)
         self.requests = Requests()
         self.seconds_a_token: float | None = None
-        rate = matmul_flops(self.engine.device, self.config.precision)
+        rate = max(matmul_rates(self.engine.device, self.config.precision).values())
         self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
 
     def run(self) -> None:

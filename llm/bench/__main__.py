@@ -91,12 +91,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def trainers(shape: Shape, settings: dict[str, Any]) -> list[Contestant]:
-    """Our trainer, what it would do without DeepSpeed, and the plain loop in both environments."""
+    """Our trainer with the optimizer that the plain loop has and, on a CPU, also with torch's own choice of library;
+    what it would do without DeepSpeed; the plain loop in both environments; and our trainer as recipes have it."""
+    adamw = {**settings, "optimizer": {"kind": "adamw"}}
+    plain = ours("llmill, matrix products as torch takes them", shape, adamw, matmul="torch")
     return [
-        Contestant("llmill", "llmill", shape, settings),
-        Contestant("llmill's model and optimizer in a bare loop", "plain", shape, settings),
+        Contestant("llmill", "llmill", shape, adamw),
+        *([] if torch.cuda.is_available() else [plain]),
+        Contestant("llmill's model and optimizer in a bare loop", "plain", shape, adamw),
         Contestant("transformers, plain loop", "transformers", shape, settings, allocator=False),
         Contestant("transformers, plain loop, our allocator settings", "transformers", shape, settings),
+        Contestant("llmill with Muon", "llmill", shape, settings),
     ]
 
 

@@ -21,7 +21,7 @@ from data_pipeline.context import last_lines
 from llm.bench.attention import time_attention
 from llm.bench.contestants import WARM_UP, WORK, Contestant, Shape
 from llm.environment import rank_environment
-from llm.probe import matmul_flops, memory_bytes
+from llm.probe import matmul_rates, memory_bytes
 
 
 def run_child(job_path: Path, result_path: Path) -> None:
@@ -31,14 +31,15 @@ def run_child(job_path: Path, result_path: Path) -> None:
     torch.manual_seed(0)
     precision = job.settings.get("precision", "fp32")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    before = matmul_flops(device, precision)
+    before = matmul_rates(device, precision)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     result = {
         **(WORK | {"attention": time_attention})[job.kind](job, told["steps"]),
         "memory": memory_bytes(),
     }
-    result["peak_flops"] = max(before, matmul_flops(device, precision)) * job.ranks
+    after = matmul_rates(device, precision)
+    result["matmul_flops"] = {name: max(rate, after[name]) * job.ranks for name, rate in before.items()}
     if os.environ.get("RANK", "0") == "0":
         result_path.write_text(json.dumps(result), encoding="utf-8")
 
@@ -74,8 +75,8 @@ class Measured(Entry):
 
     rates: list[float] = field(default_factory=list)
     """Tokens a second, of the round's median step."""
-    peaks: list[float] = field(default_factory=list)
-    """Operations a second of large matrix products, all ranks together."""
+    peaks: list[dict[str, float]] = field(default_factory=list)
+    """Operations a second of large matrix products by each library, all ranks together."""
     first: list[float] = field(default_factory=list)
     """Seconds of the first step, with all that is compiled or allocated in it."""
     memory: list[float] = field(default_factory=list)
@@ -87,22 +88,26 @@ class Measured(Entry):
         shape = self.contestant.shape
         median = statistics.median(result["seconds"][WARM_UP:])
         self.rates.append(shape.batch_windows * shape.context / median)
-        self.peaks.append(result["peak_flops"])
+        self.peaks.append(result["matmul_flops"])
         self.first.append(result["seconds"][0])
         self.memory.append(result["memory"])
         self.parts.append(result["parts"])
-        return f"{self.rates[-1]:,.0f} tokens/s, utilisation {self.utilisation:.3f}"
+        return f"{self.rates[-1]:,.0f} tokens/s, utilisation {self.utilisation():.3f}"
 
     @property
     def rate(self) -> float:
         return statistics.median(self.rates)
 
-    @property
-    def utilisation(self) -> float:
-        """Median over the rounds of model FLOPs as a part of what was probed in the same process."""
+    def peak(self, library: str | None = None) -> float:
+        """Median over the rounds of what matrix products reached, by that library or by the fastest."""
+        return statistics.median(peak[library] if library else max(peak.values()) for peak in self.peaks)
+
+    def utilisation(self, library: str | None = None) -> float:
+        """Median over the rounds of model FLOPs as a part of `peak`, each by what was probed in the same process."""
         flops = self.contestant.shape.model.flops_per_token()
         return statistics.median(
-            rate * flops / peak for rate, peak in zip(self.rates, self.peaks, strict=True)
+            rate * flops / (peak[library] if library else max(peak.values()))
+            for rate, peak in zip(self.rates, self.peaks, strict=True)
         )
 
     def times(self, other: Measured) -> float:

@@ -21,20 +21,23 @@ from llm.model_card import table
 
 def race_table(race: Sequence[Measured]) -> str:
     """Medians of a race, and how many times as fast the first is."""
-    header = ("", "tokens/s", "utilisation", "probed GFLOP/s", "first step s", "memory MB", "first / this")
+    header = (
+        *("", "tokens/s", "utilisation", "of GFLOP/s", "of torch's"),
+        *("torch's GFLOP/s", "first step s", "memory MB", "first / this"),
+    )
     rows = []
     for one in race:
         if one.failed is not None:
-            rows.append((one.contestant.name, "failed", *("-",) * 5))
+            rows.append((one.contestant.name, "failed", *("-",) * (len(header) - 2)))
             continue
-        peak, memory = statistics.median(one.peaks) / 1e9, max(one.memory) / 1e6
-        start = statistics.median(one.first)
         figures = (
             f"{one.rate:,.0f}",
-            f"{one.utilisation:.3f}",
-            f"{peak:,.0f}",
-            f"{start:.2f}",
-            f"{memory:,.0f}",
+            f"{one.utilisation():.3f}",
+            f"{one.peak() / 1e9:,.0f}",
+            f"{one.utilisation('torch'):.3f}",
+            f"{one.peak('torch') / 1e9:,.0f}",
+            f"{statistics.median(one.first):.2f}",
+            f"{max(one.memory) / 1e6:,.0f}",
         )
         times = "-" if race[0].failed is not None else f"{race[0].times(one):.3f}"
         rows.append((one.contestant.name, *figures, times))
@@ -121,7 +124,8 @@ def machine() -> dict[str, Any]:
 
 ABOUT = """\
 Each run is a fresh process on random tokens; medians over rounds in which contestants take turns. Utilisation: model
-FLOPs (attention counted) as a part of the rate of large matrix products probed in the same process. Memory: the most
+FLOPs (attention counted) as a part of the rate of large matrix products probed in the same process, by the fastest
+library that torch carries and by the one that it takes for `a @ b`. Memory: the most
 that a rank held, on its GPU or, without one, resident. `first / this`: of tokens a second, the median over the rounds.
 Communication is waited for in the steps that are timed by parts, so it is told in full, also what would be hidden.
 Attention: TFLOP/s by 2 T^2 H E forwards and twice that backwards for a document of T positions; deviation: the largest

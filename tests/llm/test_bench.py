@@ -61,7 +61,7 @@ def test_all_contestants_train_and_are_compared(told: tuple[dict[str, Any], str]
     for one in races[f"tiny: {race}"]:
         assert one["failed"] is None, one["failed"]
         assert one["rates"][0] > 0
-        assert one["peaks"][0] > 1e9
+        assert min(one["peaks"][0].values()) > 1e9
         assert one["memory"][0] > 1e7
         assert {"data", "forward", "backward", "optimizer"} <= one["parts"][0].keys()
         assert one["contestant"]["name"] in text
@@ -105,5 +105,5 @@ def test_each_back_end_is_timed_or_says_why_not(told: tuple[dict[str, Any], str]
 def test_peers_train_too(tmp_path: Path) -> None:
     main(["--shapes", "tiny", "--rounds", "1", "--steps", "4", "--results", str(tmp_path)])
     (race,) = json.loads((tmp_path / "training.json").read_text())["races"].values()
-    assert [one["contestant"]["kind"] for one in race] == ["llmill", "plain", "transformers", "transformers"]
-    assert [one["failed"] for one in race] == [None] * 4
+    assert {one["contestant"]["kind"] for one in race} == {"llmill", "plain", "transformers"}
+    assert [one["failed"] for one in race] == [None] * len(race)

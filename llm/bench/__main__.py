@@ -37,6 +37,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps a run, the first two uncounted")
     parser.add_argument("--precision", default="bf16" if on_gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument(
+        "--optimizer", default="adamw", choices=["adamw", "muon"], help="llmill's (peers: always AdamW)"
+    )
+    parser.add_argument(
         "--micro-batch", type=int, help="windows a rank works on at once (default: llmill's choice)"
     )
     parser.add_argument(
@@ -64,7 +67,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     wanted = RACES if "all" in options.races else options.races
-    settings: dict[str, Any] = {"precision": options.precision}
+    settings: dict[str, Any] = {"precision": options.precision, "optimizer": {"kind": options.optimizer}}
     if options.micro_batch:
         settings["runtime"] = {"micro_batch": options.micro_batch}
     races: dict[str, Sequence[Entry]] = {}

@@ -136,7 +136,8 @@ def write_results(races: Mapping[str, Sequence[Entry]], about: dict[str, Any], f
     """Print the tables, and write them as ``training.md`` and, with every round, ``training.json``."""
     facts = machine()
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
-    lines = ["# Training", "", f"{datetime.now(UTC):%Y-%m-%d}; {told}.", "", ABOUT]
+    chosen = f"Optimizer of llmill: {about['options']['optimizer']}; of peers: adamw."
+    lines = ["# Training", "", f"{datetime.now(UTC):%Y-%m-%d}; {told}.", "", chosen, ABOUT]
     for name, race in races.items():
         lines += ["", f"## {name}", "", *lines_of(race)]
     text = "\n".join(lines).rstrip() + "\n"

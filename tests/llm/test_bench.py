@@ -63,6 +63,7 @@ def test_all_contestants_train_and_are_compared(told: tuple[dict[str, Any], str]
         assert one["rates"][0] > 0
         assert min(one["peaks"][0].values()) > 1e9
         assert one["memory"][0] > 1e7
+        assert one["contestant"]["settings"]["optimizer"] == {"kind": "adamw"}  # as the peers have it
         assert {"data", "forward", "backward", "optimizer"} <= one["parts"][0].keys()
         assert one["contestant"]["name"] in text
 

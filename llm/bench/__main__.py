@@ -37,9 +37,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=10, help="steps a run, the first two uncounted")
     parser.add_argument("--precision", default="bf16" if on_gpu else "fp32", choices=["fp32", "bf16"])
     parser.add_argument(
-        "--optimizer", default="adamw", choices=["adamw", "muon"], help="llmill's (peers: always AdamW)"
-    )
-    parser.add_argument(
         "--micro-batch", type=int, help="windows a rank works on at once (default: llmill's choice)"
     )
     parser.add_argument(
@@ -67,7 +64,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     wanted = RACES if "all" in options.races else options.races
-    settings: dict[str, Any] = {"precision": options.precision, "optimizer": {"kind": options.optimizer}}
+    settings: dict[str, Any] = {
+        "precision": options.precision,
+        "optimizer": {"kind": "adamw"},
+    }  # as the plain loop's
     if options.micro_batch:
         settings["runtime"] = {"micro_batch": options.micro_batch}
     races: dict[str, Sequence[Entry]] = {}
@@ -94,17 +94,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def trainers(shape: Shape, settings: dict[str, Any]) -> list[Contestant]:
-    """Our trainer with the optimizer that the plain loop has and, on a CPU, also with torch's own choice of library;
-    what it would do without DeepSpeed; the plain loop in both environments; and our trainer as recipes have it."""
-    adamw = {**settings, "optimizer": {"kind": "adamw"}}
-    plain = ours("llmill, matrix products as torch takes them", shape, adamw, matmul="torch")
+    """Our trainer and, on a CPU, the same with torch's own choice of library; what it would do without DeepSpeed; the
+    plain loop in both environments; and our trainer with a recipe's own optimizer."""
+    plain = ours("llmill, matrix products as torch takes them", shape, settings, matmul="torch")
+    muon = {**settings, "optimizer": {"kind": "muon"}}
     return [
-        Contestant("llmill", "llmill", shape, adamw),
+        Contestant("llmill", "llmill", shape, settings),
         *([] if torch.cuda.is_available() else [plain]),
-        Contestant("llmill's model and optimizer in a bare loop", "plain", shape, adamw),
+        Contestant("llmill's model and optimizer in a bare loop", "plain", shape, settings),
         Contestant("transformers, plain loop", "transformers", shape, settings, allocator=False),
         Contestant("transformers, plain loop, our allocator settings", "transformers", shape, settings),
-        Contestant("llmill with Muon", "llmill", shape, settings),
+        Contestant("llmill with Muon", "llmill", shape, muon),
     ]
 
 

@@ -123,21 +123,20 @@ def machine() -> dict[str, Any]:
 
 
 ABOUT = """\
-Each run is a fresh process on random tokens; medians over rounds in which contestants take turns. Utilisation: model
-FLOPs (attention counted) as a part of the rate of large matrix products probed in the same process, by the fastest
-library that torch carries and by the one that it takes for `a @ b`. Memory: the most
-that a rank held, on its GPU or, without one, resident. `first / this`: of tokens a second, the median over the rounds.
-Communication is waited for in the steps that are timed by parts, so it is told in full, also what would be hidden.
-Attention: TFLOP/s by 2 T^2 H E forwards and twice that backwards for a document of T positions; deviation: the largest
-of output and gradients from float64, as a part of the largest entry."""
+Each run is a fresh process on random tokens, with AdamW where no other optimizer is named; medians over rounds in
+which contestants take turns. Utilisation: model FLOPs (attention counted) as a part of the rate of large matrix
+products probed in the same process, by the fastest library that torch carries and by the one that it takes for `a @
+b`. Memory: the most that a rank held, on its GPU or, without one, resident. `first / this`: of tokens a second, the
+median over the rounds. Communication is waited for in the steps that are timed by parts, so it is told in full, also
+what would be hidden. Attention: TFLOP/s by 2 T^2 H E forwards and twice that backwards for a document of T positions;
+deviation: the largest of output and gradients from float64, as a part of the largest entry."""
 
 
 def write_results(races: Mapping[str, Sequence[Entry]], about: dict[str, Any], folder: Path) -> None:
     """Print the tables, and write them as ``training.md`` and, with every round, ``training.json``."""
     facts = machine()
     told = ", ".join(f"{name} {value}" for name, value in facts.items())
-    chosen = f"Optimizer of llmill: {about['options']['optimizer']}; of peers: adamw."
-    lines = ["# Training", "", f"{datetime.now(UTC):%Y-%m-%d}; {told}.", "", chosen, ABOUT]
+    lines = ["# Training", "", f"{datetime.now(UTC):%Y-%m-%d}; {told}.", "", ABOUT]
     for name, race in races.items():
         lines += ["", f"## {name}", "", *lines_of(race)]
     text = "\n".join(lines).rstrip() + "\n"

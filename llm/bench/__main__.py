@@ -88,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         races[title] = alternate(back_ends, options.rounds, options.repeats)
     about = {
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        "options": {k: str(v) for k, v in vars(options).items()},
+        "options": {k: str(v) for k, v in vars(options).items() if k != "results"},
     }
     write_results(races, about, options.results)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from contextlib import suppress
@@ -13,6 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from forks import Forked
+
+from flows.plan import make_plan
+from flows.recipe import load_recipe
+from flows.store import Store
 
 
 @dataclass(frozen=True)
@@ -26,32 +30,34 @@ class Llmill:
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         return {**kept, "LLMILL_HOME": str(self.home), "COLUMNS": "200", **changes}
 
-    def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=self.environment(**changes),
-        )
+    def start(self, *arguments: str, **changes: str) -> Forked:
+        """Forked, so that it costs no imports; Prefect read then which server there is (`prefect_server`)."""
+        assert "PREFECT_API_URL" in os.environ
+        return Forked("flows.pipeline", "flows.cli", list(arguments), self.environment(**changes))
 
     def __call__(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run ``llmill arguments``, and see that it ends with exit code ``code``."""
         process = self.start(*arguments, **changes)
         out, err = process.communicate(timeout=300)
-        assert process.returncode == code, f"llmill {' '.join(arguments)}: {process.returncode}\n{out}\n{err}"
-        return subprocess.CompletedProcess(process.args, code, out, err)
+        return ended(subprocess.CompletedProcess(process.args, process.returncode or 0, out, err), code)
+
+    def afresh(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
+        """The same as a person starts it: nothing is imported yet, and what imports print is seen."""
+        command, environment = [sys.executable, "-m", "flows.cli", *arguments], self.environment(**changes)
+        return ended(
+            subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300), code
+        )
 
     def run(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         return self("run", str(self.recipe), *arguments, code=code, **changes)
 
-    def plan(self, *arguments: str) -> dict[str, dict[str, Any]]:
-        """Stage -> what the plan says of it."""
-        steps = json.loads(self("plan", str(self.recipe), *arguments, "--json").stdout)
-        return {step["stage"]: step for step in steps}
+    def plan(self, *settings: str) -> dict[str, dict[str, Any]]:
+        """Stage -> what ``llmill plan --json --set ...`` says of it, without the seconds that a process takes."""
+        steps = make_plan(load_recipe(self.recipe, settings), Store(self.home))
+        return {step.stage.name: step.as_json() for step in steps}
 
-    def actions(self, *arguments: str) -> list[str]:
-        return [step["action"] for step in self.plan(*arguments).values()]
+    def actions(self, *settings: str) -> list[str]:
+        return [step["action"] for step in self.plan(*settings).values()]
 
     def payloads(self) -> dict[str, str]:
         """Stage/fingerprint -> checksum of the payload, of all that is sealed."""
@@ -59,10 +65,17 @@ class Llmill:
         return {f"{m['stage']}/{m['fingerprint']}": m["payload_sha256"] for m in manifests}
 
 
-def kill_tree(process: subprocess.Popen[str]) -> None:
+def ended(process: subprocess.CompletedProcess[str], code: int) -> subprocess.CompletedProcess[str]:
+    """See that it ended with exit code ``code``."""
+    assert process.returncode == code, process
+    return process
+
+
+def kill_tree(process: Forked) -> None:
     """``kill -9`` a process and all that it started, those in sessions of their own too."""
-    family = [process.pid, *(child.pid for child in psutil.Process(process.pid).children(recursive=True))]
-    for pid in family:
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    with suppress(psutil.NoSuchProcess):  # it may just have ended
+        parent = psutil.Process(process.pid)
+        for member in [parent, *parent.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
     process.communicate()

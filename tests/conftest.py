@@ -76,5 +76,5 @@ def make_llmill(tmp_path_factory, prefect_server, corpus):
 def finished(make_llmill) -> Llmill:
     """A home in which the small recipe has run undisturbed. Tests must not change what is sealed there."""
     llmill = make_llmill()
-    llmill.run()
+    llmill.afresh("run", str(llmill.recipe))
     return llmill

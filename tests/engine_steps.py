@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flows import launch
 from llm import checkpoint
 from llm.engine import Engine, start_ranks
 from llm.model import ModelConfig, Transformer
@@ -57,12 +57,12 @@ def batch(step: int, windows: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
     return rows[:, :-1], rows[:, 1:]
 
 
-def run(experiments: list[Experiment], folder: Path) -> list[Outcome]:
+def run(experiments: list[Experiment], folder: Path, launcher: Callable[..., None]) -> list[Outcome]:
     """Let ranks do experiments, all of the same number of ranks, one after the other."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "job.json").write_text(json.dumps([asdict(experiment) for experiment in experiments]))
-    ranks = experiments[0].pretrain.runtime.ranks
-    launch.local("tests.engine_steps", folder / "job.json", ranks, logs=folder / "logs")
+    count = experiments[0].pretrain.runtime.ranks
+    launcher("tests.engine_steps", folder / "job.json", count, logs=folder / "logs")
     facts = json.loads((folder / "facts.json").read_text())
     tensors = [load_file(folder / f"tensors-{number}.safetensors") for number in range(len(experiments))]
     nats = [each.pop("nats") for each in tensors]

@@ -45,7 +45,7 @@ def test_no_credential_is_left_in_the_home_of_a_run_nor_said(
         recipe = tmp_path / "secret.yaml"
         recipe.write_text(RECIPE.format(signed=signed))
         llmill = Llmill(tmp_path / "home", recipe)
-        said = llmill.run("--only", "download")
+        said = llmill.afresh("run", str(recipe), "--only", "download")
     finally:
         server.stop()
     assert f"{2 * len(TEXTS)} documents" in said.stdout

@@ -32,13 +32,15 @@ def test_a_mistake_is_told_in_one_or_two_lines(finished: Llmill, settings, told)
 
 
 def test_debug_shows_the_trace(finished: Llmill):
-    result = finished.run("--set", "download.sources.0.path=/no/such", "--debug", code=1)
+    path = "download.sources.0.path=/no/such"
+    result = finished.afresh("run", str(finished.recipe), "--set", path, "--debug", code=1)
     assert "Traceback" in result.stderr
 
 
 def test_an_empty_corpus_is_an_error(finished: Llmill, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    result = finished.run("--set", f"download.sources.0.path={tmp_path}", code=2)
+    path = f"download.sources.0.path={tmp_path}"
+    result = finished.afresh("run", str(finished.recipe), "--set", path, code=2)
     assert len(result.stderr.strip().splitlines()) <= 2
     assert "no document" in result.stderr.lower()
 

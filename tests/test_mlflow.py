@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -128,6 +129,7 @@ def test_a_killed_run_is_continued_under_the_same_runs_and_no_step_is_logged_twi
     events = "store/pretrain/*.partial/logs/events.jsonl"
     while not any(path.read_text().count('"step"') > 20 for path in llmill.home.glob(events)):
         assert run.poll() is None
+        time.sleep(0.01)
     kill_tree(run)
     llmill.run()
     client = MlflowClient(f"sqlite:///{llmill.home}/mlflow.db")

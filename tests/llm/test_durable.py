@@ -1,30 +1,25 @@
 """What long trainings meet: signals, hung ranks, kills while a checkpoint is written, leaps of the loss, and resumes on
-other ranks. Whole trainings under the launcher, so each test costs some starts of ranks."""
+other ranks. Whole trainings, so each test costs some starts of ranks."""
 
 from __future__ import annotations
 
-import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from disturbed import Stage, events
 
 from data_pipeline.context import LocalContext
 from data_pipeline.token_shards import TokenShards
-from flows import launch
 from llm import checkpoint
 from llm.batches import batch_windows
-from llm.events import read_events
 from llm.pretrain import PretrainConfig, pretrain
 
 STEPS, BATCH, CONTEXT = 100, 16, 32
@@ -47,75 +42,8 @@ def recipe(recovery: dict[str, Any] | None = None, steps: int = STEPS, **runtime
     )
 
 
-STAGE = """
-import json, sys
-from pathlib import Path
-from data_pipeline.context import LocalContext
-from flows import launch
-from flows.cli import save_when_asked
-from llm.pretrain import PretrainConfig, pretrain
-
-if __name__ == "__main__":
-    save_when_asked()
-    job = json.loads(sys.argv[1])
-    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
-    context = LocalContext(launcher=launch.local)
-    try:
-        pretrain(PretrainConfig.model_validate(job["config"]), inputs, Path(job["out"]), context)
-    except (Exception, KeyboardInterrupt) as error:
-        print(f"{type(error).__name__}: {error}")
-        sys.exit(3)
-"""
-
-
-class Stage:
-    """The stage in a process of its own, to be disturbed."""
-
-    def __init__(self, config: PretrainConfig, corpus: dict[str, Path], out: Path) -> None:
-        job = {
-            "config": config.model_dump(mode="json"),
-            "inputs": {name: str(folder) for name, folder in corpus.items()},
-            "out": str(out),
-        }
-        self.out = out
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", STAGE, json.dumps(job)], stdout=subprocess.PIPE, text=True
-        )
-
-    def wait_until(self, true: Callable[[], bool]) -> None:
-        """Look very often, for what is to be met may last milliseconds."""
-        deadline = time.monotonic() + 300
-        while not true():
-            assert self.process.poll() is None, f"it ended too early: {self.process.communicate()}"
-            assert time.monotonic() < deadline
-            time.sleep(0.003)
-
-    def wait_for(self, event: str, step: int = 0) -> None:
-        self.wait_until(lambda: any(found["step"] >= step for found in events(self.out, event)))
-
-    def ranks(self) -> list[psutil.Process]:
-        [torchrun] = psutil.Process(self.process.pid).children()
-        return torchrun.children()
-
-    def kill(self) -> None:
-        """All of it, as a power cut would."""
-        family = psutil.Process(self.process.pid).children(recursive=True)
-        for pid in [self.process.pid, *(child.pid for child in family)]:
-            os.kill(pid, signal.SIGKILL)
-        self.process.communicate()
-
-    def end(self) -> tuple[int, str]:
-        """Its exit code and what it said, when it ends by itself."""
-        said, _ = self.process.communicate(timeout=240)
-        return self.process.returncode, said
-
-
-def events(out: Path, kind: str) -> list[dict[str, Any]]:
-    return [event for event in read_events(out / "logs" / "events.jsonl") if event["event"] == kind]
-
-
 def run(config: PretrainConfig, corpus: dict[str, Path], out: Path) -> Path:
-    pretrain(config, corpus, out, LocalContext(launcher=launch.local))
+    pretrain(config, corpus, out, LocalContext(launcher=forks.launch))
     return out
 
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from engine_steps import Experiment, run
@@ -35,7 +36,7 @@ def experiment() -> Experiment:
 def test_two_machines_train_to_the_same_weights_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    alone = run([experiment()], tmp_path / "one")[0]
+    alone = run([experiment()], tmp_path / "one", forks.launch)[0]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -47,7 +48,7 @@ def test_two_machines_train_to_the_same_weights_as_one(
             [sys.executable, "-c", JOIN, str(folder / "job.json")], stdout=log, stderr=subprocess.STDOUT
         )
         try:
-            together = run([experiment()], folder)[0]
+            together = run([experiment()], folder, launch.local)[0]
             assert other.wait(60) == 0, (tmp_path / "joined.log").read_text()
         finally:
             other.kill()

@@ -3,6 +3,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from engine_steps import Experiment, batch, run
@@ -131,7 +132,7 @@ def test_while_the_batch_grows_loss_and_gradient_stay_means_over_it(
     given = given.model_copy(update={"lr": 1e-30})
     assert [given.plan.windows_at(step) for step in range(given.steps)][:9] == [8] * 6 + [16] * 3
     experiment = Experiment(given.model_dump(mode="json"), steps=11)
-    [outcome] = run([experiment], tmp_path)
+    [outcome] = run([experiment], tmp_path, forks.launch)
     shape = experiment.shape
     for step, fact in enumerate(outcome.facts):
         model = Transformer(shape)

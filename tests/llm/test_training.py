@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import os
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any, get_args
 
+import forks
 import numpy as np
-import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from disturbed import Stage
 from safetensors.torch import load_file
 
 from data_pipeline.context import LocalContext, UserError
@@ -93,7 +89,9 @@ def runs(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> R
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", str(root / "extensions"))
         for name, config in CONFIGS.items():
-            pretrain(config, corpus, root / name, LocalContext(launcher=launch.local))
+            # One of them as users start it.
+            launcher = launch.local if name == "2 ranks, ZeRO 1" else forks.launch
+            pretrain(config, corpus, root / name, LocalContext(launcher=launcher))
     return {name: root / name for name in CONFIGS}
 
 
@@ -156,7 +154,7 @@ def test_a_training_goes_on_from_an_exported_model(
 ) -> None:
     export(ExportConfig(), {**corpus, "pretrain": runs["1 rank"]}, tmp_path / "model", LocalContext())
     config = recipe().model_copy(update={"tokens": 24 * 64, "init_from": tmp_path / "model"})
-    pretrain(config, corpus, tmp_path / "out", LocalContext(launcher=launch.local))
+    pretrain(config, corpus, tmp_path / "out", LocalContext(launcher=forks.launch))
     rows = first_batch(corpus)
     expected = load_model(runs["1 rank"])(rows[:, :-1], rows[:, 1:]).item()
     assert losses(tmp_path / "out") == pytest.approx([expected], rel=1e-6)
@@ -178,7 +176,7 @@ def test_masked_documents_are_masked_wherever_the_positions_lie(
     # Short documents, and a seed with which some of the windows hold an end.
     changes = {"tokens": 24 * 64, "mask_documents": True, "mixture": {"email": 1.0}, "seed": 5}
     config = recipe(ranks=2, sequence_parallel=2).model_copy(update=changes)
-    pretrain(config, corpus, tmp_path, LocalContext(launcher=launch.local))
+    pretrain(config, corpus, tmp_path, LocalContext(launcher=forks.launch))
     text = np.fromfile(tmp_path / "scratch" / "train-email.bin", "<u2").astype(np.int64)
     order = Mixture.of({"email": 1.0}, 24).order([(len(text) - 1) // 64], seed=5)
     rows = torch.from_numpy(
@@ -218,43 +216,6 @@ def test_events_tell_every_step_once_with_the_losses_of_the_artifact(runs: Runs)
         assert events[0]["attention"] in get_args(BackEnd)
 
 
-DISTURBED = """
-import json, sys
-from pathlib import Path
-from data_pipeline.context import LocalContext
-from flows import launch
-from llm.pretrain import PretrainConfig, pretrain
-
-if __name__ == "__main__":
-    job = json.loads(sys.argv[1])
-    inputs = {name: Path(folder) for name, folder in job["inputs"].items()}
-    context = LocalContext(launcher=launch.local)
-    pretrain(PretrainConfig.model_validate(job["config"]), inputs, Path(job["out"]), context)
-"""
-
-
-def start_and_kill(
-    config: PretrainConfig, corpus: dict[str, Path], out: Path, after_step: int, whole_tree: bool
-) -> None:
-    """Run the stage in a process of its own and kill -9 it, or it and all its children, once a step is told."""
-    job = {
-        "config": config.model_dump(mode="json"),
-        "inputs": {name: str(folder) for name, folder in corpus.items()},
-        "out": str(out),
-    }
-    process = subprocess.Popen([sys.executable, "-c", DISTURBED, json.dumps(job)])
-    deadline = time.monotonic() + 120
-    events = out / "logs" / "events.jsonl"
-    while f'"step": {after_step},' not in (events.read_text() if events.exists() else ""):
-        assert process.poll() is None, "the training ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-    victims = psutil.Process(process.pid).children(recursive=True) if whole_tree else []
-    for victim in [process.pid, *(child.pid for child in victims)]:
-        os.kill(victim, 9)
-    process.wait()
-
-
 @pytest.mark.parametrize(
     ("name", "whole_tree"),
     [("1 rank", True), ("2 ranks, ZeRO 3, tied", False)],
@@ -264,7 +225,9 @@ def test_a_killed_training_goes_on_bit_for_bit(
     runs: Runs, corpus: dict[str, Path], tmp_path: Path, name: str, whole_tree: bool
 ) -> None:
     config = CONFIGS[name]
-    start_and_kill(config, corpus, tmp_path, after_step=13, whole_tree=whole_tree)
+    stage = Stage(config, corpus, tmp_path)
+    stage.wait_for("step", 13)
+    stage.kill(whole_tree)
     assert not (tmp_path / "model.safetensors").exists()
     root = tmp_path / "scratch" / "checkpoints"
     newest = checkpoint.complete(root)[0]
@@ -274,8 +237,7 @@ def test_a_killed_training_goes_on_bit_for_bit(
         with open(checkpoint.folder_of(root, newest.step) / largest, "r+b") as file:
             file.truncate(newest.files[largest][0] // 2)
         events.write_bytes(events.read_bytes() + b'{"event": "st')
-    context = LocalContext(launcher=launch.local)
-    pretrain(config, corpus, tmp_path, context)
+    pretrain(config, corpus, tmp_path, LocalContext(launcher=forks.launch))
     assert checksums(tmp_path) == checksums(runs[name])
     told = read_events(events)
     resumed = [event["step"] for event in told if event["event"] == "resume"]

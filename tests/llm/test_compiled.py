@@ -8,12 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from engine_steps import Experiment, run
 from torch import Tensor
 
+from flows import launch
 from llm import compiled
 from llm.compiled import compile_layers
 from llm.model import ModelConfig, Transformer
-from tests.engine_steps import Experiment, run
 
 STEPS = 6
 
@@ -74,7 +75,8 @@ def test_the_engine_trains_with_compiled_layers_at_each_stage_that_allows_it(tmp
         return Experiment({**common, "runtime": {"ranks": 2, "micro_batch": 2, **runtime}}, steps=STEPS)
 
     stages = [experiment(zero_stage=stage, compile=True) for stage in range(3)]
-    eager, *others = run([experiment(), *stages, experiment(sequence_parallel=2, compile=True)], tmp_path)
+    experiments = [experiment(), *stages, experiment(sequence_parallel=2, compile=True)]
+    eager, *others = run(experiments, tmp_path, launch.local)
     for other in others:
         for key in ("loss", "norm"):
             ours, theirs = ([fact[key] for fact in one.facts] for one in (other, eager))

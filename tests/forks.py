@@ -11,6 +11,7 @@ import json
 import os
 import runpy
 import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -144,6 +145,8 @@ def become(order: dict[str, Any]) -> None:
         file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         os.dup2(file, stream)
         os.close(file)
+    # What a shell starts in the background, maybe all of the tests, would ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["environment"])

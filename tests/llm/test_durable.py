@@ -71,7 +71,7 @@ def test_the_newest_checkpoints_and_those_of_each_so_many_steps_are_kept(calm: P
 
 
 def test_usr1_saves_and_goes_on_and_ctrl_c_saves_and_ends(corpus: dict[str, Path], tmp_path: Path) -> None:
-    steps = 900  # so many that a signal is heard before the last, though torchrun hands it on in its own time
+    steps = 300  # so many that a signal is heard before the last, though torchrun hands it on in its own time
     calm, tmp_path = run(recipe(steps=steps), corpus, tmp_path / "calm"), tmp_path / "disturbed"
     stage = Stage(recipe(steps=steps, checkpoint_every=1000), corpus, tmp_path)
     stage.wait_for("step", 3)

@@ -22,8 +22,8 @@ STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain
 def test_a_run_seals_every_stage_and_says_so(finished: Llmill):
     assert sorted(name.split("/")[0] for name in finished.payloads()) == sorted(STAGES)
     assert list(finished.home.glob("store/*/*.partial")) == []
-    assert finished("verify").stdout.count("✓") == len(STAGES)
-    assert f"{len(STAGES)} sealed" in finished("status").stdout
+    assert finished.afresh("verify").stdout.count("✓") == len(STAGES)
+    assert f"{len(STAGES)} sealed" in finished.afresh("status").stdout
 
 
 def test_a_second_run_reuses_everything(finished: Llmill):
@@ -48,7 +48,7 @@ def test_what_is_under_runtime_changes_nothing(finished: Llmill):
 
 def test_the_command_line_tells_the_plan(finished: Llmill):
     setting = "evaluate.seed=1"
-    said = finished("plan", str(finished.recipe), "--set", setting, "--json").stdout
+    said = finished.afresh("plan", str(finished.recipe), "--set", setting, "--json").stdout
     assert json.loads(said) == list(finished.plan(setting).values())
 
 
@@ -177,10 +177,8 @@ def test_an_artifact_built_again_with_other_bytes_rebuilds_what_was_made_from_it
 
 
 def test_the_exported_model_speaks(finished: Llmill):
-    said = [
-        finished("generate", "--prompt", "def main(", "--max-tokens", "30", "--seed", "5").stdout
-        for _ in range(2)
-    ]
+    command = ["generate", "--prompt", "def main(", "--max-tokens", "30", "--seed", "5"]
+    said = [start(*command).stdout for start in (finished, finished.afresh)]
     assert said[0] == said[1]
     assert said[0].startswith("def main(")
     assert len(said[0]) > len("def main(") + 10

@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_kernel
-from torch.nn.attention.varlen import varlen_attn
 
 from data_pipeline.context import UserError
 from llm.blocks import LONGEST, in_blocks
@@ -178,6 +177,9 @@ def flash(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents |
     if documents is None:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return sdpa(q_BTHE, k_BTKE, v_BTKE, None)
+    # Not at the top: it brings torch's compiler along, a second of every start.
+    from torch.nn.attention.varlen import varlen_attn
+
     positions = q_BTHE.shape[1]
     mixed_SHE = varlen_attn(
         q_BTHE.flatten(0, 1),

@@ -30,7 +30,7 @@ lint: setup  ## Style, types and the law of imports
 	$(BIN)/lint-imports
 
 test: lint  ## Lint, then the tests
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 test-long: setup  ## The tests that take minutes each
 	$(BIN)/pytest -m long

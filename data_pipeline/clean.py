@@ -40,7 +40,13 @@ from data_pipeline.rules.apply_rules import (
     apply_search,
     measured,
 )
-from data_pipeline.rules.blocklists import Blocklists, phrase_blocklist, url_blocklist
+from data_pipeline.rules.blocklists import (
+    BLOCKED_ID,
+    Blocklists,
+    id_blocklist,
+    phrase_blocklist,
+    url_blocklist,
+)
 from data_pipeline.rules.c4 import C4Rules
 from data_pipeline.rules.decontaminate import Decontamination, contamination
 from data_pipeline.rules.fineweb import FineWebRules
@@ -59,13 +65,15 @@ class Files:
 
     urls: tuple[PinnedFile, ...] = ()
     phrases: tuple[PinnedFile, ...] = ()
+    ids: tuple[PinnedFile, ...] = ()
     sets: tuple[PinnedFile, ...] = ()
 
 
 class CleanConfig(StageConfig):
     """How texts are normalised, and which are dropped or changed.
 
-    The rules are asked in the order of FineWeb's pipeline: bounds of length, blocked addresses, language, Gopher, C4,
+    The rules are asked in the order of FineWeb's pipeline: blocked ids, bounds of length, blocked addresses,
+    language, Gopher, C4,
     FineWeb, blocked phrases, decontamination. Masking comes last.
     """
 
@@ -108,6 +116,7 @@ class CleanConfig(StageConfig):
         pinned._files = Files(
             pin(lists.urls, "clean.blocklists.urls"),
             pin(lists.phrases, "clean.blocklists.phrases"),
+            pin(lists.ids, "clean.blocklists.ids"),
             pin([one.path for one in sets.values()], "clean.decontamination.sets"),
         )
         return pinned
@@ -116,8 +125,8 @@ class CleanConfig(StageConfig):
         """Thresholds as they are, files by the hash of their content."""
         values = super().identity()
         if self.blocklists:
-            for kind, files in (("urls", self.files.urls), ("phrases", self.files.phrases)):
-                values["blocklists"][kind] = [file.sha256 for file in files]
+            for kind in values["blocklists"]:
+                values["blocklists"][kind] = [file.sha256 for file in getattr(self.files, kind)]
         if self.decontamination:
             for described, file in zip(
                 values["decontamination"]["sets"].values(), self.files.sets, strict=True
@@ -151,6 +160,8 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
 
 def read_files(config: CleanConfig) -> list[str]:
     """Read the files that the config names, so that a mistake in one shows before any work; notes for the report."""
+    if config.files.ids:
+        id_blocklist(config.files.ids)
     if config.files.urls:
         url_blocklist(config.files.urls)
     if config.files.phrases:
@@ -182,10 +193,12 @@ def clean_batch(config: CleanConfig, batch: pa.RecordBatch) -> Cleaned:
     """Normalise the texts of a batch and apply the rules, the cheap ones first. ``config`` is resolved."""
     cleaned = measured(batch, config.unicode, config.fineweb.short_line_characters if config.fineweb else 0)
     characters = cleaned.stats.characters
+    files = config.files
+    if files.ids:
+        cleaned.verdicts.drop_found(id_blocklist(files.ids).find(batch.column("id")))
     cleaned.verdicts.drop(characters < config.min_chars, "min_chars")
     if config.max_chars is not None:
         cleaned.verdicts.drop(characters > config.max_chars, "max_chars")
-    files = config.files
     if files.urls:
         cleaned.verdicts.drop_found(url_blocklist(files.urls).find(batch.column("meta")))
     if config.language:
@@ -230,6 +243,9 @@ def write_batch(
     beginnings = pc.utf8_slice_codeunits(cleaned.texts.take(pa.array(dropped)), 0, 320).to_pylist()
     for row, id, beginning in zip(dropped.tolist(), ids, beginnings, strict=True):
         evidence = verdicts.evidence.get(row)
+        reason = verdicts.reason(row)
         shown = f"[{evidence}] {beginning}" if evidence else beginning
-        rejected.add(id, verdicts.reason(row), excerpt(shown))
-        tally.add_example(verdicts.reason(row), id, shown)
+        if reason == BLOCKED_ID:
+            shown = "(nothing is kept)"
+        rejected.add(id, reason, excerpt(shown))
+        tally.add_example(reason, id, shown)

@@ -106,13 +106,22 @@ class StageContext(Protocol):
         ...
 
     def launch(
-        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+        self,
+        module: str,
+        job: Path,
+        ranks: int,
+        *,
+        events: Path,
+        logs: Path,
+        grace_seconds: float = 30,
+        batch: Runtime | None = None,
     ) -> None:
         """Run ``python -m module job`` as ``ranks`` processes of one `torch.distributed` job.
 
         Returns when all have ended well. ``events`` is the JSON-lines file that rank 0 appends to, which the
         caller may follow meanwhile; ``logs`` the folder for what the ranks print; ``grace_seconds`` what they get
-        to save their work when they are to end.
+        to save their work when they are to end; ``batch`` what a batch system is asked for, which starts them in
+        place of this machine (`llm.slurm`).
 
         Raises:
             UserError: a rank ended with a user's mistake (see `llm.pretrain`).
@@ -160,9 +169,17 @@ class LocalContext:
         self.notes.append(message)
 
     def launch(
-        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+        self,
+        module: str,
+        job: Path,
+        ranks: int,
+        *,
+        events: Path,
+        logs: Path,
+        grace_seconds: float = 30,
+        batch: Runtime | None = None,
     ) -> None:
-        if self._launcher is None:
+        if self._launcher is None or batch:
             raise UserError("this context starts no ranks: give LocalContext a launcher (flows.launch.local)")
         self._launcher(module, job, ranks, logs=logs, grace_seconds=grace_seconds)
 

@@ -75,6 +75,16 @@ class TokenizeConfig(StageConfig):
         """Documents whose hash is below this are held out."""
         return round(self.val_fraction * HASHES)
 
+    @property
+    def salt(self) -> str:
+        """Of the hash of ids that decides split and order."""
+        return f"tokenize-{self.seed}"
+
+    def first_keys(self, split: Split, shards: int) -> list[int]:
+        """The smallest hash of each of a split's ``shards`` shards, and last what the hashes of all are below."""
+        first, end = (0, self.held_out) if split == "val" else (self.held_out, HASHES)
+        return [first + (end - first) * part // shards for part in range(shards + 1)]
+
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Memory, which depends on the config only: measured were 0.31 to 0.48 GB a worker at the default."""
         worker = WORKER_BYTES + 4 * self.shard_tokens
@@ -184,13 +194,12 @@ def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
 
 def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
     encode = encoding.load(encoding.encoder)
-    salt = f"tokenize-{encoding.config.seed}"
     tally: dict[str, Counter[str]] = {name: Counter() for name in FIGURES}
     fault = None
     with write_run(Runs(encoding.scratch, ()).path(encoding.name(shard), 0)) as run:
         for batch in read_shard(shard, ("id", "text", "source")):
             ids, texts, sources = (batch.column(name) for name in ("id", "text", "source"))
-            keys = hash_column(ids, salt)
+            keys = hash_column(ids, encoding.config.salt)
             if encoding.encoder == "gigatoken" and not fault:
                 checked = texts.filter(pa.array(mix(keys ^ CHECK) < np.uint64(encoding.checked)))
                 fault = find_fault(checked, encode, encoding.load("tokenizers"))
@@ -209,7 +218,8 @@ def plan_shards(config: TokenizeConfig, tallies: Sequence[Mapping[str, Any]]) ->
     """
     documents, tokens = (add_up(tally[f"split_{of}"] for tally in tallies) for of in ("documents", "tokens"))
     plan = []
-    for split, first, end in (("train", config.held_out, HASHES), ("val", 0, config.held_out)):
+    splits: tuple[Split, ...] = ("train", "val")
+    for split in splits:
         if not documents.get(split):
             more = "raise" if split == "val" else "lower"
             raise UserError(
@@ -218,7 +228,7 @@ def plan_shards(config: TokenizeConfig, tallies: Sequence[Mapping[str, Any]]) ->
                 "(a local source's split_chars)"
             )
         shards = min(documents[split], -(-(tokens[split] + documents[split]) // config.shard_tokens))
-        firsts = [first + (end - first) * part // shards for part in range(shards + 1)]
+        firsts = config.first_keys(split, shards)
         plan += [
             TokenShard(f"{split}-{part:05d}", firsts[part], firsts[part + 1] - 1) for part in range(shards)
         ]

@@ -14,34 +14,40 @@ from queue import SimpleQueue
 from typing import Any
 
 from prefect import task
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.exceptions import MissingContextError
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
+from prefect.runtime import deployment
 
-from data_pipeline.context import Item, Result
-from flows import launch
+from data_pipeline.context import Item, Result, Runtime
+from flows import launch, slurm
+from flows.flow_page import FlowPage
 from flows.parts import Part, Stopped, compute
 from flows.runners import Workers
 from flows.terminal import Terminal, duration
-from flows.tracking import Tracker, read_lines
+from flows.tracking.events import read_lines
+from flows.tracking.tracker import Tracker
 from llm.nodes import nodes_for
+from llm.slurm import SlurmJob
 
 MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOLLOW_SECONDS = 1.0
-ARTIFACT_SECONDS = 10.0  # between updates of the progress that Prefect shows
+CANCEL_SECONDS = 8.0
+"""What ranks get to save in, when a deployment's run is cancelled: all of it must be gone within 15 seconds."""
 
 
 class PrefectContext:
     """Serves one stage body inside that stage's Prefect flow."""
 
-    def __init__(self, stage: str, out: Path, workers: Workers, terminal: Terminal, tracker: Tracker) -> None:
+    def __init__(
+        self, stage: str, out: Path, workers: Workers, terminal: Terminal, tracker: Tracker, page: FlowPage
+    ) -> None:
         self.stage, self.workers = stage, workers.count
         self.notes: list[str] = []
         self._out, self._workers, self._terminal, self._tracker = out, workers, terminal, tracker
+        self._page = page
         self._progress: tuple[float, float | None, str] | None = None
-        self._progress_artifact: Any = None
-        self._progress_shown = time.monotonic()
         self._shown_events = 0
         self._total_steps = 0
         self._validated = ""
@@ -126,28 +132,48 @@ class PrefectContext:
     def note(self, message: str, *, warning: bool = False) -> None:
         self.notes.append(message)
         self._terminal.note(message, warning)
-        get_run_logger().log(30 if warning else 20, message)
+        with suppress(MissingContextError):  # where Prefect could not be reached
+            get_run_logger().log(30 if warning else 20, message)
 
     def launch(
-        self, module: str, job: Path, ranks: int, *, events: Path, logs: Path, grace_seconds: float = 30
+        self,
+        module: str,
+        job: Path,
+        ranks: int,
+        *,
+        events: Path,
+        logs: Path,
+        grace_seconds: float = 30,
+        batch: Runtime | None = None,
     ) -> None:
         def follow() -> None:
             if time.monotonic() - self._followed >= FOLLOW_SECONDS:
                 self._followed = time.monotonic()
                 self._follow(events)
 
+        if deployment.id:
+            grace_seconds = min(grace_seconds, CANCEL_SECONDS)
         _, self._shown_events = read_lines(events, 0)
         self._terminal.line(f"starting {ranks} rank(s)")
+        try:
+            if isinstance(batch, SlurmJob):
+                slurm.run(
+                    job, batch, logs=logs, grace_seconds=grace_seconds, while_running=follow, say=self.note
+                )
+            else:
+                self._say_who_is_awaited(job, ranks)
+                launch.local(module, job, ranks, logs=logs, grace_seconds=grace_seconds, while_running=follow)
+        finally:
+            self._follow(events)
+
+    def _say_who_is_awaited(self, job: Path, ranks: int) -> None:
+        """Tell what to type on the other machines, where a person starts them."""
         nodes = nodes_for(ranks)
         if nodes.started_by == "hand":
             self.note(
                 f"waiting at {nodes.endpoint} for the other machines: run there, with the same LLMILL_NODES and "
                 f"LLMILL_ENDPOINT, `llmill join {job.resolve()}`"
             )
-        try:
-            launch.local(module, job, ranks, logs=logs, grace_seconds=grace_seconds, while_running=follow)
-        finally:
-            self._follow(events)
 
     def _follow(self, events: Path) -> None:
         lines, self._shown_events = read_lines(events, self._shown_events)
@@ -188,18 +214,9 @@ class PrefectContext:
             self._show_in_prefect(event["step"], self._total_steps, "steps")
 
     def _show_in_prefect(self, done: float, total: float | None, unit: str) -> None:
-        """A progress bar on the flow run's page, for stages that last long enough to be looked at."""
-        if not total or time.monotonic() - self._progress_shown < ARTIFACT_SECONDS:
-            return
-        self._progress_shown = time.monotonic()
-        percent = 100 * done / total
-        with suppress(Exception):  # no training run should end for want of a progress bar
-            if self._progress_artifact is None:
-                self._progress_artifact = create_progress_artifact(
-                    percent, description=f"{self.stage} ({unit})"
-                )
-            else:
-                update_progress_artifact(self._progress_artifact, progress=percent)
+        """The progress bar on the flow run's page."""
+        if total:
+            self._page.progress(100 * done / total, f"{self.stage}: {done:,.0f} of {total:,.0f} {unit}")
 
 
 def group_size(items: int, workers: int) -> int:

@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import psutil
 
@@ -46,8 +47,9 @@ def local(
     logs: Path,
     grace_seconds: float = 30,
     while_running: Callable[[], None] | None = None,
+    nodes: Nodes | None = None,
 ) -> None:
-    """Run ``python -m module job`` as ``ranks`` local processes under torchrun and wait for their end.
+    """Run ``python -m module job`` as ``ranks`` processes under torchrun, here or on ``nodes``, and wait for their end.
 
     ``while_running`` is called about five times a second meanwhile and must not raise. The ranks' output goes
     to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"kind": "user", "interrupted" or "fault",
@@ -62,7 +64,7 @@ def local(
     error = logs / "error.json"
     error.unlink(missing_ok=True)
     save_asked.clear()
-    nodes = nodes_for(ranks)
+    nodes = nodes or nodes_for(ranks)
     with open(logs / "ranks.log", "ab") as log:
         process = subprocess.Popen(
             nodes.everywhere(torchrun(nodes, module, job, ranks, grace_seconds)),
@@ -80,15 +82,19 @@ def local(
                 except subprocess.TimeoutExpired:
                     if save_asked.is_set():
                         save_asked.clear()
-                        signal_ranks(process, signal.SIGUSR1)
+                        signal_ranks(nodes, process, signal.SIGUSR1)
                     if while_running:
                         while_running()
         except BaseException:
-            stop(process, grace_seconds + MARGIN_SECONDS)
+            stop(nodes, process, grace_seconds + MARGIN_SECONDS)
             raise
-    if code == 0:
-        return
-    if failure := read_failure(error):
+    if code:
+        raise_failure(f"the ranks ended with exit code {code}", logs)
+
+
+def raise_failure(what: str, logs: Path) -> NoReturn:
+    """Raise what ranks that did not end well left in ``logs``; ``what`` where they left nothing."""
+    if failure := read_failure(logs / "error.json"):
         kind, message = failure
         if kind == "interrupted":
             raise Interrupted(message)
@@ -97,8 +103,11 @@ def local(
             if kind == "user"
             else RuntimeError(f"{message}\n(full log: {logs / 'ranks.log'})")
         )
-    tail = last_lines((logs / "ranks.log").read_text(encoding="utf-8", errors="replace"))
-    raise RuntimeError(f"the ranks ended with exit code {code}; the end of {logs / 'ranks.log'}:\n{tail}")
+    log = next(
+        (logs / name for name in ("ranks.log", "slurm.log") if (logs / name).exists()), logs / "ranks.log"
+    )
+    text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else "(there is none)"
+    raise RuntimeError(f"{what}; the end of {log}:\n{last_lines(text)}")
 
 
 def join(module: str, job: Path, ranks: int) -> int:
@@ -143,15 +152,24 @@ def read_failure(path: Path) -> tuple[str, str] | None:
         return None
 
 
-def signal_ranks(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
-    """Send a signal to the ranks of a torchrun."""
+def signal_ranks(nodes: Nodes, process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Send a signal to the ranks of a torchrun, or of all that an srun has started."""
+    if nodes.started_by == "srun":
+        signal_steps(number)
+        return
     with suppress(psutil.NoSuchProcess):  # it may just have ended
         for rank in psutil.Process(process.pid).children():
             with suppress(psutil.NoSuchProcess):
                 rank.send_signal(number)
 
 
-def stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+def signal_steps(number: signal.Signals) -> None:
+    """Send a signal to what srun has started on the machines of our job; srun itself would kill it all on SIGTERM."""
+    command = ["scancel", f"--signal={number.name.removeprefix('SIG')}", os.environ["SLURM_JOB_ID"]]
+    subprocess.run(command, capture_output=True, check=False)
+
+
+def stop(nodes: Nodes, process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     """End torchrun and its ranks: politely first, then for good; at once when we are interrupted again.
 
     Not torchrun alone is waited for: told twice to end (by a scheduler too) it goes before its ranks have saved.
@@ -160,10 +178,15 @@ def stop(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     with suppress(psutil.NoSuchProcess):  # it may just have ended
         parent = psutil.Process(process.pid)
         family = [parent, *parent.children(recursive=True)]
-    process.send_signal(signal.SIGTERM)
+    if nodes.started_by == "srun":
+        signal_steps(signal.SIGTERM)
+    else:
+        process.send_signal(signal.SIGTERM)
     try:
         psutil.wait_procs(family, grace_seconds)
     finally:
+        if nodes.started_by == "srun" and process.poll() is None:
+            signal_steps(signal.SIGKILL)
         for member in family:
             with suppress(psutil.NoSuchProcess):
                 member.kill()

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -19,21 +19,31 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect import flow
+from prefect import flow, tags
+from prefect.exceptions import MissingContextError
+from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogHandler
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY as HEARTBEATS
-from prefect.settings import temporary_settings
 
-from data_pipeline.context import UserError, human_bytes
+from data_pipeline.context import UserError, human_bytes, last_lines
 from flows.context import PrefectContext
+from flows.deployed import FLOW, TIME
+from flows.dispatch import Dispatcher
+from flows.flow_page import FlowPage
+from flows.flow_runs import at_work, in_flow, settle
 from flows.manifest import describe_making
-from flows.plan import Selection, Step, make_plan
+from flows.notices import LAST_LINES, Notice, check_receivers, send_notice
+from flows.plan import Selection, Step, plan_and_hold
 from flows.recipe import Recipe
+from flows.run_note import run_note, summary_table
 from flows.runners import Workers, reach, start_workers
+from flows.servers import answers
 from flows.store import LOGS, Artifact, Store, now
-from flows.terminal import Terminal, headline
-from flows.tracking import Tracker
+from flows.terminal import Terminal, duration, headline
+from flows.tracking.tracker import Tracker
+from flows.uses import Uses
 
 MOST_ENTRIES = 20  # of a list among a flow run's parameters
 FULL_BYTES = 1_000_000  # less free space than this, and no stage can seal its manifest
@@ -49,16 +59,31 @@ class Result:
 
     artifact: Artifact
     how: str
-    """``reused``, ``ran`` or ``resumed``."""
+    """``reused``, ``ran``, ``resumed`` or, by a flow run elsewhere, ``dispatched``."""
     seconds: float
     """In the stage's body, this time; 0 where it was reused."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a stage failed, and the last lines that it said."""
+
+    message: str = ""
+    log: str = ""
 
 
 class Run:
     """One run of a recipe: its plan, and the flow that carries it out."""
 
     def __init__(
-        self, recipe: Recipe, home: Path, selection: Selection, terminal: Terminal, command: str
+        self,
+        recipe: Recipe,
+        home: Path,
+        selection: Selection,
+        terminal: Terminal,
+        command: str,
+        dispatcher: Dispatcher | None = None,
+        sweep: str = "",
     ) -> None:
         self.recipe, self.selection, self.terminal = recipe, selection, terminal
         self.command = command
@@ -66,11 +91,17 @@ class Run:
         if recipe.runtime.task_runner in ("dask", "ray"):
             home = home.resolve()  # a worker elsewhere has another current folder
         self.store = Store(home)
-        self.tracker = Tracker(home, recipe.name, lambda text: terminal.note(text, warning=True))
+        self.tracker = Tracker(home, recipe.name, self._warn)
+        self._uses = Uses(self.store)
         self.steps: list[Step] = []
         self.results: dict[str, Result] = {}
+        self._dispatcher = dispatcher or Dispatcher()
+        self._sweep = sweep  # the key of the run in MLflow that this one is a part of
         self._started = time.monotonic()
         self._workers: Workers
+        self._page: FlowPage
+        self._at_work = ""
+        self._failure = Failure()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Prefect sends a stage's flow along with its tasks; no worker ever calls it, so nothing of the run goes."""
@@ -82,43 +113,61 @@ class Run:
         Raises:
             UserError: the plan can't be made, a stage can't be resolved from here, or no cluster answers.
         """
-        self.steps = make_plan(self.recipe, self.store, self.selection)
+        check_receivers(self.recipe.runtime.notify)
+        self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
         for step in self.steps:
             if step.action == "unknown":
                 raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
+            self._dispatcher.check(step)
         if self._computes:
             reach(self.recipe.runtime)
         self.tracker.open()
 
-    def execute(self) -> None:
-        """Run the plan as a Prefect flow; `results` then holds what became of each stage."""
-        name = f"{self.recipe.name} {datetime.now():%Y-%m-%d %H:%M:%S}"
-        fingerprints = {step.stage.name: str(step.fingerprint) for step in self.steps}
-        description = self.recipe.description or None
+    def execute(self, parameters: Mapping[str, Any]) -> None:
+        """Carry the plan out as a Prefect flow of this process; `results` then holds what became of each stage.
 
-        # No retries of Prefect's: whoever runs the recipe again goes on where this run ended.
-        @flow(name=self.recipe.name, flow_run_name=name, description=description, retries=0)
-        def pipeline(recipe: str, fingerprints: dict[str, str]) -> None:
-            self._pipeline()
+        ``parameters`` are those by which a deployment would run the same.
+        """
+        name = f"{self.recipe.name} {datetime.now():{TIME}}"
 
+        def start(body: Callable[[], None]) -> None:
+            # No retries of Prefect's: whoever runs the recipe again goes on where this run ended.
+            @flow(name=FLOW, flow_run_name=name, retries=0, validate_parameters=False)
+            def pipeline(**parameters: Any) -> None:
+                with at_work(self.store.home):
+                    body()
+
+            with tags(self.recipe.name):
+                pipeline(**parameters)
+
+        with ExitStack() as stack:
+            if HEARTBEATS.name not in os.environ:
+                # A flow waits up to a second for the thread that sends them to wake and end.
+                stack.enter_context(temporary_settings({HEARTBEATS: None}))
+            try:
+                in_flow(start, self.work, lambda: self._missed("the run"))
+            finally:
+                # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
+                if answers(PREFECT_API_URL.value()):
+                    APILogHandler().flush()
+                settle(self.store.home)
+
+    def work(self) -> None:
+        """Carry the plan out within the flow run that calls this, if there is one."""
         try:
             with ExitStack() as stack:
-                if HEARTBEATS.name not in os.environ:
-                    # A flow waits up to a second for the thread that sends them to wake and end.
-                    stack.enter_context(temporary_settings({HEARTBEATS: None}))
+                stack.callback(self._uses.release)
+                settle(self.store.home)
                 if self._computes:
                     self._workers = stack.enter_context(start_workers(self.recipe.runtime, self.store.home))
-                pipeline(recipe=self.recipe.name, fingerprints=fingerprints)
+                self._pipeline()
         except Exception as error:
             if not isinstance(error, UserError) and disk_is_full(self.store.home, error):
                 where = f"{self.store.home.resolve()} ({human_bytes(shutil.disk_usage(self.store.home).free)} free)"
                 raise UserError(
-                    f"the disk is full: {where}; make room, then {self.command} goes on"
+                    f"the disk is full: {where}; make room, then `{self.command}` goes on"
                 ) from None
             raise
-        finally:
-            # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
-            APILogHandler().flush()
 
     @property
     def _computes(self) -> bool:
@@ -131,41 +180,128 @@ class Run:
         return time.monotonic() - self._started - sum(result.seconds for result in self.results.values())
 
     def _pipeline(self) -> None:
-        """The body of the pipeline's flow: every step in order, told to MLflow."""
+        """The body of the pipeline's flow: every step in order, told to MLflow and on the flow run's page."""
+        self._page = FlowPage(flow_run.id, self.recipe.name)
         self._start_tracking()
         status = "KILLED"
         try:
             for step in self.steps:
+                self._at_work = step.stage.name
+                self._show_stages("running")
                 result = self._stage(step)
                 self.results[step.stage.name] = result
                 self.tracker.add_to_parent(result.artifact, result.how, step.stage.headline)
-            status = "FINISHED"
+            status, self._at_work = "FINISHED", ""
         except Exception:
             status = "FAILED"
             raise
         finally:
+            self._show_stages({"KILLED": "stopped", "FAILED": "failed"}.get(status, ""))
             self._finish_tracking(status)
+            self._page.close()
+            self._give_notice(status)
 
     def _stage(self, step: Step) -> Result:
-        """Reuse one stage's artifact, or build it in a Prefect flow of its own."""
+        """Reuse one stage's artifact, have it built elsewhere, or build it in a Prefect flow of its own."""
         assert step.config
         name = step.stage.name
         if step.action == "reuse" and step.artifact and self._made_from_ours(step.artifact):
             self._settle(step.artifact)
             result = Result(step.artifact, "reused", 0.0)
+        elif self._dispatcher.takes(name):
+            result = self._dispatch(step)
         else:
-            runner: Any = self._workers.task_runner()
-
-            @flow(name=name, flow_run_name=f"{name} {step.fingerprint}", task_runner=runner, retries=0)
-            def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> Any:
-                return self._build(name)
-
-            # The parameters are there to be read on the flow run's page.
-            built: Any = stage(str(step.fingerprint), shortened(step.config.identity()), step.inputs)
-            result = built
+            result = in_flow(
+                lambda body: self._subflow(step, body), lambda: self._build(name), lambda: self._missed(name)
+            )
         if result.how == "reused":
             self.terminal.stage_reused(name, f"{headline(result.artifact)}  (reused)")
+        log(f"{name} {result.how}: {headline(result.artifact)} · {duration(result.seconds)}")
         return result
+
+    def _subflow(self, step: Step, body: Callable[[], Result]) -> None:
+        """Call ``body`` as a Prefect flow named as the stage."""
+        assert step.config
+        name = step.stage.name
+        runner: Any = self._workers.task_runner()
+
+        @flow(name=name, flow_run_name=f"{name} {step.fingerprint}", task_runner=runner, retries=0)
+        def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
+            body()
+
+        # The parameters are there to be read on the flow run's page.
+        stage(str(step.fingerprint), shortened(step.config.identity()), step.inputs)
+
+    def _dispatch(self, step: Step) -> Result:
+        """Have a stage built by a flow run of its own deployment, and wait for it."""
+        name, clock = step.stage.name, time.monotonic()
+        self.terminal.stage_started(name, f"dispatched as {self._dispatcher.deployment(name)}")
+        try:
+            self._dispatcher.run(name, self.tracker.parent_key)
+        except BaseException as error:
+            self.terminal.stage_ended(
+                "✗", str(error).splitlines()[0][:120] if str(error) else "stopped", "red"
+            )
+            raise
+        artifact = self.store.get(name, str(step.fingerprint))
+        if artifact is None:
+            raise StageFailed(
+                f"{name}: its flow run ended well, but {step.fingerprint} is not in {self.store.root}: do its worker "
+                "and this one share the home, and resolve the recipe alike?"
+            )
+        self.terminal.stage_ended("✓", headline(artifact))
+        return Result(artifact, "dispatched", time.monotonic() - clock)
+
+    def _show_stages(self, state: str) -> None:
+        """Show the table of stages, the one at work in ``state``, and where else to look."""
+        rows = []
+        for step in self.steps:
+            name, result = step.stage.name, self.results.get(step.stage.name)
+            at_work = name == self._at_work
+            rows.append(
+                {
+                    "stage": name,
+                    "state": result.how if result else state if at_work else "waiting",
+                    "result": headline(result.artifact) if result else "",
+                    "duration": duration(result.seconds) if result and result.seconds else "",
+                    "fingerprint": str(step.fingerprint),
+                }
+            )
+        done = f"{len(self.results)} of {len(self.steps)} stages done"
+        self._page.stages(rows, f"{done}, {self._at_work} {state}" if self._at_work else done)
+        self._page.links(self._links(), self.tracker.page_url or "where else to look")
+
+    def _links(self) -> str:
+        url = self.tracker.page_url
+        run = f"“{self.tracker.parent_name}”" if self.tracker.parent_name else "of this plan"
+        mlflow = f"[run {run} in MLflow]({url})" if url else f"MLflow run {run}; `llmill ui` shows it"
+        return f"{mlflow}\n\nartifacts: `{self.store.root.resolve()}`\n\nagain by hand: `{self.command}`\n"
+
+    def _warn(self, text: str) -> None:
+        self.terminal.note(text, warning=True)
+
+    def _missed(self, what: str) -> None:
+        """Say that Prefect did not learn how something began or ended."""
+        self._warn(f"Prefect at {PREFECT_API_URL.value()} does not answer; {what} goes on without it")
+
+    def _give_notice(self, status: str) -> None:
+        """Tell those whom the recipe names what became of the run."""
+        receivers = self.recipe.runtime.notify
+        if not receivers:
+            return
+        state = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[status]
+        notice = Notice(
+            recipe=self.recipe.name,
+            state=state,
+            summary=self._failure.message or ", ".join(f"{name} {r.how}" for name, r in self.results.items()),
+            stage=self._at_work,
+            log=self._failure.log,
+            resume=self.command if status != "FINISHED" else "",
+            prefect_url=flow_run.ui_url or "",
+            mlflow_url=self.tracker.page_url,
+            seconds=round(time.monotonic() - self._started, 1),
+        )
+        send_notice(notice, receivers, self._warn)
 
     def _made_from_ours(self, artifact: Artifact) -> bool:
         """Whether an artifact's inputs are, byte for byte, the ones of this run (one may have been built again)."""
@@ -207,7 +343,7 @@ class Run:
         stage, name = step.stage.name, str(step.fingerprint)
         inputs = {source: self.results[source].artifact for source in step.stage.inputs}
         self._start_tracking_stage(stage, name, step.config.identity())
-        context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker)
+        context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker, self._page)
         manifest = describe_making(step, self.recipe, inputs) | {"started": now()}
         clock = time.monotonic()
         metrics = step.stage.body(
@@ -219,6 +355,7 @@ class Run:
             "finished": now(),
             "seconds": round(time.monotonic() - clock, 3),
             "mlflow_run_id": self.tracker.stage_id,
+            "mlflow_key": self.tracker.stage_key,
             "prefect_flow_run_id": str(flow_run.id),
         }
         return self.store.seal(stage, name, manifest, context.checksum)
@@ -242,32 +379,37 @@ class Run:
         try:
             yield
         except UserError as error:
-            self._failed(str(error))
+            self._failed(str(error), str(error))
             raise UserError(f"{stage}: {error}") from None
         except Exception as error:
-            self._failed(f"{type(error).__name__}: {error}")
+            trace = "".join(traceback.format_exception(error))
+            self._failed(f"{type(error).__name__}: {error}", trace)
             log = out / LOGS / "failure.txt"
             with suppress(OSError):  # the failure itself matters more than its log
                 log.parent.mkdir(exist_ok=True)
-                log.write_text("".join(traceback.format_exception(error)))
+                log.write_text(trace)
             raise StageFailed(
-                f"{stage} failed: {type(error).__name__}: {error}\nresume with: {self.command}\ntrace: {log}"
+                f"{stage} failed: {type(error).__name__}: {error}\nresume with: `{self.command}`\ntrace: {log}"
             ) from error
         except BaseException:
-            self._failed("stopped")
+            self._failed("stopped", "")
             raise
 
-    def _failed(self, message: str) -> None:
+    def _failed(self, message: str, log: str) -> None:
+        self._failure = Failure(message, last_lines(log, LAST_LINES))
         self.terminal.stage_ended("✗", message.splitlines()[0][:120], "red")
         self.tracker.fail_stage(message)
 
     def _start_tracking(self) -> None:
         """Begin the parent run: identity as params, the resolved recipe as a file."""
         identities = {step.stage.name: step.config.identity() for step in self.steps if step.config}
-        tags = {"llmill.recipe": self.recipe.name, "llmill.prefect_flow_run_id": str(flow_run.id)}
+        labels = {"llmill.recipe": self.recipe.name, **prefect_labels()}
         if self.recipe.description:
-            tags["mlflow.note.content"] = self.recipe.description
-        self.tracker.start(f"{self.recipe.name}-{self.steps[-1].fingerprint}", identities, tags)
+            labels["mlflow.note.content"] = self.recipe.description
+        key = f"{self.recipe.name}-{self.steps[-1].fingerprint}"
+        self.tracker.start(key, identities, labels, self._dispatcher.parent_key)
+        if self._sweep:
+            self.tracker.belong_to(self._sweep)
         resolved: dict[str, Any] = {"name": self.recipe.name, "description": self.recipe.description}
         resolved["runtime"] = self.recipe.runtime.model_dump(mode="json")
         for step in self.steps:
@@ -279,26 +421,40 @@ class Run:
     def _start_tracking_stage(self, stage: str, fingerprint: str, identity: Mapping[str, Any]) -> None:
         """Begin (or go on with) a stage's child run."""
         inputs = next(step.stage.inputs for step in self.steps if step.stage.name == stage)
-        tags = {
+        labels = {
             "llmill.stage": stage,
             "llmill.recipe": self.recipe.name,
             "llmill.fingerprint": fingerprint,
-            "llmill.prefect_flow_run_id": str(flow_run.id),
+            **prefect_labels(),
         }
         self.tracker.start_stage(
-            stage, fingerprint, identity, tags, [self.results[name].artifact for name in inputs]
+            stage, fingerprint, identity, labels, [self.results[name].artifact for name in inputs]
         )
 
     def _finish_tracking(self, status: str) -> None:
-        rows = [
-            f"| {stage} | {result.how} | {headline(result.artifact)} | {result.seconds:.1f} "
-            f"| `{result.artifact.fingerprint}` |"
-            for stage, result in self.results.items()
-        ]
-        table = "\n".join(["| stage | | result | seconds | artifact |", "|---|---|---|---:|---|", *rows])
-        self.tracker.attach("summary.md", table + "\n")
+        results = {
+            stage: (result.artifact, result.how, result.seconds) for stage, result in self.results.items()
+        }
+        table = summary_table(results)
+        self.tracker.attach("summary.md", table)
+        self.tracker.note(
+            run_note(self.recipe.description, table, results, self._failure.message, self._links())
+        )
         self.tracker.finish(status, time.monotonic() - self._started)
-        self.tracker.close()
+        self.tracker.close(status)
+
+
+def log(text: str) -> None:
+    """A line in the log of the flow run, which Prefect shows on its page."""
+    with suppress(MissingContextError):
+        get_run_logger().info(text)
+
+
+def prefect_labels() -> dict[str, str]:
+    """The tags by which a run in MLflow leads back to its flow run in Prefect; none outside of one."""
+    if not flow_run.id:
+        return {}
+    return {"llmill.prefect_flow_run_id": str(flow_run.id), "llmill.prefect_url": str(flow_run.ui_url)}
 
 
 def disk_is_full(home: Path, error: BaseException | None) -> bool:

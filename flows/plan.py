@@ -13,6 +13,7 @@ from data_pipeline.context import StageConfig, Unresolved, UserError
 from flows.recipe import Recipe, flatten
 from flows.stages import BY_NAME, STAGES, Stage
 from flows.store import Artifact, Store, fingerprint
+from flows.uses import Uses
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,18 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
             raise UserError(f"{option} needs {stage.name}, which {lacks}: {'; '.join(step.why)}")
         steps[stage.name] = with_prediction(step, steps, recipe.runtime.worker_count)
     return list(steps.values())
+
+
+def plan_and_hold(recipe: Recipe, store: Store, selection: Selection, uses: Uses) -> list[Step]:
+    """`make_plan`, when nobody can remove any more what the plan names: ``uses`` holds it."""
+    while True:
+        steps = make_plan(recipe, store, selection)
+        for step in steps:
+            if step.fingerprint:
+                uses.take(step.stage.name, step.fingerprint)
+        reused = [step for step in steps if step.action == "reuse"]
+        if all(store.get(step.stage.name, str(step.fingerprint)) for step in reused):
+            return steps  # else something was removed before we held it
 
 
 def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step:

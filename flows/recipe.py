@@ -41,6 +41,10 @@ class RecipeRuntime(Runtime):
     upload_mb: float = Field(default=10, ge=0)
     """Payloads up to this size are uploaded to MLflow; larger ones are logged by reference."""
 
+    notify: tuple[str, ...] = ()
+    """Whom to tell of a run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a block of
+    Prefect's, such as ``slack-webhook/team``."""
+
     @property
     def worker_count(self) -> int:
         """Of workers on this machine."""

@@ -2,7 +2,7 @@
 
 Prefect's own ephemeral server slows the first flow down and prints traces as it shuts down; and two runs would
 each start one on the same database. Ours starts while the plan is made, logs to a file, and serves every run on
-the same home. Where ``PREFECT_API_URL`` names a server, that one is used and nothing is started.
+the same home. A server that ``PREFECT_API_URL`` names, or that `llmill up` keeps, is used instead, if it answers.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
-from data_pipeline.context import UserError, last_lines
+from data_pipeline.context import last_lines
+from flows.services import prefect_api
 from flows.store import write_durably
 
 START_SECONDS = 120
-GIVEN_SECONDS = 15
+GIVEN_SECONDS = 5
 
 CLIENT_SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -35,6 +36,7 @@ CLIENT_SETTINGS = {
     "PREFECT_LOGGING_SETTINGS_PATH": str(Path(__file__).parent / "prefect_logging.yml"),
     "PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW": "ignore",
     "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+    "PREFECT_CLIENT_MAX_RETRIES": "2",  # 6 s in all: a run goes on without a server that is away for longer
 }
 
 
@@ -45,7 +47,9 @@ class PrefectServer:
         self.folder = home / "prefect"
         self.state = self.folder / "server.json"
         self.log = self.folder / "server.log"
-        self.given = os.environ.get("PREFECT_API_URL")
+        self.given = prefect_api(home)
+        self.absent = ""
+        """The server that should have been used and did not answer, so that ours is."""
         self._users = -1
         self._process: subprocess.Popen[bytes] | None = None
         self._url = ""
@@ -54,15 +58,17 @@ class PrefectServer:
         """Must come before Prefect is imported: it reads these settings once."""
         for name, value in CLIENT_SETTINGS.items():
             os.environ.setdefault(name, value)
-        if self.given:
+        if self.given and answers_soon(self.given):
+            os.environ["PREFECT_API_URL"] = self.given
             return self
+        self.absent, self.given = self.given, ""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ["PREFECT_HOME"] = str(self.folder)
         with FileLock(self.folder / "start.lock"):
             # Every user holds this lock shared: who can take it alone knows that nobody else uses the server.
             self._users = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._users, fcntl.LOCK_SH)
-            self._url = self._running() or self._start()
+            self._url = self.running() or self._start()
         os.environ["PREFECT_API_URL"] = self._url
         return self
 
@@ -83,23 +89,18 @@ class PrefectServer:
         """Return when the API answers.
 
         Raises:
-            UserError: the server that the environment names does not answer.
             RuntimeError: ours did not come up; the message holds the end of its log.
         """
-        deadline = time.monotonic() + (GIVEN_SECONDS if self.given else START_SECONDS)
+        deadline = time.monotonic() + START_SECONDS
         while not answers(self.given or self._url):
             ended = self._process is not None and self._process.poll() is not None
             if ended or time.monotonic() > deadline:
-                if self.given:
-                    raise UserError(
-                        f"PREFECT_API_URL={self.given} does not answer: start that server, or unset it"
-                    )
                 raise RuntimeError(
                     f"Prefect's server did not start; the end of {self.log}:\n{read_end(self.log)}"
                 )
             time.sleep(0.1)
 
-    def _running(self) -> str | None:
+    def running(self) -> str | None:
         """The address of a server that an earlier run on this home started and that still lives."""
         try:
             state = json.loads(self.state.read_text())
@@ -138,7 +139,7 @@ class PrefectServer:
         return url
 
     def _stop(self) -> None:
-        if self._running() is None:
+        if self.running() is None:
             return
         process = psutil.Process(json.loads(self.state.read_text())["pid"])
         family = [process, *process.children(recursive=True)]
@@ -147,6 +148,16 @@ class PrefectServer:
         for survivor in alive:
             survivor.kill()
         self.state.unlink(missing_ok=True)
+
+
+def answers_soon(url: str) -> bool:
+    """Whether a server answers now or in a few seconds; it may just be starting again."""
+    deadline = time.monotonic() + GIVEN_SECONDS
+    while not answers(url):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
 
 
 def answers(url: str) -> bool:

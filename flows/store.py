@@ -34,6 +34,7 @@ LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part 
 ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
 SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
 DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a stage that starts again
+LINKED = ".linked-"  # how folders of second names begin, which are there while something is sent
 TRACKING_STATE = (
     ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
 )
@@ -112,12 +113,12 @@ class Store:
 
     def sealed_folders(self, stage: str | None = None) -> list[Path]:
         """The folders that hold a manifest and have their final name."""
-        found = (path.parent for path in self.root.glob(f"{stage or '*'}/*/manifest.json"))
+        found = (path.parent for path in self.root.glob(f"{stage or '[!.]*'}/*/manifest.json"))
         return sorted(path for path in found if "." not in path.name)
 
     def unfinished(self) -> list[Path]:
         """Folders of artifacts that a run builds now or that a killed or failed one left."""
-        return sorted(self.root.glob("*/*.partial"))
+        return sorted(self.root.glob("[!.]*/*.partial"))
 
     def lock(self, stage: str, fingerprint: str) -> FileLock:
         """The lock that whoever builds this artifact holds. The system frees it when its holder dies."""

@@ -37,6 +37,15 @@ def shuffled(places: Indices, seed: int, total: int) -> Indices:
     return windows
 
 
+def places_of(windows: Indices, epochs: npt.NDArray[np.int64], seed: int, total: int) -> Indices:
+    """The places at which `shuffled` reads each window in its epoch: shape (windows,), as both arguments."""
+    places = np.empty(len(windows), np.uint64)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        places[here] = unpermute(windows[here], total, seed, epoch) + np.uint64(epoch * total)
+    return places
+
+
 def rank_share(windows: Indices, rank: int, ranks: int) -> Indices:
     """The part of a global batch that one rank trains on: a contiguous slice."""
     if len(windows) % ranks:
@@ -52,16 +61,29 @@ def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
     sent through again until it lands inside (cycle walking: Black and Rogaway 2002), under four times on average.
     Our own arithmetic rather than numpy's shuffles, whose streams may change between versions.
     """
-    if total < 1:
-        raise ValueError(f"no permutation of {total} things")
-    bits = np.uint64(max(1, ((total - 1).bit_length() + 1) // 2))
-    keys = mix(
-        np.arange(FEISTEL_ROUNDS, dtype=np.uint64) + mix(np.uint64(seed % 2**64) ^ mix(np.uint64(epoch)))
-    )
+    bits, keys = network(total, seed, epoch)
     images = feistel(places, bits, keys)
     while (outside := images >= np.uint64(total)).any():
         images[outside] = feistel(images[outside], bits, keys)
     return images
+
+
+def unpermute(images: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
+    """Which places `permute` sends to ``images``: its inverse, which walks the same cycles backwards."""
+    bits, keys = network(total, seed, epoch)
+    places = unfeistel(images, bits, keys)
+    while (outside := places >= np.uint64(total)).any():
+        places[outside] = unfeistel(places[outside], bits, keys)
+    return places
+
+
+def network(total: int, seed: int, epoch: int) -> tuple[np.uint64, Indices]:
+    """Half the bits of the numbers that the network for ``range(total)`` permutes, and its rounds' keys."""
+    if total < 1:
+        raise ValueError(f"no permutation of {total} things")
+    bits = np.uint64(max(1, ((total - 1).bit_length() + 1) // 2))
+    rounds = np.arange(FEISTEL_ROUNDS, dtype=np.uint64)
+    return bits, mix(rounds + mix(np.uint64(seed % 2**64) ^ mix(np.uint64(epoch))))
 
 
 def feistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
@@ -70,6 +92,15 @@ def feistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
     left, right = values >> bits, values & mask
     for key in keys:
         left, right = right, left ^ (mix(right ^ key) & mask)
+    return left << bits | right
+
+
+def unfeistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
+    """What `feistel` makes ``values`` of: its rounds undone, the last first."""
+    mask = np.uint64((1 << int(bits)) - 1)
+    left, right = values >> bits, values & mask
+    for key in keys[::-1]:
+        left, right = right ^ (mix(left ^ key) & mask), left
     return left << bits | right
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -283,8 +283,8 @@ def load_weights(model: Transformer, folder: Path) -> None:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(missing)[:5])}")
 
 
-def content_sha256(folder: Path) -> str:
-    """A hash of the config and the weights in a folder, wherever it lies.
+def content_sha256(folder: Path, checksum: Callable[[Path], str] = sha256) -> str:
+    """A hash of the config and the weights in a folder, wherever it lies. ``checksum`` gives the SHA-256 of a file.
 
     Raises:
         UserError: it lacks them.
@@ -292,7 +292,7 @@ def content_sha256(folder: Path) -> str:
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
     files = [folder / "config.json", *weight_files(folder)]
-    described = json.dumps([[path.name, sha256(path)] for path in files])
+    described = json.dumps([[path.name, checksum(path)] for path in files])
     return hashlib.sha256(described.encode()).hexdigest()
 
 

@@ -79,6 +79,19 @@ class Mixture:
             rank, left = rank - before, left - count
         return sources, places
 
+    def slots(self, source: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The slots that read these places of a source's own order: the inverse of `places`."""
+        count = self.counts[source]
+        periods, before = np.divmod(places, count)
+        left = self.period - sum(self.counts[:source])
+        ranks = -(-(before + 1) * left // count) - 1
+        for other in reversed(
+            self.counts[:source]
+        ):  # the rank among what the larger sources left -> among all
+            left += other
+            ranks = ranks * left // (left - other)
+        return periods * self.period + ranks
+
     def read_before(self, slot: int) -> list[int]:
         """How many of the slots before ``slot`` read each source."""
         periods, rank = divmod(slot, self.period)

@@ -87,7 +87,19 @@ def nodes_for(ranks: int, environment: Mapping[str, str] = os.environ) -> Nodes:
             )
         return Nodes(int(named), endpoint, "hand")
     wanted = math.ceil(ranks / places()[0])
-    if wanted == 1 or int(environment.get("SLURM_JOB_NUM_NODES", "1")) < wanted:
+    if int(environment.get("SLURM_JOB_NUM_NODES", "1")) < wanted:
+        return Nodes()
+    return first_of_slurm(wanted, environment)
+
+
+def nodes_of_slurm(environment: Mapping[str, str] = os.environ) -> Nodes:
+    """All machines of the Slurm job that runs this process on its first."""
+    return first_of_slurm(int(environment["SLURM_JOB_NUM_NODES"]), environment)
+
+
+def first_of_slurm(count: int, environment: Mapping[str, str]) -> Nodes:
+    """So many machines of a Slurm job, this one among them."""
+    if count == 1:
         return Nodes()
     port = PORTS[int(environment["SLURM_JOB_ID"]) % len(PORTS)]
-    return Nodes(wanted, f"{socket.gethostname()}:{port}", "srun")
+    return Nodes(count, f"{socket.gethostname()}:{port}", "srun")

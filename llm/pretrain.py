@@ -37,6 +37,7 @@ from llm.model import ModelConfig, ModelShape
 from llm.optim import OptimizerConfig
 from llm.recovery import Recovery
 from llm.schedule import BatchPlan, Schedule, batch_plan
+from llm.slurm import SlurmJob
 from llm.summary import describe_reading, summarise
 
 MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -46,6 +47,9 @@ MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
 class PretrainRuntime(Runtime):
     """How training is executed."""
 
+    launcher: Literal["local", "slurm"] = "local"
+    """Who starts the ranks: this machine (and those that `llm.nodes` knows of), or a job that is submitted to Slurm."""
+    slurm: SlurmJob = SlurmJob()
     ranks: int = Field(default=1, ge=1)
     """Processes that share each batch: one a GPU, or a few on a CPU."""
     zero_stage: int = Field(default=0, ge=0, le=3)
@@ -105,6 +109,10 @@ class PretrainRuntime(Runtime):
             raise ValueError(
                 "compile needs layers whose parameters stay and that nothing is sent in: set zero_stage to 0, 1 or 2, "
                 "and tensor_parallel to 1"
+            )
+        if self.launcher == "slurm" and self.ranks % self.slurm.nodes:
+            raise ValueError(
+                f"slurm.nodes {self.slurm.nodes} does not divide ranks {self.ranks}: change one of them"
             )
         return self
 
@@ -219,6 +227,12 @@ class PretrainConfig(StageConfig):
             UserError: more ranks than this machine has places for; attention that cannot run here; nothing to compile
                 with; no model in ``init_from``.
         """
+        here = self.runtime.launcher == "local"
+        resolved = self.for_this_machine() if here else self.require_precision()
+        return resolved if self.init_from is None else resolved.with_start(self.init_from)
+
+    def for_this_machine(self) -> Self:
+        """`resolve`, for ranks that start here."""
         require_ranks(self.runtime.ranks)
         precision = hardware_precision()[0] if self.precision == "auto" else self.precision
         resolved = self.model_copy(update={"precision": precision})
@@ -228,7 +242,16 @@ class PretrainConfig(StageConfig):
             raise UserError(
                 f"pretrain.runtime.compile is true, but {why_not}:\ninstall it, or set it to false"
             )
-        return resolved if self.init_from is None else resolved.with_start(self.init_from)
+        return resolved
+
+    def require_precision(self) -> Self:
+        """`resolve`, for ranks that start on machines which this one knows nothing of."""
+        if self.precision == "auto":
+            raise UserError(
+                "pretrain.precision is auto, which this machine cannot tell for those of Slurm:\n"
+                "set pretrain.precision to bf16 or fp32"
+            )
+        return self
 
     def with_start(self, folder: Path) -> Self:
         """A copy that knows what ``folder`` holds, to start from."""
@@ -387,21 +410,16 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     config = config.resolve()
     for line in presets.describe(config):
         context.note(line)
-    context.note(f"precision {config.precision}: {precision_reason(config.precision)}")
-    attention, reason = config.attention()
-    context.note(f"attention {attention}: {reason}")
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
-    matmul, reason = config.matmul()
-    if device_kind() == "cpu":
-        context.note(f"matrix products by {matmul}: {reason}")
-    runtime = config.runtime.model_copy(update={"attention": attention, "matmul": matmul})
-    config = config.model_copy(update={"runtime": runtime})
+    here = config.runtime.launcher == "local"
+    if here:
+        config = choose_kernels(config, context)
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
         job = prepare(config, inputs, out, context)
         path = job.scratch / "job.json"
         path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-        if device_kind() == "cpu":
+        if here and device_kind() == "cpu":
             context.note(remark())
         context.launch(
             "llm.trainer",
@@ -410,8 +428,21 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
             events=job.events,
             logs=out / "logs",
             grace_seconds=config.runtime.grace_seconds,
+            batch=None if here else config.runtime.slurm,
         )
     return summarise(config, out)
+
+
+def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainConfig:
+    """A copy with what this machine computes with pinned, and told."""
+    context.note(f"precision {config.precision}: {precision_reason(config.precision)}")
+    attention, reason = config.attention()
+    context.note(f"attention {attention}: {reason}")
+    matmul, reason = config.matmul()
+    if device_kind() == "cpu":
+        context.note(f"matrix products by {matmul}: {reason}")
+    runtime = config.runtime.model_copy(update={"attention": attention, "matmul": matmul})
+    return config.model_copy(update={"runtime": runtime})
 
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
@@ -455,10 +486,11 @@ def as_begun(job: Job) -> Job:
     newest = next(iter(checkpoint.complete(job.checkpoints)), None)
     if newest is None:
         return job
-    made, now = newest.setup, job.setup
+    made, now = newest.setup, job.config.runtime
     alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
-    if job.config.runtime.micro_batch == "auto" and alike:
-        runtime = job.config.runtime.model_copy(update={"micro_batch": made.micro_batch})
+    if now.micro_batch == "auto" and alike:
+        runtime = now.model_copy(update={"micro_batch": made.micro_batch})
         job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
-    checkpoint.require_same_training(newest, job.setup)
+    if now.launcher == "local":  # else its ranks see for themselves: what they compute with is not known here
+        checkpoint.require_same_training(newest, job.setup)
     return job

@@ -124,6 +124,15 @@ class BatchPlan:
             step -= min(step, steps)
         return total + step * self.stairs[-1][1]
 
+    def step_of(self, window: int) -> int:
+        """The step that reads the ``window``-th of all windows (from 0): the inverse of `windows_before`."""
+        first = 0
+        for steps, windows in self.stairs[:-1]:
+            if window < steps * windows:
+                return first + window // windows
+            first, window = first + steps, window - steps * windows
+        return first + window // self.stairs[-1][1]
+
 
 def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup | None) -> BatchPlan:
     """The sizes of batches that read ``tokens`` tokens, less a remainder under one whole batch; at least one step.

@@ -18,6 +18,9 @@ from flows.plan import make_plan
 from flows.recipe import load_recipe
 from flows.store import Store
 
+AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+"""An MLflow that does not answer."""
+
 
 @dataclass(frozen=True)
 class Llmill:
@@ -43,9 +46,17 @@ class Llmill:
 
     def afresh(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         """The same as a person starts it: nothing is imported yet, and what imports print is seen."""
-        command, environment = [sys.executable, "-m", "flows.cli", *arguments], self.environment(**changes)
-        return ended(
-            subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300), code
+        process = self.start_afresh(*arguments, **changes)
+        out, err = process.communicate(timeout=300)
+        return ended(subprocess.CompletedProcess(process.args, process.returncode, out, err), code)
+
+    def start_afresh(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.cli", *arguments],
+            env=self.environment(**changes),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
 
     def run(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:

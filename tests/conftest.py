@@ -4,12 +4,45 @@ from __future__ import annotations
 
 import os
 import sysconfig
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-from command_line import Llmill
+from command_line import Llmill, kill_tree
+from xdist.scheduler import LoadScopeScheduling
 
 from flows.servers import PrefectServer
+
+SLOWEST = (
+    "test_operations", "test_durable", "test_end_to_end", "swept", "test_outages", "test_training",
+    "test_engines", "test_prefect_outage", "test_mistakes", "test_gc", "test_credentials", "test_mlflow",
+    "test_slurm", "test_trace", "test_benchmarks", "test_bench", "test_proxy",
+)  # fmt: skip
+"""Which files are begun first, so that no worker is left with a long one; those that wait beside those that compute."""
+SHARED = {"test_compare": "swept", "test_promote": "swept", "test_sweep": "swept"}
+"""Files that go to the same worker, for what they share takes long to make."""
+
+
+def group_of(file: str) -> str:
+    return SHARED.get(Path(file).stem, Path(file).stem)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    place = {name: number for number, name in enumerate(SLOWEST)}
+    items.sort(key=lambda item: place.get(group_of(str(item.path)), len(place)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    """A file goes to one worker."""
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.partition("::")[0])
+
+    return ByFile(config, log)
+
 
 RECIPE = """\
 name: small
@@ -77,4 +110,36 @@ def finished(make_llmill) -> Llmill:
     """A home in which the small recipe has run undisturbed. Tests must not change what is sealed there."""
     llmill = make_llmill()
     llmill.afresh("run", str(llmill.recipe))
+    return llmill
+
+
+SWEPT = (
+    RECIPE.replace("path: {corpus}", "path: {corpus}, split_chars: 4000")
+    .replace("gopher: null", "{{gopher: null, decontamination: {{sets: {{quiz: {{path: {corpus}.txt}}}}}}}}")
+    .replace("clean:\n  ", "clean: ")
+    .replace("val_fraction: 0.1", "val_fraction: 0.2")
+    .replace("tokens: 61_440", "tokens: 24_576")
+)
+"""The small recipe, with more held-out documents, and without those that hold a part of a quiz."""
+SWEEP = ("--grid", "pretrain.lr=0.003,0.00001", "--seeds", "2")
+
+
+@pytest.fixture(scope="session")
+def swept(make_llmill, corpus) -> Llmill:
+    """A home with a sweep over a good and a bad rate, two seeds each, which was killed within its second training.
+
+    Tests must not change what is sealed there.
+    """
+    words = (corpus / "argparse.txt").read_text().split()
+    corpus.with_suffix(".txt").write_text(" ".join(words[1000:1040]))
+    llmill = make_llmill(recipe=SWEPT)
+    run = llmill.start("sweep", str(llmill.recipe), *SWEEP)
+    events = "store/pretrain/*.partial/logs/events.jsonl"
+    while not list(llmill.home.glob("store/export/*/manifest.json")) or not any(
+        path.read_text().count('"step"') > 8 for path in llmill.home.glob(events)
+    ):
+        assert run.poll() is None, run.communicate()
+        time.sleep(0.02)
+    kill_tree(run)
+    (llmill.home / "sweep.txt").write_text(llmill("sweep", str(llmill.recipe), *SWEEP).stdout)
     return llmill

@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.context import UserError, cores
-from flows.cli import quiet_libraries
 from flows.launch import read_failure
+from flows.process import quiet_libraries
 from flows.servers import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,13 +33,15 @@ ROOT = Path(__file__).resolve().parents[1]
 def server(imported: str) -> subprocess.Popen[str]:
     """The process to fork from; it ends when we do, for then its standard input does."""
     quiet = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # else a look for GPUs spoils what is forked later
+    # What modules set for MLflow when they are imported is for the forked ones too, not what ours have set here.
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     return subprocess.Popen(
         [sys.executable, "-m", "tests.forks", imported],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
-        env={**os.environ, **quiet},
+        env={**kept, **quiet},
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data_pipeline.context import LocalContext
 from flows import launch
-from flows.cli import save_when_asked
+from flows.process import save_when_asked
 from llm.pretrain import PretrainConfig, pretrain
 
 if __name__ == "__main__":

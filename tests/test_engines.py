@@ -38,7 +38,7 @@ def main(recipe, homes, engines):
             home = homes / (engines[0] if engine == engines[-1] else engine)  # the last one, in the home of the first
             run = Run(loaded, home, Selection(stop="tokenize"), Terminal(), "")
             run.prepare()
-            run.execute()
+            run.execute({})
             print(engine, *[result.how for result in run.results.values()])
 
 if __name__ == "__main__":
@@ -64,7 +64,9 @@ def main(folder, engines):
 
     with PrefectServer(folder):
         from prefect import flow
+        from prefect.runtime import flow_run
         from flows.context import PrefectContext
+        from flows.flow_page import FlowPage
         from flows.recipe import RecipeRuntime
         from flows.runners import start_workers
         from flows.terminal import Terminal
@@ -75,7 +77,9 @@ def main(folder, engines):
             with start_workers(RecipeRuntime(task_runner=engine, workers=2), out) as workers:
                 @flow(task_runner=workers.task_runner())
                 def stage():
-                    PrefectContext("stage", out, workers, Terminal(), None).map(partial(step, out), range(1000))
+                    page = FlowPage(flow_run.id, "failures")
+                    context = PrefectContext("stage", out, workers, Terminal(), None, page)
+                    context.map(partial(step, out), range(1000))
 
                 try:
                     stage()
@@ -106,9 +110,15 @@ def drive(script: str, folder: Path, *arguments: str, **environment: str) -> lis
     return result.stdout.splitlines()
 
 
-def test_whatever_computes_a_run_it_ends_with_the_same_bytes(make_llmill, prefect_server, tmp_path):
+@pytest.mark.parametrize(
+    "engines",
+    [
+        ["processes-1", "processes-4", "dask-2"],
+        pytest.param(["processes-4", "threads-2", "ray-2", "dask-2"], marks=pytest.mark.long),
+    ],
+)
+def test_whatever_computes_a_run_it_ends_with_the_same_bytes(engines, make_llmill, prefect_server, tmp_path):
     recipe = make_llmill(recipe=MANY_SHARDS).recipe
-    engines = ["processes-1", "processes-4", "threads-2", "dask-2", "ray-2"]
     printed = drive(
         RUNS, tmp_path, str(recipe), str(tmp_path), *engines, "dask-1",
         MLFLOW_TRACKING_URI=f"sqlite:///{tmp_path}/mlflow.db",

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import signal
+import subprocess
+import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from command_line import Llmill, kill_tree
+from forks import ROOT
 from mlflow import MlflowClient
 from mlflow.entities import Run
+from operator_api import until
 
 from flows.recipe import flatten
+from flows.servers import free_port
 from flows.stages import BY_NAME
 
 
@@ -108,6 +118,110 @@ def test_manifest_report_and_payload_are_artifacts(client, children, parent, man
     assert {"recipe.yaml", "summary.md"} <= {
         entry.path for entry in client.list_artifacts(parent.info.run_id)
     }
+
+
+def test_pages_say_what_came_of_a_run_and_the_table_opens_with_what_counts(
+    client, parent, children, finished
+):
+    note = parent.data.tags["mlflow.note.content"]
+    for stage in BY_NAME:
+        assert f"| {stage} | ran |" in note
+    [written] = finished.home.glob("store/evaluate/*/samples.jsonl")
+    sample = json.loads(written.read_text().splitlines()[1])
+    assert sample["prompt"] + sample["text"] in note
+    assert "llmill run" in note
+    for stage, child in children.items():
+        [report] = finished.home.glob(f"store/{stage}/*/report.md")
+        assert child.data.tags["mlflow.note.content"] == report.read_text()
+    experiment = client.get_experiment_by_name("small")
+    assert experiment.tags["mlflow.experiment.primaryMetric.name"] in parent.data.metrics
+
+
+def test_each_stage_has_what_it_asked_of_the_machine(client, children):
+    for stage, child in children.items():
+        for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"):
+            points = client.get_metric_history(child.info.run_id, f"system/{name}")
+            assert points, (stage, name)
+            for point in points:
+                assert point.value >= 0
+                assert child.info.start_time <= point.timestamp <= child.info.end_time + 1000
+
+
+def test_what_was_validated_is_a_model_with_its_figures(client, children, finished):
+    training = children["pretrain"]
+    found = client.search_logged_models([training.info.experiment_id], "model_type = 'checkpoint'")
+    [path] = finished.home.glob("store/pretrain/*/validation.parquet")
+    checks = pq.read_table(path).to_pylist()
+    assert len(checks) > 2
+    by_step = {int(model.params["step"]): model for model in found}
+    assert sorted(by_step) == [check["step"] for check in checks]
+    for check in checks:
+        figures = {metric.key: metric.value for metric in by_step[check["step"]].metrics}
+        assert figures["val/bits_per_byte"] == check["bits_per_byte"]
+    kept = [step for step, model in by_step.items() if model.tags["llmill.weights"].startswith("sealed in")]
+    assert kept == [checks[-1]["step"]]
+    points = client.get_metric_history(training.info.run_id, "val/bits_per_byte")
+    assert [point.step for point in points] == sorted(by_step), "none is there twice"
+
+
+@pytest.fixture(scope="module")
+def version(client: MlflowClient, finished: Llmill):
+    [version] = client.search_model_versions("name = 'small'")
+    return version
+
+
+def test_the_export_is_a_registered_model_and_the_candidate(client, version, manifests, children):
+    assert version.tags["llmill.fingerprint"] == manifests["export"]["fingerprint"]
+    assert version.run_id == children["export"].info.run_id
+    assert client.get_model_version_by_alias("small", "candidate").version == version.version
+    assert f"llmill trace {manifests['export']['fingerprint']}" in version.description
+
+
+def test_every_tag_of_a_run_and_its_models_is_documented(client, runs, version):
+    documented = set(re.findall(r"`(llmill\.[\w.]+)`", (ROOT / "docs" / "mlflow.md").read_text()))
+    models = client.search_logged_models([runs[0].info.experiment_id])
+    given = {tag for tagged in [*(run.data for run in runs), version, *models] for tag in tagged.tags}
+    named = {re.sub(rf"^llmill\.({'|'.join(BY_NAME)})\.", "llmill.STAGE.", tag) for tag in given}
+    assert len(named) > 10
+    assert {tag for tag in named if tag.startswith("llmill.")} <= documented
+
+
+def test_mlflow_serves_the_registered_model_and_loads_it(finished: Llmill, tmp_path: Path):
+    """``mlflow models serve`` and ``mlflow.transformers.load_model``, each in a process of its own, say the same."""
+    programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it looks for uvicorn there
+    uri = {"MLFLOW_TRACKING_URI": f"sqlite:///{finished.home}/mlflow.db", "PATH": programs}
+    program = (
+        "import json, mlflow.transformers as t; p = t.load_model('models:/small@candidate'); "
+        "print(json.dumps(p('def f', max_new_tokens=4, do_sample=False)[0]['generated_text']))"
+    )
+    environment = {**os.environ, **uri}
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    port = free_port()
+    command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", "models:/small@candidate"]
+    with open(tmp_path / "log", "w") as log:
+        server = subprocess.Popen(
+            [*command, "--env-manager", "local", "--port", str(port)],
+            env=environment, stdout=log, stderr=log, start_new_session=True,
+        )  # fmt: skip
+    try:
+        until(lambda: pinged(port) or server.poll() is not None, bool, 200)
+        assert server.poll() is None, (tmp_path / "log").read_text()
+        body = {"inputs": ["def f"], "params": {"max_new_tokens": 4, "do_sample": False}}
+        answer = httpx.post(f"http://127.0.0.1:{port}/invocations", json=body, timeout=60)
+        assert answer.json() == {"predictions": [json.loads(loaded.stdout.splitlines()[-1])]}, answer.text
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(server.pid, signal.SIGKILL)
+
+
+def pinged(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/ping", timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_a_run_that_reuses_everything_can_be_compared_with_the_one_that_built_it(client, finished, parent):

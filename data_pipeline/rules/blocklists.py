@@ -1,9 +1,10 @@
-"""Lists of addresses and of phrases whose documents are dropped, from files that the recipe names.
+"""Lists of addresses, of phrases and of documents that are dropped, from files that the recipe names.
 
 One entry a line; empty lines and those that begin with ``#`` are skipped. An entry of an address list is a host
 (``example.com``, which takes its subdomains with it) or a host with a path (``example.com/shop``, which takes the
 pages below with it); the document's own address is ``url`` in its ``meta``. A phrase is found in any case and at the
-bounds of words, whatever punctuation and space stand between its words.
+bounds of words, whatever punctuation and space stand between its words. An entry of a list of ids is a document's id,
+or a file's (``source/file``), which takes all of its records with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -23,6 +25,7 @@ from data_pipeline.rules.normalise import Form, normalise
 from data_pipeline.rules.pinned_files import PinnedFile
 from data_pipeline.rules.sequences import Sequences, words_of
 
+BLOCKED_ID = "blocked_id"
 SCHEME = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")
 
 
@@ -31,6 +34,8 @@ class Blocklists(Config):
 
     urls: tuple[Path, ...] = ()
     phrases: tuple[Path, ...] = ()
+    ids: tuple[Path, ...] = ()
+    """Of documents that must not be used, by whoever's wish: nothing of their text is kept, not even as an example."""
 
 
 class UrlBlocklist:
@@ -100,6 +105,26 @@ class PhraseBlocklist:
             if match.row != last:
                 last = match.row
                 yield match.row, "blocked_phrase", self._phrases[match.item]
+
+
+class IdBlocklist:
+    """Ids of documents and of files."""
+
+    def __init__(self, files: tuple[PinnedFile, ...]) -> None:
+        entries = {line for file in files for _, line in file.lines()}
+        self._entries = pa.array(sorted(entries), pa.string())
+
+    def find(self, ids: pa.Array) -> Iterator[tuple[int, str, str]]:
+        """The rows that are blocked: (row, reason, the id)."""
+        files = pc.replace_substring_regex(ids, r"#[^#/]*$", "")
+        found = pc.or_(pc.is_in(ids, self._entries), pc.is_in(files, self._entries))
+        for row in np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist():
+            yield row, BLOCKED_ID, ids[row].as_py()
+
+
+@lru_cache(maxsize=2)
+def id_blocklist(files: tuple[PinnedFile, ...]) -> IdBlocklist:
+    return IdBlocklist(files)
 
 
 @lru_cache(maxsize=2)

@@ -105,6 +105,10 @@ def summarise(
         "bytes_per_token": sum(sizes.values()) / max(1, sum(tokens.values())),
         "tokens_per_word": sum(tokens.values()) / max(1, sum(words.values())),
         "shards": float(shards),
+        **{
+            f"tokens/{source}": float(number + totals["source_documents"][source])
+            for source, number in totals["source_tokens"].items()
+        },
     }
 
 

@@ -5,10 +5,12 @@ import json
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from corpora import prose, read_documents, write_documents
 
-from data_pipeline.clean import CleanConfig
-from data_pipeline.context import UserError
+from data_pipeline.clean import CleanConfig, clean
+from data_pipeline.context import LocalContext, UserError
 from data_pipeline.rules.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
 from data_pipeline.rules.pinned_files import pin
 
@@ -143,3 +145,25 @@ def test_a_list_that_is_not_text_is_an_error_that_names_it(tmp_path: Path) -> No
     (tmp_path / "list.gz").write_bytes(whole[:20] + bytes(255 - byte for byte in whole[20:22]) + whole[22:])
     with pytest.raises(UserError, match=r"list.gz can't be read: Error -3"):
         UrlBlocklist(pin([tmp_path / "list.gz"], "urls"))
+
+
+def test_a_listed_document_or_file_goes_and_nothing_of_its_text_stays(tmp_path: Path) -> None:
+    texts = {
+        f"s/{name}": f"{prose(n)} secret{n}"
+        for n, name in enumerate(["a#0", "a#1", "b#0", "b#1", "c", "d/c"])
+    }
+    (tmp_path / "withdrawn.txt").write_text("# asked for on Monday\ns/a\ns/b#1\ns/c\ns/none\n")
+    source, out = write_documents(tmp_path / "in", texts), tmp_path / "out"
+    config = CleanConfig(gopher=None, blocklists=Blocklists(ids=(tmp_path / "withdrawn.txt",)))
+    metrics = clean(config, {"download": source}, out, LocalContext())
+    assert set(read_documents(out)) == {"s/b#0", "s/d/c"}
+    assert metrics["dropped/blocked_id"] == 4
+    rejected = {row["id"] for path in out.glob("rejected/*") for row in pq.read_table(path).to_pylist()}
+    assert rejected == {"s/a#0", "s/a#1", "s/b#1", "s/c"}
+    tables = [pq.read_table(path).to_pylist() for path in out.rglob("*.parquet")]
+    notes = [path.read_text() for path in out.rglob("*") if path.is_file() and path.suffix != ".parquet"]
+    everything = str(tables) + "".join(notes)
+    assert "secret2" in everything
+    for gone in (0, 1, 3, 4):
+        assert f"secret{gone}" not in everything
+        assert prose(gone)[:40] not in everything

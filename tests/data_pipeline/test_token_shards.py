@@ -158,6 +158,7 @@ def test_the_report_tells_bytes_a_token_and_tokens_a_word_by_source(
             f"| {source} | {len(mine)} | {tokens + len(mine)} | {size / tokens:.3f} | {tokens / words:.3f} |"
         )
         assert row in (tmp_path / "out" / "report.md").read_text()
+        assert metrics[f"tokens/{source}"] == tokens + len(mine)
         total += (len(mine), size, tokens, words)
     assert metrics["documents"] == total[0]
     assert metrics["bytes_per_token"] == total[1] / total[2]

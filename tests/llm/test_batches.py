@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.context import UserError
-from llm.batches import batch_windows, permute, rank_share, require_batch
+from llm.batches import batch_windows, permute, places_of, rank_share, require_batch, unpermute
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -87,3 +87,24 @@ def test_a_corpus_smaller_than_one_batch_is_refused_with_figures() -> None:
     require_batch(1025, context=32, batch_tokens=1024)
     with pytest.raises(UserError, match=r"1,024 training tokens \(992 in whole.*one batch needs 1,024"):
         require_batch(1024, context=32, batch_tokens=1024)
+
+
+@settings(deadline=None)
+@given(
+    total=st.one_of(st.integers(1, 300), st.integers(1, 2**62)),
+    seed=SEEDS,
+    epoch=st.integers(0, 2**40),
+    places=st.lists(st.integers(0, 2**62), min_size=1, max_size=50),
+)
+def test_unpermute_leads_back_to_every_place(total: int, seed: int, epoch: int, places: list[int]) -> None:
+    wanted = np.array([place % total for place in places], np.uint64)
+    assert np.array_equal(unpermute(permute(wanted, total, seed, epoch), total, seed, epoch), wanted)
+    assert np.array_equal(permute(unpermute(wanted, total, seed, epoch), total, seed, epoch), wanted)
+
+
+@settings(deadline=None)
+@given(total=st.integers(1, 500), seed=SEEDS, first=st.integers(0, 10**6), count=st.integers(1, 300))
+def test_a_window_of_an_epoch_knows_its_place(total: int, seed: int, first: int, count: int) -> None:
+    epochs = np.arange(first, first + count) // total
+    found = places_of(batch_windows(first, count, seed, total), epochs, seed, total)
+    assert np.array_equal(found, np.arange(first, first + count))

@@ -65,6 +65,18 @@ def test_a_slot_knows_its_place_without_those_before_it(
     assert expected == mixture.read_before(first + count)
 
 
+@settings(max_examples=25, deadline=None)
+@given(weights=WEIGHTS, batch=st.integers(1, 4), first=st.integers(0, 10**12), count=st.integers(1, 500))
+def test_a_place_of_a_source_knows_the_slot_that_reads_it(
+    weights: dict[str, float], batch: int, first: int, count: int
+) -> None:
+    mixture, slots = Mixture.of(weights, batch), np.arange(first, first + count)
+    sources, places = mixture.places(slots)
+    for source in range(len(weights)):
+        here = sources == source
+        assert np.array_equal(mixture.slots(source, places[here]), slots[here])
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     totals=st.lists(st.integers(8, 60), min_size=2, max_size=4),

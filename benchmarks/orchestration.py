@@ -1,0 +1,88 @@
+"""What tracking and orchestration cost: a run through Prefect and MLflow, beside the same bodies called directly."""
+
+from __future__ import annotations
+
+import shutil
+import statistics
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.measure import Contestant, alternate
+from benchmarks.report import Report, arguments
+from benchmarks.whole_run import directly, through
+from flows.servers import free_port
+from flows.services import Up, Wanted, stop
+
+
+def main() -> None:
+    parser = arguments(__doc__, megabytes=24, peer_megabytes=0, repeats=3)
+    parser.add_argument("--tokens", type=int, default=0, help="tokens to train on; 0: what the recipe says")
+    options = parser.parse_args()
+    folder = options.work.resolve() / "orchestration"
+    shutil.rmtree(folder, ignore_errors=True)
+    settings = [f"download.sources.0.max_bytes={int(options.megabytes * 1e6)}"]
+    settings += [f"pretrain.tokens={options.tokens}"] if options.tokens else []
+    with servers(folder / "servers") as environment:
+        job = {"settings": settings, "work": str(folder), "cores": options.cores}
+        size = int(options.megabytes * 1e6)
+        contestants = [
+            Contestant("the bodies called directly", directly, job, size, options.cores),
+            Contestant(
+                "llmill, servers up", through, {**job, "environment": environment}, size, options.cores
+            ),
+            Contestant(
+                "llmill, on its own", through, {**job, "environment": {}}, size, options.cores, repeats=1
+            ),
+        ]
+        all_runs = alternate(contestants, options.repeats, folder / "logs")
+    bare = all_runs[0].median
+    report = Report("orchestration", "What tracking and orchestration cost", {"settings": settings})
+    report.text(
+        "The quickstart recipe from sources to an exported model, on new homes in turns. The clock starts when all "
+        "is imported. Directly: each body on its folders, a local pool, the same launcher; nothing is sealed, nobody "
+        "is told. With servers up: Prefect's and MLflow's as `llmill up` keeps them (SQLite). On its own: the run "
+        "brings its Prefect server up and down, and writes MLflow's SQLite file itself."
+    )
+    report.table(
+        "runs",
+        ("", "runs", "median s", "spread s", "more than the bodies, s", "of the run %"),
+        [
+            [
+                runs.contestant.name,
+                len(runs.seconds),
+                runs.median,
+                max(runs.seconds) - min(runs.seconds),
+                runs.median - bare,
+                100 * (runs.median - bare) / runs.median,
+            ]
+            for runs in all_runs
+        ],
+    )
+    for runs in all_runs[1:]:
+        stages, rest = (statistics.median(one[part] for one in runs.results) for part in ("stages", "rest"))
+        report.text(
+            f"{runs.contestant.name}: {stages:.1f} s within the bodies, {rest:.1f} s outside (medians)."
+        )
+    report.data["seconds"] = {runs.contestant.name: runs.seconds for runs in all_runs}
+    report.data["results"] = {runs.contestant.name: runs.results for runs in all_runs}
+    report.write(options.results)
+    shutil.rmtree(folder)
+
+
+@contextmanager
+def servers(home: Path) -> Iterator[dict[str, str]]:
+    """Servers that stay up for all runs, as a team has them; the environment that leads to them."""
+    wanted = Wanted(prefect_port=free_port(), mlflow_port=free_port(), pools=())
+    up = Up(home, wanted, print)
+    home.mkdir(parents=True)
+    up.start()
+    try:
+        environment = up.client_environment()
+        yield {name: environment[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+    finally:
+        stop(home)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The quickstart from sources to an exported model: its bodies called directly, and `llmill run`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import ROOT, Work
+from data_pipeline.context import LocalContext
+from flows.servers import CLIENT_SETTINGS
+
+RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
+
+
+def directly(settings: list[str], work: str, cores: int) -> Work:
+    """Every stage's body in order, on folders."""
+    from flows import launch
+    from flows.recipe import load_recipe
+    from flows.stages import STAGES
+
+    recipe = load_recipe(RECIPE, settings)
+    home = Path(work, "direct")
+
+    def run() -> dict[str, Any]:
+        shutil.rmtree(home, ignore_errors=True)
+        with LocalContext(cores, launch.local) as context:
+            for stage in STAGES:
+                out = home / stage.name
+                out.mkdir(parents=True)
+                config = getattr(recipe, stage.name).resolve()
+                stage.body(config, {name: home / name for name in stage.inputs}, out, context)
+        return {}
+
+    return run
+
+
+def through(settings: list[str], work: str, cores: int, environment: dict[str, str]) -> Work:
+    """``llmill run`` on a new home."""
+    os.environ.update(environment)
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    home = Path(work, "home")
+    from flows.pipeline import Run
+    from flows.plan import Selection
+    from flows.recipe import load_recipe
+    from flows.servers import PrefectServer
+    from flows.terminal import Terminal
+
+    recipe = load_recipe(RECIPE, settings)
+    assert recipe.runtime.worker_count == cores
+
+    def run() -> dict[str, Any]:
+        shutil.rmtree(home, ignore_errors=True)
+        home.mkdir(parents=True)
+        with PrefectServer(home) as server:
+            pipeline = Run(recipe, home, Selection(), Terminal(), "")
+            pipeline.prepare()
+            server.wait()
+            pipeline.execute({"recipe": str(RECIPE)})
+            rest = pipeline.overhead_seconds
+        return {"stages": sum(result.seconds for result in pipeline.results.values()), "rest": rest}
+
+    return run

@@ -1,0 +1,40 @@
+"""Options and checks that several commands share."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.context import UserError
+
+RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as flows/recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one setting; repeatable."),
+]
+Home = Annotated[Path, typer.Option(envvar="LLMILL_HOME", help="Where everything is kept.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+HOME = Path(".llmill")
+
+
+def writable(home: Path) -> None:
+    """Make the home folder, or say why not."""
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        if not os.access(home, os.W_OK):
+            raise PermissionError("it can't be written to")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--home {home}: {reason}; name another folder with --home or LLMILL_HOME") from None
+
+
+def typed() -> str:
+    """The command line as a person typed it, to be typed again."""
+    home = os.environ.get("LLMILL_HOME")
+    prefix = f"LLMILL_HOME={shlex.quote(home)} " if home and "--home" not in sys.argv else ""
+    return prefix + shlex.join(["llmill", *sys.argv[1:]])

@@ -1,0 +1,128 @@
+"""Run a recipe, say what a run would do, and take part in one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.context import UserError
+from flows.commands.options import HOME, AsJson, Home, Overrides, RecipePath, typed, writable
+from flows.process import end_like_ctrl_c, quiet_libraries, save_when_asked
+
+
+def run(
+    recipe: RecipePath,
+    set_: Overrides = None,
+    start: Annotated[
+        str | None, typer.Option("--from", help="Run from this stage on; earlier ones are sealed.")
+    ] = None,
+    stop: Annotated[str | None, typer.Option("--to", help="Run no stage after this one.")] = None,
+    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs are sealed.")] = None,
+    force: Annotated[str | None, typer.Option(help="Build this stage again although it is sealed.")] = None,
+    home: Home = HOME,
+    debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
+) -> None:
+    """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
+    quiet_libraries()
+    from flows.plan import Selection
+    from flows.recipe import load_recipe
+    from flows.servers import PrefectServer
+    from flows.terminal import Terminal, fail
+
+    selection, loaded = Selection(start, stop, only, force), load_recipe(recipe, set_ or ())
+    writable(home)
+    end_like_ctrl_c()
+    save_when_asked()
+    terminal = Terminal()
+    terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+    with PrefectServer(home) as server:
+        from flows.pipeline import Run  # Prefect reads its settings when it is imported
+
+        pipeline = Run(loaded, home, selection, terminal, typed())
+        try:
+            pipeline.prepare()
+            server.wait()
+            if server.absent:
+                terminal.note(
+                    f"Prefect at {server.absent} does not answer; this run is told to a server of its own",
+                    warning=True,
+                )
+            chosen = {"start": start, "stop": stop, "only": only, "force": force}
+            pipeline.execute(
+                {
+                    "recipe": str(recipe.resolve()),
+                    "settings": list(set_ or ()),
+                    "stages": {name: stage for name, stage in chosen.items() if stage},
+                    "home": str(home.resolve()),
+                }
+            )
+        except KeyboardInterrupt:
+            fail(f"stopped; the same command goes on from here: {typed()}")
+            raise typer.Exit(130) from None
+        report(pipeline, home)
+
+
+def report(pipeline: Any, home: Path) -> None:
+    """The end of a run: the table, what it cost, and where to look."""
+    from flows.terminal import duration
+
+    console, results = pipeline.terminal.console, pipeline.results.values()
+    pipeline.terminal.summary((result.artifact, result.how, result.seconds) for result in results)
+    reused = sum(result.how == "reused" for result in results)
+    seconds = duration(sum(result.seconds for result in results))
+    what = "every stage was reused" if reused == len(results) else f"{reused} of {len(results)} stages reused"
+    console.print(f"\n{what}; stages {seconds}, everything else {duration(pipeline.overhead_seconds)}")
+    if exported := pipeline.results.get("export"):
+        console.print(f"model   {exported.artifact.path}")
+    option = "" if home == HOME else f" --home {home}"
+    tracker = pipeline.tracker
+    if tracker.failure:
+        pipeline.terminal.note(
+            f"not all figures reached MLflow at {tracker.place} ({tracker.failure}); they are kept, and sent by the "
+            f"next run or: llmill sync{option}",
+            warning=True,
+        )
+    elif tracker.parent_name:
+        console.print(f"MLflow  run “{tracker.parent_name}” of experiment {pipeline.recipe.name}")
+    speak = f'   ·   llmill generate{option} --prompt "..."' if exported else ""
+    console.print(f"next    llmill ui{option}{speak}")
+
+
+def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
+    """Say what a run would do, stage by stage, and why; runs nothing."""
+    from flows.plan import make_plan
+    from flows.recipe import load_recipe
+    from flows.store import Store
+    from flows.terminal import Terminal, headline
+
+    quiet_libraries()
+    steps = make_plan(load_recipe(recipe, set_ or ()), Store(home))
+    if as_json:
+        print(json.dumps([step.as_json() for step in steps], indent=1))
+        return
+    console = Terminal().console
+    for step in steps:
+        mark = {"reuse": "= reuse  ", "run": "+ run    ", "resume": "> resume ", "unknown": "? unknown"}[
+            step.action
+        ]
+        first, *rest = step.why or [headline(step.artifact) if step.artifact else ""]
+        console.print(f"{mark} {step.stage.name:<16}{step.fingerprint or '-':<18}{first}")
+        for line in [*rest, *step.predicted]:
+            console.print(f"{'':<44}{line}")
+
+
+def join(
+    job: Annotated[Path, typer.Argument(help="The job.json that the first machine names.")],
+) -> None:
+    """Run this machine's part of a training that another machine started; see docs/training.md."""
+    from flows import launch
+    from llm.pretrain import Job
+
+    if not job.is_file():
+        raise UserError(f"{job}: there is no such file; the machines must see the store under one path")
+    ranks = Job.model_validate_json(job.read_text(encoding="utf-8")).config.runtime.ranks
+    sys.exit(launch.join("llm.trainer", job, ranks))

@@ -1,0 +1,81 @@
+"""Have a recipe run by itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from data_pipeline.context import UserError
+from flows.commands.options import HOME, Home, Overrides, RecipePath
+from flows.process import quiet_libraries
+from flows.servers import CLIENT_SETTINGS, answers
+from flows.services import prefect_api
+
+
+def deploy(
+    recipe: RecipePath,
+    cron: Annotated[
+        str | None, typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two.')
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; else UTC.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="The work pool whose workers run it; at first: llmill.")
+    ] = None,
+    gpu_pool: Annotated[
+        str | None,
+        typer.Option(help="Another pool for pretrain and evaluate, which are then flow runs there."),
+    ] = None,
+    collision: Annotated[
+        Literal["enqueue", "cancel-new"] | None,
+        typer.Option(help="When the run before is still going: wait for it (at first), or skip the new one."),
+    ] = None,
+    set_: Overrides = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of the flow, such as stages.stop=tokenize."),
+    ] = None,
+    file: Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")] = Path(
+        "prefect.yaml"
+    ),
+    home: Home = HOME,
+) -> None:
+    """Register a recipe with Prefect: one deployment for the pipeline, and one for each stage."""
+    quiet_libraries()
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    api = prefect_api(home)
+    if not api or not answers(api):
+        where = f"Prefect at {api} does not answer" if api else "there is no Prefect server"
+        raise UserError(f"{where}; start one with: llmill up")
+    os.environ["PREFECT_API_URL"] = api
+    from flows.deploy import Options, pools_of, register, write_deployments
+    from flows.pools import make_ready
+    from flows.recipe import load_recipe
+    from flows.terminal import Terminal
+
+    loaded = load_recipe(recipe, set_ or ())
+    options = Options(cron, timezone, pool, gpu_pool, collision, set_, tuple(param or ()))
+    names = write_deployments(file, loaded, recipe, home, options)
+    make_ready(api, pools_of(file, names))
+    register(file, names)
+    console = Terminal().console
+    show(console, api, names)
+    console.print(f"edit    {file}, then the same command again")
+
+
+def show(console: Any, api: str, names: list[str]) -> None:
+    """A line for each deployment, as the server has it now."""
+    from flows.pools import deployments_of
+
+    entries = deployments_of(api, names)
+    for entry in entries:
+        times = [schedule["schedule"] for schedule in entry["schedules"] if schedule["active"]]
+        when = ", ".join(f"{time.get('cron', 'scheduled')} {time.get('timezone') or 'UTC'}" for time in times)
+        console.print(f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when or 'when asked'}")
+    place = f"{api.removesuffix('/api')}/deployments/deployment/{entries[0]['id']}"
+    console.print(f"open    {place}  (Run there starts one now)")

@@ -1,0 +1,96 @@
+"""The servers that a home's runs are seen by."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.context import UserError
+from flows.commands.options import HOME, Home, writable
+from flows.servers import CLIENT_SETTINGS
+
+
+def up(
+    home: Home = HOME,
+    postgres: Annotated[
+        str,
+        typer.Option(
+            envvar="LLMILL_POSTGRES",
+            show_envvar=True,
+            metavar="URL",
+            help="Keep both servers' data there, in two databases; else in SQLite.",
+        ),
+    ] = "",
+    pool: Annotated[
+        list[str] | None, typer.Option(help="Start a worker for this work pool; repeatable.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Where to listen; loopback unless told otherwise.")] = "127.0.0.1",
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
+) -> None:
+    """Start Prefect, MLflow and a worker for this home, to stay; llmill down ends them."""
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    from flows.services import POOL, Up, Wanted, described
+    from flows.terminal import Terminal
+
+    writable(home)
+    terminal = Terminal()
+    wanted = Wanted(host, prefect_port, mlflow_port, tuple(pool or (POOL,)), postgres)
+    services = Up(home, wanted, terminal.note).start()
+    show_servers(terminal.console, described(services), services.database)
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        terminal.note(
+            f"these servers listen on {host} and ask nobody who he is; see docs/servers.md", warning=True
+        )
+    option = "" if home == HOME else f" --home {home}"
+    terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{option}")
+
+
+def down(home: Home = HOME) -> None:
+    """End what llmill up started; a run at work saves, and can be retried."""
+    from flows.services import stop
+    from flows.terminal import Terminal
+
+    ended = stop(home)
+    console = Terminal().console
+    console.print(f"ended: {', '.join(ended)}" if ended else f"no servers of {home} are up")
+
+
+def show_servers(console: Any, rows: list[dict[str, Any]], database: str) -> None:
+    """One line a server, as up and status print it."""
+    for row in rows:
+        mark = "✓" if row["state"] == "up" else "✗"
+        where = row["url"] or f"process {row['pid']}"
+        note = "" if row["state"] == "up" else "  (down; llmill up starts it again)"
+        console.print(f"{mark} {row['name']:<20}{where}{note}")
+    if rows:
+        console.print(f"  their data: {database}")
+
+
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Where on this machine.")] = 5000,
+    home: Home = HOME,
+) -> None:
+    """Open MLflow's web pages on the runs of this home; stop with Ctrl-C."""
+    from flows.tracking.links import tracking_uri, without_user
+
+    uri = tracking_uri(home)
+    if uri.startswith("http"):
+        typer.echo(f"the runs are on the MLflow server at {without_user(uri)}")
+        return
+    if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
+        raise UserError(f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml")
+    with socket.socket() as listener:
+        if listener.connect_ex(("127.0.0.1", port)) == 0:
+            raise UserError(f"port {port} of this machine is in use; name another with --port")
+    typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
+    sys.stdout.flush()
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    quiet = ["--uvicorn-opts", "--log-level warning"]
+    os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments, *quiet])

@@ -1,0 +1,70 @@
+"""A comparison as a whole, and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.comparison.curves import Curves, read_curves
+from flows.comparison.rows import Row, data_rows, metric_rows, setting_rows
+from flows.comparison.subjects import Subject
+from flows.comparison.verdict import Verdict, judge
+
+SCHEMA = 1
+"""Of the JSON; raised when something in it changes its meaning or goes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some runs, side by side."""
+
+    subjects: Sequence[Subject]
+    settings: list[Row]
+    metrics: list[Row]
+    data: list[Row]
+    curves: list[Curves]
+    verdict: Verdict
+
+    @property
+    def title(self) -> str:
+        """``A “small 2026-11-26 19:11:59” vs B ...``."""
+        return " vs ".join(f"{one.label} “{one.name}”" for one in self.subjects)
+
+    def as_json(self) -> dict[str, Any]:
+        """As docs/compare.md describes it."""
+        return {
+            "schema": SCHEMA,
+            "runs": [described(one) for one in self.subjects],
+            "settings": [row.as_json() for row in self.settings],
+            "metrics": [row.as_json() for row in self.metrics],
+            "data": [row.as_json() for row in self.data],
+            "verdict": self.verdict.as_json(),
+            "curves": {
+                one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=True)
+            },
+        }
+
+
+def compare(subjects: Sequence[Subject]) -> Comparison:
+    """Put runs side by side."""
+    return Comparison(
+        subjects,
+        setting_rows(subjects),
+        metric_rows(subjects),
+        data_rows(subjects),
+        [read_curves(one.artifacts["pretrain"]) for one in subjects],
+        judge(subjects),
+    )
+
+
+def described(subject: Subject) -> dict[str, Any]:
+    run = subject.run
+    return {
+        "label": subject.label,
+        "name": subject.name,
+        "recipe": subject.artifacts["pretrain"].manifest["recipe"],
+        "run_id": run.run_id if run else None,
+        "url": run.url if run else "",
+        "stages": {stage: artifact.fingerprint for stage, artifact in subject.artifacts.items()},
+    }

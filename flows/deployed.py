@@ -1,0 +1,111 @@
+"""The pipeline as Prefect runs it from a deployment: the flow whose parameters Prefect's pages show as a form.
+
+Deployments name `pipeline` as their entrypoint, so this module imports little; `llmill run` makes flow runs of the
+same name with the same parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow
+from prefect.runtime import flow_run
+from pydantic import BaseModel, ConfigDict, Field
+
+from flows.process import quiet_libraries
+
+FLOW = "pipeline"
+AWAY_SECONDS = 600
+TIME = "%Y-%m-%d %H:%M:%S"
+SETTING = r"^[a-z_]+(\.[A-Za-z0-9_]+)+=.*$"
+
+
+class StageName(StrEnum):
+    """A stage of the line."""
+
+    download = "download"
+    clean = "clean"
+    dedup = "dedup"
+    train_tokenizer = "train_tokenizer"
+    tokenize = "tokenize"
+    pretrain = "pretrain"
+    evaluate = "evaluate"
+    export = "export"
+
+
+class Stages(BaseModel):
+    """Which stages run. All, where nothing is chosen: sealed ones are reused, an unfinished one is resumed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: StageName | None = Field(
+        default=None, description="From this stage on; earlier ones must be sealed."
+    )
+    stop: StageName | None = Field(default=None, description="No stage after this one.")
+    only: StageName | None = Field(default=None, description="This stage alone; its inputs must be sealed.")
+    force: StageName | None = Field(default=None, description="Build this stage again although it is sealed.")
+
+
+ALL = Stages()
+Setting = Annotated[str, Field(pattern=SETTING, description="stage.field=value")]
+
+
+def run_name() -> str:
+    """``quickstart 2026-11-26 02:00:00``, or with a stage's name where that runs alone."""
+    parameters = flow_run.parameters
+    only = (parameters.get("stages") or ALL).only
+    return " ".join([Path(parameters["recipe"]).stem, *([only] if only else []), f"{datetime.now():{TIME}}"])
+
+
+@flow(name=FLOW, flow_run_name=run_name, retries=0, persist_result=False)
+def pipeline(
+    recipe: str,
+    settings: list[Setting] = [],  # noqa: B006
+    stages: Stages = ALL,
+    home: str = "",
+    dispatch: list[StageName] = [],  # noqa: B006
+    parent_key: str = "",
+) -> None:
+    """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
+
+    Args:
+        recipe: Path of the recipe's file, as the worker sees it.
+        settings: Changes to the recipe, each written as stage.field=value.
+        stages: Which stages run; all where nothing is chosen.
+        home: Where everything is kept; where it is empty, LLMILL_HOME of the worker.
+        dispatch: Stages that run as deployments of their own, in the work pools that those name.
+        parent_key: Tag llmill.key of the run in MLflow that a dispatched stage belongs to; set by who dispatches it.
+    """
+    quiet_libraries()
+    from flows.flow_runs import at_work, wait_for_prefect
+
+    place = Path(home or os.environ.get("LLMILL_HOME", ".llmill"))
+    chosen = {name: str(stage) if stage else None for name, stage in stages}
+    with at_work(place):  # before all else, so that who is killed from here on is found
+        from flows.dispatch import Dispatcher
+        from flows.pipeline import Run
+        from flows.plan import Selection
+        from flows.recipe import load_recipe
+        from flows.terminal import Terminal
+
+        command = resume_command(recipe, settings, chosen, place)
+        loaded = load_recipe(Path(recipe), settings)
+        dispatcher = Dispatcher(frozenset(map(str, dispatch)), parent_key)
+        run = Run(loaded, place, Selection(**chosen), Terminal(), command, dispatcher)
+        run.prepare()
+        run.work()
+    wait_for_prefect(AWAY_SECONDS)
+
+
+def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:
+    """What a person types on a machine that sees the home to go on with a run."""
+    options = {"start": "--from", "stop": "--to", "only": "--only", "force": "--force"}
+    words = ["llmill", "run", recipe, *(word for setting in settings for word in ("--set", setting))]
+    words += [word for name, stage in chosen.items() if stage for word in (options[name], stage)]
+    return shlex.join([*words, "--home", str(home)])

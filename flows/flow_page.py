@@ -1,0 +1,104 @@
+"""What the page of a run shows in Prefect: a table of its stages, the progress of the one at work, a link to MLflow.
+
+All of it is sent by a thread of its own, the latest of each kind, so that a slow or absent server holds nothing up.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import Any
+from uuid import UUID
+
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+
+SEND_SECONDS = 2.0  # between sends: who looks at a page does not look more often
+RETRY_SECONDS = 10.0
+CLOSE_SECONDS = 5.0
+
+
+class FlowPage:
+    """The artifacts of one flow run. Nothing that it does raises or waits, but `close`, for some seconds at most.
+
+    Where there is no flow run, for Prefect could not be reached, nothing is shown.
+    """
+
+    def __init__(self, flow_run_id: str | None, recipe: str) -> None:
+        self._flow_run_id = UUID(flow_run_id) if flow_run_id else None
+        self._prefix = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")
+        self._ids: dict[str, UUID] = {}
+        self._wanted: dict[str, dict[str, Any]] = {}
+        self._change = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._serve, name="flow-page", daemon=True)
+        if flow_run_id:
+            self._thread.start()
+
+    def stages(self, rows: Sequence[Mapping[str, Any]], summary: str) -> None:
+        """Show a table with one row a stage."""
+        self._show("stages", "table", list(rows), summary)
+
+    def progress(self, percent: float, description: str) -> None:
+        """Show how far the stage at work is."""
+        self._show("progress", "progress", round(percent, 1), description)
+
+    def links(self, text: str, summary: str) -> None:
+        """Show where else to look, in Markdown."""
+        self._show("links", "markdown", text, summary)
+
+    def close(self) -> None:
+        """Send what is wanted last."""
+        with self._change:
+            self._closing = True
+            self._change.notify()
+        if self._flow_run_id:
+            self._thread.join(CLOSE_SECONDS)
+
+    def _show(self, kind: str, type_: str, data: Any, description: str) -> None:
+        with self._change:
+            self._wanted[kind] = {"type": type_, "data": data, "description": description}
+            self._change.notify()
+
+    def _serve(self) -> None:
+        """Send what changed, every few seconds, to the end."""
+        with get_client(sync_client=True) as client:
+            while True:
+                with self._change:
+                    self._change.wait_for(lambda: self._wanted or self._closing)
+                    wanted, self._wanted = self._wanted, {}
+                    closing = self._closing
+                sent = False
+                with suppress(Exception):  # no run should end for want of its page
+                    for kind, fields in wanted.items():
+                        self._send(client, kind, fields)
+                    sent = True
+                if closing:
+                    return
+                if not sent:
+                    with self._change:
+                        self._wanted = {**wanted, **self._wanted}
+                self._pause(SEND_SECONDS if sent else RETRY_SECONDS)
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        with self._change:
+            while not self._closing and (left := deadline - time.monotonic()) > 0:
+                self._change.wait(left)
+
+    def _send(self, client: Any, kind: str, fields: Mapping[str, Any]) -> None:
+        if not self._ids:  # a run that is retried goes on with what its page shows
+            ours = {"flow_run_id": {"any_": [str(self._flow_run_id)]}, "type": {"not_any_": ["result"]}}
+            for entry in client.request("POST", "/artifacts/filter", json={"artifacts": ours}).json():
+                self._ids[entry["key"].removeprefix(f"{self._prefix}-")] = UUID(entry["id"])
+        if kind in self._ids:
+            changes = {name: value for name, value in fields.items() if name != "type"}
+            client.update_artifact(self._ids[kind], ArtifactUpdate(**changes))
+            return
+        created = client.create_artifact(
+            ArtifactCreate(key=f"{self._prefix}-{kind}", flow_run_id=self._flow_run_id, **fields)
+        )
+        self._ids[kind] = created.id

@@ -1,0 +1,1 @@
+"""What came from what: artifacts both ways, and a document's way through the line."""

@@ -1,0 +1,103 @@
+"""Work pools and what watches over their runs, kept on a Prefect server."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any
+
+from prefect.automations import (
+    Automation,
+    ChangeFlowRunState,
+    EventTrigger,
+    Posture,
+    ResourceSpecification,
+)
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.exceptions import ObjectAlreadyExists
+from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.workers.process import ProcessWorker
+
+from flows.deployed import FLOW
+from flows.flow_runs import CRASHED
+from flows.services import GPU_POOL, POOL
+
+ONLINE_SECONDS = 120
+SILENT_SECONDS = 90.0  # three heartbeats
+WATCH = "llmill: runs whose process went silent"
+LIMITS = {POOL: None, GPU_POOL: 1}
+"""Runs at once in each pool that llmill makes: one GPU trains one run. Change it on the pool's page."""
+
+
+def make_ready(api: str, pools: Sequence[str]) -> None:
+    """Make the pools that are missing, and the automation that finds crashed runs; what is there stays as it is."""
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        for pool in pools:
+            make_pool(client, pool, "process")
+        watch_heartbeats(client)
+
+
+def make_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
+    template = ProcessWorker.get_default_base_job_template()
+    wanted = WorkPoolCreate(
+        name=name, type=kind, base_job_template=template, concurrency_limit=LIMITS.get(name)
+    )
+    with suppress(ObjectAlreadyExists):
+        client.create_work_pool(wanted)
+
+
+def watch_heartbeats(client: SyncPrefectClient) -> None:
+    """Have Prefect mark a run as crashed when its heartbeats stop before its end: its machine is gone."""
+    if client.request(
+        "POST", "/automations/filter", json={"automations": {"name": {"any_": [WATCH]}}}
+    ).json():
+        return
+    ends = ("completed", "failed", "crashed", "cancelled")
+    trigger = EventTrigger(
+        after={"prefect.flow-run.heartbeat"},
+        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end.capitalize()}" for end in ends)},
+        match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=timedelta(seconds=SILENT_SECONDS),
+    )
+    crash = ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=CRASHED, force=False)
+    automation = Automation(name=WATCH, trigger=trigger, actions=[crash])
+    client.request("POST", "/automations/", json=automation.model_dump(mode="json", exclude={"id"}))
+
+
+def wait_for_worker(api: str, pool: str, since: float, see_alive: Callable[[], None]) -> None:
+    """Return when a worker of the pool has shown itself since ``since`` (seconds of the epoch)."""
+    deadline = time.monotonic() + ONLINE_SECONDS
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        while True:
+            workers = client.request(
+                "POST",
+                "/work_pools/{work_pool_name}/workers/filter",
+                json={},
+                path_params={"work_pool_name": pool},
+            ).json()
+            times = [worker["last_heartbeat_time"] for worker in workers if worker["status"] == "ONLINE"]
+            if any(stamp(text) >= since - 1 for text in times):
+                return
+            see_alive()
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"no worker of pool {pool} came up in {ONLINE_SECONDS} s")
+            time.sleep(0.3)
+
+
+def stamp(text: str) -> float:
+    return datetime.fromisoformat(text).timestamp()
+
+
+def deployments_of(api: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """What the server knows of these deployments of the pipeline, in this order."""
+    wanted = {"deployments": {"name": {"any_": list(names)}}, "flows": {"name": {"any_": [FLOW]}}}
+    with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+        found = client.request("POST", "/deployments/filter", json=wanted).json()
+    return sorted(found, key=lambda entry: list(names).index(entry["name"]))

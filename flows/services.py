@@ -1,0 +1,438 @@
+"""The servers that a home keeps up: Prefect's, MLflow's, and workers that carry out what is scheduled.
+
+``llmill up`` starts what is missing, ``llmill down`` ends exactly that; ``servers.json`` in the home says what there
+is. All listen on loopback unless told otherwise. Without them, a run brings its own Prefect server (`flows.servers`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+from filelock import FileLock
+
+from data_pipeline.context import UserError, last_lines
+from flows.store import write_durably
+
+START_SECONDS = 180
+STOP_SECONDS = 40  # a training that is told to end saves first
+POOL, GPU_POOL = "llmill", "llmill-gpu"
+PREFECT, MLFLOW = "prefect", "mlflow"
+DATABASES = {PREFECT: "llmill_prefect", MLFLOW: "llmill_mlflow"}
+
+
+@dataclass(frozen=True)
+class Running:
+    """A process that `up` started."""
+
+    pid: int
+    created: float
+    """When the system says it began: another process may get its number later."""
+    url: str = ""
+    """Where people open it; empty for a worker."""
+    log: str = ""
+
+    @property
+    def alive(self) -> bool:
+        try:
+            process = psutil.Process(self.pid)
+            return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True)
+class Services:
+    """What a home's ``servers.json`` says."""
+
+    database: str = "SQLite"
+    """Where both servers keep their data, for people: never with a password."""
+    processes: dict[str, Running] = field(default_factory=dict)
+    """By name: ``prefect``, ``mlflow``, ``worker NAME-OF-POOL``."""
+
+    def alive(self, name: str) -> Running | None:
+        """The process of that name, if it lives."""
+        process = self.processes.get(name)
+        return process if process and process.alive else None
+
+    def url(self, name: str) -> str:
+        """The address of a server that lives, and of one of a home in PostgreSQL even where it does not.
+
+        Nothing else knows the runs that are there, so a run must not begin a second history in SQLite.
+        """
+        process = self.processes.get(name)
+        known = process and (process.alive or self.database != "SQLite")
+        return process.url if process and known else ""
+
+
+def read_services(home: Path) -> Services:
+    """What `up` left; nothing, where it was never called or all was ended."""
+    try:
+        state = json.loads(place(home).read_text())
+        processes = {name: Running(**entry) for name, entry in state["processes"].items()}
+        return Services(state["database"], processes)
+    except FileNotFoundError:
+        return Services()
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{place(home)} is damaged; end its servers by hand and remove it") from None
+
+
+def place(home: Path) -> Path:
+    return home / "servers" / "servers.json"
+
+
+def prefect_api(home: Path) -> str:
+    """The Prefect API that runs on a home are told to: ``PREFECT_API_URL``, or that of the home's server; or empty.
+
+    Raises:
+        UserError: the variable holds a password, which would be shown wherever the address is.
+    """
+    url = read_services(home).url(PREFECT)
+    api = os.environ.get("PREFECT_API_URL") or (f"{url}/api" if url else "")
+    if "@" in urlsplit(api).netloc:
+        raise UserError(
+            "PREFECT_API_URL holds a user name or a password: set PREFECT_API_AUTH_STRING=USER:PASSWORD instead"
+        )
+    return api
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What `up` is asked for."""
+
+    host: str = "127.0.0.1"
+    prefect_port: int = 4200
+    mlflow_port: int = 5000
+    pools: Sequence[str] = (POOL,)
+    postgres: str = ""
+
+
+class Up:
+    """Starts what is missing of a home's servers."""
+
+    def __init__(self, home: Path, wanted: Wanted, say: Callable[[str], None]) -> None:
+        self.home, self.wanted, self.say = home.resolve(), wanted, say
+        self.folder = place(self.home).parent
+        self.services = Services()
+        self._started: list[str] = []
+        self._children: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self) -> Services:
+        """Start what does not run yet, and return when all answer.
+
+        Raises:
+            UserError: a port is in use, the database can't be reached, or the home is used in another way.
+            RuntimeError: a server did not come up; what this call had started is ended again.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / "up.lock"):
+            self.services = read_services(self.home)
+            self._check()
+            try:
+                self._start_servers()
+                self._settle()
+                self._start_workers()
+            except BaseException:
+                stop(self.home, self._started)
+                raise
+        return self.services
+
+    def _check(self) -> None:
+        """See that nothing stands in the way, before anything is started."""
+        missing = [name for name in (PREFECT, MLFLOW) if not self.services.alive(name)]
+        if len(missing) < 2 and self.wanted.postgres and self.services.database == "SQLite":
+            raise UserError("the servers of this home are up, on SQLite; end them first: llmill down")
+        if not self.wanted.postgres and self.services.database != "SQLite" and missing:
+            raise UserError(
+                f"the runs of this home are in {self.services.database}: give --postgres, or set LLMILL_POSTGRES"
+            )
+        if PREFECT in missing and (own := of_a_run(self.home)):
+            raise UserError(
+                f"a run in this home has a Prefect server of its own (process {own}); try again when it has ended"
+            )
+        for name in missing:
+            port = self.wanted.prefect_port if name == PREFECT else self.wanted.mlflow_port
+            if who := listener(self.wanted.host, port):
+                raise UserError(
+                    f"port {port} is in use by {who}; end that, or choose another: llmill up --{name}-port N"
+                )
+
+    def _start_servers(self) -> None:
+        database = prepare_postgres(self.wanted.postgres) if self.wanted.postgres else "SQLite"
+        self.services = replace(self.services, database=database)
+        commands = {PREFECT: self._prefect, MLFLOW: self._mlflow}
+        for name, command in commands.items():
+            if not self.services.alive(name):
+                self._spawn(name, *command())
+        for name in commands:
+            self._wait(name)
+
+    def _prefect(self) -> tuple[list[str], dict[str, str], str]:
+        """Command, environment and address of the Prefect server."""
+        host, port = self.wanted.host, self.wanted.prefect_port
+        environment = {
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        }
+        if self.wanted.postgres:
+            url = database_url(self.wanted.postgres, DATABASES[PREFECT], "postgresql+asyncpg")
+            environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
+        command = ["-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+        return command, environment, f"http://{reachable(host)}:{port}"
+
+    def _mlflow(self) -> tuple[list[str], dict[str, str], str]:
+        """Command, environment and address of the MLflow server."""
+        host, port = self.wanted.host, self.wanted.mlflow_port
+        store = f"sqlite:///{self.home}/mlflow.db"
+        if self.wanted.postgres:
+            store = database_url(self.wanted.postgres, DATABASES[MLFLOW], "postgresql")
+        environment = {
+            "MLFLOW_BACKEND_STORE_URI": store,  # not among the arguments, which every user of the machine sees
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+            "MLFLOW_LOGGING_LEVEL": "WARNING",
+        }
+        artifacts = ["--artifacts-destination", str(self.home / "mlartifacts")]
+        command = [
+            "-m",
+            "mlflow",
+            "server",
+            "--host",
+            host,
+            "--port",
+            str(port),
+            "--workers",
+            "1",
+            *artifacts,
+        ]
+        return command, environment, f"http://{reachable(host)}:{port}"
+
+    def _start_workers(self) -> None:
+        """A worker for each pool that has none here, once the pool is there."""
+        names = {pool: f"worker {pool}" for pool in self.wanted.pools}
+        missing = [pool for pool in names if not self.services.alive(names[pool])]
+        if not missing:
+            return
+        from flows.pools import make_ready, wait_for_worker
+
+        api = f"{self.services.processes[PREFECT].url}/api"
+        make_ready(api, self.wanted.pools)
+        since = time.time()
+        for pool in missing:
+            self._spawn(names[pool], *self._worker(pool))
+        for pool in missing:
+            self.say(f"waiting for the worker of pool {pool}")
+            wait_for_worker(api, pool, since, partial(self._see_alive, names[pool]))
+
+    def _settle(self) -> None:
+        """Have runs whose process died be known as crashed, before a worker takes up others."""
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        from flows.flow_runs import settle
+
+        with temporary_settings({PREFECT_API_URL: f"{self.services.processes[PREFECT].url}/api"}):
+            settle(self.home)
+
+    def _worker(self, pool: str) -> tuple[list[str], dict[str, str], str]:
+        name = f"{pool}@{socket.gethostname()}"
+        command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+        return command, self.client_environment(), ""
+
+    def client_environment(self) -> dict[str, str]:
+        """What a process needs to use these servers as a run does."""
+        from flows.servers import CLIENT_SETTINGS
+
+        return {
+            **CLIENT_SETTINGS,
+            "PREFECT_API_URL": f"{self.services.processes[PREFECT].url}/api",
+            "PREFECT_HOME": str(self.home / "prefect"),
+            "PREFECT_WORKER_QUERY_SECONDS": "3",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+            "MLFLOW_TRACKING_URI": self.services.processes[MLFLOW].url,
+            "LLMILL_HOME": str(self.home),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        }
+
+    def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str], url: str) -> None:
+        """Start a process that outlives us and our terminal, and note it before anything else happens."""
+        log = self.folder / f"{name.replace(' ', '-')}.log"
+        inherited = {key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL",)}
+        with open(log, "ab") as output:
+            child = subprocess.Popen(
+                [sys.executable, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**inherited, **environment},
+                start_new_session=True,
+            )
+        self._children[name] = child
+        self._started.append(name)
+        running = Running(child.pid, psutil.Process(child.pid).create_time(), url, str(log))
+        self.services = replace(self.services, processes={**self.services.processes, name: running})
+        write(self.home, self.services)
+
+    def _wait(self, name: str) -> None:
+        url = self.services.processes[name].url
+        if name in self._started:
+            self.say(f"waiting for {name} at {url}")
+        deadline = time.monotonic() + START_SECONDS
+        health = f"{url}/api/health" if name == PREFECT else f"{url}/health"
+        while not healthy(health):
+            self._see_alive(name)
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{name} does not answer at {url}; {self._end_of_log(name)}")
+            time.sleep(0.1)
+
+    def _see_alive(self, name: str) -> None:
+        child = self._children.get(name)
+        if child and child.poll() is not None:
+            raise RuntimeError(f"{name} ended with exit code {child.returncode}; {self._end_of_log(name)}")
+
+    def _end_of_log(self, name: str) -> str:
+        log = Path(self.services.processes[name].log)
+        return f"the end of {log}:\n{last_lines(log.read_text(errors='replace'))}"
+
+
+def stop(home: Path, names: Sequence[str] | None = None) -> list[str]:
+    """End the home's servers (of these names), workers first, and forget them; the names of those that were alive."""
+    services = read_services(home)
+    chosen = [name for name in services.processes if names is None or name in names]
+    order = sorted(chosen, key=lambda name: name in (PREFECT, MLFLOW))
+    ended = []
+    for name in order:
+        if services.alive(name):
+            end_tree(services.processes[name].pid)
+            ended.append(name)
+    left = {name: entry for name, entry in services.processes.items() if name not in chosen}
+    if services.database != "SQLite":  # where its runs are must not be forgotten
+        left |= {name: services.processes[name] for name in chosen if name in (PREFECT, MLFLOW)}
+    if left:
+        write(home, replace(services, processes=left))
+    else:
+        place(home).unlink(missing_ok=True)
+    return ended
+
+
+def end_tree(pid: int) -> None:
+    """Ask a process to end, and see that all that it had started ends with it."""
+    try:
+        process = psutil.Process(pid)
+        family = [process, *process.children(recursive=True)]
+        process.send_signal(signal.SIGTERM)
+    except psutil.NoSuchProcess:
+        return
+    _, alive = psutil.wait_procs(family, STOP_SECONDS)
+    for survivor in alive:
+        survivor.kill()
+    psutil.wait_procs(alive, 5)
+
+
+def write(home: Path, services: Services) -> None:
+    place(home).parent.mkdir(parents=True, exist_ok=True)
+    write_durably(place(home), json.dumps(asdict(services), indent=1))
+
+
+def of_a_run(home: Path) -> int | None:
+    """The process of a Prefect server that a run at work in this home has brought."""
+    from flows.servers import PrefectServer
+
+    server = PrefectServer(home)
+    return json.loads(server.state.read_text())["pid"] if server.running() else None
+
+
+def healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return response.status == 200
+    except (OSError, ValueError, urllib.error.URLError):
+        return False
+
+
+def reachable(host: str) -> str:
+    """The address by which this machine reaches a server that listens on ``host``."""
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+def listener(host: str, port: int) -> str:
+    """Who listens on a port, as far as the system tells; empty where nobody does."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+            return ""
+        except PermissionError:
+            return "the system: it is not allowed to you"
+        except OSError as error:
+            if isinstance(error, socket.gaierror):
+                raise UserError(f"--host {host}: {error.strerror}") from None
+    try:
+        for connection in psutil.net_connections("tcp"):
+            address = connection.laddr
+            listens = connection.status == psutil.CONN_LISTEN and address and address.port == port
+            if listens and connection.pid:
+                return f"{psutil.Process(connection.pid).name()} (process {connection.pid})"
+    except psutil.Error:
+        pass
+    return "another process"
+
+
+def database_url(server: str, database: str, scheme: str) -> str:
+    """The address of one database on the server that ``--postgres`` names."""
+    parts = urlsplit(server)
+    return parts._replace(scheme=scheme, path=f"/{database}").geturl()
+
+
+def prepare_postgres(server: str) -> str:
+    """Make the two databases where they are missing; where the server is, for people.
+
+    Raises:
+        UserError: it is no address of PostgreSQL, its driver is not installed, or it can't be reached.
+    """
+    parts = urlsplit(server)
+    if parts.scheme not in ("postgresql", "postgres") or not parts.hostname:
+        raise UserError("--postgres: write it as postgresql://USER:PASSWORD@HOST:PORT")
+    where = f"PostgreSQL at {parts.hostname}:{parts.port or 5432}"
+    try:
+        import psycopg2
+    except ImportError:
+        raise UserError(
+            "--postgres needs a driver that is not installed: pip install 'llmill[postgres]'"
+        ) from None
+    try:
+        admin = psycopg2.connect(
+            parts._replace(scheme="postgresql", path=parts.path.rstrip("/") or "/postgres").geturl()
+        )
+        admin.autocommit = True
+        with admin.cursor() as cursor:
+            for database in DATABASES.values():
+                cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (database,))
+                if not cursor.fetchone():
+                    cursor.execute(f'CREATE DATABASE "{database}"')
+        admin.close()
+    except psycopg2.Error as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"--postgres: {where}: {reason.replace(parts.password or chr(0), '***')}") from None
+    return where
+
+
+def described(services: Services) -> list[dict[str, Any]]:
+    """One row a process, for `llmill status`."""
+    return [
+        {"name": name, "state": "up" if running.alive else "down", "url": running.url, "pid": running.pid}
+        for name, running in services.processes.items()
+    ]

@@ -1,0 +1,213 @@
+"""A recipe run with all combinations of some settings and seeds, one run after the other, as one parent in MLflow.
+
+Each is a run like any other: what earlier ones sealed is reused, and a sweep that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from data_pipeline.context import UserError
+from flows.comparison.compare import Comparison, compare
+from flows.comparison.log import files, note
+from flows.comparison.subjects import Finder, Subject, label
+from flows.plan import Selection, Step, make_plan
+from flows.recipe import Recipe, load_recipe
+from flows.store import Store, canonical_json, write_durably
+from flows.terminal import Terminal
+from flows.tracking.findings import Finding
+from flows.tracking.tracker import read_record
+
+if TYPE_CHECKING:
+    from flows.pipeline import Run
+
+SEED = "pretrain.seed"
+COMMAS = re.compile(r",(?![^\[{]*[\]}])")
+"""Between values, not within a list."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep."""
+
+    chosen: tuple[str, ...]
+    """The settings of the grid, and the seed."""
+    settings: tuple[str, ...]
+    """All changes to the recipe."""
+    recipe: Recipe
+    steps: list[Step]
+
+    @property
+    def name(self) -> str:
+        """``lr 1e-3, seed 0``."""
+        pairs = (setting.partition("=") for setting in self.chosen)
+        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in pairs)
+
+    @property
+    def key(self) -> str:
+        """What it will have made when it has ended well."""
+        return str(self.steps[-1].fingerprint)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """What became of a member."""
+
+    member: Member
+    evaluation: str = ""
+    """The fingerprint of what it evaluated."""
+    key: str = ""
+    """By which its run is found in MLflow."""
+    failure: str = ""
+
+
+def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Setting -> its values, from ``stage.field=value,value``.
+
+    Raises:
+        UserError: one is written otherwise, or a setting or a value is there twice.
+    """
+    grid: dict[str, list[str]] = {}
+    for text in texts:
+        setting, _, values = text.partition("=")
+        found = [value.strip() for value in COMMAS.split(values)]
+        if not setting or not all(found):
+            raise UserError(f"--grid {text}: write it as stage.field=value,value")
+        if setting in grid or len(set(found)) < len(found):
+            raise UserError(f"--grid {text}: {setting} or one of its values is there twice")
+        grid[setting] = found
+    return grid
+
+
+def read_members(
+    path: Path, changes: Sequence[str], grid: dict[str, list[str]], seeds: int, store: Store
+) -> list[Member]:
+    """All combinations, the seeds of one recipe next to each other.
+
+    Raises:
+        UserError: a combination is no valid recipe, can't be planned, or there is but one.
+    """
+    if SEED in grid and seeds > 1:
+        raise UserError(f"--grid {SEED} excludes --seeds: choose one")
+    members = []
+    for values in itertools.product(*grid.values()):
+        settings = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
+        first = load_recipe(path, [*changes, *settings]).pretrain.seed
+        for seed in range(first, first + seeds):
+            chosen = settings if SEED in grid else [*settings, f"{SEED}={seed}"]
+            recipe = load_recipe(path, [*changes, *chosen])
+            steps = make_plan(recipe, store)
+            for step in steps:
+                if step.action == "unknown":
+                    raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
+            members.append(Member(tuple(chosen), (*changes, *chosen), recipe, steps))
+    if len(members) < 2:
+        raise UserError("a sweep is of two runs at least: give --grid more values, or --seeds 3")
+    return members
+
+
+def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list[str]]]:
+    """For each member: how many stages are sealed, how many an earlier one builds, and those that it builds itself."""
+    seen: set[tuple[str, str]] = set()
+    for member in members:
+        waiting = [step for step in member.steps if step.action != "reuse"]
+        keys = {step.stage.name: (step.stage.name, str(step.fingerprint)) for step in waiting}
+        builds = [name for name, key in keys.items() if key not in seen]
+        seen.update(keys.values())
+        yield member, len(member.steps) - len(waiting), len(waiting) - len(builds), builds
+
+
+class Sweep:
+    """The runs of a sweep, and their parent in MLflow."""
+
+    def __init__(self, members: Sequence[Member], home: Path, terminal: Terminal, command: str) -> None:
+        self.members, self.home, self.terminal, self.command = members, home, terminal, command
+        recipe = members[0].recipe.name
+        plan = hashlib.sha256(canonical_json([member.key for member in members]).encode()).hexdigest()[:16]
+        self._record = home / "runs" / f"sweep-{recipe}-{plan}.json"
+        record = read_record(self._record)
+        self._done: dict[str, str] = record.get("done", {})
+        settings = dict.fromkeys(one.partition("=")[0] for member in members for one in member.chosen)
+        name = f"sweep over {', '.join(setting.rpartition('.')[2] for setting in settings)}"
+        self._finding = Finding(home, recipe, "sweep", name, record.get("key", ""))
+        self._tags = {"llmill.recipe": recipe, "llmill.sweep.settings": ", ".join(settings)}
+
+    def run(self, recipe: Path) -> list[Ended]:
+        """Run all members; one that fails leaves the others going."""
+        self._save()
+        self._tell()
+        ended = []
+        for number, member in enumerate(self.members, 1):
+            self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
+            ended.append(self._member(member, recipe))
+            if ended[-1].failure:
+                self.terminal.note(ended[-1].failure, warning=True)
+        return ended
+
+    def finish(self, ended: Sequence[Ended]) -> Comparison | None:
+        """Put what ended well side by side, and end the parent; None where fewer than two did."""
+        well = [one for one in ended if not one.failure]
+        comparison = compare(self._subjects(well)) if len(well) > 1 else None
+        if comparison:
+            text, evidence = note(comparison), files(comparison)
+        else:
+            text, evidence = "fewer than two runs ended well", {}
+        self._tell(evidence, text, "FINISHED" if len(well) == len(ended) else "FAILED")
+        if len(well) == len(ended):
+            self._record.unlink(missing_ok=True)
+        return comparison
+
+    def stop(self) -> None:
+        """Say in MLflow that a person stopped it; the same command goes on."""
+        self._tell(status="KILLED")
+
+    def _tell(self, evidence: Mapping[str, str] | None = None, text: str = "", status: str = "") -> None:
+        if why_not := self._finding.tell(self._tags, evidence, text, status):
+            self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
+
+    def _member(self, member: Member, recipe: Path) -> Ended:
+        evaluation = next(str(step.fingerprint) for step in member.steps if step.stage.name == "evaluate")
+        if member.key in self._done and all(step.action == "reuse" for step in member.steps):
+            self.terminal.note("it ended well before this sweep was stopped")
+            return Ended(member, evaluation, self._done[member.key])
+        try:
+            run = self._run(member, recipe)
+        except Exception as error:
+            return Ended(member, failure=str(error) or type(error).__name__)
+        self._done[member.key] = run.tracker.parent_key
+        self._save()
+        return Ended(member, evaluation, run.tracker.parent_key)
+
+    def _run(self, member: Member, recipe: Path) -> Run:
+        from flows.pipeline import Run  # Prefect reads its settings when it is imported
+
+        run = Run(member.recipe, self.home, Selection(), self.terminal, self.command, sweep=self._finding.key)
+        run.prepare()
+        run.execute(
+            {
+                "recipe": str(recipe.resolve()),
+                "settings": list(member.settings),
+                "stages": {},
+                "home": str(self.home.resolve()),
+            }
+        )
+        return run
+
+    def _subjects(self, ended: Sequence[Ended]) -> list[Subject]:
+        finder = Finder(Store(self.home))
+        return [
+            finder.of_evaluation(one.evaluation, label(place), one.member.name, one.key)
+            for place, one in enumerate(ended)
+        ]
+
+    def _save(self) -> None:
+        """Note which members are done, for a sweep that goes on with this one."""
+        self._record.parent.mkdir(parents=True, exist_ok=True)
+        write_durably(self._record, json.dumps({"key": self._finding.key, "done": self._done}))

@@ -1,0 +1,1 @@
+"""MLflow, and nothing but it: no other module imports ``mlflow``."""

@@ -1,0 +1,51 @@
+"""Where MLflow is, and where a person finds a run in its pages."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows.services import MLFLOW, read_services
+
+PAGES = "LLMILL_MLFLOW_PAGES"  # where browsers reach MLflow, if not at MLFLOW_TRACKING_URI
+HOME = "home"
+
+
+def tracking_uri(home: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, the server that `llmill up` started for ``home``, or a SQLite file there."""
+    given = os.environ.get("MLFLOW_TRACKING_URI") or read_services(home).url(MLFLOW)
+    return given or f"sqlite:///{home.resolve()}/mlflow.db"
+
+
+def target(home: Path) -> str:
+    """Which MLflow `tracking_uri` names, to be noted on disk: ``home`` for the home's own, however it is reached."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    ours = not given or given == read_services(home).url(MLFLOW)
+    return HOME if ours else without_user(given)
+
+
+def without_user(uri: str) -> str:
+    """An address as it may be shown: without the user and the password that may be in it."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """What somebody said of ``uri``, without the user and the password that may be in it."""
+    parts = urlsplit(uri)
+    user, at, _ = parts.netloc.rpartition("@")
+    text = text.replace(user + at, "") if at else text
+    return text.replace(parts.password, "***") if parts.password else text
+
+
+def run_url(tracking_uri: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page; empty where no server shows it, or the run is not known yet."""
+    base = os.environ.get(PAGES) or tracking_uri
+    parts = urlsplit(base)
+    if parts.scheme not in ("http", "https") or not experiment_id or not run_id:
+        return ""
+    place = parts.hostname or ""
+    place = f"[{place}]" if ":" in place else place
+    place = f"{place}:{parts.port}" if parts.port else place  # never the user and password that may be there
+    return f"{parts.scheme}://{place}{parts.path.rstrip('/')}/#/experiments/{experiment_id}/runs/{run_id}"

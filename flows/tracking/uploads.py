@@ -1,0 +1,57 @@
+"""The files of a sealed artifact that its run in MLflow holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from mlflow import MlflowClient
+
+from flows.plots import plots
+from flows.store import Artifact
+from flows.tracking.models import log_checkpoints, register, register_reference
+
+FILES = "llmill.files"
+"""The tag that says why files are missing."""
+
+
+class Refused(Exception):
+    """MLflow will never take this operation; the message says why."""
+
+
+def log_about(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    """What says of an artifact how it was made and what became of it."""
+    for name in ("manifest.json", "report.md"):
+        if (artifact.path / name).exists():
+            client.log_artifact(run_id, str(artifact.path / name))
+
+
+def log_plots(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    try:
+        figures = plots(artifact)
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise Refused(f"its plots can't be drawn: {type(error).__name__}: {error}") from error
+    for name, figure in figures.items():
+        client.log_figure(run_id, figure, name)
+
+
+def log_payload(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    client.log_artifacts(run_id, str(artifact.path), "payload")
+
+
+def log_reference(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    """Where the payload is, instead of it."""
+    reference = {"path": str(artifact.path), "files": artifact.manifest["files"]}
+    client.log_dict(run_id, reference, "payload.json")
+
+
+UPLOADS: dict[str, Callable[[MlflowClient, str, Artifact], None]] = {
+    "about": log_about,
+    "plots": log_plots,
+    "payload": log_payload,
+    "reference": log_reference,
+    "checkpoints": log_checkpoints,
+    "version": register,
+    "version-reference": register_reference,
+}

@@ -1,0 +1,190 @@
+"""What is delivered to MLflow is there once, however often it is sent; what it refuses holds nothing else up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+from postgres import postgres
+
+from flows.store import Store
+from flows.tracking.delivery import deliver
+from flows.tracking.journal import Journal, outbox
+from flows.tracking.operations import Away, Mlflow
+from flows.tracking.tracker import beginning, description
+from flows.tracking.uploads import Refused
+
+KEY = "0123456789abcdef"
+RUN = {"run": KEY}
+POINTS = [[f"train/loss{n % 3}", n / 7, 1_700_000_000_000 + n, n] for n in range(2500)]
+DATASETS = [{"name": "dedup", "digest": "f00d", "source_type": "local", "source": "{}", "profile": "{}"}]
+TOLD = [
+    {"op": "begin", **beginning(KEY, "pretrain")},
+    *description(KEY, {"lr": 0.1, "long": {str(n): n for n in range(150)}}, {"llmill.stage": "pretrain"}),
+    {"op": "inputs", **RUN, "datasets": DATASETS},
+    {"op": "metrics", **RUN, "points": POINTS},
+    {"op": "metrics", **RUN, "points": [["nan", float("nan"), 1_700_000_000_000, 1]]},
+    {"op": "text", **RUN, "name": "summary.md", "text": "ä"},
+    {"op": "end", **RUN, "status": "FINISHED", "time": 1_700_000_009_000},
+]
+
+
+@pytest.fixture(scope="module")
+def database(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """A SQLite database whose tables are made: that takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    MlflowClient(f"sqlite:///{folder}/mlflow.db").search_experiments()
+    return (folder / "mlflow.db").read_bytes()
+
+
+@pytest.fixture
+def mlflow(database: bytes, tmp_path: Path) -> Mlflow:
+    (tmp_path / "mlflow.db").write_bytes(database)
+    return Mlflow(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def journal_of(home: Path, *operations: dict) -> Journal:
+    journal = Journal.begin(outbox(home), "small", "home")
+    journal.append(operations)
+    return journal
+
+
+def send(mlflow: Mlflow, *operations: dict) -> list[str]:
+    """Why each operation was refused."""
+    return [why for _, why in deliver(journal_of(mlflow.home, *operations), mlflow)]
+
+
+def runs(mlflow: Mlflow) -> list:
+    client = MlflowClient(mlflow.uri)
+    return client.search_runs([client.get_experiment_by_name("small").experiment_id])
+
+
+def assert_there_once(mlflow: Mlflow) -> None:
+    client, [run] = MlflowClient(mlflow.uri), runs(mlflow)
+    assert (run.info.status, run.info.end_time, run.info.run_name) == (
+        "FINISHED",
+        TOLD[-1]["time"],
+        "pretrain",
+    )
+    assert run.info.start_time == TOLD[0]["time"]
+    found = [
+        [point.key, point.value, point.timestamp, point.step]
+        for name in ("train/loss0", "train/loss1", "train/loss2")
+        for point in client.get_metric_history(run.info.run_id, name)
+    ]
+    assert sorted(found) == sorted(POINTS)
+    assert len(client.get_metric_history(run.info.run_id, "nan")) == 1
+    assert run.data.params == {"lr": "0.1", **{f"long.{n}": str(n) for n in range(150)}}
+    assert [(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs] == [
+        ("dedup", "f00d")
+    ]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+
+
+def test_a_journal_sent_twice_and_from_the_middle_is_there_once(mlflow: Mlflow) -> None:
+    for told in (TOLD, TOLD, TOLD[3:], TOLD[:5], TOLD[-1:]):
+        assert set(send(Mlflow(mlflow.home, mlflow.uri), *told)) == {""}
+    assert_there_once(mlflow)
+
+
+@pytest.fixture(scope="module")
+def on_postgres() -> Iterator[str]:
+    with postgres() as address:
+        yield f"{address}/postgres"
+
+
+def test_so_it_is_on_postgresql(on_postgres: str, tmp_path: Path) -> None:
+    mlflow = Mlflow(tmp_path, on_postgres)
+    for told in (TOLD, TOLD[:5], TOLD[4:]):
+        assert set(send(Mlflow(tmp_path, on_postgres), *told)) == {""}
+    assert_there_once(mlflow)
+
+
+def test_of_two_runs_that_one_request_made_the_empty_one_goes(mlflow: Mlflow) -> None:
+    send(mlflow, *TOLD)
+    client = MlflowClient(mlflow.uri)
+    experiment = client.get_experiment_by_name("small").experiment_id
+    client.create_run(experiment, tags={"llmill.key": KEY}, run_name="pretrain")  # came through late
+    assert len(runs(mlflow)) == 2
+    send(Mlflow(mlflow.home, mlflow.uri), TOLD[-1])
+    assert_there_once(mlflow)
+
+
+def test_what_is_refused_is_set_aside_and_the_rest_arrives(mlflow: Mlflow) -> None:
+    bad = {"op": "metrics", **RUN, "points": [*POINTS[:100], ["what?", 1.0, 1, 1], *POINTS[100:]]}
+    other = {"op": "params", **RUN, "params": {"lr": "another", "more": "1"}}
+    journal = journal_of(mlflow.home, *TOLD[:4], bad, other, {"op": "unheard of"}, {"op": "end"}, *TOLD[5:])
+    refused = {operation["op"]: why for operation, why in deliver(journal, mlflow) if why}
+    assert set(refused) == {"metrics", "params", "unheard of", "end"}
+    assert "what?" in refused["metrics"]
+    assert "lr" in refused["params"]
+    kept = [json.loads(line) for line in journal.refused.read_text().splitlines()]
+    assert [line["op"] for line in kept] == ["metrics", "params", "unheard of", "end"]
+    [run] = runs(mlflow)
+    assert run.data.params["more"] == "1"
+    assert list(journal.waiting()) == []
+    client = MlflowClient(mlflow.uri)
+    assert len(client.get_metric_history(run.info.run_id, "train/loss0")) == len(POINTS) // 3 + 1
+
+
+def test_a_deleted_experiment_refuses_everything_and_nothing_waits_for_it(mlflow: Mlflow) -> None:
+    client = MlflowClient(mlflow.uri)
+    client.delete_experiment(client.create_experiment("small"))
+    journal = journal_of(mlflow.home, *TOLD)
+    assert all(why for _, why in deliver(journal, mlflow))
+    assert list(journal.waiting()) == []
+    assert len(journal.refused.read_text().splitlines()) == len(TOLD)
+
+
+def test_a_run_that_was_deleted_is_not_asked_a_thousand_times(mlflow: Mlflow) -> None:
+    send(mlflow, TOLD[0])
+    [run] = runs(mlflow)
+    MlflowClient(mlflow.uri).delete_run(run.info.run_id)
+    with pytest.raises(Refused, match="active"):
+        mlflow.tell("small", TOLD[4])
+
+
+def test_files_of_an_artifact_that_was_removed_are_told_of_by_a_tag(mlflow: Mlflow) -> None:
+    name = {"stage": "clean", "fingerprint": "f00d", "payload_sha256": "0"}
+    send(mlflow, TOLD[0], {"op": "artifact", **RUN, **name, "what": "about"})
+    [run] = runs(mlflow)
+    assert "removed before MLflow had them" in run.data.tags["llmill.files"]
+
+
+def test_a_run_that_was_deleted_in_the_middle_of_a_training_gets_its_earlier_points_when_it_goes_on(
+    mlflow: Mlflow,
+) -> None:
+    send(mlflow, TOLD[0])
+    [run] = runs(mlflow)
+    client = MlflowClient(mlflow.uri)
+    client.delete_run(run.info.run_id)
+    events = Store(mlflow.home).partial("pretrain", "f00d") / "logs" / "events.jsonl"
+    events.parent.mkdir(parents=True)
+    lines = [
+        json.dumps({"event": "step", "step": n, "time": 1.7e9 + n, "loss": n / 2}) + "\n" for n in range(9)
+    ]
+    events.write_text("".join(lines))
+    seen = {"stage": "pretrain", "fingerprint": "f00d", "offset": sum(map(len, lines[:6]))}
+    send(Mlflow(mlflow.home, mlflow.uri), {**TOLD[0], "seen": seen})
+    [run] = runs(mlflow)
+    assert [point.step for point in client.get_metric_history(run.info.run_id, "train/loss")] == [*range(6)]
+
+
+def test_a_server_that_is_away_keeps_all_waiting_and_its_password_is_not_told(tmp_path: Path) -> None:
+    journal = journal_of(tmp_path, *TOLD)
+    mlflow = Mlflow(tmp_path, "http://user:hunter2@127.0.0.1:9")
+    with pytest.raises(Away) as away:
+        list(deliver(journal, mlflow))
+    assert "127.0.0.1" in str(away.value)
+    assert "hunter2" not in str(away.value)
+    assert len(list(journal.waiting())) == len(TOLD)
+
+
+def test_points_that_were_told_one_by_one_go_in_batches(mlflow: Mlflow) -> None:
+    one_by_one = [{"op": "metrics", **RUN, "points": [point]} for point in POINTS]
+    batches = 3  # of 2,501 points, 1,000 at a time
+    assert len(send(mlflow, *TOLD[:4], *one_by_one, *TOLD[5:])) == 4 + batches + 2
+    assert_there_once(mlflow)

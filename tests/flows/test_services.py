@@ -1,0 +1,120 @@
+"""What stands in the way of `llmill up`, and what `llmill down` ends: checks that need no server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import psutil
+import pytest
+
+from data_pipeline.context import UserError
+from flows.services import (
+    PREFECT,
+    Running,
+    Services,
+    Up,
+    Wanted,
+    place,
+    prefect_api,
+    prepare_postgres,
+    read_services,
+    stop,
+    write,
+)
+
+
+def sleeper() -> Running:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    return Running(child.pid, psutil.Process(child.pid).create_time(), "http://127.0.0.1:1")
+
+
+def start(home: Path, **changes) -> None:
+    Up(home, Wanted(**changes), print).start()
+
+
+def test_a_port_in_use_is_told_with_who_uses_it_and_nothing_is_started(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port} is in use by .*--mlflow-port"):
+            start(tmp_path, mlflow_port=port, prefect_port=free())
+    assert read_services(tmp_path) == Services()
+
+
+def free() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+@pytest.fixture(autouse=True)
+def no_server_is_given(monkeypatch):
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+
+
+def test_an_address_that_holds_a_password_is_refused_without_saying_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://operator:hunter2@127.0.0.1:4200/api")
+    with pytest.raises(UserError, match="PREFECT_API_AUTH_STRING") as refused:
+        prefect_api(tmp_path)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_process_that_got_the_number_of_a_dead_server_is_not_taken_for_it_nor_ended(tmp_path):
+    stranger = sleeper()
+    stale = Running(stranger.pid, stranger.created - 1000, "http://127.0.0.1:1")
+    write(tmp_path, Services(processes={PREFECT: stale}))
+    assert read_services(tmp_path).alive(PREFECT) is None
+    assert prefect_api(tmp_path) == ""
+    assert stop(tmp_path) == []
+    assert stranger.alive
+    psutil.Process(stranger.pid).kill()
+
+
+def test_down_ends_exactly_what_up_noted_workers_first(tmp_path):
+    ours = {name: sleeper() for name in (PREFECT, "worker llmill")}
+    other = sleeper()
+    write(tmp_path, Services(processes=ours))
+    assert stop(tmp_path) == ["worker llmill", PREFECT]
+    assert not any(running.alive for running in ours.values())
+    assert other.alive
+    assert not place(tmp_path).exists()
+    psutil.Process(other.pid).kill()
+
+
+def test_a_home_in_postgresql_never_begins_a_second_history_in_sqlite(tmp_path):
+    dead = Running(2**22 + 1, 0.0, "http://127.0.0.1:1")
+    write(tmp_path, Services("PostgreSQL at db:5432", {PREFECT: dead}))
+    with pytest.raises(UserError, match="PostgreSQL at db:5432: give --postgres"):
+        start(tmp_path)
+    assert stop(tmp_path) == []
+    assert read_services(tmp_path).database == "PostgreSQL at db:5432"
+    assert prefect_api(tmp_path) == "http://127.0.0.1:1/api"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", json.dumps({"database": "SQLite", "processes": {"a": {"x": 1}}})]
+)
+def test_a_damaged_note_is_an_error_that_names_it(tmp_path, text):
+    place(tmp_path).parent.mkdir()
+    place(tmp_path).write_text(text)
+    with pytest.raises(UserError, match=r"servers\.json is damaged"):
+        read_services(tmp_path)
+
+
+def test_what_is_noted_is_read_back(tmp_path):
+    services = Services("SQLite", {PREFECT: Running(1, time.time(), "http://x", "log")})
+    write(tmp_path, services)
+    assert asdict(read_services(tmp_path)) == asdict(services)
+
+
+def test_an_address_of_no_postgresql_is_refused_without_the_password():
+    with pytest.raises(UserError, match="postgresql://USER"):
+        prepare_postgres("mysql://user:hunter2@host")
+    with pytest.raises(UserError) as refused:
+        prepare_postgres(f"postgresql://user:hunter2secret@127.0.0.1:{free()}")
+    assert "PostgreSQL at 127.0.0.1:" in str(refused.value)
+    assert "hunter2secret" not in str(refused.value)

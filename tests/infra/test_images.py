@@ -1,0 +1,129 @@
+"""The one Dockerfile: what a linter and a look at its stages can tell without an engine that builds it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from known_names import INFRA, ROOT, parse, unknown
+
+DOCKERFILE = INFRA / "Dockerfile"
+TARGETS = ("servers", "cpu", "gpu")
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(instruction, its words) in order, continued lines joined."""
+    text = re.sub(r"^\s*#.*\n", "", DOCKERFILE.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    lines = [line for line in text.splitlines() if line.strip()]
+    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in lines]
+
+
+def stages() -> dict[str, list[tuple[str, str]]]:
+    """Stage -> its instructions, those of the stages that it is made from first."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    current = ""
+    for word, rest in instructions():
+        if word == "FROM":
+            base, _, current = rest.partition(" AS ")
+            found[current] = [(word, rest), *found.get(base, [])]
+        else:
+            found[current].append((word, rest))
+    return found
+
+
+def last(stage: str, word: str) -> str:
+    return [rest for name, rest in stages()[stage] if name == word][-1]
+
+
+def test_the_linter_finds_nothing() -> None:
+    hadolint = Path(sys.executable).parent / "hadolint"
+    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_base_images_have_exact_versions() -> None:
+    names = set(stages())
+    bases = [rest.split(" AS ")[0] for word, rest in instructions() if word == "FROM"]
+    outer = [base for base in bases if base not in names]
+    assert outer
+    assert all(re.fullmatch(r"[a-z/]+:\d+\.\d+\.\d+[a-z0-9.-]*", base) for base in outer), outer
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_image_runs_as_the_same_user_who_is_not_root(target: str) -> None:
+    assert last(target, "USER") == "10001:10001"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_an_image_starts_is_a_command_that_exists(target: str) -> None:
+    words = re.findall(r'"([^"]*)"', last(target, "CMD"))
+    assert parse(words) == "prefect"
+
+
+def test_workers_are_asked_for_their_health_where_they_answer() -> None:
+    from prefect.settings import PREFECT_WORKER_WEBSERVER_PORT
+
+    for target in ("cpu", "gpu"):
+        assert f"127.0.0.1:{PREFECT_WORKER_WEBSERVER_PORT.value()}/health" in last(target, "HEALTHCHECK")
+        assert "--with-healthcheck" in last(target, "CMD")
+
+
+def test_variables_in_images_are_read_by_something() -> None:
+    pairs = [rest for word, rest in instructions() if word == "ENV"]
+    assert not unknown([name for text in pairs for name in re.findall(r"([A-Z_]+)=", text)])
+
+
+def test_all_packages_come_with_the_versions_of_the_constraints() -> None:
+    for target in TARGETS:
+        build = stages()[f"build-{target}"]
+        assert any(word == "ENV" and "PIP_CONSTRAINT=/src/constraints.txt" in rest for word, rest in build)
+    pinned = {
+        line.split("==")[0].lower()
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for word, rest in instructions():
+        for install in re.findall(r"pip install ([^&]*)", rest) if word == "RUN" else []:
+            named = [name.strip("'\"") for name in install.split() if not name.startswith("-")]
+            for name in named:
+                if name.startswith("."):
+                    assert set(re.findall(r"\w+", name)) <= set(extras)
+                elif not name.startswith("$"):
+                    assert re.split(r"[<\[]", name)[0] in pinned, name
+
+
+def test_what_is_copied_is_there_and_is_sent_to_the_engine() -> None:
+    sent = (INFRA / "Dockerfile.dockerignore").read_text().splitlines()
+    for word, rest in instructions():
+        if word == "COPY" and not rest.startswith("--from"):
+            for source in rest.split()[:-1]:
+                assert (ROOT / source).exists(), source
+                assert any(
+                    line[1:] and source.startswith(line[1:]) for line in sent if line.startswith("!")
+                ), source
+
+
+def test_the_entrypoint_makes_variables_of_secrets_and_becomes_the_command(tmp_path: Path) -> None:
+    (tmp_path / "PGPASSWORD").write_text("a b'c")
+    (tmp_path / "tls_key").write_text("no variable")
+    text = (INFRA / "entrypoint.sh").read_text()
+    script = tmp_path / "entry.sh"
+    script.write_text(text.replace("/run/secrets", str(tmp_path)))
+    command = ["sh", script, "sh", "-c", 'echo "$PGPASSWORD|${tls_key:-}"; exit 3']
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={"PATH": os.environ["PATH"]}
+    )
+    assert (done.returncode, done.stdout) == (3, "a b'c|\n")
+
+
+def test_the_entrypoint_needs_no_secrets() -> None:
+    done = subprocess.run(
+        ["sh", INFRA / "entrypoint.sh", "echo", "well"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "well\n"

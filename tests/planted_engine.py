@@ -1,0 +1,39 @@
+"""``prefect.engine`` with failures planted: a stage named in ``<home>/planted`` fails at its very end, once.
+
+A deployment of the tests names this as its command. The body has done all of its work then, and nothing is sealed.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from flows import stages
+
+PLANTED = Path(os.environ["LLMILL_HOME"]) / "planted"
+
+
+def failing(stage: stages.Stage) -> stages.Body:
+    """The stage's body, and then the failure, if one is planted for it."""
+    body: Callable[..., Any] = stage.body
+
+    def run(config: Any, inputs: Mapping[str, Path], out: Path, context: Any) -> Any:
+        metrics = body(config, inputs, out, context)
+        flag = PLANTED / stage.name
+        if flag.exists():
+            flag.unlink()
+            raise RuntimeError(f"planted in {stage.name}")
+        return metrics
+
+    return run
+
+
+stages.STAGES = tuple(replace(stage, body=failing(stage)) for stage in stages.STAGES)
+stages.BY_NAME = {stage.name: stage for stage in stages.STAGES}
+
+if __name__ == "__main__":
+    runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

@@ -1,0 +1,231 @@
+"""``llmill compare`` on real runs: two recipes that differ in one setting that matters, and seeds of one recipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command_line import AWAY, Llmill
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+
+@pytest.fixture(scope="module")
+def llmill(swept: Llmill, tmp_path_factory: pytest.TempPathFactory) -> Llmill:
+    """A home with a good recipe and a bad one, of two seeds each, which may be added to."""
+    home = tmp_path_factory.mktemp("compared") / "home"
+    shutil.copytree(swept.home, home)
+    return replace(swept, home=home)
+
+
+@pytest.fixture(scope="module")
+def client(llmill: Llmill) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{llmill.home}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def runs(client: MlflowClient) -> dict[tuple[str, str], Run]:
+    """(lr, seed) -> its pipeline's run."""
+    experiment = client.get_experiment_by_name("small")
+    found = client.search_runs([experiment.experiment_id], "tags.`llmill.evaluate.fingerprint` LIKE '%'")
+    return {(run.data.params["pretrain.lr"], run.data.params["pretrain.seed"]): run for run in found}
+
+
+def compared(llmill: Llmill, *runs: Any) -> dict[str, Any]:
+    names = [run if isinstance(run, str) else run.info.run_id for run in runs]
+    return json.loads(llmill("compare", *names, "--json", "--no-log").stdout)
+
+
+def test_of_two_recipes_the_one_that_learns_makes_the_better_model_whichever_is_named_first(llmill, runs):
+    good, bad = runs["0.003", "0"], runs["1e-05", "0"]
+    for first, second, outcome in ((bad, good, "second is better"), (good, bad, "first is better")):
+        said = compared(llmill, first, second)
+        (claim,) = said["verdict"]["models"]
+        assert claim["outcome"] == outcome
+        assert claim["p_value"] < 0.01
+        assert not claim["low"] <= 0 <= claim["high"]
+        figures = [run.data.metrics["evaluate/bits_per_byte"] for run in (first, second)]
+        assert claim["difference"] == pytest.approx(figures[1] - figures[0])
+        assert said["settings"] == [
+            {
+                "stage": "pretrain",
+                "name": "lr",
+                "values": [float(run.data.params["pretrain.lr"]) for run in (first, second)],
+            }
+        ]
+
+
+def test_whether_the_setting_is_better_is_not_said_from_one_seed_each(llmill, runs):
+    said = compared(llmill, runs["1e-05", "0"], runs["0.003", "0"])["verdict"]
+    assert [claim["outcome"] for claim in said["recipes"]] == ["not known"]
+    assert "can't be told from one seed" in said["about_recipes"]
+    assert "llmill sweep RECIPE --grid pretrain.lr=1e-05,0.003 --seeds 3" in said["about_recipes"]
+
+
+def test_from_two_seeds_each_it_is_said_of_the_recipes(llmill, runs):
+    order = [runs["1e-05", "0"], runs["1e-05", "1"], runs["0.003", "0"], runs["0.003", "1"]]
+    said = compared(llmill, *order)["verdict"]
+    (claim,) = said["recipes"]
+    assert claim["outcome"] == "second is better"
+    assert [group["runs"] for group in said["groups"]] == [["A", "B"], ["C", "D"]]
+    assert [group["settings"] for group in said["groups"]] == [{"pretrain.lr": 1e-5}, {"pretrain.lr": 0.003}]
+    mean = [sum(group["bits_per_byte"]) / 2 for group in said["groups"]]
+    assert claim["difference"] == pytest.approx(mean[1] - mean[0])
+    (swapped,) = compared(llmill, *order[::-1])["verdict"]["recipes"]
+    assert swapped["outcome"] == "first is better"
+
+
+def test_two_seeds_of_one_recipe_are_never_better(llmill, runs):
+    said = compared(llmill, runs["0.003", "0"], runs["0.003", "1"])
+    assert said["verdict"]["about_recipes"].startswith(
+        "no difference: these are seeds of one recipe (2 models, "
+    )
+    assert [row["name"] for row in said["settings"]] == ["seed"]
+    assert not said["verdict"]["recipes"]
+    printed = llmill(
+        "compare", runs["0.003", "0"].info.run_id, runs["0.003", "1"].info.run_id, "--no-log"
+    ).stdout
+    assert "better" not in json.dumps(said) + printed
+
+
+def test_a_run_is_the_same_model_as_itself(llmill, runs):
+    run = runs["0.003", "0"]
+    said = compared(llmill, run, run)
+    assert [claim["outcome"] for claim in said["verdict"]["models"]] == ["same model"]
+    assert said["verdict"]["about_recipes"] == "no difference: they are the same model"
+    assert not said["settings"]
+    assert all(len(set(row["values"])) == 1 for row in said["metrics"] + said["data"])
+
+
+def test_a_run_is_found_by_all_its_names(llmill, client, runs):
+    run = runs["1e-05", "1"]
+    tags = run.data.tags
+    made = {stage: tags[f"llmill.{stage}.fingerprint"] for stage in ("pretrain", "evaluate", "export")}
+    client.create_registered_model("found")
+    client.create_model_version("found", "/elsewhere", tags={"llmill.fingerprint": made["export"]})
+    client.set_registered_model_alias("found", "candidate", "1")
+    names = [run.info.run_id, run.info.run_id[:12], run.info.run_name, *made.values(), made["evaluate"][:10]]
+    names += [tags["llmill.dedup.run_id"], tags["llmill.evaluate.run_id"], "latest"]
+    names += ["models:/found/1", "models:/found@candidate"]
+    for one in compared(llmill, *names)["runs"]:
+        if one["label"] != "H":  # dedup's own run belongs to the one that built it
+            assert one["stages"]["evaluate"] == made["evaluate"], one
+            assert one["stages"]["export"] == made["export"]
+    older = compared(llmill, "latest~1", "latest~3")["runs"]
+    first = runs["0.003", "0"].data.tags
+    assert older[1]["stages"]["evaluate"] == first["llmill.evaluate.fingerprint"]
+
+
+def test_names_that_say_too_little_or_nothing_are_refused_with_candidates(llmill, client, runs):
+    run = runs["0.003", "0"]
+    said = llmill("compare", "latest", "small of yesterday", code=2).stderr
+    assert "no run is called small of yesterday; there are " in said
+    assert run.info.run_id[:8] in said
+    assert "may be any of run " in llmill("compare", "latest", "pretrain", code=2).stderr
+    assert (
+        "there is no latest~9; MLflow knows 4 evaluated runs"
+        in llmill("compare", "latest", "latest~9", code=2).stderr
+    )
+    assert "name two runs at least" in llmill("compare", "latest", code=2).stderr
+    assert "registered model is called" in llmill("compare", "latest", "models:/x", code=2).stderr
+
+
+def test_models_that_saw_other_held_out_documents_are_not_ranked(llmill, runs):
+    llmill.run("--set", "pretrain.lr=0.003", "--set", "evaluate.max_documents=12", "--to", "evaluate")
+    said = compared(llmill, runs["0.003", "0"], "latest")
+    assert "A and B were evaluated on other documents" in said["verdict"]["refused"]
+    assert not said["verdict"]["models"]
+    assert "better" not in said["verdict"]["about_models"]
+    llmill.run("--set", "pretrain.lr=0.003", "--set", "evaluate.max_documents=5", "--to", "evaluate")
+    said = compared(llmill, "latest", "latest")
+    assert said["verdict"]["refused"].startswith("5 held-out documents are too few to tell, 10 are needed")
+
+
+@pytest.mark.parametrize("columns", ["80", "200"])
+def test_the_terminal_shows_whole_lines(llmill, runs, columns):
+    ids = [run.info.run_id for run in runs.values()]
+    said = llmill("compare", *ids, "--no-log", COLUMNS=columns).stdout
+    assert max(map(len, said.splitlines())) <= int(columns)
+    for text in ("Settings that differ", "Figures", "On the way", "Recipes", "Models   ", "bits per byte"):
+        assert text in said
+
+
+def test_the_comparison_is_a_run_in_mlflow_with_page_and_figures(llmill, client, runs, tmp_path):
+    first, second = runs["1e-05", "0"], runs["0.003", "0"]
+    page = tmp_path / "page.html"
+    printed = llmill("compare", first.info.run_id, second.info.run_id, "--html", str(page)).stdout
+    (logged,) = client.search_runs([first.info.experiment_id], "tags.`llmill.kind` = 'compare'")
+    assert logged.info.run_id in printed
+    assert logged.info.status == "FINISHED"
+    assert logged.info.run_name == f"compare {first.info.run_name} vs {second.info.run_name}"
+    assert logged.data.tags["llmill.compare.runs"] == f"{first.info.run_id},{second.info.run_id}"
+    assert first.info.run_id in logged.data.tags["mlflow.note.content"]
+    artifacts = {
+        name: client.download_artifacts(logged.info.run_id, f"compare.{name}") for name in ("html", "json")
+    }
+    assert Path(artifacts["html"]).read_text() == page.read_text()
+    assert json.loads(Path(artifacts["json"]).read_text()) == compared(llmill, first, second)
+    assert "no evaluated run" not in llmill("compare", "latest", first.info.run_id, "--no-log").stdout
+
+
+def test_the_page_needs_nothing_else_and_shows_every_section(llmill, runs, tmp_path):
+    page = tmp_path / "page.html"
+    ids = [run.info.run_id for run in runs.values()]
+    llmill("compare", *ids, "--html", str(page), "--no-log")
+    text = page.read_text()
+    found = Elements()
+    found.feed(text)
+    assert found.open == []
+    assert not found.loaded, "nothing is fetched from elsewhere"
+    tables = ["Settings that differ", "Figures", "Data that differs", "On the way"]
+    assert found.headings == ["Runs", "On the way", *tables, "Models, by held-out documents", "Recipes"]
+    assert found.counts["svg"] == 6
+    assert found.counts["polyline"] == 6 * len(ids)
+    assert "prefers-color-scheme: dark" in text
+    said = llmill("compare", "latest", "latest", "--html", str(tmp_path / "no" / "page.html"), code=2).stderr
+    assert "No such file or directory" in said
+
+
+class Elements(HTMLParser):
+    """What a page consists of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.headings: list[str] = []
+        self.counts: Counter[str] = Counter()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] += 1
+        named = dict(attrs)
+        if tag in ("script", "link", "img", "iframe") or "src" in named or "@import" in str(named):
+            self.loaded.append(tag)
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.counts[tag] += 1
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+
+
+def test_mlflow_away_leaves_the_comparison_and_a_warning(llmill, runs):
+    made = [run.data.tags["llmill.evaluate.fingerprint"] for run in runs.values()]
+    ended = llmill("compare", *made[:2], **AWAY)
+    assert "Models   " in ended.stdout
+    assert "not in MLflow yet: MLflow at http://127.0.0.1:9 does not answer" in ended.stdout
+    assert "sent what 1 run(s) had left" in llmill("sync", "--here").stdout
+    said = llmill("compare", "latest", made[0], code=2, **AWAY).stderr
+    assert "there is no latest: MLflow at http://127.0.0.1:9 does not answer" in said

@@ -1,0 +1,304 @@
+"""A team's installation: Prefect, MLflow and a worker that stay up, both servers' data in a real PostgreSQL.
+
+One home goes through it all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import psutil
+import pytest
+from command_line import Llmill
+from conftest import RECIPE
+from mlflow import MlflowClient
+from operator_api import Prefect, until
+from postgres import PASSWORD, postgres
+
+from flows.servers import free_port
+from flows.services import read_services
+from flows.stages import BY_NAME
+from flows.store import Store
+
+ENGINE = Path(__file__).parent / "planted_engine.py"
+EVENTS = "store/pretrain/*.partial/logs/events.jsonl"
+
+
+@dataclass
+class Site:
+    """A home whose servers are up, with the small recipe deployed."""
+
+    llmill: Llmill
+    address: str
+    ports: tuple[str, ...]
+    notices: list[dict] = field(default_factory=list)
+    hook: str = ""
+
+    def type(self, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """A command in a terminal that is closed right after."""
+        kept = {
+            name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))
+        }
+        told = {"LLMILL_HOME": str(self.llmill.home), "OPERATOR_HOOK": self.hook, "COLUMNS": "200"}
+        command = [sys.executable, "-m", "flows.cli", *words]
+        folder = self.llmill.recipe.parent
+        done = subprocess.run(
+            command, env={**kept, **told}, cwd=folder, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == code, done
+        return done
+
+    def up(self) -> subprocess.CompletedProcess[str]:
+        return self.type("up", "--postgres", self.address, *self.ports)
+
+    @property
+    def prefect(self) -> Prefect:
+        return Prefect(f"{read_services(self.llmill.home).url('prefect')}/api")
+
+    @property
+    def mlflow(self) -> MlflowClient:
+        return MlflowClient(read_services(self.llmill.home).url("mlflow"))
+
+    def processes(self) -> list[psutil.Process]:
+        """What the worker has started and not yet ended."""
+        worker = read_services(self.llmill.home).alive("worker llmill")
+        return psutil.Process(worker.pid).children(recursive=True) if worker else []
+
+
+@pytest.fixture(scope="module")
+def site(make_llmill, tmp_path_factory) -> Iterator[Site]:
+    llmill = make_llmill(recipe=RECIPE + "runtime: {{notify: [env:OPERATOR_HOOK]}}\n")
+    ports = ("--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
+    with postgres() as address:
+        site = Site(llmill, address, ports)
+        with hook(site.notices) as site.hook:
+            site.up()
+            site.type("deploy", str(llmill.recipe))
+            try:
+                yield site
+            finally:
+                site.type("down")
+
+
+@contextmanager
+def hook(notices: list[dict]) -> Iterator[str]:
+    """A webhook that keeps what it is told."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            notices.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+            self.send_response(204)
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}/secret-hook"
+    finally:
+        server.shutdown()
+
+
+def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_goes_on(site: Site):
+    """The journey of an operator: what failed is repaired, and Retry does the rest."""
+    planted = site.llmill.home / "planted"
+    planted.mkdir()
+    for stage in BY_NAME:
+        (planted / stage).touch()
+    plant_engine(site)
+    said = site.type("deploy", str(site.llmill.recipe), "--cron", "* * * * *", "--timezone", "Europe/Berlin")
+    assert "pool llmill      * * * * * Europe/Berlin" in said.stdout
+
+    prefect = site.prefect
+    [run] = until(lambda: started(prefect), bool, 130)
+    pause(site)
+    for stage in BY_NAME:
+        fail_and_retry(site, run["id"], stage)
+    ended = prefect.ended(run["id"])
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    assert ended["auto_scheduled"]
+    check_page(site, run["id"])
+    check_mlflow(site, run["id"])
+
+
+def fail_and_retry(site: Site, flow_run: str, stage: str) -> None:
+    """See the run fail in the stage, everyone told of it, and press Retry."""
+    prefect = site.prefect
+    failed = prefect.ended(flow_run)
+    assert failed["state_type"] == "FAILED", failed["state"]
+    assert f"planted in {stage}" in failed["state"]["message"]
+    rows = {row["stage"]: row for row in prefect.artifacts(flow_run)["stages"]}
+    assert rows[stage]["state"] == "failed", rows
+    told = until(lambda: site.notices, lambda notices: notices and notices[-1]["stage"] == stage, 20)[-1]
+    assert told["state"] == "failed"
+    assert f"planted in {stage}" in told["log"]
+    assert told["resume"].startswith("llmill run ")
+    prefect.retry(flow_run)
+    until(lambda: prefect.run(flow_run), lambda now: now["run_count"] > failed["run_count"], 60)
+
+
+def plant_engine(site: Site) -> None:
+    """Edit prefect.yaml as an operator would, so that what runs next can fail."""
+    file = site.llmill.recipe.parent / "prefect.yaml"
+    text = file.read_text()
+    assert text.count("command: python -m prefect.engine") == 1 + len(BY_NAME)
+    file.write_text(text.replace("command: python -m prefect.engine", f"command: {sys.executable} {ENGINE}"))
+    site.type("deploy", str(site.llmill.recipe))
+
+
+def pause(site: Site) -> None:
+    """Let the schedule rest: the tests start what comes next."""
+    file = site.llmill.recipe.parent / "prefect.yaml"
+    text = file.read_text()
+    assert text.count("active: true") == 1
+    file.write_text(text.replace("active: true", "active: false"))
+    site.type("deploy", str(site.llmill.recipe))
+
+
+def started(prefect: Prefect) -> list[dict]:
+    return [run for run in prefect.runs("small") if run["state_type"] not in ("SCHEDULED", "PENDING")]
+
+
+def check_page(site: Site, flow_run: str) -> None:
+    """The page shows the stages, how far the last one came, and where MLflow has the run."""
+    shown = site.prefect.artifacts(flow_run)
+    store = Store(site.llmill.home)
+    for row in shown["stages"]:
+        [artifact] = store.artifacts(row["stage"])
+        assert row["fingerprint"] == artifact.fingerprint
+        assert row["state"] == ("resumed" if row["stage"] == "export" else "reused")
+    assert [row["stage"] for row in shown["stages"]] == list(BY_NAME)
+    assert 0 <= shown["progress"] <= 100
+    [parent] = parents(site)
+    assert f"/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})" in shown["links"]
+
+
+def parents(site: Site) -> list:
+    """The runs of pipelines, oldest first."""
+    client = site.mlflow
+    experiment = client.get_experiment_by_name("small")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+    return [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+
+
+def check_mlflow(site: Site, flow_run: str) -> None:
+    """MLflow has one parent and one child a stage, all of each stage's metrics once, and a way back to Prefect."""
+    [parent] = parents(site)
+    assert parent.info.status == "FINISHED"
+    assert parent.data.tags["llmill.prefect_flow_run_id"] == flow_run
+    assert parent.data.tags["llmill.prefect_url"].endswith(f"/flow-run/{flow_run}")
+    client = site.mlflow
+    found = client.search_runs(
+        [parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+    )
+    children = {run.info.run_name: run for run in found}
+    assert len(found) == len(children)
+    assert set(children) == set(BY_NAME)
+    for stage, child in children.items():
+        [artifact] = Store(site.llmill.home).artifacts(stage)
+        assert child.info.status == "FINISHED"
+        assert artifact.metrics.items() <= child.data.metrics.items()
+        assert artifact.manifest["mlflow_run_id"] == child.info.run_id
+        assert "llmill.error" not in child.data.tags
+    points = client.get_metric_history(children["pretrain"].info.run_id, "train/loss")
+    assert [point.step for point in points] == list(range(1, len(points) + 1))
+    assert len(points) == children["pretrain"].data.metrics["steps"]
+
+
+LONG = ["pretrain.tokens=204_800", "pretrain.runtime.checkpoint_every=10"]
+
+
+def saved(site: Site) -> int:
+    """How many checkpoints the unfinished training has saved."""
+    return sum(path.read_text().count('"checkpoint"') for path in site.llmill.home.glob(EVENTS))
+
+
+def in_training(site: Site, flow_run: str, before: int = 0) -> None:
+    """Wait until the run has saved a checkpoint, after those that were there before."""
+    until(lambda: site.prefect.run(flow_run)["state_type"] == "RUNNING" and saved(site) > before, bool, 120)
+
+
+def test_cancel_ends_the_whole_tree_in_15_seconds_and_the_next_run_goes_on(site: Site):
+    run = site.prefect.start("small", settings=LONG)
+    in_training(site, run)
+    tree = site.processes()
+    assert any("llm.trainer" in " ".join(process.cmdline()) for process in tree)
+    clock = time.monotonic()
+    site.prefect.cancel(run)
+    psutil.wait_procs(tree, 20)
+    assert not [process for process in tree if process.is_running()]
+    assert time.monotonic() - clock < 15
+    ended = site.prefect.ended(run, 20)
+    assert ended["state_type"] == "CANCELLED"
+    [partial] = Store(site.llmill.home).unfinished()
+    with Store(site.llmill.home).lock("pretrain", partial.name.removesuffix(".partial")).acquire(timeout=0):
+        pass
+    before = saved(site)
+    again = site.prefect.start("small", settings=LONG, stages={"only": "pretrain"})
+    in_training(site, again, before)
+    assert '"resume"' in (partial / "logs" / "events.jsonl").read_text()
+    site.prefect.cancel(again)
+    assert site.prefect.ended(again, 30)["state_type"] == "CANCELLED"
+
+
+def test_a_crashed_workers_run_is_found_and_its_retry_goes_on_while_no_zombie_holds_its_place(site: Site):
+    before = saved(site)
+    run = site.prefect.start("small", settings=LONG)
+    in_training(site, run, before)
+    worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
+    for process in [worker, *worker.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    assert site.prefect.run(run)["state_type"] == "RUNNING"
+    site.up()
+    crashed = site.prefect.ended(run, 60)
+    assert crashed["state_type"] == "CRASHED"
+    site.prefect.retry(run)
+    ended = site.prefect.ended(run, 400)
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    steps = [row.step for row in loss_points(site)]
+    assert steps == list(range(1, len(steps) + 1))
+
+
+def loss_points(site: Site) -> list:
+    """The losses of the newest training, as MLflow has them."""
+    newest = Store(site.llmill.home).artifacts("pretrain")[-1]
+    return site.mlflow.get_metric_history(newest.manifest["mlflow_run_id"], "train/loss")
+
+
+def test_a_stages_own_deployment_runs_that_stage_alone(site: Site):
+    before = set(site.llmill.payloads())
+    run = site.prefect.start("small.evaluate", settings=["evaluate.seed=5"])
+    ended = site.prefect.ended(run)
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    assert [name.partition("/")[0] for name in set(site.llmill.payloads()) - before] == ["evaluate"]
+
+
+def test_servers_are_shown_found_again_and_hide_the_password(site: Site):
+    said = site.up().stdout
+    assert "PostgreSQL at 127.0.0.1:" in said
+    shown = site.type("status").stdout
+    for name in ("prefect", "mlflow", "worker llmill"):
+        assert f"✓ {name}" in shown
+    services = read_services(site.llmill.home)
+    assert len(services.processes) == 3
+    taken = site.type("up", *site.ports, "--home", str(site.llmill.home / "other"), code=2).stderr
+    assert f"port {site.ports[1]} is in use by python" in taken
+    kept = [path for path in site.llmill.home.rglob("*") if path.is_file()]
+    for secret in (PASSWORD, "secret-hook"):
+        assert secret not in said + shown
+        assert not [path for path in kept if secret.encode() in path.read_bytes()]
+    for process in services.processes.values():
+        assert PASSWORD not in " ".join(psutil.Process(process.pid).cmdline())

@@ -1,0 +1,123 @@
+"""``llmill sweep``: settings times seeds, killed in the middle and continued, as one parent in MLflow."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from command_line import Llmill
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from data_pipeline.context import UserError
+from flows.store import Store
+from flows.sweep import read_grid
+
+PARENT = "mlflow.parentRunId"
+
+
+@pytest.fixture(scope="module")
+def client(swept: Llmill) -> MlflowClient:
+    return MlflowClient(f"sqlite:///{swept.home}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def runs(client: MlflowClient) -> list[Run]:
+    experiment = client.get_experiment_by_name("small")
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+
+
+@pytest.fixture(scope="module")
+def parent(runs: list[Run]) -> Run:
+    """The sweep's own run, of which there is one although it was started twice."""
+    (found,) = [run for run in runs if run.data.tags.get("llmill.kind") == "sweep"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def members(runs: list[Run], parent: Run) -> list[Run]:
+    return [run for run in runs if run.data.tags.get(PARENT) == parent.info.run_id]
+
+
+def test_the_runs_share_the_data_and_differ_in_what_was_asked_for(swept, members):
+    made = Counter(artifact.stage for artifact in Store(swept.home).artifacts())
+    shared = dict.fromkeys(("download", "clean", "dedup", "train_tokenizer", "tokenize"), 1)
+    assert made == {**shared, "pretrain": 4, "evaluate": 4, "export": 4}
+    settings = [(run.data.params["pretrain.lr"], run.data.params["pretrain.seed"]) for run in members]
+    assert settings == [("0.003", "0"), ("0.003", "1"), ("1e-05", "0"), ("1e-05", "1")]
+    assert {run.info.status for run in members} == {"FINISHED"}
+    reused = [run.data.tags["llmill.tokenize.how"] for run in members]
+    assert reused == ["ran", "reused", "reused", "reused"]
+
+
+def test_a_killed_sweep_goes_on_with_the_run_that_was_at_work_and_repeats_none(runs, parent, members):
+    assert parent.info.status == "FINISHED"
+    top = [run for run in runs if PARENT not in run.data.tags]
+    assert top == [parent], "nothing stands beside the sweep"
+    trainings = [run for run in runs if run.data.tags.get("llmill.stage") == "pretrain"]
+    assert [run.data.tags[PARENT] for run in trainings] == [run.info.run_id for run in members]
+
+
+def test_it_says_first_what_will_run_and_at_last_what_came_out(swept, parent, client):
+    said = (swept.home / "sweep.txt").read_text()
+    head, _, rest = said.partition("1 of 4  ·  lr 0.003, seed 0")
+    assert "4 runs of 32 stages, of which 9 are built and 23 shared or sealed" in head
+    assert [line.split()[-3:] for line in head.splitlines() if line.lstrip().startswith("2 ")] == [
+        ["pretrain,", "evaluate,", "export"]
+    ]
+    assert "it ended well before this sweep was stopped" in rest
+    assert "recipe 1 (lr 0.003) is better than recipe 2 (lr 1e-05)" in " ".join(rest.split())
+    path = client.download_artifacts(parent.info.run_id, "compare.json")
+    with open(path) as file:
+        kept = json.load(file)
+    assert [run["name"] for run in kept["runs"]][:2] == ["lr 0.003, seed 0", "lr 0.003, seed 1"]
+    assert [claim["outcome"] for claim in kept["verdict"]["recipes"]] == ["first is better"]
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} == {
+        "compare.html",
+        "compare.json",
+    }
+
+
+def test_a_run_that_fails_leaves_the_others_going_and_says_so_at_the_end(swept, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(swept.home, home)
+    llmill = replace(swept, home=home)
+    grid = ("--grid", "clean.min_chars=9000000,1", "--set", "pretrain.lr=0.003")
+    ended = llmill("sweep", str(llmill.recipe), *grid, "--seeds", "2", code=1)
+    assert "clean dropped every document" in ended.stdout
+    assert "2 of 4 runs failed; the same command runs them again" in ended.stderr
+    assert "no difference: these are seeds of one recipe" in " ".join(ended.stdout.split())
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    experiment = client.get_experiment_by_name("small").experiment_id
+    newest, _ = client.search_runs([experiment], "tags.`llmill.kind` = 'sweep'")
+    assert newest.info.status == "FAILED"
+    assert "min_chars" in newest.info.run_name
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--grid", "pretrain.lr"), "write it as stage.field=value,value"),
+        (("--grid", "pretrain.lr=1e-3,"), "write it as stage.field=value,value"),
+        (("--grid", "pretrain.lr=1e-3,1e-3"), "is there twice"),
+        (("--grid", "pretrain.lr=1e-3"), "a sweep is of two runs at least"),
+        (("--grid", "pretrain.seed=1,2", "--seeds", "2"), "excludes --seeds"),
+        (("--grid", "pretrain.lr=1e-3,fast"), "pretrain.lr"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(swept, options, said):
+    before = sorted(swept.home.glob("runs/*"))
+    assert said in swept("sweep", str(swept.recipe), *options, code=2).stderr
+    assert sorted(swept.home.glob("runs/*")) == before
+
+
+def test_values_may_be_lists():
+    assert read_grid(["pretrain.betas=[0.9, 0.95],[0.9,0.99]", "pretrain.lr=1,2"]) == {
+        "pretrain.betas": ["[0.9, 0.95]", "[0.9,0.99]"],
+        "pretrain.lr": ["1", "2"],
+    }
+    with pytest.raises(UserError, match="there twice"):
+        read_grid(["pretrain.lr=1", "pretrain.lr=2"])

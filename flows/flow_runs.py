@@ -26,6 +26,7 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Completed, Crashed, Failed, State
 
+from flows.process import lives
 from flows.servers import answers, answers_soon
 from flows.store import write_durably
 
@@ -112,23 +113,23 @@ def at_work(home: Path) -> Iterator[None]:
 
 def settle(home: Path) -> None:
     """Tell Prefect what became of the flow runs whose processes are gone; where it can't be told, another time."""
-    with suppress(Exception):  # it is about other runs, and must not stop ours
-        api = PREFECT_API_URL.value()
-        for note in notes(home).glob("*.json"):
+    api = PREFECT_API_URL.value()
+    for note in notes(home).glob("*.json"):
+        try:
             content = json.loads(note.read_text())
             if content["host"] == socket.gethostname() and content["api"] == api and is_gone(content):
                 close_run(note.stem, content.get("final"))
                 note.unlink(missing_ok=True)
+        except Exception as error:  # it is about another run, and must not stop ours
+            if unreachable(error):
+                return
 
 
 def is_gone(content: dict[str, Any]) -> bool:
     """Whether the process that left a note has ended; we ourselves, when our flow has."""
     if content["pid"] == os.getpid():
         return "final" in content
-    try:
-        return abs(psutil.Process(content["pid"]).create_time() - content["created"]) > 1
-    except psutil.NoSuchProcess:
-        return True
+    return not lives(content["pid"], content["created"])
 
 
 def close_run(flow_run_id: str, final: str | None) -> None:

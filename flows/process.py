@@ -9,6 +9,20 @@ import sys
 import warnings
 from types import FrameType
 
+import psutil
+
+
+def lives(pid: int, created: float) -> bool:
+    """Whether the process of that number that began at ``created`` (seconds of the epoch) is still there.
+
+    Another may have got its number since; and one that has ended stays listed until its parent asks for it.
+    """
+    try:
+        process = psutil.Process(pid)
+        return abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
 
 def end_like_ctrl_c() -> None:
     """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that ranks, workers and our server end with us."""

@@ -24,6 +24,7 @@ import psutil
 from filelock import FileLock
 
 from data_pipeline.context import last_lines
+from flows.process import lives
 from flows.services import prefect_api
 from flows.store import write_durably
 
@@ -104,10 +105,9 @@ class PrefectServer:
         """The address of a server that an earlier run on this home started and that still lives."""
         try:
             state = json.loads(self.state.read_text())
-            process = psutil.Process(state["pid"])
-        except (FileNotFoundError, psutil.NoSuchProcess):
+        except FileNotFoundError:
             return None
-        return state["url"] if abs(process.create_time() - state["created"]) < 1 else None
+        return state["url"] if lives(state["pid"], state["created"]) else None
 
     def _start(self) -> str:
         port = free_port()

@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock
 
 from data_pipeline.context import UserError, last_lines
+from flows.process import lives
 from flows.store import write_durably
 
 START_SECONDS = 180
@@ -48,11 +49,7 @@ class Running:
 
     @property
     def alive(self) -> bool:
-        try:
-            process = psutil.Process(self.pid)
-            return abs(process.create_time() - self.created) < 1 and process.status() != psutil.STATUS_ZOMBIE
-        except psutil.NoSuchProcess:
-            return False
+        return lives(self.pid, self.created)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import psutil
@@ -44,6 +44,16 @@ def test_a_port_in_use_is_told_with_who_uses_it_and_nothing_is_started(tmp_path)
         with pytest.raises(UserError, match=rf"port {port} is in use by .*--mlflow-port"):
             start(tmp_path, mlflow_port=port, prefect_port=free())
     assert read_services(tmp_path) == Services()
+
+
+def test_a_process_that_ended_but_was_not_asked_for_does_not_live():
+    running = sleeper()
+    assert running.alive
+    assert not replace(running, created=running.created - 10).alive, "another has its number now"
+    psutil.Process(running.pid).kill()
+    while psutil.Process(running.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.01)
+    assert not running.alive
 
 
 def free() -> int:

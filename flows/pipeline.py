@@ -40,7 +40,7 @@ from flows.recipe import Recipe
 from flows.run_note import run_note, summary_table
 from flows.runners import Workers, reach, start_workers
 from flows.servers import answers
-from flows.store import LOGS, Artifact, Store, now
+from flows.store import LOGS, Artifact, Store, begin_attempt, now
 from flows.terminal import Terminal, duration, headline
 from flows.tracking.tracker import Tracker
 from flows.uses import Uses
@@ -332,33 +332,36 @@ class Run:
             out, begun = self.store.begin(stage, name, origin)
             self.terminal.stage_started(stage, "; ".join(step.why)[:120])
             with self._failures(stage, out):
-                artifact = self._run_body(step, out)
+                artifact, seconds = self._run_body(step, out)
             self.terminal.stage_ended("✓", headline(artifact))
             self.tracker.finish_stage(artifact, self.recipe.runtime.upload_mb * 1e6)
-        return Result(artifact, "resumed" if begun else "ran", artifact.manifest["seconds"])
+        return Result(artifact, "resumed" if begun else "ran", seconds)
 
-    def _run_body(self, step: Step, out: Path) -> Artifact:
-        """Call the stage's body on its folders, and seal what it wrote."""
+    def _run_body(self, step: Step, out: Path) -> tuple[Artifact, float]:
+        """Call the stage's body on its folders, and seal what it wrote; how many seconds the body took this time."""
         assert step.config
         stage, name = step.stage.name, str(step.fingerprint)
         inputs = {source: self.results[source].artifact for source in step.stage.inputs}
         self._start_tracking_stage(stage, name, step.config.identity())
         context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker, self._page)
         manifest = describe_making(step, self.recipe, inputs) | {"started": now()}
+        earlier_attempts, earlier_seconds = begin_attempt(out)
         clock = time.monotonic()
         metrics = step.stage.body(
             step.config, {key: value.path for key, value in inputs.items()}, out, context
         )
+        seconds = time.monotonic() - clock
         manifest |= {
             "metrics": dict(metrics),
             "notes": context.notes,
             "finished": now(),
-            "seconds": round(time.monotonic() - clock, 3),
+            "attempts": earlier_attempts + 1,
+            "seconds": round(earlier_seconds + seconds, 3),
             "mlflow_run_id": self.tracker.stage_id,
             "mlflow_key": self.tracker.stage_key,
             "prefect_flow_run_id": str(flow_run.id),
         }
-        return self.store.seal(stage, name, manifest, context.checksum)
+        return self.store.seal(stage, name, manifest, context.checksum), seconds
 
     @contextmanager
     def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -32,6 +33,7 @@ SPREAD_BYTES = 10 * 10**9  # above this, one machine's disk and cores hold up a 
 FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with probability 3e-8
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
 ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
+ATTEMPTS = f"{LOGS}/attempts.json"  # when work on an artifact began, and how long earlier attempts worked
 SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
 DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a stage that starts again
 LINKED = ".linked-"  # how folders of second names begin, which are there while something is sent
@@ -217,6 +219,22 @@ def read_artifact(path: Path) -> Artifact | None:
     except json.JSONDecodeError:
         # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
         raise Damaged(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
+
+
+def begin_attempt(folder: Path) -> tuple[int, float]:
+    """Note that work on a partial folder begins now; how many attempts there were before, and for how many seconds.
+
+    An attempt that was killed lasted until it last wrote something.
+    """
+    note, attempts, seconds = folder / ATTEMPTS, 0, 0.0
+    if note.exists():
+        last = json.loads(note.read_text())
+        files = (path for path in folder.rglob("*") if path.is_file() and path != folder / ORIGIN)
+        attempts = last["earlier"] + 1
+        seconds = last["seconds"] + max(0.0, max(path.stat().st_mtime for path in files) - last["began"])
+    note.parent.mkdir(exist_ok=True)
+    write_durably(note, json.dumps({"earlier": attempts, "seconds": seconds, "began": time.time()}))
+    return attempts, seconds
 
 
 def checksum_files(folder: Path, spread: Spread | None = None) -> list[dict[str, Any]]:

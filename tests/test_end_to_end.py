@@ -16,6 +16,8 @@ import pytest
 from command_line import Llmill, kill_tree
 from mlflow import MlflowClient
 
+from flows.store import Store
+
 STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate", "export"]
 
 
@@ -106,6 +108,10 @@ def test_kill_9_at_a_random_moment_of_each_stage_changes_no_sealed_byte(finished
     llmill.run()
     assert llmill.payloads() == finished.payloads()
     assert llmill("verify").returncode == 0
+    attempts = {one.stage: one.manifest["attempts"] for one in Store(llmill.home).artifacts()}
+    most = {stage: 3 if stage == "pretrain" else 2 for stage in STAGES}  # fewer where a kill met the first moment
+    assert sum(attempts.values()) > 8
+    assert all(1 <= attempts[stage] <= most[stage] for stage in STAGES)
 
 
 def killed_at_work(llmill: Llmill, stage: str, delay: float) -> bool:

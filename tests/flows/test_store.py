@@ -1,6 +1,7 @@
 """The store's laws: a name is a promise, what is sealed is whole, and a killed builder leaves no lock."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 
 from data_pipeline.context import LocalContext
-from flows.store import Damaged, Store, fingerprint, payload_checksum
+from flows.store import ATTEMPTS, Damaged, Store, begin_attempt, fingerprint, payload_checksum
 
 ORIGIN = {"inputs": {}}
 MANIFEST = {
@@ -91,6 +92,24 @@ def test_what_was_begun_from_other_bytes_is_not_gone_on_with(tmp_path):
     out, begun = store.begin("clean", "f00d", {"inputs": {"download": "two"}})
     assert not begun
     assert not (out / "a.parquet").exists()
+
+
+def test_an_attempt_lasts_until_it_last_wrote_and_the_time_between_attempts_does_not_count(tmp_path):
+    folder, _ = Store(tmp_path).begin("clean", "0c", {})
+    assert begin_attempt(folder) == (0, 0)
+    began = (folder / ATTEMPTS).stat().st_mtime
+    (folder / "part").write_text("x")
+    for path in folder.rglob("*"):
+        os.utime(path, (began, began))
+    os.utime(folder / "part", (began + 40, began + 40))
+    Store(tmp_path).begin("clean", "0c", {})
+    attempts, seconds = begin_attempt(folder)
+    assert (attempts, seconds) == (1, pytest.approx(40, abs=1))
+    os.utime(folder / "part", (began + 1e6, began + 1e6))
+    os.utime(folder / ATTEMPTS, (began, began))
+    note = json.loads((folder / ATTEMPTS).read_text()) | {"began": began + 1e6 - 2}
+    (folder / ATTEMPTS).write_text(json.dumps(note))
+    assert begin_attempt(folder) == (2, pytest.approx(42, abs=1))
 
 
 def test_scratch_is_dropped_when_all_else_is_sealed(tmp_path):

@@ -272,9 +272,10 @@ class Run:
         self._page.links(self._links(), self.tracker.page_url or "where else to look")
 
     def _links(self) -> str:
-        url = self.tracker.page_url
         run = f"“{self.tracker.parent_name}”" if self.tracker.parent_name else "of this plan"
-        mlflow = f"[run {run} in MLflow]({url})" if url else f"MLflow run {run}; `llmill ui` shows it"
+        mlflow = f"MLflow run {run}; `llmill ui` shows it"
+        if url := self.tracker.page_url:
+            mlflow = f"[run {run} in MLflow]({url}) · [all runs of the recipe]({self.tracker.table_url})"
         return f"{mlflow}\n\nartifacts: `{self.store.root.resolve()}`\n\nagain by hand: `{self.command}`\n"
 
     def _warn(self, text: str) -> None:

@@ -109,7 +109,9 @@ def test_kill_9_at_a_random_moment_of_each_stage_changes_no_sealed_byte(finished
     assert llmill.payloads() == finished.payloads()
     assert llmill("verify").returncode == 0
     attempts = {one.stage: one.manifest["attempts"] for one in Store(llmill.home).artifacts()}
-    most = {stage: 3 if stage == "pretrain" else 2 for stage in STAGES}  # fewer where a kill met the first moment
+    most = {
+        stage: 3 if stage == "pretrain" else 2 for stage in STAGES
+    }  # fewer where a kill met the first moment
     assert sum(attempts.values()) > 8
     assert all(1 <= attempts[stage] <= most[stage] for stage in STAGES)
 

@@ -137,6 +137,17 @@ def test_pages_say_what_came_of_a_run_and_the_table_opens_with_what_counts(
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] in parent.data.metrics
 
 
+def test_the_table_of_runs_has_a_view_whose_columns_are_all_filled(client, parent):
+    tags = client.get_experiment(parent.info.experiment_id).tags
+    view = json.loads(tags["mlflow.sharedViewState.llmill"])
+    assert view["name"] == "llmill"
+    columns = json.loads(view["state"])["selectedColumns"]
+    filled = {f"metrics.`{name}`" for name in parent.data.metrics}
+    filled |= {f"params.`{name}`" for name in parent.data.params} | {"attributes.`Description`"}
+    assert len(columns) > 5
+    assert set(columns) <= filled
+
+
 def test_each_stage_has_what_it_asked_of_the_machine(client, children):
     for stage, child in children.items():
         for name in ("cpu_utilization_percentage", "system_memory_usage_megabytes", "disk_usage_percentage"):

@@ -22,11 +22,11 @@ import pytest
 from command_line import Llmill
 from conftest import RECIPE
 from mlflow import MlflowClient
-from operator_api import Prefect, until
+from operator_api import FINAL, Prefect, until
 from postgres import PASSWORD, postgres
 
 from flows.servers import free_port
-from flows.services import read_services
+from flows.services import GPU_POOL, read_services
 from flows.stages import BY_NAME
 from flows.store import Store
 
@@ -58,8 +58,8 @@ class Site:
         assert done.returncode == code, done
         return done
 
-    def up(self) -> subprocess.CompletedProcess[str]:
-        return self.type("up", "--postgres", self.address, *self.ports)
+    def up(self, *more: str) -> subprocess.CompletedProcess[str]:
+        return self.type("up", "--postgres", self.address, *self.ports, *more)
 
     @property
     def prefect(self) -> Prefect:
@@ -69,9 +69,9 @@ class Site:
     def mlflow(self) -> MlflowClient:
         return MlflowClient(read_services(self.llmill.home).url("mlflow"))
 
-    def processes(self) -> list[psutil.Process]:
-        """What the worker has started and not yet ended."""
-        worker = read_services(self.llmill.home).alive("worker llmill")
+    def processes(self, pool: str = "llmill") -> list[psutil.Process]:
+        """What the pool's worker has started and not yet ended."""
+        worker = read_services(self.llmill.home).alive(f"worker {pool}")
         return psutil.Process(worker.pid).children(recursive=True) if worker else []
 
 
@@ -302,3 +302,35 @@ def test_servers_are_shown_found_again_and_hide_the_password(site: Site):
         assert not [path for path in kept if secret.encode() in path.read_bytes()]
     for process in services.processes.values():
         assert PASSWORD not in " ".join(psutil.Process(process.pid).cmdline())
+
+
+def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(site: Site):
+    """Two pools and their workers: the pipeline waits in one, what it dispatches runs in the other."""
+    site.up("--pool", "llmill", "--pool", GPU_POOL)
+    site.type("deploy", str(site.llmill.recipe), "--gpu-pool", GPU_POOL)
+    prefect = site.prefect
+    assert prefect.get(f"work_pools/{GPU_POOL}")["concurrency_limit"] == 1
+    run = prefect.start("small", settings=[*LONG, "pretrain.seed=7", "pretrain.precision=fp32"])
+    in_training(site, run, saved(site))
+    ours, trainer = site.processes(), site.processes(GPU_POOL)
+    assert not any("llm.trainer" in " ".join(process.cmdline()) for process in ours)
+    assert any("llm.trainer" in " ".join(process.cmdline()) for process in trainer)
+    clock = time.monotonic()
+    prefect.cancel(run)
+    psutil.wait_procs([*ours, *trainer], 30)
+    assert not [process for process in [*ours, *trainer] if process.is_running()]
+    assert time.monotonic() - clock < 15
+    assert prefect.ended(run, 20)["state_type"] == "CANCELLED"
+    [stopped] = until(
+        lambda: prefect.runs("small.pretrain"), lambda runs: runs[-1]["state_type"] in FINAL, 20
+    )
+    assert stopped["state_type"] == "CANCELLED"
+
+    prefect.retry(run)
+    ended = prefect.ended(run, 300)
+    assert ended["state_type"] == "COMPLETED", ended["state"]
+    assert [one["state_type"] for one in prefect.runs("small.pretrain")] == ["CANCELLED", "COMPLETED"]
+    rows = {row["stage"]: row["state"] for row in prefect.artifacts(run)["stages"]}
+    assert {stage for stage, state in rows.items() if state == "dispatched"} == {"pretrain", "evaluate"}
+    newest = Store(site.llmill.home).artifacts("pretrain")[-1]
+    assert newest.manifest["attempts"] == 2

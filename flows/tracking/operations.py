@@ -32,7 +32,7 @@ from flows.store import Damaged, Store  # noqa: E402
 from flows.tracking.events import EVENTS, event_points, read_lines  # noqa: E402
 from flows.tracking.journal import Operation  # noqa: E402
 from flows.tracking.lineage import KEY, PARENT  # noqa: E402
-from flows.tracking.links import HOME, target, without_secrets  # noqa: E402
+from flows.tracking.links import HOME, VIEW, saved_view, target, without_secrets  # noqa: E402
 from flows.tracking.uploads import FILES, UPLOADS, Refused  # noqa: E402
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are told by whoever sends
@@ -143,8 +143,11 @@ class Mlflow:
             place = (self.home / "mlartifacts").resolve().as_uri() if target(self.home) == HOME else None
             with self._alone():
                 found = client.get_experiment_by_name(name)
+                tags = EXPERIMENT_TAGS | {
+                    f"mlflow.sharedViewState.{VIEW}": saved_view(int(time.time() * 1000))
+                }
                 self.experiments[name] = (
-                    found.experiment_id if found else client.create_experiment(name, place, EXPERIMENT_TAGS)
+                    found.experiment_id if found else client.create_experiment(name, place, tags)
                 )
         return self.experiments[name]
 

@@ -27,7 +27,7 @@ from flows.tracking.delivery import Sender
 from flows.tracking.events import EVENTS, Point, event_points, read_lines
 from flows.tracking.journal import Journal, outbox
 from flows.tracking.lineage import PARENT
-from flows.tracking.links import run_url, target, tracking_uri, without_user
+from flows.tracking.links import run_url, table_url, target, tracking_uri, without_user
 from flows.tracking.operations import Mlflow
 from flows.tracking.system import SystemMonitor
 
@@ -108,6 +108,12 @@ class Tracker:
             return ""  # where no server shows it, nothing is worth a wait
         run_id = self._sender.id_of(self.parent_key)
         return run_url(self._uri, self._sender.mlflow.experiments.get(self.experiment, ""), run_id)
+
+    @property
+    def table_url(self) -> str:
+        """Where browsers find the table of the recipe's runs; empty while that is not known."""
+        experiments = self._sender.mlflow.experiments if self._sender else {}
+        return table_url(self._uri, experiments.get(self.experiment, ""))
 
     @property
     def stage_id(self) -> str:

@@ -14,6 +14,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from flows.servers import PrefectServer
 
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # two tests run at once: threads of one would wait for the other's
+
 SLOWEST = (
     "test_operations", "test_durable", "test_end_to_end", "swept", "test_outages", "test_training",
     "test_engines", "test_prefect_outage", "test_mistakes", "test_gc", "test_credentials", "test_mlflow",

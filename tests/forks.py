@@ -21,10 +21,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import UserError, cores
+from data_pipeline.context import UserError
 from flows.launch import read_failure
 from flows.process import quiet_libraries
 from flows.servers import free_port
+from llm.environment import rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -97,7 +98,7 @@ def launch(module: str, job: Path, ranks: int, *, logs: Path, grace_seconds: flo
     logs.mkdir(parents=True, exist_ok=True)
     (logs / "error.json").unlink(missing_ok=True)
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": ranks}
-    place |= {"LOCAL_WORLD_SIZE": ranks, "OMP_NUM_THREADS": max(1, cores() // ranks)}
+    place |= {"LOCAL_WORLD_SIZE": ranks, **rank_environment(ranks)}
     started = []
     for rank in range(ranks):
         place |= {"RANK": rank, "LOCAL_RANK": rank}

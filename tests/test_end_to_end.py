@@ -96,8 +96,8 @@ def test_kill_9_at_a_random_moment_of_each_stage_changes_no_sealed_byte(finished
     manifests = [json.loads(path.read_text()) for path in finished.home.glob("store/*/*/manifest.json")]
     seconds = {manifest["stage"]: manifest["seconds"] for manifest in manifests}
     for stage in [*STAGES[:6], "pretrain", *STAGES[6:]]:
-        for _ in range(10):
-            if killed_at_work(llmill, stage, dice.uniform(0, 0.5 * seconds[stage])):
+        for attempt in range(1, 11):
+            if killed_at_work(llmill, stage, dice.uniform(0, 0.5 * seconds[stage] / attempt)):
                 break
             for sealed in llmill.home.glob(
                 f"store/{stage}/[0-9a-f]*"

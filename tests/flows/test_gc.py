@@ -275,7 +275,7 @@ def copied(finished: Llmill, tmp_path: Path) -> Llmill:
 
     def unfinished(folder: str, names: list[str]) -> list[str]:  # what other tests failed at there
         state = ".json" if folder == str(finished.home / "runs") else ".use"
-        return [name for name in names if name.endswith((".partial", ".use", state))]
+        return [name for name in names if name.endswith((".partial", ".use", ".lock", state))]
 
     shutil.copytree(finished.home, tmp_path / "home", ignore=unfinished)
     MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db").delete_registered_model("small")

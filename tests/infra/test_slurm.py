@@ -108,14 +108,16 @@ class Trained:
     def number(self) -> str:
         return str(json.loads((self.folder() / "scratch/slurm.json").read_text())["number"])
 
+    def steps(self) -> int:
+        """How many steps the unfinished training has taken."""
+        events = list(self.llmill.home.glob("store/pretrain/*.partial/logs/events.jsonl"))
+        lines = [json.loads(line) for line in events[0].read_text().splitlines()] if events else []
+        return max((line.get("step", 0) for line in lines), default=0)
+
     def wait_for_step(self, run: Any, step: int) -> None:
         """Return when a training has taken so many steps."""
         deadline = time.monotonic() + SECONDS
-        while True:
-            events = list(self.llmill.home.glob("store/pretrain/*.partial/logs/events.jsonl"))
-            lines = [json.loads(line) for line in events[0].read_text().splitlines()] if events else []
-            if max((line.get("step", 0) for line in lines), default=0) >= step:
-                return
+        while self.steps() < step:
             assert run is None or run.poll() is None, run.communicate()
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -128,7 +130,7 @@ def two_ranks(finished: Llmill, make_llmill: Any) -> tuple[dict[str, str], dict[
         json.loads(path.read_text()) for path in finished.home.glob("store/pretrain/*/manifest.json")
     ]
     precision = manifest["config"]["precision"]
-    settings = {"pretrain.precision": precision, "pretrain.runtime.ranks": "2"}
+    settings = {"pretrain.precision": precision, "pretrain.runtime.ranks": "2", "pretrain.tokens": "122_880"}
     alone = make_llmill()
     for stage in ("download", "clean", "dedup", "train_tokenizer", "tokenize"):
         shutil.copytree(finished.home / "store" / stage, alone.home / "store" / stage)
@@ -163,8 +165,9 @@ def disturb(trained: Trained) -> None:
     assert "the same command goes on from here" in err
     assert trained.cluster.state(first) in slurm.ENDED
     assert "interrupted after step" in out
+    reached = trained.steps()
     run = trained.start()
-    trained.wait_for_step(run, 30)
+    trained.wait_for_step(run, reached + 5)
     second = trained.number()
     assert second != first
     trained.cluster.preempt(second)

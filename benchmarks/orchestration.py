@@ -23,13 +23,17 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     settings = [f"download.sources.0.max_bytes={int(options.megabytes * 1e6)}"]
     settings += [f"pretrain.tokens={options.tokens}"] if options.tokens else []
-    with servers(folder / "servers") as environment:
+    with servers(folder / "servers") as (environment, processes):
         job = {"settings": settings, "work": str(folder), "cores": options.cores}
         size = int(options.megabytes * 1e6)
         contestants = [
             Contestant("the bodies called directly", directly, job, size, options.cores),
             Contestant(
-                "llmill, servers up", through, {**job, "environment": environment}, size, options.cores
+                "llmill, servers up",
+                through,
+                {**job, "environment": environment, "servers": processes},
+                size,
+                options.cores,
             ),
             Contestant(
                 "llmill, on its own", through, {**job, "environment": {}}, size, options.cores, repeats=1
@@ -37,16 +41,27 @@ def main() -> None:
         ]
         all_runs = alternate(contestants, options.repeats, folder / "logs")
     bare = all_runs[0].median
+    cpu = [statistics.median(one["cpu"] for one in runs.results) for runs in all_runs]
     report = Report("orchestration", "What tracking and orchestration cost", {"settings": settings})
     report.text(
         "The quickstart recipe from sources to an exported model, on new homes in turns. The clock starts when all "
         "is imported. Directly: each body on its folders, a local pool, the same launcher; nothing is sealed, nobody "
         "is told. With servers up: Prefect's and MLflow's as `llmill up` keeps them (SQLite). On its own: the run "
-        "brings its Prefect server up and down, and writes MLflow's SQLite file itself."
+        "brings its Prefect server up and down, and writes MLflow's SQLite file itself. CPU: processor time of all "
+        "processes, the servers' too, which depends less on what else a machine does."
     )
     report.table(
         "runs",
-        ("", "runs", "median s", "spread s", "more than the bodies, s", "of the run %"),
+        (
+            "",
+            "runs",
+            "median s",
+            "spread s",
+            "more than the bodies, s",
+            "of the run %",
+            "CPU s",
+            "more, of it %",
+        ),
         [
             [
                 runs.contestant.name,
@@ -55,8 +70,10 @@ def main() -> None:
                 max(runs.seconds) - min(runs.seconds),
                 runs.median - bare,
                 100 * (runs.median - bare) / runs.median,
+                used,
+                100 * (used - cpu[0]) / used,
             ]
-            for runs in all_runs
+            for runs, used in zip(all_runs, cpu, strict=True)
         ],
     )
     for runs in all_runs[1:]:
@@ -71,15 +88,16 @@ def main() -> None:
 
 
 @contextmanager
-def servers(home: Path) -> Iterator[dict[str, str]]:
-    """Servers that stay up for all runs, as a team has them; the environment that leads to them."""
+def servers(home: Path) -> Iterator[tuple[dict[str, str], list[int]]]:
+    """Servers that stay up for all runs, as a team has them: the environment that leads to them, their processes."""
     wanted = Wanted(prefect_port=free_port(), mlflow_port=free_port(), pools=())
     up = Up(home, wanted, print)
     home.mkdir(parents=True)
     up.start()
     try:
         environment = up.client_environment()
-        yield {name: environment[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+        used = {name: environment[name] for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI")}
+        yield used, [process.pid for process in up.services.processes.values()]
     finally:
         stop(home)
 

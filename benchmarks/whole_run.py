@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks.measure import ROOT, Work
 from data_pipeline.context import LocalContext
@@ -25,19 +28,22 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
 
     def run() -> dict[str, Any]:
         shutil.rmtree(home, ignore_errors=True)
+        before = cpu_seconds()
         with LocalContext(cores, launch.local) as context:
             for stage in STAGES:
                 out = home / stage.name
                 out.mkdir(parents=True)
                 config = getattr(recipe, stage.name).resolve()
                 stage.body(config, {name: home / name for name in stage.inputs}, out, context)
-        return {}
+        return {"cpu": cpu_seconds() - before}
 
     return run
 
 
-def through(settings: list[str], work: str, cores: int, environment: dict[str, str]) -> Work:
-    """``llmill run`` on a new home."""
+def through(
+    settings: list[str], work: str, cores: int, environment: dict[str, str], servers: Sequence[int] = ()
+) -> Work:
+    """``llmill run`` on a new home; ``servers`` are the processes of servers that it uses."""
     os.environ.update(environment)
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -54,12 +60,25 @@ def through(settings: list[str], work: str, cores: int, environment: dict[str, s
     def run() -> dict[str, Any]:
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
+        before = cpu_seconds(servers)
         with PrefectServer(home) as server:
             pipeline = Run(recipe, home, Selection(), Terminal(), "")
             pipeline.prepare()
             server.wait()
             pipeline.execute({"recipe": str(RECIPE)})
             rest = pipeline.overhead_seconds
-        return {"stages": sum(result.seconds for result in pipeline.results.values()), "rest": rest}
+        stages = sum(result.seconds for result in pipeline.results.values())
+        return {"stages": stages, "rest": rest, "cpu": cpu_seconds(servers) - before}
 
     return run
+
+
+def cpu_seconds(servers: Sequence[int] = ()) -> float:
+    """Processor time so far: ours, that of processes we waited for, and that of servers with what they started."""
+    ours = os.times()
+    total = ours.user + ours.system + ours.children_user + ours.children_system
+    for server in map(psutil.Process, servers):
+        for process in (server, *server.children(recursive=True)):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total

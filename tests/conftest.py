@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sysconfig
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +118,27 @@ def finished(make_llmill) -> Llmill:
     llmill = make_llmill()
     llmill.afresh("run", str(llmill.recipe))
     return llmill
+
+
+@pytest.fixture(scope="session")
+def copy_finished(finished: Llmill) -> Callable[[Path], Llmill]:
+    """``copy_finished(home)``: a home that may be changed, with what the small recipe made and nothing else sealed.
+
+    Tests that share `finished` leave what they failed at and what they made with other settings.
+    """
+    made = {step["fingerprint"] for step in finished.plan().values()}
+
+    def others(folder: str, names: list[str]) -> list[str]:
+        if Path(folder).parent == finished.home / "store":
+            return [name for name in names if name not in made]
+        state = ".json" if folder == str(finished.home / "runs") else ".lock"
+        return [name for name in names if name.endswith(state)]
+
+    def copy(home: Path) -> Llmill:
+        shutil.copytree(finished.home, home, ignore=others)
+        return replace(finished, home=home)
+
+    return copy
 
 
 SWEPT = (

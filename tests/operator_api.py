@@ -53,6 +53,14 @@ class Prefect:
         """The flow run when it has ended."""
         return until(lambda: self.run(flow_run), lambda run: run["state_type"] in FINAL, seconds)
 
+    def heartbeats(self, flow_run: str) -> int:
+        """How often the run has shown that it lives."""
+        chosen = {
+            "event": {"name": ["prefect.flow-run.heartbeat"]},
+            "resource": {"id": [f"prefect.flow-run.{flow_run}"]},
+        }
+        return self.post("events/filter", filter=chosen)["total"]
+
     def artifacts(self, flow_run: str) -> dict[str, Any]:
         """Kind -> what the flow run's page shows."""
         chosen = {"flow_run_id": {"any_": [flow_run]}, "type": {"not_any_": ["result"]}}

@@ -272,6 +272,27 @@ def test_a_crashed_workers_run_is_found_and_its_retry_goes_on_while_no_zombie_ho
     assert steps == list(range(1, len(steps) + 1))
 
 
+@pytest.mark.long
+def test_a_run_whose_machine_is_gone_is_found_by_prefect_itself_and_can_be_retried(site: Site):
+    """Nobody is left to say that the process died; its heartbeats stop."""
+    before = saved(site)
+    run = site.prefect.start("small", settings=LONG)
+    in_training(site, run, before)
+    until(lambda: site.prefect.heartbeats(run), bool, 60)
+    worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
+    for process in [worker, *worker.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    for note in site.llmill.home.glob("runs/prefect/*.json"):
+        note.unlink()
+    crashed = site.prefect.ended(run, 240)
+    assert crashed["state_type"] == "CRASHED"
+    assert "the process that ran this is gone" in crashed["state"]["message"]
+    site.up()
+    site.prefect.retry(run)
+    assert site.prefect.ended(run, 400)["state_type"] == "COMPLETED"
+
+
 def loss_points(site: Site) -> list:
     """The losses of the newest training, as MLflow has them."""
     newest = Store(site.llmill.home).artifacts("pretrain")[-1]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -270,16 +269,11 @@ def test_an_artifact_that_is_asked_for_goes_with_all_that_was_made_from_it_and_n
 
 
 @pytest.fixture
-def copied(finished: Llmill, tmp_path: Path) -> Llmill:
-    """A home with the same artifacts and runs, which may be changed, no registered model, and nothing unfinished."""
-
-    def unfinished(folder: str, names: list[str]) -> list[str]:  # what other tests failed at there
-        state = ".json" if folder == str(finished.home / "runs") else ".use"
-        return [name for name in names if name.endswith((".partial", ".use", ".lock", state))]
-
-    shutil.copytree(finished.home, tmp_path / "home", ignore=unfinished)
-    MlflowClient(f"sqlite:///{tmp_path}/home/mlflow.db").delete_registered_model("small")
-    return replace(finished, home=tmp_path / "home")
+def copied(copy_finished: Callable[[Path], Llmill], tmp_path: Path) -> Llmill:
+    """What the small recipe made, and no registered model."""
+    copy = copy_finished(tmp_path / "home")
+    MlflowClient(f"sqlite:///{copy.home}/mlflow.db").delete_registered_model("small")
+    return copy
 
 
 def test_what_runs_refer_to_and_registered_models_descend_from_stays_and_without_mlflow_everything(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +31,13 @@ from llm.pretrain import PretrainConfig, prepare
 
 
 @pytest.fixture(scope="module")
-def graph(finished: Llmill) -> Graph:
-    return Graph(Store(finished.home))
+def copied(copy_finished: Callable[[Path], Llmill], tmp_path_factory: pytest.TempPathFactory) -> Llmill:
+    return copy_finished(tmp_path_factory.mktemp("copied") / "home")
 
 
 @pytest.fixture(scope="module")
-def copied(finished: Llmill, tmp_path_factory: pytest.TempPathFactory) -> Llmill:
-    """A home with the same artifacts and runs, which may be changed."""
-    home = tmp_path_factory.mktemp("copied") / "home"
-    shutil.copytree(finished.home, home)
-    return replace(finished, home=home)
+def graph(copied: Llmill) -> Graph:
+    return Graph(Store(copied.home))
 
 
 def only(graph: Graph, stage: str) -> Node:
@@ -50,7 +46,7 @@ def only(graph: Graph, stage: str) -> Node:
 
 
 def test_each_document_of_the_line_is_where_its_trace_says_and_read_when_it_says(
-    graph: Graph, finished: Llmill, tmp_path: Path
+    graph: Graph, copied: Llmill, tmp_path: Path
 ) -> None:
     pretrain, folder = only(graph, "pretrain"), only(graph, "tokenize").path
     config = training_of(pretrain).config
@@ -89,15 +85,15 @@ def test_each_document_of_the_line_is_where_its_trace_says_and_read_when_it_says
     assert len(texts) > 10
 
 
-def test_the_command_prints_the_same_for_a_person_and_for_a_script(finished: Llmill, graph: Graph) -> None:
+def test_the_command_prints_the_same_for_a_person_and_for_a_script(copied: Llmill, graph: Graph) -> None:
     document = "stdlib/zz_almost.txt"
-    said = finished("trace", document).stdout
+    said = copied("trace", document).stdout
     assert "documents-00003.parquet, row group 0, row " in said
     assert "in common with\n  stdlib/argparse.txt\n  stdlib/zz_copy.txt" in said, (
         "the copies that dedup removed for it"
     )
     assert f"shaped\n  export          {only(graph, 'export').fingerprint}" in said
-    trace = json.loads(finished("trace", document, "--json").stdout)
+    trace = json.loads(copied("trace", document, "--json").stdout)
     steps = {one["step"] for one in trace["trainings"][0]["reads"]}
     assert f"{len(steps)} of 60 steps read" in said
     removed = DocumentTrace(graph, "stdlib/argparse.txt")
@@ -153,17 +149,15 @@ def test_an_artifact_leads_to_all_it_was_made_from_and_went_into_and_to_its_runs
             find_target(graph, text)
 
 
-def test_without_mlflow_the_rest_is_told_and_that_it_is_away(finished: Llmill, graph: Graph) -> None:
+def test_without_mlflow_the_rest_is_told_and_that_it_is_away(copied: Llmill, graph: Graph) -> None:
     nobody = "http://127.0.0.1:9"
-    said = finished("trace", only(graph, "tokenize").fingerprint, MLFLOW_TRACKING_URI=nobody).stdout
+    said = copied("trace", only(graph, "tokenize").fingerprint, MLFLOW_TRACKING_URI=nobody).stdout
     assert f"MLflow at {nobody} does not answer" in said
     assert only(graph, "export").fingerprint in said
 
 
-def test_what_is_named_wrong_is_answered_with_what_may_have_been_meant(
-    finished: Llmill, graph: Graph
-) -> None:
-    said = finished("trace", "stdlib/argparse.tx", code=2).stderr
+def test_what_is_named_wrong_is_answered_with_what_may_have_been_meant(copied: Llmill, graph: Graph) -> None:
+    said = copied("trace", "stdlib/argparse.tx", code=2).stderr
     assert "did you mean stdlib/argparse.txt or" in said
     right = only(graph, "clean").fingerprint
     with pytest.raises(UserError, match=f"did you mean {right}"):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +38,7 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
                 out.mkdir(parents=True)
                 config = getattr(recipe, stage.name).resolve()
                 stage.body(config, {name: home / name for name in stage.inputs}, out, context)
-        return {"cpu": cpu_seconds() - before}
+        return {"cpu": cpu_seconds() - before, "step": step_seconds(home / "pretrain")}
 
     return run
 
@@ -68,9 +71,19 @@ def through(
             pipeline.execute({"recipe": str(RECIPE)})
             rest = pipeline.overhead_seconds
         stages = sum(result.seconds for result in pipeline.results.values())
-        return {"stages": stages, "rest": rest, "cpu": cpu_seconds(servers) - before}
+        step = step_seconds(pipeline.results["pretrain"].artifact.path)
+        return {"stages": stages, "rest": rest, "cpu": cpu_seconds(servers) - before, "step": step}
 
     return run
+
+
+def step_seconds(pretrain: Path) -> float:
+    """From one step of a training to the next, the median."""
+    events = map(json.loads, (pretrain / "logs" / "events.jsonl").read_text().splitlines())
+    return statistics.median(
+        later - earlier
+        for earlier, later in pairwise(event["time"] for event in events if event["event"] == "step")
+    )
 
 
 def cpu_seconds(servers: Sequence[int] = ()) -> float:

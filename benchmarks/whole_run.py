@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import statistics
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -32,13 +33,16 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
     def run() -> dict[str, Any]:
         shutil.rmtree(home, ignore_errors=True)
         before = cpu_seconds()
+        bodies = {}
         with LocalContext(cores, launch.local) as context:
             for stage in STAGES:
                 out = home / stage.name
                 out.mkdir(parents=True)
                 config = getattr(recipe, stage.name).resolve()
+                clock = time.monotonic()
                 stage.body(config, {name: home / name for name in stage.inputs}, out, context)
-        return {"cpu": cpu_seconds() - before, "step": step_seconds(home / "pretrain")}
+                bodies[stage.name] = time.monotonic() - clock
+        return {"bodies": bodies, "cpu": cpu_seconds() - before, "step": step_seconds(home / "pretrain")}
 
     return run
 
@@ -70,9 +74,9 @@ def through(
             server.wait()
             pipeline.execute({"recipe": str(RECIPE)})
             rest = pipeline.overhead_seconds
-        stages = sum(result.seconds for result in pipeline.results.values())
+        bodies = {name: result.seconds for name, result in pipeline.results.items()}
         step = step_seconds(pipeline.results["pretrain"].artifact.path)
-        return {"stages": stages, "rest": rest, "cpu": cpu_seconds(servers) - before, "step": step}
+        return {"bodies": bodies, "rest": rest, "cpu": cpu_seconds(servers) - before, "step": step}
 
     return run
 

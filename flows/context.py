@@ -33,6 +33,7 @@ from llm.slurm import SlurmJob
 MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOLLOW_SECONDS = 1.0
+TELL_SECONDS = 5.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
 CANCEL_SECONDS = 8.0
 """What ranks get to save in, when a deployment's run is cancelled: all of it must be gone within 15 seconds."""
 
@@ -51,7 +52,7 @@ class PrefectContext:
         self._shown_events = 0
         self._total_steps = 0
         self._validated = ""
-        self._followed = 0.0
+        self._followed = self._told = 0.0
 
     def map(
         self, fn: Callable[[Item], Result], items: Sequence[Item], *, names: Sequence[str] | None = None
@@ -150,6 +151,9 @@ class PrefectContext:
             if time.monotonic() - self._followed >= FOLLOW_SECONDS:
                 self._followed = time.monotonic()
                 self._follow(events)
+                if self._followed - self._told >= TELL_SECONDS:
+                    self._told = self._followed
+                    self._tracker.follow(events)
 
         if deployment.id:
             grace_seconds = min(grace_seconds, CANCEL_SECONDS)
@@ -165,6 +169,7 @@ class PrefectContext:
                 launch.local(module, job, ranks, logs=logs, grace_seconds=grace_seconds, while_running=follow)
         finally:
             self._follow(events)
+            self._tracker.follow(events)
 
     def _say_who_is_awaited(self, job: Path, ranks: int) -> None:
         """Tell what to type on the other machines, where a person starts them."""
@@ -179,7 +184,6 @@ class PrefectContext:
         lines, self._shown_events = read_lines(events, self._shown_events)
         for line in lines:
             self._show_event(json.loads(line))
-        self._tracker.follow(events)
 
     def _show_event(self, event: dict[str, Any]) -> None:
         """One training event on the terminal; the last validation stays on the line."""

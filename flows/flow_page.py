@@ -16,7 +16,9 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-SEND_SECONDS = 2.0  # between sends: who looks at a page does not look more often
+SEND_SECONDS = (
+    5.0  # between sends, which cost Prefect's server time that training may want on the same machine
+)
 RETRY_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 
@@ -31,6 +33,7 @@ class FlowPage:
         self._flow_run_id = UUID(flow_run_id) if flow_run_id else None
         self._prefix = re.sub(r"[^a-z0-9]+", "-", recipe.lower()).strip("-")
         self._ids: dict[str, UUID] = {}
+        self._shown: dict[str, dict[str, Any]] = {}
         self._wanted: dict[str, dict[str, Any]] = {}
         self._change = threading.Condition()
         self._closing = False
@@ -59,9 +62,11 @@ class FlowPage:
             self._thread.join(CLOSE_SECONDS)
 
     def _show(self, kind: str, type_: str, data: Any, description: str) -> None:
+        fields = {"type": type_, "data": data, "description": description}
         with self._change:
-            self._wanted[kind] = {"type": type_, "data": data, "description": description}
-            self._change.notify()
+            if self._shown.get(kind) != fields:
+                self._shown[kind] = self._wanted[kind] = fields
+                self._change.notify()
 
     def _serve(self) -> None:
         """Send what changed, every few seconds, to the end."""

@@ -7,6 +7,7 @@ import platform
 import socket
 import subprocess
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,22 @@ def describe_making(step: Step, recipe: Recipe, inputs: Mapping[str, Artifact]) 
         },
         "recipe": recipe.name,
         "recipe_runtime": recipe.runtime.model_dump(mode="json"),
-        "code": {"version": version("llmill"), "commit": git_commit()},
+        "code": code_version(),
         "host": describe_host(),
-        "libraries": {name: version(name) for name in LIBRARIES},
+        "libraries": library_versions(),
     }
+
+
+@cache  # it is told in every manifest of a run, and what is loaded does not change
+def code_version() -> dict[str, str | None]:
+    """Which code this process runs."""
+    return {"version": version("llmill"), "commit": git_commit()}
+
+
+@cache
+def library_versions() -> dict[str, str]:
+    """Which versions of the libraries that matter are installed."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def git_commit() -> str | None:

@@ -14,6 +14,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from prefect import task
+from prefect.context import TagsContext
 from prefect.exceptions import MissingContextError
 from prefect.futures import PrefectFuture
 from prefect.logging import get_run_logger
@@ -73,7 +74,10 @@ class PrefectContext:
             while waiting or running:
                 if waiting and running < IN_FLIGHT * self.workers:
                     number, (name, part) = waiting.popleft()
-                    future = computing.submit(name, self._workers.prepare(part))
+                    with TagsContext(
+                        current_tags=set()
+                    ):  # with tags, a task asks for their limits before it starts
+                        future = computing.submit(name, self._workers.prepare(part))
                     future.add_done_callback(
                         partial(lambda number, future: done.put((number, future)), number)
                     )

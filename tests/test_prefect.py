@@ -56,3 +56,7 @@ def test_work_over_shards_is_tasks_named_after_them(ask, pipeline):
     assert names == [f"clean documents-{number:05}" for number in range(len(names))]
     assert len(names) > 1
     assert {run["state_type"] for run in tasks} == {"COMPLETED"}
+    assert pipeline["tags"] == ["small"]
+    assert not [
+        run["name"] for run in tasks if run["tags"]
+    ]  # each tag would ask the server for leave to start

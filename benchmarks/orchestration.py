@@ -43,9 +43,9 @@ def main() -> None:
         warm_up(contestants[:2], folder / "logs")
         all_runs = alternate(contestants, options.repeats, folder / "logs")
     bare = all_runs[0].median
-    cpu, step, waited = (
+    cpu, step = (
         [statistics.median(one[part] for one in runs.results) for runs in all_runs]
-        for part in ("cpu", "step", "waited")
+        for part in ("cpu", "step")
     )
     report = Report("orchestration", "What tracking and orchestration cost", {"settings": settings})
     report.text(
@@ -53,9 +53,8 @@ def main() -> None:
         "is imported. Directly: each body on its folders, a local pool, the same launcher; nothing is sealed, nobody "
         "is told. With servers up: Prefect's and MLflow's as `llmill up` keeps them (SQLite). On its own: the run "
         "brings its Prefect server up and down, and writes MLflow's SQLite file itself. CPU: processor time of all "
-        "processes, the servers' too. A step: of the training, the median of each run. Waited: how long the threads of "
-        "the training's ranks, all together, were ready and had no core, as the kernel counts it; what threads that "
-        "send and servers that take cost a training on the same cores, whatever else slows the machine down."
+        "processes, the servers' too. A step: of the training, the median of each run; it would tell of threads that "
+        "send, and of servers that take, while it trains."
     )
     report.table(
         "runs",
@@ -68,7 +67,6 @@ def main() -> None:
             "of the run %",
             "CPU s",
             "ms a step",
-            "waited s",
         ),
         [
             [
@@ -80,16 +78,16 @@ def main() -> None:
                 100 * (runs.median - bare) / runs.median,
                 used,
                 1000 * one_step,
-                wait,
             ]
-            for runs, used, one_step, wait in zip(all_runs, cpu, step, waited, strict=True)
+            for runs, used, one_step in zip(all_runs, cpu, step, strict=True)
         ],
     )
-    for runs, wait in zip(all_runs[1:], waited[1:], strict=True):
-        rest, more = statistics.median(one["rest"] for one in runs.results), wait - waited[0]
+    for runs in all_runs[1:]:
+        rest = [one["rest"] for one in runs.results]
+        share = [100 * one / seconds for one, seconds in zip(rest, runs.seconds, strict=True)]
         report.text(
-            f"{runs.contestant.name}: {rest:.1f} s outside of the bodies, and {more:.1f} s that the training waited "
-            f"for a core more than when called directly: {100 * (rest + more) / runs.median:.1f}% of the run."
+            f"{runs.contestant.name}: {statistics.median(rest):.1f} s outside of the bodies, "
+            f"{statistics.median(share):.1f}% of the run (medians)."
         )
     report.data["seconds"] = {runs.contestant.name: runs.seconds for runs in all_runs}
     report.data["results"] = {runs.contestant.name: runs.results for runs in all_runs}

@@ -6,10 +6,8 @@ import json
 import os
 import shutil
 import statistics
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,6 @@ from data_pipeline.context import LocalContext
 from flows.servers import CLIENT_SETTINGS
 
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
-SAMPLE_SECONDS = 0.5
 
 
 def directly(settings: list[str], work: str, cores: int) -> Work:
@@ -37,7 +34,7 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
         shutil.rmtree(home, ignore_errors=True)
         before = cpu_seconds()
         bodies = {}
-        with ranks_watched() as waits, LocalContext(cores, launch.local) as context:
+        with LocalContext(cores, launch.local) as context:
             for stage in STAGES:
                 out = home / stage.name
                 out.mkdir(parents=True)
@@ -49,7 +46,6 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
             "bodies": bodies,
             "cpu": cpu_seconds() - before,
             "step": step_seconds(home / "pretrain"),
-            "waited": sum(waits.values()),
         }
 
     return run
@@ -76,7 +72,7 @@ def through(
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         before = cpu_seconds(servers)
-        with ranks_watched() as waits, PrefectServer(home) as server:
+        with PrefectServer(home) as server:
             pipeline = Run(recipe, home, Selection(), Terminal(), "")
             pipeline.prepare()
             server.wait()
@@ -89,7 +85,6 @@ def through(
             "rest": rest,
             "cpu": cpu_seconds(servers) - before,
             "step": step,
-            "waited": sum(waits.values()),
         }
 
     return run
@@ -102,32 +97,6 @@ def step_seconds(pretrain: Path) -> float:
         later - earlier
         for earlier, later in pairwise(event["time"] for event in events if event["event"] == "step")
     )
-
-
-@contextmanager
-def ranks_watched() -> Iterator[dict[str, float]]:
-    """For each thread of the training ranks that we start meanwhile, the seconds that it was ready and had no core.
-
-    The kernel counts them (Linux, ``schedstat``); what a rank waited for in its last half second is not seen.
-    """
-    waits: dict[str, float] = {}
-    over = threading.Event()
-
-    def sample() -> None:
-        while not over.wait(SAMPLE_SECONDS):
-            with suppress(psutil.Error, OSError):  # ended meanwhile
-                for process in psutil.Process().children(recursive=True):
-                    if "llm.trainer" in process.cmdline():
-                        for counts in Path(f"/proc/{process.pid}/task").glob("*/schedstat"):
-                            waits[counts.parent.name] = int(counts.read_text().split()[1]) / 1e9
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield waits
-    finally:
-        over.set()
-        thread.join()
 
 
 def cpu_seconds(servers: Sequence[int] = ()) -> float:

@@ -74,9 +74,8 @@ class PrefectContext:
             while waiting or running:
                 if waiting and running < IN_FLIGHT * self.workers:
                     number, (name, part) = waiting.popleft()
-                    with TagsContext(
-                        current_tags=set()
-                    ):  # with tags, a task asks for their limits before it starts
+                    # For each tag that a task inherits, it would ask the server for leave before it starts.
+                    with TagsContext(current_tags=set()):
                         future = computing.submit(name, self._workers.prepare(part))
                     future.add_done_callback(
                         partial(lambda number, future: done.put((number, future)), number)

@@ -16,9 +16,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-SEND_SECONDS = (
-    5.0  # between sends, which cost Prefect's server time that training may want on the same machine
-)
+SEND_SECONDS = 5.0  # between sends: on one machine, Prefect's server takes for them what training wants
 RETRY_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 

@@ -57,6 +57,5 @@ def test_work_over_shards_is_tasks_named_after_them(ask, pipeline):
     assert len(names) > 1
     assert {run["state_type"] for run in tasks} == {"COMPLETED"}
     assert pipeline["tags"] == ["small"]
-    assert not [
-        run["name"] for run in tasks if run["tags"]
-    ]  # each tag would ask the server for leave to start
+    # For each tag a task would ask the server for leave to start.
+    assert not any(run["tags"] for run in tasks)

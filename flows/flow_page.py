@@ -16,7 +16,12 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
-SEND_SECONDS = 5.0  # between sends: on one machine, Prefect's server takes for them what training wants
+GATHER_SECONDS = 0.5
+"""From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
+server of that. SQLite at times refuses one of two writers, and what it refuses is asked for again two seconds later."""
+SEND_SECONDS = 4.0
+"""Between sends: on one machine, Prefect's server takes for them what training wants. With the gathering less than the
+five seconds after which the server closes a connection, for a request that meets that is late by two seconds too."""
 RETRY_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 
@@ -72,6 +77,7 @@ class FlowPage:
             while True:
                 with self._change:
                     self._change.wait_for(lambda: self._wanted or self._closing)
+                    self._change.wait_for(lambda: self._closing, GATHER_SECONDS)
                     wanted, self._wanted = self._wanted, {}
                     closing = self._closing
                 sent = False

@@ -19,6 +19,9 @@ from flows.tracking.links import HOME, target, without_user
 from flows.tracking.operations import METRICS, Away, Mlflow
 from flows.tracking.uploads import Refused
 
+GATHER_SECONDS = 0.3
+"""From news to its sending: what the end of a stage and the start of the next one tell then goes at once, and not
+while Prefect, which asks its own server between them, could use the time."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 ID_SECONDS = 3.0  # without any sign of MLflow, for an id that a page or a manifest should name
 MOST_ID_SECONDS = 10.0
@@ -114,7 +117,7 @@ class Sender:
         self._warned = self._elsewhere = False
         self._change = threading.Condition()
         self._news = True
-        self._closing = False
+        self._awaited = self._closing = False
         self._behind = False
         self._failed_at = 0.0
         self._alive_at = time.monotonic()
@@ -133,6 +136,8 @@ class Sender:
         """A run's id in MLflow; empty where that is not known soon, for MLflow does not answer or has much to do."""
         latest = time.monotonic() + (MOST_ID_SECONDS if self._remote else FILE_SECONDS)
         with self._change:
+            self._awaited = key not in self.mlflow.ids
+            self._change.notify_all()
             while key not in self.mlflow.ids and not self.failure and not self._behind:
                 left = min(self._patience(ID_SECONDS), latest - time.monotonic())
                 self._behind = left <= 0  # nobody waits again before all has been sent
@@ -163,7 +168,8 @@ class Sender:
         while not self.done:
             with self._change:
                 self._change.wait_for(lambda: self._news or self._closing)
-                over, self._news = self._closing, False
+                self._change.wait_for(lambda: self._awaited or self._closing, GATHER_SECONDS)
+                over, self._news, self._awaited = self._closing, False, False
             self._until_it_works(lambda: self._send(self._journal))
             self._behind = False
             if over:

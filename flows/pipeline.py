@@ -20,6 +20,7 @@ from typing import Any
 
 import yaml
 from prefect import flow, tags
+from prefect.events.worker import EventsWorker
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
 from prefect.logging.handlers import APILogHandler
@@ -46,6 +47,7 @@ from flows.tracking.tracker import Tracker
 from flows.uses import Uses
 
 MOST_ENTRIES = 20  # of a list among a flow run's parameters
+EVENTS_SECONDS = 5.0  # for what Prefect's server has not been told of states when a run ends
 FULL_BYTES = 1_000_000  # less free space than this, and no stage can seal its manifest
 
 
@@ -150,6 +152,7 @@ class Run:
                 # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
                 if answers(PREFECT_API_URL.value()):
                     APILogHandler().flush()
+                    EventsWorker.drain_all(timeout=EVENTS_SECONDS)
                 settle(self.store.home)
 
     def work(self) -> None:

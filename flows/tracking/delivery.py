@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from flows.tracking.journal import Journal, Operation, journals, outbox
 from flows.tracking.links import HOME, target, without_user
-from flows.tracking.operations import METRICS, Away, Mlflow
+from flows.tracking.operations import ENTRIES, LOG, METRICS, Away, Mlflow
 from flows.tracking.uploads import Refused
 
 GATHER_SECONDS = 0.3
@@ -25,6 +25,7 @@ while Prefect, which asks its own server between them, could use the time."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 ID_SECONDS = 3.0  # without any sign of MLflow, for an id that a page or a manifest should name
 MOST_ID_SECONDS = 10.0
+LOGGED = {"params", "tags", "metrics", LOG}
 FILE_SECONDS = 60.0  # without any sign of MLflow while files are sent, or from a database that is a file
 
 
@@ -50,19 +51,26 @@ def deliver(journal: Journal, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]
 
 
 def in_batches(waiting: Iterable[tuple[Operation, int]]) -> Iterator[tuple[Operation, int]]:
-    """Neighbouring points of one run as one operation: a request costs more than what is in it."""
+    """Neighbouring params, tags and points of one run as one operation: a request costs more than what is in it."""
     held: tuple[Operation, int] | None = None
     for operation, position in waiting:
-        if held and operation["op"] == held[0]["op"] == "metrics" and operation["run"] == held[0]["run"]:
-            points = [*held[0]["points"], *operation["points"]]
-            if len(points) <= METRICS:
-                held = {**operation, "points": points}, position
-                continue
-        if held:
+        together = merged(held[0], operation) if held else None
+        if held and not together:
             yield held
-        held = operation, position
+        held = together or operation, position
     if held:
         yield held
+
+
+def merged(one: Operation, other: Operation) -> Operation | None:
+    """Two operations as one of a request's size; None where they can't be."""
+    if not {one["op"], other["op"]} <= LOGGED or one.get("run") != other.get("run"):
+        return None
+    points = [*one.get("points", ()), *other.get("points", ())]
+    entries = {kind: {**one.get(kind, {}), **other.get(kind, {})} for kind in ("params", "tags")}
+    if len(points) > METRICS or any(len(each) > ENTRIES for each in entries.values()):
+        return None
+    return {"op": LOG, "run": one.get("run"), **entries, "points": points}
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from flows.store import fsync_folder, write_durably
+from flows.store import fsync_folder
 
 Operation = Mapping[str, Any]
 DAMAGED = "damaged"
@@ -95,8 +95,10 @@ class Journal:
                     yield operation, place
 
     def delivered(self, position: int) -> None:
-        """Note that all before ``position`` has been delivered."""
-        write_durably(self._position_file, str(position))
+        """Note that all before ``position`` has been delivered; a power cut may undo that, which does no harm."""
+        temporary = self._position_file.with_suffix(".position.tmp")
+        temporary.write_text(str(position))
+        os.replace(temporary, self._position_file)
 
     def refuse(self, operation: Operation, why: str) -> None:
         """Set an operation aside that MLflow will never take."""

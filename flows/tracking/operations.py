@@ -10,10 +10,11 @@ import json
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from filelock import FileLock
 from requests import HTTPError
@@ -41,7 +42,8 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "evaluate/bits_per_byte",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
 }
-METRICS, ENTRIES = 1000, 100  # a request: the most that MLflow takes of metrics, and of params or tags
+METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
+LOG = "log"  # neighbouring params, tags and metrics of one run, told together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 REFUSING = {400, 413, 422}  # HTTP statuses of an artifact store
 DOUBTS = (0.5, 2.0, 5.0)  # seconds before each further try of what fails while MLflow answers otherwise
@@ -61,6 +63,8 @@ class Mlflow:
         self.ids: dict[str, str] = {}
         """Key of a run -> its id, of those that were asked for."""
         self.experiments: dict[str, str] = {}
+        self.fresh: set[str] = set()
+        """Keys that this process has just made up: MLflow can have no run of theirs yet, and is not asked for one."""
         self.uploading = False
         self._connected: MlflowClient | None = None
         self._unsure: set[str] = set()
@@ -175,13 +179,17 @@ class Mlflow:
             self.ids[key] = runs[0].info.run_id
         return self.ids.get(key, "") if runs else ""
 
-    def _found_or_created(self, experiment: str, operation: Operation) -> tuple[str, bool]:
-        """The id of a run, and whether it is new."""
+    def _found_or_created(
+        self, experiment: str, operation: Operation, tags: Mapping[str, str] | None = None
+    ) -> tuple[str, bool]:
+        """The id of a run, and whether it is new; a new one has these tags."""
         key, place = operation["run"], self._experiment(experiment)
         with self._alone():
-            if run_id := self._find(experiment, key):
+            fresh = key in self.fresh
+            self.fresh.discard(key)
+            if not fresh and (run_id := self._find(experiment, key)):
                 return run_id, False
-            tags = {**operation["source"], KEY: key}
+            tags = {**operation["source"], **(tags or {}), KEY: key}
             try:
                 created = self._client.create_run(place, operation["time"], tags, operation["name"])
             except Exception:
@@ -196,10 +204,13 @@ class Mlflow:
 
     def _begin(self, experiment: str, operation: Operation) -> None:
         """Begin a run, or go on with it."""
-        run_id, new = self._found_or_created(experiment, operation)
-        if operation.get("parent"):
-            self._client.set_tag(run_id, PARENT, self._run(experiment, operation["parent"]))
-        self._client.update_run(run_id, status="RUNNING")
+        parent = operation.get("parent")
+        known = {PARENT: self.ids[parent]} if parent in self.ids else {}
+        run_id, new = self._found_or_created(experiment, operation, known)
+        if parent and not (new and known):
+            self._client.set_tag(run_id, PARENT, self._run(experiment, parent))
+        if not new:
+            self._client.update_run(run_id, status="RUNNING")
         if new and operation.get("seen"):
             self._see_again(run_id, **operation["seen"])
 
@@ -208,17 +219,16 @@ class Mlflow:
         store = Store(self.home)
         for folder in (store.path(stage, fingerprint), store.partial(stage, fingerprint)):
             lines, _ = read_lines(folder / EVENTS, 0, offset)
-            self._log_points(run_id, [point for line in lines for point in event_points(json.loads(line))])
+            points = [Metric(*point) for line in lines for point in event_points(json.loads(line))]
+            self._log_entries(run_id, [], [], points)
 
-    def _params(self, experiment: str, operation: Operation) -> None:
-        run_id = self._run(experiment, operation["run"])
-        params = [Param(key, value) for key, value in operation["params"].items()]
-        self._in_parts(run_id, params, ENTRIES, lambda part: self._client.log_batch(run_id, params=part))
-
-    def _tags(self, experiment: str, operation: Operation) -> None:
-        run_id = self._run(experiment, operation["run"])
-        tags = [RunTag(key, value) for key, value in operation["tags"].items()]
-        self._in_parts(run_id, tags, ENTRIES, lambda part: self._client.log_batch(run_id, tags=part))
+    def _log(self, experiment: str, operation: Operation) -> None:
+        self._log_entries(
+            self._run(experiment, operation["run"]),
+            [Param(*param) for param in operation.get("params", {}).items()],
+            [RunTag(*tag) for tag in operation.get("tags", {}).items()],
+            [Metric(*point) for point in operation.get("points", [])],
+        )
 
     def _untag(self, experiment: str, operation: Operation) -> None:
         run_id = self._run(experiment, operation["run"])
@@ -238,25 +248,30 @@ class Mlflow:
         ]
         self._client.log_inputs(self._run(experiment, operation["run"]), datasets=inputs)
 
-    def _metrics(self, experiment: str, operation: Operation) -> None:
-        self._log_points(self._run(experiment, operation["run"]), operation["points"])
-
-    def _log_points(self, run_id: str, points: Sequence[Any]) -> None:
-        metrics = [Metric(*point) for point in points]
-        self._in_parts(run_id, metrics, METRICS, lambda part: self._client.log_batch(run_id, metrics=part))
-
-    def _in_parts(self, run_id: str, items: list[Item], size: int, send: Callable[[list[Item]], Any]) -> None:
-        """Send items, ``size`` at a time; of a part that is refused, those that are not to blame.
+    def _log_entries(
+        self, run_id: str, params: list[Param], tags: list[RunTag], metrics: list[Metric]
+    ) -> None:
+        """Send as much a request as MLflow takes; of one that is refused, what is not to blame.
 
         Raises:
-            Refused: some were to blame; the message names one.
+            Refused: some entries were to blame; the message names one.
         """
         refused: list[str] = []
-        parts = [items[start : start + size] for start in range(0, len(items), size)]
+        parts: list[list[Param | RunTag | Metric]] = [
+            [*some_params, *some_tags, *some_metrics]
+            for some_params, some_tags, some_metrics in zip_longest(
+                slices(params, ENTRIES), slices(tags, ENTRIES), slices(metrics, METRICS), fillvalue=()
+            )
+        ]
         while parts:
             part = parts.pop(0)
             try:
-                send(part)
+                self._client.log_batch(
+                    run_id,
+                    metrics=[entry for entry in part if isinstance(entry, Metric)],
+                    params=[entry for entry in part if isinstance(entry, Param)],
+                    tags=[entry for entry in part if isinstance(entry, RunTag)],
+                )
             except MlflowException as error:
                 if not is_refusal(error) or self._client.get_run(run_id).info.lifecycle_stage != "active":
                     raise
@@ -299,16 +314,22 @@ class Mlflow:
 OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
     "join": Mlflow._join,
     "begin": Mlflow._begin,
-    "params": Mlflow._params,
-    "tags": Mlflow._tags,
+    "params": Mlflow._log,
+    "tags": Mlflow._log,
+    "metrics": Mlflow._log,
+    LOG: Mlflow._log,
     "untag": Mlflow._untag,
     "link": Mlflow._link,
     "inputs": Mlflow._inputs,
-    "metrics": Mlflow._metrics,
     "text": Mlflow._text,
     "artifact": Mlflow._artifact,
     "end": Mlflow._end,
 }
+
+
+def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items, ``size`` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
 
 
 def is_refusal(error: Exception) -> bool:

@@ -70,6 +70,7 @@ class Tracker:
         self._lock: FileLock | None = None
         self._joined = False
         self._begun = 0
+        self._resumed = False
         self._monitor: SystemMonitor | None = None
         self._telling = Lock()
         self._journal: Journal | None = None
@@ -134,7 +135,7 @@ class Tracker:
             return
         self._record = self._claim(key)
         record = read_record(self._record) if self._record else {}
-        self.parent_key = record.get("key") or uuid4().hex
+        self.parent_key = record.get("key") or self._new_key()
         self.parent_name = record.get("name") or name
         if self._record:
             write_durably(self._record, json.dumps({"key": self.parent_key, "name": self.parent_name}))
@@ -153,7 +154,8 @@ class Tracker:
         """Begin the stage's child run, or go on with the one that an unfinished run of this artifact left."""
         self._state = self._state_of(stage, fingerprint)
         record = read_record(self._state)
-        self.stage_key, self._offset = record.get("key") or uuid4().hex, record.get("offset", 0)
+        self._resumed = bool(record)
+        self.stage_key, self._offset = record.get("key") or self._new_key(), record.get("offset", 0)
         self._begun = record.get("begun") or now()
         self._save_state()
         begin = {"op": "begin", **beginning(self.stage_key, stage), "parent": self.parent_key}
@@ -206,7 +208,7 @@ class Tracker:
                 **run,
                 "tags": {"llmill.payload_sha256": artifact.payload_sha256, **report_note(artifact)},
             },
-            {"op": "untag", **run, "tag": ERROR},
+            *([{"op": "untag", **run, "tag": ERROR}] if self._resumed else []),
             *({"op": "artifact", **run, **name, "what": what} for what in uploads),
             {"op": "end", **run, "status": "FINISHED", "time": now()},
         )
@@ -237,11 +239,12 @@ class Tracker:
             return  # who dispatched us does that
         stage, manifest, run = artifact.stage, artifact.manifest, {"run": self.parent_key}
         tags = {f"llmill.{stage}.how": how, f"llmill.{stage}.fingerprint": artifact.fingerprint}
-        link = {"tag": f"llmill.{stage}.run_id", "to": manifest.get("mlflow_key", "")}
+        name, run_id = f"llmill.{stage}.run_id", manifest["mlflow_run_id"]
+        link = {"op": "link", **run, "tag": name, "to": manifest.get("mlflow_key", ""), "id": ""}
         figures = {f"{stage}/{name}": artifact.metrics[name] for name in headline if name in artifact.metrics}
         self._tell(
-            {"op": "tags", **run, "tags": tags},
-            {"op": "link", **run, **link, "id": manifest["mlflow_run_id"]},
+            *([] if run_id else [link]),
+            {"op": "tags", **run, "tags": {**tags, **({name: run_id} if run_id else {})}},
             measured(self.parent_key, points_of(figures, sealed_at(artifact))),
         )
 
@@ -281,6 +284,13 @@ class Tracker:
             self._sender.close(STOP_SECONDS if status == "KILLED" else CLOSE_SECONDS)
         if self._lock:
             self._lock.release()
+
+    def _new_key(self) -> str:
+        """The key of a run that nobody knows yet."""
+        key = uuid4().hex
+        if self._sender:
+            self._sender.mlflow.fresh.add(key)
+        return key
 
     def _tell(self, *operations: Mapping[str, Any]) -> None:
         if self._journal and self._sender:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import PurePosixPath
 
 from mlflow import MlflowClient
 
@@ -18,9 +19,12 @@ class Refused(Exception):
     """MLflow will never take this operation; the message says why."""
 
 
+ABOUT = ("manifest.json", "report.md")
+
+
 def log_about(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
     """What says of an artifact how it was made and what became of it."""
-    for name in ("manifest.json", "report.md"):
+    for name in ABOUT:
         if (artifact.path / name).exists():
             client.log_artifact(run_id, str(artifact.path / name))
 
@@ -37,7 +41,10 @@ def log_plots(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
 
 
 def log_payload(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
-    client.log_artifacts(run_id, str(artifact.path), "payload")
+    """The sealed files, but for those that `log_about` logs."""
+    for path in (PurePosixPath(entry["path"]) for entry in artifact.manifest["files"]):
+        if str(path) not in ABOUT:
+            client.log_artifact(run_id, str(artifact.path / path), str("payload" / path.parent))
 
 
 def log_reference(client: MlflowClient, run_id: str, artifact: Artifact) -> None:

@@ -116,15 +116,21 @@ def test_of_two_runs_that_one_request_made_the_empty_one_goes(mlflow: Mlflow) ->
 def test_what_is_refused_is_set_aside_and_the_rest_arrives(mlflow: Mlflow) -> None:
     bad = {"op": "metrics", **RUN, "points": [*POINTS[:100], ["what?", 1.0, 1, 1], *POINTS[100:]]}
     other = {"op": "params", **RUN, "params": {"lr": "another", "more": "1"}}
-    journal = journal_of(mlflow.home, *TOLD[:4], bad, other, {"op": "unheard of"}, {"op": "end"}, *TOLD[5:])
+    both = {"op": "tags", **RUN, "tags": {"good": "yes", "": "nameless"}}
+    journal = journal_of(
+        mlflow.home, *TOLD[:4], bad, {"op": "unheard of"}, other, both, {"op": "end"}, *TOLD[5:]
+    )
     refused = {operation["op"]: why for operation, why in deliver(journal, mlflow) if why}
-    assert set(refused) == {"metrics", "params", "unheard of", "end"}
+    assert set(refused) == {"metrics", "log", "unheard of", "end"}
     assert "what?" in refused["metrics"]
-    assert "lr" in refused["params"]
+    assert "lr" in refused["log"]
+    assert "1 more" in refused["log"]
     kept = [json.loads(line) for line in journal.refused.read_text().splitlines()]
-    assert [line["op"] for line in kept] == ["metrics", "params", "unheard of", "end"]
+    assert [line["op"] for line in kept] == ["metrics", "unheard of", "log", "end"]
+    assert (kept[2]["params"], kept[2]["tags"]) == (other["params"], both["tags"])
     [run] = runs(mlflow)
     assert run.data.params["more"] == "1"
+    assert run.data.tags["good"] == "yes"
     assert list(journal.waiting()) == []
     client = MlflowClient(mlflow.uri)
     assert len(client.get_metric_history(run.info.run_id, "train/loss0")) == len(POINTS) // 3 + 1
@@ -185,6 +191,44 @@ def test_a_server_that_is_away_keeps_all_waiting_and_its_password_is_not_told(tm
 
 def test_points_that_were_told_one_by_one_go_in_batches(mlflow: Mlflow) -> None:
     one_by_one = [{"op": "metrics", **RUN, "points": [point]} for point in POINTS]
-    batches = 3  # of 2,501 points, 1,000 at a time
+    batches = 4  # of 2,501 points, 800 at a time
     assert len(send(mlflow, *TOLD[:4], *one_by_one, *TOLD[5:])) == 4 + batches + 2
+    assert_there_once(mlflow)
+
+
+def test_what_is_told_of_one_run_goes_together_as_much_as_mlflow_takes_of_each_kind(mlflow: Mlflow) -> None:
+    few = [{"op": "params", **RUN, "params": {f"few.{n}": n}} for n in range(40)]
+    few += [{"op": "tags", **RUN, "tags": {f"few.{n}": str(n)}} for n in range(40)]
+    more = [{"op": "tags", **RUN, "tags": {f"more.{n}": str(n)}} for n in range(99)]
+    points = {"op": "metrics", **RUN, "points": POINTS[:800]}
+    assert send(mlflow, TOLD[0], *few, points, *more) == ["", "", ""]
+    [run] = runs(mlflow)
+    assert sum(name.startswith("few.") for name in run.data.params) == 40
+    assert sum(name.startswith(("few.", "more.")) for name in run.data.tags) == 139
+    history = MlflowClient(mlflow.uri).get_metric_history(run.info.run_id, "train/loss1")
+    assert [point.step for point in history] == [n for n in range(800) if n % 3 == 1]
+
+
+def test_a_run_whose_key_is_new_is_not_looked_for_until_making_it_failed(
+    mlflow: Mlflow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, searched = MlflowClient.create_run, []
+
+    def lose_the_answer(*arguments: object) -> None:
+        assert not searched
+        monkeypatch.setattr(MlflowClient, "create_run", create)
+        create(*arguments)
+        raise ConnectionError("the answer was lost")
+
+    search = MlflowClient.search_runs
+    monkeypatch.setattr(
+        MlflowClient, "search_runs", lambda *arguments: searched.append(1) or search(*arguments)
+    )
+    monkeypatch.setattr(MlflowClient, "create_run", lose_the_answer)
+    mlflow.fresh.add(KEY)
+    with pytest.raises(Away, match="answer was lost"):
+        send(mlflow, *TOLD)
+    assert set(send(mlflow, *TOLD)) == {""}
+    assert searched
+    monkeypatch.undo()
     assert_there_once(mlflow)

@@ -18,7 +18,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
 GATHER_SECONDS = 0.5
 """From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
-server of that. SQLite at times refuses one of two writers, and what it refuses is asked for again two seconds later."""
+server of that."""
 SEND_SECONDS = 4.0
 """Between sends: on one machine, Prefect's server takes for them what training wants. With the gathering less than the
 five seconds after which the server closes a connection, for a request that meets that is late by two seconds too."""

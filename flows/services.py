@@ -188,7 +188,7 @@ class Up:
         if self.wanted.postgres:
             url = database_url(self.wanted.postgres, DATABASES[PREFECT], "postgresql+asyncpg")
             environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
-        command = ["-m", "prefect", "server", "start", "--host", host, "--port", str(port)]
+        command = ["-m", "flows.prefect_server", "--host", host, "--port", str(port)]
         return command, environment, f"http://{reachable(host)}:{port}"
 
     def _mlflow(self) -> tuple[list[str], dict[str, str], str]:

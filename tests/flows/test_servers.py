@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import httpx
 import psutil
 
 from flows.servers import PrefectServer, answers
@@ -75,3 +77,21 @@ def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(
         assert not server.absent
         assert os.environ["PREFECT_API_URL"] == prefect_server
     assert not (tmp_path / "prefect").exists()
+
+
+def test_clients_that_all_write_are_neither_refused_nor_held_up(prefect_server):
+    """Prefect's own server refuses two in three of what four such clients ask."""
+    with httpx.Client(base_url=prefect_server) as client:
+        flow = client.post("/flows/", json={"name": "busy"}).json()
+        run = client.post("/flow_runs/", json={"flow_id": flow["id"]}).json()
+
+    def write(number: int) -> set[int]:
+        with httpx.Client(base_url=prefect_server, timeout=30) as client:
+            name = {"flow_run_id": run["id"], "task_key": str(number)}
+            return {
+                client.post("/task_runs/", json={**name, "dynamic_key": str(n)}).status_code
+                for n in range(30)
+            }
+
+    with ThreadPoolExecutor(4) as pool:
+        assert set.union(*pool.map(write, range(4))) == {201}

@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.measure import ROOT, Work
 from data_pipeline.context import LocalContext
-from flows.servers import CLIENT_SETTINGS
+from flows.servers import client_settings
 
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 
@@ -56,7 +56,7 @@ def through(
 ) -> Work:
     """``llmill run`` on a new home; ``servers`` are the processes of servers that it uses."""
     os.environ.update(environment)
-    for name, value in CLIENT_SETTINGS.items():
+    for name, value in client_settings("http://").items():  # before Prefect is imported
         os.environ.setdefault(name, value)
     home = Path(work, "home")
     from flows.pipeline import Run

@@ -251,11 +251,12 @@ class Up:
 
     def client_environment(self) -> dict[str, str]:
         """What a process needs to use these servers as a run does."""
-        from flows.servers import CLIENT_SETTINGS
+        from flows.servers import client_settings
 
+        api = f"{self.services.processes[PREFECT].url}/api"
         return {
-            **CLIENT_SETTINGS,
-            "PREFECT_API_URL": f"{self.services.processes[PREFECT].url}/api",
+            **client_settings(api),
+            "PREFECT_API_URL": api,
             "PREFECT_HOME": str(self.home / "prefect"),
             "PREFECT_WORKER_QUERY_SECONDS": "3",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",

@@ -127,3 +127,17 @@ def test_the_entrypoint_needs_no_secrets() -> None:
         ["sh", INFRA / "entrypoint.sh", "echo", "well"], capture_output=True, text=True, check=True
     )
     assert done.stdout == "well\n"
+
+
+def test_an_installed_llmill_has_all_files_of_its_packages():
+    """An image installs copies; a clone for development would not miss what is left out."""
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    taken = {
+        path
+        for package, patterns in settings["package-data"].items()
+        for pattern in patterns
+        for path in (ROOT / package).glob(pattern)
+    }
+    packages = [name.removesuffix("*") for name in settings["packages"]["find"]["include"]]
+    there = {path for package in packages for path in (ROOT / package).rglob("*") if path.is_file()}
+    assert {path for path in there if path.suffix != ".py" and path.parent.name != "__pycache__"} == taken

@@ -239,12 +239,12 @@ class Tracker:
             return  # who dispatched us does that
         stage, manifest, run = artifact.stage, artifact.manifest, {"run": self.parent_key}
         tags = {f"llmill.{stage}.how": how, f"llmill.{stage}.fingerprint": artifact.fingerprint}
-        name, run_id = f"llmill.{stage}.run_id", manifest["mlflow_run_id"]
-        link = {"op": "link", **run, "tag": name, "to": manifest.get("mlflow_key", ""), "id": ""}
+        run_tag, known = f"llmill.{stage}.run_id", manifest["mlflow_run_id"]
+        link = {"op": "link", **run, "tag": run_tag, "to": manifest.get("mlflow_key", ""), "id": ""}
         figures = {f"{stage}/{name}": artifact.metrics[name] for name in headline if name in artifact.metrics}
         self._tell(
-            *([] if run_id else [link]),
-            {"op": "tags", **run, "tags": {**tags, **({name: run_id} if run_id else {})}},
+            *([] if known else [link]),
+            {"op": "tags", **run, "tags": {**tags, **({run_tag: known} if known else {})}},
             measured(self.parent_key, points_of(figures, sealed_at(artifact))),
         )
 

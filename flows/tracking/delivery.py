@@ -25,8 +25,8 @@ while Prefect, which asks its own server between them, could use the time."""
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 ID_SECONDS = 3.0  # without any sign of MLflow, for an id that a page or a manifest should name
 MOST_ID_SECONDS = 10.0
-LOGGED = {"params", "tags", "metrics", LOG}
 FILE_SECONDS = 60.0  # without any sign of MLflow while files are sent, or from a database that is a file
+LOGGED = {"params", "tags", "metrics", LOG}
 
 
 def deliver(journal: Journal, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
@@ -66,6 +66,9 @@ def merged(one: Operation, other: Operation) -> Operation | None:
     """Two operations as one of a request's size; None where they can't be."""
     if not {one["op"], other["op"]} <= LOGGED or one.get("run") != other.get("run"):
         return None
+    known = one.get("params", {})
+    if any(known.get(name, value) != value for name, value in other.get("params", {}).items()):
+        return None  # a param has one value: MLflow is to refuse the second one
     points = [*one.get("points", ()), *other.get("points", ())]
     entries = {kind: {**one.get(kind, {}), **other.get(kind, {})} for kind in ("params", "tags")}
     if len(points) > METRICS or any(len(each) > ENTRIES for each in entries.values()):

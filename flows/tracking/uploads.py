@@ -43,8 +43,14 @@ def log_plots(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
 def log_payload(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
     """The sealed files, but for those that `log_about` logs."""
     for path in (PurePosixPath(entry["path"]) for entry in artifact.manifest["files"]):
-        if str(path) not in ABOUT:
+        if str(path) in ABOUT:
+            continue
+        try:
             client.log_artifact(run_id, str(artifact.path / path), str("payload" / path.parent))
+        except FileNotFoundError:
+            if artifact.path.exists() and not (artifact.path / path).exists():
+                raise Refused(f"{path} was sealed in {artifact.path} and is not there") from None
+            raise
 
 
 def log_reference(client: MlflowClient, run_id: str, artifact: Artifact) -> None:

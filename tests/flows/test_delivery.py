@@ -160,6 +160,31 @@ def test_files_of_an_artifact_that_was_removed_are_told_of_by_a_tag(mlflow: Mlfl
     assert "removed before MLflow had them" in run.data.tags["llmill.files"]
 
 
+def test_a_sealed_file_that_is_gone_is_told_of_and_holds_nothing_up(mlflow: Mlflow) -> None:
+    store = Store(mlflow.home)
+    folder, _ = store.begin("clean", "f00d", {})
+    for name in ("kept.txt", "lost.txt"):
+        (folder / name).write_text(name)
+    artifact = store.seal("clean", "f00d", {})
+    (artifact.path / "lost.txt").unlink()
+    name = {"stage": "clean", "fingerprint": "f00d", "payload_sha256": artifact.payload_sha256}
+    refused = send(mlflow, TOLD[0], {"op": "artifact", **RUN, **name, "what": "payload"}, TOLD[-1])
+    assert [bool(why) for why in refused] == [False, True, False]
+    assert "lost.txt" in refused[1]
+    [run] = runs(mlflow)
+    assert run.info.status == "FINISHED"
+    files = MlflowClient(mlflow.uri).list_artifacts(run.info.run_id, "payload")
+    assert [file.path for file in files] == ["payload/kept.txt"]
+
+
+def test_of_two_values_of_a_param_the_first_stays_and_the_second_is_set_aside(mlflow: Mlflow) -> None:
+    told = [{"op": "params", **RUN, "params": {"lr": value}} for value in ("1", "2")]
+    refused = send(mlflow, TOLD[0], *told)
+    assert [bool(why) for why in refused] == [False, False, True]
+    [run] = runs(mlflow)
+    assert run.data.params["lr"] == "1"
+
+
 def test_a_run_that_was_deleted_in_the_middle_of_a_training_gets_its_earlier_points_when_it_goes_on(
     mlflow: Mlflow,
 ) -> None:

@@ -19,7 +19,7 @@ from benchmarks.measure import Runs
 from data_pipeline.documents import table
 
 PACKAGES = ("llmill", "numpy", "numba", "pyarrow", "gigatoken", "tokenizers", "datasets", "datatrove", "daft", "spacy",
-            "rensa", "text-dedup", "torch")  # fmt: skip
+            "rensa", "text-dedup", "torch", "prefect", "mlflow")  # fmt: skip
 
 
 def arguments(

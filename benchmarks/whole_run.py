@@ -21,18 +21,19 @@ from flows.servers import client_settings
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 
 
-def directly(settings: list[str], work: str, cores: int) -> Work:
-    """Every stage's body in order, on folders."""
+def directly(settings: list[str], work: str, cores: int, servers: Sequence[int] = ()) -> Work:
+    """Every stage's body in order, on folders; ``servers`` are processes that have nothing to do with it."""
     from flows import launch
     from flows.recipe import load_recipe
     from flows.stages import STAGES
 
     recipe = load_recipe(RECIPE, settings)
     home = Path(work, "direct")
+    training = watch_training(servers)
 
     def run() -> dict[str, Any]:
         shutil.rmtree(home, ignore_errors=True)
-        before = cpu_seconds()
+        before = cpu_seconds(servers)
         bodies = {}
         with LocalContext(cores, launch.local) as context:
             for stage in STAGES:
@@ -44,8 +45,9 @@ def directly(settings: list[str], work: str, cores: int) -> Work:
                 bodies[stage.name] = time.monotonic() - clock
         return {
             "bodies": bodies,
-            "cpu": cpu_seconds() - before,
+            "cpu": sum(cpu_seconds(servers)) - sum(before),
             "step": step_seconds(home / "pretrain"),
+            "training": training,
         }
 
     return run
@@ -67,6 +69,7 @@ def through(
 
     recipe = load_recipe(RECIPE, settings)
     assert recipe.runtime.worker_count == cores
+    training = watch_training(servers)
 
     def run() -> dict[str, Any]:
         shutil.rmtree(home, ignore_errors=True)
@@ -83,8 +86,9 @@ def through(
         return {
             "bodies": bodies,
             "rest": rest,
-            "cpu": cpu_seconds(servers) - before,
+            "cpu": sum(cpu_seconds(servers)) - sum(before),
             "step": step,
+            "training": training,
         }
 
     return run
@@ -99,12 +103,33 @@ def step_seconds(pretrain: Path) -> float:
     )
 
 
-def cpu_seconds(servers: Sequence[int] = ()) -> float:
-    """Processor time so far: ours, that of processes we waited for, and that of servers with what they started."""
+def watch_training(servers: Sequence[int]) -> dict[str, float]:
+    """Let the launcher measure how long its processes are at work, and what others take of the processors meanwhile.
+
+    Returns what is to hold these once it has been called: ``seconds``, and ``beside``, the processor time of this
+    process and the servers.
+    """
+    from flows import launch
+
+    measured: dict[str, float] = {}
+    start = launch.local
+
+    def local(*arguments: Any, **more: Any) -> None:
+        clock, (before, _) = time.monotonic(), cpu_seconds(servers)
+        start(*arguments, **more)
+        measured["seconds"] = time.monotonic() - clock
+        measured["beside"] = cpu_seconds(servers)[0] - before
+
+    launch.local = local
+    return measured
+
+
+def cpu_seconds(servers: Sequence[int]) -> tuple[float, float]:
+    """Processor time so far: ours and that of servers with what they started; that of processes we waited for."""
     ours = os.times()
-    total = ours.user + ours.system + ours.children_user + ours.children_system
+    beside = ours.user + ours.system
     for server in map(psutil.Process, servers):
         for process in (server, *server.children(recursive=True)):
             times = process.cpu_times()
-            total += times.user + times.system
-    return total
+            beside += times.user + times.system
+    return beside, ours.children_user + ours.children_system

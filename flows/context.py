@@ -34,7 +34,7 @@ from llm.slurm import SlurmJob
 MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOLLOW_SECONDS = 1.0
-TELL_SECONDS = 5.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
+TELL_SECONDS = 10.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
 CANCEL_SECONDS = 8.0
 """What ranks get to save in, when a deployment's run is cancelled: all of it must be gone within 15 seconds."""
 

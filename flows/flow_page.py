@@ -13,15 +13,17 @@ from contextlib import suppress
 from typing import Any
 from uuid import UUID
 
+from httpx import Limits
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
 GATHER_SECONDS = 0.5
 """From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
 server of that."""
-SEND_SECONDS = 4.0
-"""Between sends: on one machine, Prefect's server takes for them what training wants. With the gathering less than the
-five seconds after which the server closes a connection, for a request that meets that is late by two seconds too."""
+SEND_SECONDS = 10.0
+"""Between sends: on one machine, Prefect's server takes for them what training wants."""
+IDLE_SECONDS = 4.0
+"""For which a connection is kept. The server closes it after five, and a request that meets that is late by two."""
 RETRY_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 
@@ -73,7 +75,8 @@ class FlowPage:
 
     def _serve(self) -> None:
         """Send what changed, every few seconds, to the end."""
-        with get_client(sync_client=True) as client:
+        settings = {"limits": Limits(keepalive_expiry=IDLE_SECONDS)}
+        with get_client(settings, sync_client=True) as client:
             while True:
                 with self._change:
                     self._change.wait_for(lambda: self._wanted or self._closing)

@@ -116,8 +116,8 @@ def tell_of_parts(report: Report, little: Sequence[Runs], whole: Sequence[Runs])
         f"Two whole runs differ by what a step happens to take, which is more than what is looked for. By parts: a "
         f"run that hardly trains takes {fixed:.1f} s more (median of {len(more)} pairs, {more[0]:.1f} to "
         f"{more[-1]:.1f}). For each further second of training, the process that tells and the servers take "
-        f"{1000 * told:.1f} ms of processor time, {1000 * bare:.1f} where nobody is told. If training loses the "
-        f"difference from every core, which is the most that it can, that is {100 * training:.2f}% of it."
+        f"{1000 * told:.1f} ms of processor time, {1000 * bare:.1f} where nobody is told. Training's threads wait for "
+        f"one another, so the difference is counted as lost by all of them: {100 * training:.2f}% of it."
     )
     report.text(
         f"So of the quickstart's {whole[0].median:.0f} s, tracking and orchestration take {cost:.1f} s: "

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
@@ -21,10 +20,9 @@ GATHER_SECONDS = 0.5
 """From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
 server of that."""
 SEND_SECONDS = 10.0
-"""Between sends: on one machine, Prefect's server takes for them what training wants."""
+"""Between sends, and tries: on one machine, Prefect's server takes for them what training wants."""
 IDLE_SECONDS = 4.0
 """For which a connection is kept. The server closes it after five, and a request that meets that is late by two."""
-RETRY_SECONDS = 10.0
 CLOSE_SECONDS = 5.0
 
 
@@ -74,7 +72,7 @@ class FlowPage:
                 self._change.notify()
 
     def _serve(self) -> None:
-        """Send what changed, every few seconds, to the end."""
+        """Send what changed, now and then, to the end."""
         settings = {"limits": Limits(keepalive_expiry=IDLE_SECONDS)}
         with get_client(settings, sync_client=True) as client:
             while True:
@@ -90,16 +88,10 @@ class FlowPage:
                     sent = True
                 if closing:
                     return
-                if not sent:
-                    with self._change:
+                with self._change:
+                    if not sent:
                         self._wanted = {**wanted, **self._wanted}
-                self._pause(SEND_SECONDS if sent else RETRY_SECONDS)
-
-    def _pause(self, seconds: float) -> None:
-        deadline = time.monotonic() + seconds
-        with self._change:
-            while not self._closing and (left := deadline - time.monotonic()) > 0:
-                self._change.wait(left)
+                    self._change.wait_for(lambda: self._closing, SEND_SECONDS)
 
     def _send(self, client: Any, kind: str, fields: Mapping[str, Any]) -> None:
         if not self._ids:  # a run that is retried goes on with what its page shows

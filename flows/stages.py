@@ -73,7 +73,7 @@ STAGES: tuple[Stage, ...] = (
         export,
         ExportConfig,
         ("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate"),
-        1,
+        2,
         ("parameters", "logits_max_abs_difference"),
     ),
 )

@@ -16,7 +16,7 @@ from pydantic import Field
 from safetensors.torch import save_file
 
 from data_pipeline.context import Metrics, StageConfig, StageContext, atomic_path
-from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from data_pipeline.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
 from llm.layouts import exported_weights, layout_of, transformers_config
 from llm.model import ModelConfig, Transformer, load_model
 from llm.model_card import model_card, table
@@ -48,11 +48,10 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
             parameter.copy_(parameter.to(getattr(torch, config.dtype)))
     tokenizer_folder = inputs["train_tokenizer"]
     end = end_of_text(load_tokenizer(tokenizer_folder))
-    for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-        with atomic_path(out / name) as path:
-            shutil.copyfile(tokenizer_folder / name, path)
+    write_tokenizer(tokenizer_folder, out, model.config.context)
     write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
-    write_json(out / "generation_config.json", {"bos_token_id": end, "eos_token_id": end, "do_sample": True})
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    write_json(out / "generation_config.json", {**ends, "do_sample": True})
     with atomic_path(out / "model.safetensors") as path:
         save_file(exported_weights(model, getattr(torch, config.dtype)), path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes it readable by its owner only
@@ -65,6 +64,17 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     write_text(out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics))
     write_text(out / "report.md", report(config, model.config, difference, out))
     return metrics
+
+
+def write_tokenizer(folder: Path, out: Path, longest: int) -> None:
+    """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, before them, where
+    no continuation is in the way; and ``longest``, the tokens to which texts are cut."""
+    with atomic_path(out / "tokenizer.json") as path:
+        shutil.copyfile(folder / "tokenizer.json", path)
+    padding = {"pad_token": END_OF_TEXT}
+    batches = {**padding, "padding_side": "left", "model_max_length": longest}
+    for name, more in (("special_tokens_map.json", padding), ("tokenizer_config.json", batches)):
+        write_json(out / name, json.loads((folder / name).read_text(encoding="utf-8")) | more)
 
 
 def report(config: ExportConfig, model: ModelConfig, difference: float, out: Path) -> str:

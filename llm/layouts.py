@@ -60,7 +60,11 @@ def layout_of(config: ModelShape) -> Layout:
 
 
 def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id."""
+    """``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
+
+    Keys that version 5 of `transformers` reads elsewhere than version 4 stand in both places, for a reader takes its
+    default in silence where it finds nothing.
+    """
     layout = layout_of(config)
     common = {
         "architectures": [ARCHITECTURES[layout]],
@@ -71,6 +75,7 @@ def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, 
         "bos_token_id": end,
         "eos_token_id": end,
         "dtype": dtype,
+        "torch_dtype": dtype,  # its name before 4.56
     }
     if layout == "gpt2":
         return common | {
@@ -96,6 +101,7 @@ def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, 
         "max_position_embeddings": config.context,
         "rms_norm_eps": config.norm_eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where it stood before version 5
         "attention_bias": False,
     }
 

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from data_pipeline.context import Metrics, human_bytes
+from llm.layouts import Layout, layout_of
 from llm.model import ModelConfig
+
+LAYOUTS: dict[Layout, str] = {
+    "llama": "Llama (rotary positions, RMSNorm)",
+    "qwen3": "Qwen3 (Llama's, with a norm on queries and keys)",
+    "gpt2": "GPT-2 (learned positions, LayerNorm, biases)",
+}
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
@@ -37,13 +44,13 @@ def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Met
 
 def architecture(model: ModelConfig) -> str:
     """The shape as a table."""
-    layout = "Qwen3 (norm on queries and keys)" if model.qk_norm else "Llama"
+    layout = layout_of(model)
     heads = f"{model.heads}, {model.kv_head_count} of keys and values"
     rows = [
-        ("layout", layout),
+        ("layout", LAYOUTS[layout]),
         ("layers", model.layers),
         ("width", model.width),
-        ("hidden width (SwiGLU)", model.hidden_width),
+        (f"hidden width ({'GELU' if layout == 'gpt2' else 'SwiGLU'})", model.hidden_width),
         ("heads", heads),
         ("context", f"{model.context} tokens"),
         ("vocabulary", f"{model.vocab_size} (byte-level BPE)"),

@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.download import DownloadConfig
 from data_pipeline.tokenizer import load_tokenizer
 from llm.export import ExportConfig, export, logits_difference
 from llm.generate import generate, generate_from_folder
-from llm.layouts import load_folder
+from llm.layouts import load_folder, transformers_config
 from llm.model import ModelConfig, load_model
+from llm.model_card import architecture as architecture_of
 from llm.model_card import sources
 
 Make = Callable[..., ModelConfig]
@@ -51,6 +52,44 @@ def test_transformers_loads_the_folder_and_computes_our_logits(
     assert ids[0].tolist() == load_tokenizer(corpus["train_tokenizer"]).encode(text).ids
     with torch.inference_mode():
         torch.testing.assert_close(theirs(ids).logits, model(ids)[..., :500], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_the_config_has_what_moved_between_versions_in_both_places(tiny: Make, architecture: str) -> None:
+    config = tiny(rope_theta=777.0, **SHAPES[architecture])
+    written = transformers_config(config, 0, "bfloat16")
+    assert written["dtype"] == written["torch_dtype"] == "bfloat16"
+    if architecture != "GPT2LMHeadModel":
+        assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == 777.0
+
+
+def test_a_batch_of_texts_is_padded_and_long_ones_are_cut(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    export(ExportConfig(), {**corpus, "pretrain": saved_model(tiny())}, out, LocalContext())
+    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    assert (
+        len(tokenizer("x = 1\n" * 500, truncation=True)["input_ids"]) == model.config.max_position_embeddings
+    )
+    writer = pipeline("text-generation", model=model, tokenizer=tokenizer, batch_size=2)
+    sampled = {"do_sample": False, "max_new_tokens": 4, "return_full_text": False}
+    prompts = ["def main(path):\n    return", "import"]
+    together = [texts[0]["generated_text"] for texts in writer(prompts, **sampled)]
+    assert together == [writer(prompt, **sampled)[0]["generated_text"] for prompt in prompts]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("LlamaForCausalLM", ["| layout | Llama ", "| hidden width (SwiGLU) |"]),
+        ("Qwen3ForCausalLM", ["| layout | Qwen3 ", "| hidden width (SwiGLU) |"]),
+        ("GPT2LMHeadModel", ["| layout | GPT-2 ", "| hidden width (GELU) |"]),
+    ],
+)
+def test_the_card_names_the_layout(tiny: Make, architecture: str, said: list[str]) -> None:
+    table = architecture_of(tiny(**SHAPES[architecture]))
+    assert all(part in table for part in said)
 
 
 def test_an_export_that_computes_otherwise_is_noticed(

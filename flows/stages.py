@@ -39,7 +39,7 @@ class Stage:
 
 STAGES: tuple[Stage, ...] = (
     Stage("download", download, DownloadConfig, (), 2, ("documents", "bytes")),
-    Stage("clean", clean, CleanConfig, ("download",), 2, ("kept", "documents")),
+    Stage("clean", clean, CleanConfig, ("download",), 3, ("kept", "documents")),
     Stage("dedup", dedup, DedupConfig, ("clean",), 3, ("kept", "removed/exact", "removed/near")),
     Stage(
         "train_tokenizer",

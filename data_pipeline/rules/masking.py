@@ -1,19 +1,25 @@
 """Mask personal data: e-mail addresses, public IP addresses and telephone numbers become placeholders.
 
 Conservative by intent: a number that merely might be a telephone number stays. What is found: addresses as
-``name@host.tld`` (not "name at host", nor a quoted or internationalised one); IPv4 in four decimal parts and IPv6 in
-any of its spellings, where the address is public (`ipaddress`: globally routable), so that neither 127.0.0.1 nor
-192.168.0.1 goes, but a version of four numbers does; telephone numbers with ``+`` and a country code (8 to 15 digits,
-ITU-T E.164), North American ones in groups of 3, 3, 4 with brackets, dots or hyphens, French ones in five pairs, and
-those of 10 or 11 digits in groups of which the first begins with 0 (Britain, Germany, ...). Not found: numbers
-written without any separator or ``+``, other national forms, extensions, and numbers spelled out. Names and postal
-addresses are not looked for.
+``name@host.tld`` (not "name at host", nor a quoted one; letters of Latin, Greek and Cyrillic may stand in the host, and
+at the end of the name); IPv4 in four decimal parts and IPv6 in any of its spellings, where the address is public
+(`ipaddress`: globally routable), so that neither 127.0.0.1 nor 192.168.0.1 goes, but a version of four numbers does;
+telephone numbers with ``+`` and a country code (8 to 15 digits, ITU-T E.164), North American ones in groups of 3, 3, 4
+with brackets, dots or hyphens, French ones in five pairs, those of 10 or 11 digits in groups of which the first begins
+with 0 (Britain, Germany, Japan, ...), Chinese mobile ones in groups of 3, 4, 4, and 8 to 15 digits in a row right after
+a word that announces them (``tel:``, ``phone=``, and as much in Chinese and others). Not found: numbers without any of
+these signs, other national forms, extensions, and numbers spelled out. Names and postal addresses are not looked for.
+
+Only ASCII letters and digits beside it make something part of a longer word: Chinese, Japanese, Thai and others are
+written without a space before an address, and so are accented letters and emoji now and then. Full-width characters,
+the decimal digits of all scripts, and spaces and hyphens that don't break count as their ASCII kin.
 """
 
 from __future__ import annotations
 
 import ipaddress
 import re
+import unicodedata
 from collections.abc import Callable
 from typing import Annotated
 
@@ -26,28 +32,66 @@ from pydantic import AfterValidator
 from data_pipeline.context import Config
 from data_pipeline.rules.normalise import normalise
 
-EMAIL = re.compile(
-    r"(?<![\w.+%-])[A-Za-z0-9](?:[A-Za-z0-9._%+-]{0,62}[A-Za-z0-9_%+-])?"
-    r"@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,8}[A-Za-z]{2,24}(?![\w@-])"
+ASCII_KIN = (
+    {0xFF01 + at: chr(0x21 + at) for at in range(94)}  # full-width forms
+    | {
+        code: str(digit)
+        for code in range(0x80, 0x20000)  # no digit lies beyond
+        if (digit := unicodedata.decimal(chr(code), None)) is not None
+    }
+    | dict.fromkeys((0xA0, 0x2007, 0x202F, 0x3000), " ")
+    | dict.fromkeys((0x2010, 0x2011), "-")
 )
+"""By code point: the ASCII character as which the patterns read it."""
+HAS_KIN = re.compile(f"[{''.join(map(chr, sorted(ASCII_KIN)))}]")
+
+# The patterns are ASCII's: ``[^\W_]`` is a letter or digit. An underscore around a whole is Markdown's.
+BEFORE = r"(?<![^\W_])(?<![^\W_]_)"
+AFTER = r"(?![^\W_]|_[^\W_])"
+LETTER = "À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
+"""Letters beyond ASCII that addresses have: Latin, Greek, Cyrillic."""
+EMAIL = re.compile(
+    rf"{BEFORE}(?:[A-Za-z0-9+](?:[A-Za-z0-9._%+-]{{0,62}}[A-Za-z0-9_%+-])?"
+    rf"|(?<![{LETTER}])[A-Za-z0-9{LETTER}][A-Za-z0-9._%+{LETTER}-]{{0,62}}(?<=[{LETTER}]))"
+    rf"@(?:[A-Za-z0-9{LETTER}](?:[A-Za-z0-9{LETTER}-]{{0,61}}[A-Za-z0-9{LETTER}])?\.){{1,8}}"
+    rf"(?:[Xx][Nn]--[A-Za-z0-9-]{{1,58}}[A-Za-z0-9]|[A-Za-z]{{2,24}}){AFTER}(?!@)",
+    re.ASCII,
+)
+IN_ADDRESS = "".join(rf"(?<!\b[0-9A-Fa-f]{{{digits}}}:)" for digits in range(1, 5)) + "(?<!::)"
 IP = re.compile(
-    r"(?<![\w.:])(?:(?:\d{1,3}\.){3}\d{1,3}(?![\w:]|\.\w)|[23][0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34}(?![\w:]|\.\w))"
+    rf"{BEFORE}(?<![^\W_]\.)(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}"
+    rf"|{IN_ADDRESS}[23][0-9A-Fa-f]{{3}}:[0-9A-Fa-f:]{{1,34}}(?:(?<=[0-9A-Fa-f])|(?<=::))(?!:[0-9A-Fa-f:]))"
+    rf"{AFTER}(?!\.[^\W_])",
+    re.ASCII,
 )
 COUNTRY = (
     r"(?:7|2(?:[07]|[1-69]\d)|3(?:[0-469]|[578]\d)|4(?:[013-9]|2[01])|5(?:[1-8]|[09]\d)"
     r"|6(?:[0-6]|[7-9]\d)|8(?:[1246]|[0578]\d)|9(?:[0-58]|[679]\d))"
 )
 """Country codes as the ITU has given them out, but 1, whose numbers have a form of their own."""
+LABEL = (
+    r"(?i:tel|ＴＥＬ|telephone|telefon|telefono|telefone|téléphone|phone|cellphone|mobile|fax|ＦＡＸ|sms|callto|whatsapp"
+    r"|gsm|тел|телефон)\.?[\"']?[ \t]?[:=：＝][ \t]?[\"']?(?://)?(?:%2[Bb])?"
+    r"|(?:手机|手機|电话|電話|携帯|传真|傳真|전화|휴대폰|โทร|โทรศัพท์|هاتف|फ़ोन|फोन|मोबाइल)"
+    r"(?:号码|號碼|番号|番號|번호)?[:=：＝是は为為 \t]{0,3}"
+)
+"""Words that announce a telephone number."""
 # Possessive quantifiers: a long run of digits is read once, and a number is masked whole or not at all.
-GAP = r"[ .\-/\u2010-\u2013\u00a0]"
+GAP = r"[ .\-/\u2012\u2013]"
 PHONE = re.compile(
-    r"(?<![\w+.,:/=#-])(?:"
-    rf"\+{COUNTRY}(?:{GAP}?\(\d{{1,5}}\))?(?:{GAP}?\d{{2,}}+|{GAP}\d(?={GAP}\d\d))++"
+    r"(?<![^\W_])(?:"
+    rf"(?P<label>{LABEL})\d{{8,15}}+"
+    rf"|{BEFORE}(?<!\+)(?:\+{COUNTRY}(?:{GAP}?\(\d{{1,5}}\))?(?:{GAP}?\d{{2,}}+|{GAP}\d(?={GAP}\d\d))++"
     r"|\+1[ .-]?(?:\([2-9]\d\d\)|[2-9]\d\d)[ .-]?[2-9]\d\d[ .-]?\d{4}"
-    r"|(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}"
-    r"|0[1-9]([ .-])\d\d(?:\1\d\d){3}"
+    r"|(?<![#-])(?<![^/]/)(?<!\d[.,:=])(?:"
+    r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[.-])[2-9]\d\d[ .-]\d{4}"
+    r"|0[1-9]([ .-])\d\d(?:\2\d\d){3}"
     r"|(?:\(0\d{2,4}\)|0\d{2,4})[ /-]\d{3,4}[ -]\d{3,4}"
-    r")(?![\w@]|[.,:/=-]\d|[ .-]\d\d(?!\d))"
+    r"|0[1-9]-\d{4}-\d{4}"
+    r"|1[3-9]\d([ -])\d{4}\3\d{4}"
+    r"))"
+    rf"){AFTER}(?![@]|[.,:/=-]\d|[ .-]\d\d(?!\d))",
+    re.ASCII,
 )
 
 UNICAST = ipaddress.ip_network("2000::/3")
@@ -88,17 +132,16 @@ class Masking(Config):
 def replace(
     pattern: re.Pattern[str], text: str, placeholder: str, accept: Callable[[str], bool]
 ) -> tuple[str, int]:
-    """Replace the matches that are accepted; returns how many too."""
-    replaced = 0
-
-    def put(match: re.Match[str]) -> str:
-        nonlocal replaced
-        if not accept(match[0]):
-            return match[0]
-        replaced += 1
-        return placeholder
-
-    return pattern.sub(put, text), replaced
+    """Replace the matches that are accepted, but for what is their ``label``; returns how many too."""
+    read = text.translate(ASCII_KIN) if HAS_KIN.search(text) else text  # a character for a character
+    parts, done, replaced = [], 0, 0
+    for match in pattern.finditer(read):
+        begin = max(match.start(), match.end("label") if "label" in pattern.groupindex else 0)
+        if accept(read[begin : match.end()]):
+            parts += [text[done:begin], placeholder]
+            done = match.end()
+            replaced += 1
+    return "".join([*parts, text[done:]]), replaced
 
 
 def any_match(found: str) -> bool:
@@ -117,17 +160,31 @@ def is_public(found: str) -> bool:
 
 
 def has_phone_digits(found: str) -> bool:
-    """Whether it has as many digits as a telephone number: 8 to 15 with a country code, else 10 or 11."""
+    """Whether it has as many digits as a telephone number: 8 to 15 with a country code or a label, else 10 or 11."""
     digits = sum(map(str.isdecimal, found))
-    return 8 <= digits <= 15 if found.startswith("+") else 10 <= digits <= 11
+    return 8 <= digits <= 15 if found.startswith("+") or found.isdecimal() else 10 <= digits <= 11
 
 
+# Classes that RE2 reads as `ASCII_KIN` does.
+DIGIT, DOT, PLUS, COLON = r"\p{Nd}", "[.．]", "[+＋]", "[:：]"
+BREAK = r"[ .\-/．－／\x{a0}\x{2007}\x{202f}\x{3000}\x{2010}-\x{2013}]"
+BRACKET = "[)）]"
+WIDE = r"A-Za-z0-9Ａ-Ｚａ-ｚ\p{Nd}"
 KINDS: dict[str, tuple[str, re.Pattern[str], Callable[[str], bool]]] = {
-    "email": (r"[A-Za-z0-9_%+-]@[A-Za-z0-9-]+\.[A-Za-z]", EMAIL, any_match),
-    "ip": (r"\d\.\d{1,3}\.\d{1,3}\.\d|[23][0-9A-Fa-f]{3}:", IP, is_public),
+    "email": (
+        rf"[{WIDE}{LETTER}_%+＿％＋－-][@＠][{WIDE}{LETTER}－\x{{2010}}\x{{2011}}-]+{DOT}[A-Za-zＡ-Ｚａ-ｚ]",
+        EMAIL,
+        any_match,
+    ),
+    "ip": (
+        rf"{DIGIT}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}"
+        rf"|(?:[23]|[^\x00-\x7f])[0-9A-Fa-fＡ-Ｆａ-ｆ\p{{Nd}}]{{3}}{COLON}",
+        IP,
+        is_public,
+    ),
     "phone": (
-        r"\+\d[^0-9A-Za-z]{0,2}\d|\d\)?[ .-]\d{3}[ .-]\d{4}|0[1-9][ .-]\d\d[ .-]\d\d[ .-]\d\d[ .-]\d"
-        r"|0\d{2,4}\)?[ /-]\d{3,4}[ -]\d",
+        rf"{PLUS}{DIGIT}[^0-9A-Za-z]{{0,2}}{DIGIT}|{DIGIT}{BRACKET}?{BREAK}{DIGIT}{{3,4}}{BREAK}{DIGIT}{{3}}"
+        rf"|{DIGIT}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}|(?:{LABEL}){DIGIT}{{8}}",
         PHONE,
         has_phone_digits,
     ),

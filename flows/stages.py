@@ -40,7 +40,7 @@ class Stage:
 STAGES: tuple[Stage, ...] = (
     Stage("download", download, DownloadConfig, (), 2, ("documents", "bytes")),
     Stage("clean", clean, CleanConfig, ("download",), 3, ("kept", "documents")),
-    Stage("dedup", dedup, DedupConfig, ("clean",), 3, ("kept", "removed/exact", "removed/near")),
+    Stage("dedup", dedup, DedupConfig, ("clean",), 4, ("kept", "removed/exact", "removed/near")),
     Stage(
         "train_tokenizer",
         train_tokenizer,

@@ -6,16 +6,17 @@ bounds leave out is marked.
 
 from __future__ import annotations
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
+
+from data_pipeline.kernels import kernel
 
 UNLIKELY = 8
 """Edges below the threshold by their estimate for each above it, at most. They take none of its places: documents that
 share much but aren't duplicates must not hide those that are."""
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
     """In how many entries two signatures agree."""
     agreed = 0
@@ -24,7 +25,7 @@ def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
     return agreed
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def meeting_band(one: NDArray[np.uint64], other: NDArray[np.uint64], crowded: NDArray[np.bool_]) -> int:
     """The band whose bucket gives the edge of a pair: the first that they share, if possible no crowd."""
     first = -1
@@ -37,7 +38,7 @@ def meeting_band(one: NDArray[np.uint64], other: NDArray[np.uint64], crowded: ND
     return first
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def compare_buckets(
     keys: NDArray[np.uint64],
     starts: NDArray[np.int64],

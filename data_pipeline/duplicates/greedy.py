@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.context import atomic_path
 from data_pipeline.duplicates.candidates import EDGES_AT_ONCE, NONE, read_chunks
+from data_pipeline.kernels import kernel
 
 REPEATS = np.dtype([("of", "<i8"), ("jaccard", "<f8"), ("exact", "?")])
 """Row of the kept document that a document repeats (`NONE`: it is kept), and how much."""
@@ -76,13 +76,13 @@ def settle(edges: Sequence[Path], state: NDArray[np.void], folder: Path, at_once
         sources, turn = [left] if left.stat().st_size else [], turn + 1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_winners(loser: NDArray[np.int64], waiting: NDArray[np.int64]) -> None:
     for edge in range(len(loser)):
         waiting[loser[edge]] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def undecided(
     loser: NDArray[np.int64],
     winner: NDArray[np.int64],
@@ -126,7 +126,7 @@ def undecided(
     return needed
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def take_best(
     loser: NDArray[np.int64],
     winner: NDArray[np.int64],

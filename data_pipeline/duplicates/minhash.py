@@ -10,8 +10,6 @@ Of each entry 16 bits are kept (Li, Koenig 2010, "b-Bit Minwise Hashing").
 
 from __future__ import annotations
 
-import unicodedata
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -23,14 +21,13 @@ from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 from data_pipeline.documents import blocks, buffers
-
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
+from data_pipeline.kernels import MULTIPLIER, code_point, kernel, mix
+from data_pipeline.words import IGNORED, LETTER, MARK, OTHER, UNSPACED, character_classes, lower_case
 
 EMPTY = np.uint16(0xFFFF)
 """Every entry of a text without words. (An entry that would have this value is one less.)"""
 NOTHING, NEVER = np.uint32(0xFFFFFFFF), 1 << 62
 """No value, no turn."""
-SEPARATOR, LETTER, IDEOGRAPH = 0, 1, 2
 SEVEN_BITS, EIGHTH_BIT = np.uint64(0x7F7F7F7F7F7F7F7F), np.uint64(0x8080808080808080)
 CASE = np.uint64(0x2020202020202020)
 """The bit in which ASCII's upper and lower case differ, in each of eight bytes."""
@@ -41,48 +38,11 @@ FROM_0, PAST_9, FROM_A, PAST_Z = (
 """What lifts a byte's seven bits to 128 or more from these characters on."""
 GATHER = np.uint64(0x0102040810204080)
 """Multiplying eight bytes of 0 or 1 by it puts them side by side into the highest byte."""
-IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF))
-"""Scripts written without spaces between words: each character counts as a word."""
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
-"""2^64 / golden ratio, odd: multiplying by it is a bijection that spreads low bits upward."""
 
 
-@cache
-def character_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
-    """Class and lower case of each code point below 2^16. Beyond, all count as letters without case."""
-    classes = np.zeros(1 << 16, np.uint8)
-    lower = np.arange(1 << 16, dtype=np.uint16)
-    for code in range(1 << 16):
-        character = chr(code)
-        if unicodedata.category(character)[0] in "LMN" or character == "_":  # M: accents and vowel signs
-            classes[code] = LETTER
-            lowered = character.lower()
-            if len(lowered) == 1 and ord(lowered) < 1 << 16:
-                lower[code] = ord(lowered)
-    for first, last in IDEOGRAPHS:
-        classes[first : last + 1] = IDEOGRAPH
-    return classes, lower
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def mix(value: np.uint64) -> np.uint64:
-    """A bijection of 64 bits in which every input bit reaches every output bit (splitmix64's finaliser)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-@numba.njit(nogil=True, cache=True, inline="always")
-def code_point(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
-    """The code point of valid UTF-8 at byte ``at``, and its length in bytes."""
-    first = int(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return ((first & 0x1F) << 6) | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return ((first & 0x0F) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F), 3
-    return 0x10000, 4
+def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+    """Class and lower case of each code point. The underscore is a letter, as it is in the names of source code."""
+    return character_classes("_"), lower_case()
 
 
 @intrinsic
@@ -95,7 +55,7 @@ def trailing_zeros(typing: Any, value: Any) -> Any:
     return numba.uint64(numba.uint64), generate
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def run_bits(block: np.uint64) -> np.uint64:
     """Which of eight bytes, the first lowest, belong to a run: an ASCII letter, digit or underscore, or beyond ASCII.
 
@@ -111,7 +71,7 @@ def run_bits(block: np.uint64) -> np.uint64:
     return ((flags >> np.uint64(7)) * GATHER) >> np.uint64(56)
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
     """The eight bytes from ``at`` on, with zeros for those behind the last of the buffer."""
     last = len(blocks) - 1
@@ -120,78 +80,75 @@ def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
     return blocks[last] >> np.uint64(8 * (at - last))
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def fold(hashed: np.uint64, block: np.uint64) -> np.uint64:
     """The hash of a word to which another eight bytes (or the last few) are added."""
     hashed = (hashed ^ block) * MULTIPLIER
     return hashed ^ (hashed >> np.uint64(32))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def mixed_run(
     data: NDArray[np.uint8],
     start: int,
     end: int,
     classes: NDArray[np.uint8],
-    lower: NDArray[np.uint16],
+    lower: NDArray[np.uint32],
     words: NDArray[np.uint64],
     count: int,
 ) -> int:
-    """Hash the words of a run that holds characters beyond ASCII, from ``words[count]`` on; the new count."""
+    """Hash the words of a run that holds characters beyond ASCII, from ``words[count]`` on; the new count.
+
+    A hash is that of the word's lower-cased UTF-8, eight bytes at a time, as in `run_hash`.
+    """
     hashed = packed = filled = np.uint64(0)
-    open_word = False
+    word = OTHER  # class of the word that is open
     at = start
     while at < end:
         code, length = code_point(data, at)
-        kind = LETTER
-        if code < 0x10000:
-            kind, code = classes[code], int(lower[code])
-        if open_word and kind != LETTER:
+        at += length
+        kind = int(classes[code]) if code < len(classes) else OTHER
+        if kind == IGNORED or (kind == MARK and word == OTHER):
+            continue
+        if word != OTHER and kind != MARK and not (word == LETTER and kind == LETTER):
             words[count] = mix(fold(hashed, packed) if filled else hashed)
             count += 1
             hashed = packed = filled = np.uint64(0)
-            open_word = False
-        if kind == LETTER:
-            open_word = True
-            encoded, size = lower_utf8(data, at, code)
-            packed |= encoded << (np.uint64(8) * filled)
-            filled += size
-            if filled >= np.uint64(8):
-                hashed = fold(hashed, packed)
-                filled -= np.uint64(8)
-                packed = encoded >> (np.uint64(8) * (size - filled)) if filled else np.uint64(0)
-        elif kind == IDEOGRAPH:
-            words[count] = mix(fold(np.uint64(0), np.uint64(code)))
-            count += 1
-        at += length
-    if open_word:
+            word = OTHER
+        if kind in (LETTER, UNSPACED):
+            word = kind
+        elif kind != MARK:
+            continue
+        encoded, size = utf8(int(lower[code]))
+        packed |= encoded << (np.uint64(8) * filled)
+        filled += size
+        if filled >= np.uint64(8):
+            hashed = fold(hashed, packed)
+            filled -= np.uint64(8)
+            packed = encoded >> (np.uint64(8) * (size - filled)) if filled else np.uint64(0)
+    if word != OTHER:
         words[count] = mix(fold(hashed, packed) if filled else hashed)
         count += 1
     return count
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
-def lower_utf8(data: NDArray[np.uint8], at: int, code: int) -> tuple[np.uint64, np.uint64]:
-    """UTF-8 of a lower-cased code point, the first byte lowest, as `run_hash` takes it; and its length.
-
-    Of a code point beyond 2^16, which has no case here, the bytes from ``at`` on.
-    """
+@kernel(inline="always")
+def utf8(code: int) -> tuple[np.uint64, np.uint64]:
+    """UTF-8 of a lower-cased code point, the first byte lowest, as `run_hash` takes it; and its length."""
     if code < 0x80:
         return np.uint64(code | 0x20), np.uint64(1)
     last = np.uint64(code & 0x3F | 0x80)
     if code < 0x800:
         return np.uint64(code >> 6 | 0xC0) | last << np.uint64(8), np.uint64(2)
-    middle = np.uint64((code >> 6) & 0x3F | 0x80)
+    third = np.uint64((code >> 6) & 0x3F | 0x80)
     if code < 0x10000:
         first = np.uint64(code >> 12 | 0xE0)
-        return first | middle << np.uint64(8) | last << np.uint64(16), np.uint64(3)
-    encoded = np.uint64(0)
-    for byte in range(4):
-        encoded |= np.uint64(data[at + byte]) << np.uint64(8 * byte)
-    return encoded, np.uint64(4)
+        return first | third << np.uint64(8) | last << np.uint64(16), np.uint64(3)
+    first, second = np.uint64(code >> 18 | 0xF0), np.uint64((code >> 12) & 0x3F | 0x80)
+    return first | second << np.uint64(8) | third << np.uint64(16) | last << np.uint64(24), np.uint64(4)
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def run_hash(blocks: NDArray[np.uint64], start: int, end: int) -> tuple[np.uint64, np.uint64]:
     """Hash of a run as one lower-cased word; and bits that are 0 if all of it is ASCII, so that it is one.
 
@@ -210,14 +167,14 @@ def run_hash(blocks: NDArray[np.uint64], start: int, end: int) -> tuple[np.uint6
     return mix(fold(hashed, block)), (seen | block) & EIGHTH_BIT
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def word_hashes(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],
     start: int,
     end: int,
     classes: NDArray[np.uint8],
-    lower: NDArray[np.uint16],
+    lower: NDArray[np.uint32],
     words: NDArray[np.uint64],
 ) -> int:
     """Hash the lower-cased words of one text into ``words``; returns how many there are.
@@ -254,7 +211,7 @@ def word_hashes(
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def shingle_hashes(words: NDArray[np.uint64], count: int, ngram: int, seed: np.uint64) -> int:
     """Replace the hashes of ``count`` words by those of their shingles, in place; returns how many there are.
 
@@ -279,7 +236,7 @@ def shingle_hashes(words: NDArray[np.uint64], count: int, ngram: int, seed: np.u
     return shingles
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def fill_signature(
     shingles: NDArray[np.uint64],
     count: int,
@@ -325,7 +282,7 @@ def fill_signature(
         signature[into] = min(np.uint16(least[into] & np.uint32(0xFFFF)), np.uint16(EMPTY - 1))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def sign_all(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],
@@ -333,7 +290,7 @@ def sign_all(
     ngram: int,
     seed: np.uint64,
     classes: NDArray[np.uint8],
-    lower: NDArray[np.uint16],
+    lower: NDArray[np.uint32],
     signatures: NDArray[np.uint16],
 ) -> None:
     """Signature of every text; see `signatures`."""
@@ -356,7 +313,7 @@ def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> 
     """
     data, offsets = buffers(texts)
     result = np.empty((len(texts), permutations), np.uint16)
-    sign_all(data, blocks(data), offsets, ngram, np.uint64(seed), *character_tables(), result)
+    sign_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(), result)
     return result
 
 
@@ -365,7 +322,7 @@ def has_words(signatures: NDArray[np.uint16]) -> NDArray[np.bool_]:
     return signatures[:, 0] != EMPTY
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
+@kernel(inline="always")
 def band_hash(signature: NDArray[np.uint16], band: int, rows: int) -> np.uint64:
     """Hash of one band of a signature; the band's number is part of what is hashed."""
     folded = np.uint64(band + 1) * MULTIPLIER
@@ -374,7 +331,7 @@ def band_hash(signature: NDArray[np.uint16], band: int, rows: int) -> np.uint64:
     return folded
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def fold_bands(signatures: NDArray[np.uint16], rows: int, result: NDArray[np.uint64]) -> None:
     for document in range(result.shape[0]):
         for band in range(result.shape[1]):
@@ -388,7 +345,7 @@ def band_hashes(signatures: NDArray[np.uint16], bands: int, rows: int) -> NDArra
     return result
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def sets_all(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],
@@ -396,7 +353,7 @@ def sets_all(
     ngram: int,
     seed: np.uint64,
     classes: NDArray[np.uint8],
-    lower: NDArray[np.uint16],
+    lower: NDArray[np.uint32],
     shingles: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
     """Fill ``shingles`` with the hashes of all texts, one after another; returns where each begins (texts + 1)."""
@@ -414,5 +371,5 @@ def shingle_sets(texts: pa.Array, *, ngram: int, seed: int) -> list[NDArray[np.u
     if not len(texts):
         return []
     shingles = np.empty(int(offsets[-1]) - int(offsets[0]) + 1, np.uint64)  # room: a word has at least a byte
-    starts = sets_all(data, blocks(data), offsets, ngram, np.uint64(seed), *character_tables(), shingles)
+    starts = sets_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(), shingles)
     return [np.unique(shingles[start:end]) for start, end in pairwise(starts.tolist())]

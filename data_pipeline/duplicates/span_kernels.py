@@ -1,46 +1,28 @@
 """The kernels of `data_pipeline.duplicates.spans`: words with their places, windows of words, and which words are cut.
 
-A word is a run of letters, digits and ``_``, or one ideograph, together with the punctuation that follows it up to the
-next word; it is hashed byte by byte as it stands, without white space. A window is a run of a given number of words.
+A word (see `data_pipeline.words`; ``_`` is a letter) is taken together with the punctuation that follows it up to the
+next one; it is hashed byte by byte as it stands, without white space. A window is a run of a given number of words.
 Equal windows are found by hash: a polynomial of its words' hashes modulo 2^64, rolled along the text and then mixed.
 """
 
 from __future__ import annotations
 
-from functools import cache
-
-import numba
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.duplicates.minhash import LETTER, SEPARATOR, character_tables
+from data_pipeline.kernels import MULTIPLIER, code_point, kernel, mix
+from data_pipeline.words import IGNORED, LETTER, MARK, OTHER, SPACE, UNSPACED, character_classes
 
-# A kernel calls kernels of its own module only: numba's cache on disk doesn't notice a change elsewhere.
-
-SPACE = 3
-"""Class of white space, beside those of `data_pipeline.duplicates.minhash`."""
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 ALONE, KEPT, REPEATED = 0, 1, 2
 """What a window is: the only one of its text, the one of several that stays, or one of the others."""
 
 
-@cache
 def classes() -> NDArray[np.uint8]:
-    """Class of each code point below 2^16; those beyond count as letters."""
-    result: NDArray[np.uint8] = character_tables()[0].copy()
-    result[[code for code in range(1 << 16) if chr(code).isspace()]] = SPACE
-    return result
+    """Class of each code point."""
+    return character_classes("_")
 
 
-@numba.njit(nogil=True, cache=True, inline="always")
-def mix(value: np.uint64) -> np.uint64:
-    """A bijection of 64 bits in which every input bit reaches every output bit (splitmix64's finaliser)."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
-@numba.njit(nogil=True, cache=True)
+@kernel
 def read_words(
     data: NDArray[np.uint8],
     start: int,
@@ -58,33 +40,21 @@ def read_words(
     in_letters = False
     at = start
     while at < end:
-        first = data[at]
-        length = 1
-        if first < 0x80:
-            kind = classes[first]
-        elif first < 0xE0:
-            kind = classes[((first & 0x1F) << 6) | (data[at + 1] & 0x3F)]
-            length = 2
-        elif first < 0xF0:
-            kind = classes[((first & 0x0F) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F)]
-            length = 3
-        else:
-            kind = np.uint8(LETTER)
-            length = 4
+        code, length = code_point(data, at)
+        kind = int(classes[code]) if code < len(classes) else OTHER
         if kind == SPACE:
             in_letters = False
             at += length
             continue
-        if kind != SEPARATOR and not (in_letters and kind == LETTER):
+        if kind == UNSPACED or (kind == LETTER and not in_letters):
             if count:
                 words[count - 1] = mix(word)
             starts[count] = at - start
             count += 1
             word = np.uint64(0)
-        in_letters = kind == LETTER
-        word = (word ^ (np.uint64(first) + np.uint64(1))) * MULTIPLIER
-        word ^= word >> np.uint64(32)
-        for byte in range(at + 1, at + length):
+        if kind != MARK and kind != IGNORED:
+            in_letters = kind == LETTER
+        for byte in range(at, at + length):
             word = (word ^ (np.uint64(data[byte]) + np.uint64(1))) * MULTIPLIER
             word ^= word >> np.uint64(32)
         at += length
@@ -93,7 +63,7 @@ def read_words(
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def hash_runs(words: NDArray[np.uint64], count: int, width: int, hashes: NDArray[np.uint64]) -> int:
     """Hash every run of ``width`` of ``count`` words; returns how many there are.
 
@@ -114,7 +84,7 @@ def hash_runs(words: NDArray[np.uint64], count: int, width: int, hashes: NDArray
     return max(0, count - width + 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def find_anchors(
     hashes: NDArray[np.uint64],
     windows: int,
@@ -147,7 +117,7 @@ def find_anchors(
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def all_anchors(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],
@@ -168,7 +138,7 @@ def all_anchors(
     return found[:total].copy()
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def all_windows(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],
@@ -209,7 +179,7 @@ def all_windows(
     return hashes[:total].copy(), rows[:total].copy(), places[:total].copy(), used
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def room(offsets: NDArray[np.int32]) -> tuple[NDArray, NDArray, NDArray, NDArray, NDArray]:
     """Arrays for the words, starts, hashes, anchors and first windows of the longest text."""
     longest = 0
@@ -225,7 +195,7 @@ def room(offsets: NDArray[np.int32]) -> tuple[NDArray, NDArray, NDArray, NDArray
     )
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def first_of_each(
     group: NDArray[np.int64],
     groups: int,
@@ -254,7 +224,7 @@ def first_of_each(
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def cut_words(
     places: NDArray[np.uint32], kinds: NDArray[np.uint8], width: int, count: int
 ) -> tuple[NDArray[np.bool_], int]:
@@ -282,7 +252,7 @@ def cut_words(
     return cut, broken
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def cover(
     places: NDArray[np.uint32], kinds: NDArray[np.uint8], kind: int, width: int, count: int
 ) -> NDArray[np.bool_]:

@@ -13,7 +13,6 @@ from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
@@ -23,6 +22,7 @@ from data_pipeline.documents import read_shard, save_array
 from data_pipeline.duplicates.candidates import read_chunks, read_raw
 from data_pipeline.duplicates.minhash import shingle_sets
 from data_pipeline.duplicates.signed import Signed
+from data_pipeline.kernels import kernel
 
 MARGIN = 4.0
 """Standard deviations of an estimate that count as certain: beyond are 3 of 100,000."""
@@ -131,7 +131,7 @@ def measure(rules: VerifyRules, sets: Sets, edges: NDArray[np.void]) -> None:
     edges["exact"][unsure] = True
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def jaccard(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
     """Size of the intersection over size of the union of two sorted sets; 0 where both are empty."""
     left = right = shared = 0
@@ -148,7 +148,7 @@ def jaccard(one: NDArray[np.uint64], other: NDArray[np.uint64]) -> float:
     return shared / union if union else 0.0
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def jaccards(
     shingles: NDArray[np.uint64], starts: NDArray[np.int64], pairs: NDArray[np.int64]
 ) -> NDArray[np.float64]:

@@ -23,7 +23,8 @@ import pyarrow.compute as pc
 from data_pipeline.context import Config, UserError
 from data_pipeline.rules.normalise import Form, normalise
 from data_pipeline.rules.pinned_files import PinnedFile
-from data_pipeline.rules.sequences import Sequences, words_of
+from data_pipeline.rules.sequences import Sequences
+from data_pipeline.words import words_of
 
 BLOCKED_ID = "blocked_id"
 SCHEME = re.compile(r"\s*(?:[A-Za-z][A-Za-z0-9+.-]*:)?//")

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -22,8 +21,10 @@ from numpy.typing import NDArray
 
 from data_pipeline.context import Config
 from data_pipeline.documents import buffers
+from data_pipeline.kernels import code_point, kernel
 from data_pipeline.rules.quality import Broken, Count
-from data_pipeline.rules.text_columns import TABLE_SIZE, code_point, from_buffers, replace_rows
+from data_pipeline.rules.text_columns import from_buffers, replace_rows
+from data_pipeline.words import TABLE_SIZE
 
 CITATIONS = r"\[\d*\]|\[edit\]|\[citation needed\]"
 POLICIES = (
@@ -38,7 +39,6 @@ PHRASES = "(?i)javascript|" + "|".join(POLICIES)
 LINE_REASONS = ("long_word", "no_terminal_mark", "few_words", "javascript", "policy")
 LONG_WORD, NO_TERMINAL_MARK, FEW_WORDS, JAVASCRIPT, POLICY = range(5)
 
-# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE, WORD, TERMINAL, END, IDEOGRAPHIC_END, CLOSER = (np.uint8(1 << bit) for bit in range(6))
 
 
@@ -141,14 +141,14 @@ def phrases() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     return np.frombuffer("".join(words).encode(), np.uint8), np.cumsum([0, *map(len, words)])
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def kind_at(data: NDArray[np.uint8], at: int, kinds: NDArray[np.uint8]) -> tuple[np.uint8, int]:
     """The kind of the character at byte ``at`` of valid UTF-8, and its length in bytes."""
     code, length = code_point(data, at)
     return (kinds[code] if code < len(kinds) else np.uint8(0)), length
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def scan_line(
     data: NDArray[np.uint8], start: int, end: int, kinds: NDArray[np.uint8]
 ) -> tuple[int, int, int, int, np.uint8]:
@@ -172,7 +172,7 @@ def scan_line(
     return first, max(first, last), words, longest, tail
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArray[np.uint8]) -> int:
     """Sentences of a line: each ends with one of ``.?!``, maybe a closing bracket or quotation mark, and white space.
 
@@ -197,7 +197,7 @@ def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArra
     return sentences + open_sentence
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def find_phrase(
     data: NDArray[np.uint8], start: int, end: int, phrases: NDArray[np.uint8], bounds: NDArray[np.int64]
 ) -> int:
@@ -223,7 +223,7 @@ def find_phrase(
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def judge(
     data: NDArray[np.uint8],
     first: int,
@@ -254,7 +254,7 @@ def judge(
     return -1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def filter_lines(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],

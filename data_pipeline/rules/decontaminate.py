@@ -25,7 +25,8 @@ from data_pipeline.context import Config, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.rules.normalise import Form, normalise
 from data_pipeline.rules.pinned_files import PinnedFile
-from data_pipeline.rules.sequences import Sequences, words_of
+from data_pipeline.rules.sequences import Sequences
+from data_pipeline.words import words_of
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 

@@ -11,13 +11,14 @@ import unicodedata
 from functools import cache
 from typing import Literal
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.documents import buffers
-from data_pipeline.rules.text_columns import TABLE_SIZE, code_point, replace_rows, slices
+from data_pipeline.kernels import code_point, kernel
+from data_pipeline.rules.text_columns import replace_rows, slices
+from data_pipeline.words import TABLE_SIZE
 
 Form = Literal["NFC", "NFKC", "NFD", "NFKD"]
 
@@ -76,7 +77,7 @@ def composes_with_none(one: str, form: Form) -> bool:
     return not mark and not hangul_letter and unicodedata.is_normalized(form, one)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def find_stripped(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],

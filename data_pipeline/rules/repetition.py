@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from data_pipeline.kernels import MULTIPLIER, kernel
 from data_pipeline.rules.text_stats import word_keys
 
 Counts = NDArray[np.int64]
-
-# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 
 
 def ngram_characters(
@@ -46,7 +43,7 @@ def ngram_characters(
     return of_top[list(top)], of_duplicates[list(duplicate)]
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def number(
     keys: NDArray[np.uint64],
     count: int,
@@ -75,7 +72,7 @@ def number(
         times[held[slot]] += 1
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def covered(places: NDArray[np.int32], count: int, width: int, before: Counts) -> int:
     """Characters of the words in the windows of ``width`` words that begin at these places (ascending)."""
     total, end = 0, np.int64(0)
@@ -87,7 +84,7 @@ def covered(places: NDArray[np.int32], count: int, width: int, before: Counts) -
     return total
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def most_covered(
     places: NDArray[np.int32],
     numbers: NDArray[np.int32],
@@ -114,7 +111,7 @@ def most_covered(
     return best
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_ngrams(
     begins: Counts,
     keys_of_words: NDArray[np.uint64],

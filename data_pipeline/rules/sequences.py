@@ -6,24 +6,28 @@ is compared word by word before it counts, so no collision of hashes is ever tak
 
 from __future__ import annotations
 
-import unicodedata
 from collections.abc import Iterator, Sequence
-from functools import cache, lru_cache
+from functools import lru_cache
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.documents import buffers
-from data_pipeline.rules.text_columns import TABLE_SIZE, code_point
+from data_pipeline.kernels import MULTIPLIER, code_point, kernel, mix
+from data_pipeline.words import (
+    IGNORED,
+    LETTER,
+    MARK,
+    OTHER,
+    SPACE,
+    UNSPACED,
+    character_classes,
+    lower_case,
+    words_of,
+)
 
-# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
-OTHER, SPACE, LETTER, IDEOGRAPH = 0, 1, 2, 3
-IDEOGRAPHS = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x323AF))
-"""Scripts written without spaces between words: each character counts as a word."""
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 ITEMS_IN_MEMORY = 4096
 
 
@@ -43,7 +47,7 @@ class Sequences:
         items: the texts that hold them.
         ngram: every window of so many words is sought; None: each item as a whole.
         joined: punctuation inside a word is removed (``don't`` is ``dont``), as for evaluation sets; else it
-            separates words, as for phrases. Words are lower-cased runs of letters, digits and accents either way.
+            separates words, as for phrases. What a word is else, `data_pipeline.words` says.
         groups: to which group each item belongs, where a window is sought in each group; None: all to one.
     """
 
@@ -55,12 +59,12 @@ class Sequences:
         self._words = lru_cache(ITEMS_IN_MEMORY)(lambda item: words_of(items[item], joined))
         data, offsets = buffers(pa.array(items, pa.string()))
         counts = np.zeros(len(items), np.int64)
-        count_words(data, offsets, *character_tables(), joined, counts)
+        count_words(data, offsets, *word_tables(), joined, counts)
         widths = counts if ngram is None else np.full(len(items), ngram)
         self.windows = np.where(widths > 0, np.maximum(0, counts - widths + 1), 0)
         """How many windows each item has; none where it has fewer words than ``ngram``."""
         hashes = np.empty(self.windows.sum(), np.uint64)
-        hash_items(data, offsets, *character_tables(), joined, widths, counts.max(initial=0), hashes)
+        hash_items(data, offsets, *word_tables(), joined, widths, counts.max(initial=0), hashes)
         item = np.repeat(np.arange(len(items)), self.windows)
         at = np.arange(len(hashes)) - np.repeat(np.cumsum(self.windows) - self.windows, self.windows)
         order = np.argsort(hashes, kind="stable")
@@ -94,7 +98,7 @@ class Sequences:
         data, offsets = buffers(texts)
         longest = int(np.diff(offsets).max(initial=0))
         look_up(
-            data, offsets, *character_tables(), self._joined, self._widths, longest, self._table, self._bits,
+            data, offsets, *word_tables(), self._joined, self._widths, longest, self._table, self._bits,
             hits, found, hashes,
         )  # fmt: skip
 
@@ -109,45 +113,9 @@ class Sequences:
         return [*items.values()]
 
 
-@cache
-def character_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
+def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
     """Class and lower case of each code point."""
-    classes = np.zeros(TABLE_SIZE, np.uint8)
-    lower = np.arange(TABLE_SIZE, dtype=np.uint32)
-    for code in range(TABLE_SIZE):
-        character = chr(code)
-        if character.isspace():
-            classes[code] = SPACE
-        elif unicodedata.category(character)[0] in "LMN":  # M: accents and vowel signs
-            classes[code] = LETTER
-            lowered = character.lower()
-            if len(lowered) == 1 and ord(lowered) < TABLE_SIZE:
-                lower[code] = ord(lowered)
-    for first, last in IDEOGRAPHS:
-        classes[first : last + 1] = IDEOGRAPH
-    return classes, lower
-
-
-class Translation(dict[int, str]):
-    """For `str.translate`: words lower-cased and set apart by spaces, everything else gone."""
-
-    def __init__(self, joined: bool) -> None:
-        self._other = "" if joined else " "
-
-    def __missing__(self, code: int) -> str:
-        classes, lower = character_tables()
-        kind = classes[code] if code < TABLE_SIZE else OTHER
-        by_kind = {OTHER: self._other, SPACE: " ", IDEOGRAPH: f" {chr(code)} "}
-        self[code] = by_kind[kind] if kind != LETTER else chr(lower[code])
-        return self[code]
-
-
-TRANSLATIONS = {joined: Translation(joined) for joined in (False, True)}
-
-
-def words_of(text: str, joined: bool) -> list[str]:
-    """The words of a text, as the kernels see them (see `Sequences`)."""
-    return text.translate(TRANSLATIONS[joined]).split()
+    return character_classes(), lower_case()
 
 
 def room_for(entries: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
@@ -156,7 +124,7 @@ def room_for(entries: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
     return np.zeros(size, np.uint64), np.zeros(size, np.uint8)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def fill_table(hashes: NDArray[np.uint64], table: NDArray[np.uint64], bits: NDArray[np.uint8]) -> None:
     mask = np.uint64(len(table) - 1)
     for at in range(len(hashes)):
@@ -169,7 +137,7 @@ def fill_table(hashes: NDArray[np.uint64], table: NDArray[np.uint64], bits: NDAr
         table[slot] = key
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def word_hashes(
     data: NDArray[np.uint8],
     start: int,
@@ -181,8 +149,8 @@ def word_hashes(
 ) -> int:
     """Hash the words of one text into ``words`` (where there is room for any); returns how many there are."""
     count = 0
-    word = np.uint64(0)
-    open_word = False
+    hashed = np.uint64(0)
+    word = OTHER  # class of the word that is open
     at = start
     while at <= end:
         kind, code, length = SPACE, 32, 1
@@ -190,27 +158,24 @@ def word_hashes(
             code, length = code_point(data, at)
             kind = int(classes[code]) if code < len(classes) else OTHER
         at += length
-        if kind == LETTER:
-            word = (word ^ np.uint64(lower[code] + 1)) * MULTIPLIER
-            word ^= word >> np.uint64(32)
-            open_word = True
+        if kind == IGNORED or (kind == OTHER and joined) or (kind == MARK and word == OTHER):
             continue
-        if kind == OTHER and joined:
+        if word != OTHER and kind != MARK and not (word == LETTER and kind == LETTER):
+            if len(words):
+                words[count] = hashed
+            count += 1
+            hashed = np.uint64(0)
+            word = OTHER
+        if kind in (LETTER, UNSPACED):
+            word = kind
+        elif kind != MARK:
             continue
-        if open_word:
-            if len(words):
-                words[count] = word
-            count += 1
-            word = np.uint64(0)
-            open_word = False
-        if kind == IDEOGRAPH:
-            if len(words):
-                words[count] = np.uint64(lower[code] + 1) * MULTIPLIER
-            count += 1
+        hashed = (hashed ^ np.uint64(lower[code] + 1)) * MULTIPLIER
+        hashed ^= hashed >> np.uint64(32)
     return count
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def window_hashes(words: NDArray[np.uint64], count: int, width: int, windows: NDArray[np.uint64]) -> int:
     """Hash every window of ``width`` words (at least 1) into ``windows``; returns how many there are.
 
@@ -223,15 +188,12 @@ def window_hashes(words: NDArray[np.uint64], count: int, width: int, windows: ND
         rolling = rolling * MULTIPLIER + words[at]
     for at in range(count - width + 1):
         rolling = rolling * MULTIPLIER + words[at + width - 1]
-        key = rolling + np.uint64(width)
-        key = (key ^ (key >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # splitmix64's finaliser
-        key = (key ^ (key >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        windows[at] = max(key ^ (key >> np.uint64(31)), np.uint64(1))
+        windows[at] = max(mix(rolling + np.uint64(width)), np.uint64(1))
         rolling -= words[at] * leaving
     return max(0, count - width + 1)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_words(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],
@@ -245,7 +207,7 @@ def count_words(
         counts[row] = word_hashes(data, offsets[row], offsets[row + 1], classes, lower, joined, nowhere)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def hash_items(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],
@@ -265,7 +227,7 @@ def hash_items(
             to += window_hashes(words, count, widths[row], hashes[to:])
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def look_up(
     data: NDArray[np.uint8],
     offsets: NDArray[np.int32],

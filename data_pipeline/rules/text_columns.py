@@ -4,32 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numba
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-TABLE_SIZE = 0x40000
-"""Code points below this have a class of their own in the kernels' tables; planes 4 and up hold no letter."""
-
-
-@numba.njit(nogil=True, cache=True)
-def code_point(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
-    """The code point at byte ``at`` of valid UTF-8, and its length in bytes.
-
-    Kernels of other modules may call this one: numba's cache on disk would not notice a change, but UTF-8 is as it is.
-    The returns by length matter: one return for all is fifty times slower.
-    """
-    first = int(data[at])
-    if first < 0x80:
-        return first, 1
-    if first < 0xE0:
-        return ((first & 31) << 6) | (data[at + 1] & 0x3F), 2
-    if first < 0xF0:
-        return ((first & 15) << 12) | ((data[at + 1] & 0x3F) << 6) | (data[at + 2] & 0x3F), 3
-    code = ((first & 7) << 18) | ((data[at + 1] & 0x3F) << 12)
-    return code | ((data[at + 2] & 0x3F) << 6) | (data[at + 3] & 0x3F), 4
+from data_pipeline.kernels import kernel
 
 
 def from_buffers(data: NDArray[np.uint8], offsets: NDArray[np.int32]) -> pa.Array:
@@ -57,7 +37,7 @@ def slices(data: NDArray[np.uint8], begins: NDArray[np.int32], ends: NDArray[np.
     return from_buffers(copied, offsets)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def copy_slices(
     data: NDArray[np.uint8],
     begins: NDArray[np.int32],

@@ -10,13 +10,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import numba
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from data_pipeline.documents import blocks, buffers
-from data_pipeline.rules.text_columns import TABLE_SIZE, code_point
+from data_pipeline.kernels import MULTIPLIER, code_point, kernel
+from data_pipeline.words import TABLE_SIZE
 
 Counts = NDArray[np.int64]
 
@@ -26,9 +26,7 @@ ELLIPSES = ("...", "…")
 TERMINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？")
 """What ends a line for FineWeb's rule: its first code has the five of ASCII; these are their kin."""
 
-# A kernel calls its own module's only (and `code_point`): numba's cache on disk doesn't notice a change elsewhere.
 SPACE, LETTER, HASH, DOT, DOTS, BULLET, TERMINATOR = (np.uint8(1 << bit) for bit in range(7))
-MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 PACKED = tuple(np.uint64(int.from_bytes(word.rjust(4).encode(), "little")) for word in sorted(STOP_WORDS))
 """In the last of four bytes, after spaces; the order is that of `LENGTHS`."""
 LENGTHS = tuple(len(word) for word in sorted(STOP_WORDS))
@@ -111,14 +109,14 @@ def character_kinds() -> NDArray[np.uint8]:
     return table
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def last_block(blocks: NDArray[np.uint64], at: int, end: int) -> np.uint64:
     """The one to eight bytes from ``at`` to ``end``, the first lowest, with zeros below them."""
     place = min(at, len(blocks) - 1)  # the last seven bytes are the end of the last block
     return (blocks[place] >> np.uint64(8 * (at - place))) << np.uint64(8 * (8 - (end - at)))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def stop_word(blocks: NDArray[np.uint64], start: int, end: int) -> int:
     """The bit of the stop word that stands between these bytes, in any case; 0 for any other word."""
     if end - start > 4:
@@ -130,7 +128,7 @@ def stop_word(blocks: NDArray[np.uint64], start: int, end: int) -> int:
     return found
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def hash_bytes(blocks: NDArray[np.uint64], start: int, end: int) -> np.uint64:
     """A 64-bit hash of at least one byte: two others of one text that share it are beyond practice."""
     value = np.uint64(end - start)
@@ -143,7 +141,7 @@ def hash_bytes(blocks: NDArray[np.uint64], start: int, end: int) -> np.uint64:
     return value ^ (value >> np.uint64(32))
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def repeats(
     hashes: NDArray[np.uint64], sizes: Counts, count: int, table: NDArray[np.uint64]
 ) -> tuple[int, int]:
@@ -167,7 +165,7 @@ def repeats(
     return repeated, total
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_all(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],
@@ -195,7 +193,7 @@ def count_all(
         counts[16, row], counts[17, row] = repeats(hashes[1], sizes[1], paragraphs, table)
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_text(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],
@@ -301,7 +299,7 @@ def count_text(
     counts[15], counts[18] = paragraphs, shorts
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def count_symbols(data: NDArray[np.uint8], start: int, end: int) -> tuple[int, int]:
     """``#`` signs and ellipses of one word."""
     signs = ellipses = run = 0
@@ -317,7 +315,7 @@ def count_symbols(data: NDArray[np.uint8], start: int, end: int) -> tuple[int, i
     return signs, ellipses
 
 
-@numba.njit(nogil=True, cache=True)
+@kernel
 def hash_words(
     data: NDArray[np.uint8],
     blocks: NDArray[np.uint64],

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import random
 import unicodedata
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import digests, prose, write_documents
+from plain_words import SYLLABLES, run_of
 from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
@@ -48,6 +50,15 @@ def test_thirteen_words_in_common_drop_a_document_and_twelve_do_not(quiz: Path) 
     assert found(sets, twelve, thirteen) == [
         (1, "contaminated/quiz", "which of the ships that lay in the harbour that winter didnt belong")
     ]
+
+
+@pytest.mark.parametrize("script", SYLLABLES)
+def test_items_in_scripts_without_spaces_are_found_inside_a_text(script: str, tmp_path: Path) -> None:
+    draw = random.Random(script)
+    before, item, after, other = ("".join(run_of(script, count, draw)) for count in (30, 16, 30, 90))
+    (tmp_path / "quiz.jsonl").write_text(json.dumps({"question": item}))
+    sets = contamination(tmp_path / "quiz.jsonl", fields=("question",))
+    assert [row for row, _, _ in found(sets, other, before + item + after, before + after)] == [1]
 
 
 def test_case_punctuation_and_line_breaks_hide_nothing(quiz: Path) -> None:

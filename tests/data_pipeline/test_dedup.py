@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from corpora import WORDS, check_restarts, digests, prose, read_documents, write_documents
+from plain_words import SYLLABLES, run_of
 from pydantic import ValidationError
 
 from data_pipeline.context import LocalContext
@@ -95,6 +96,29 @@ def test_every_removed_document_repeats_a_kept_one_as_much_as_is_said(tmp_path: 
             assert row["jaccard"] == pytest.approx(measured, abs=1e-9 if row["measured"] == "exact" else 0.1)
             assert measured >= 0.8
     assert {row["measured"] for row in gone.values()} == {"exact", "estimate"}
+
+
+@pytest.mark.parametrize("script", SYLLABLES)
+def test_near_duplicates_are_found_in_scripts_without_spaces_too(script: str, tmp_path: Path) -> None:
+    draw = random.Random(script)
+    texts = {f"own/{n}": run_of(script, 400, draw) for n in range(4)}
+    texts["near"] = [*texts["own/0"]]
+    for at in (50, 200, 350):
+        texts["near"][at] = texts["own/1"][at]
+    run({id: "".join(pieces) for id, pieces in texts.items()}, tmp_path)
+    assert set(removed(tmp_path)) in ({"near"}, {"own/0"})
+
+
+@pytest.mark.parametrize("script", SYLLABLES)
+def test_repeated_spans_are_cut_in_scripts_without_spaces_too(script: str, tmp_path: Path) -> None:
+    draw = random.Random(script)
+    shared = "".join(run_of(script, 70, draw))
+    own = ["".join(run_of(script, 200, draw)) for _ in range(4)]
+    texts = {"a": own[0] + shared + own[1], "b": own[2] + shared + own[3]}
+    run(texts, tmp_path, spans={"min_words": 50})
+    left = "".join(read_documents(tmp_path / "out").values())
+    assert left.count(shared[10:-10]) == 1
+    assert all(one[5:-5] in left for one in own)
 
 
 def test_no_pair_that_is_left_is_much_alike(tmp_path: Path) -> None:

@@ -7,13 +7,11 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_words import plain_words
 
 from data_pipeline.duplicates.minhash import (
     EMPTY,
-    IDEOGRAPH,
-    LETTER,
     band_hashes,
-    character_tables,
     shingle_sets,
     signatures,
 )
@@ -50,20 +48,10 @@ def test_case_punctuation_and_spacing_do_not_change_the_words(one: str, other: s
 
 def words_of(text: str) -> list[str]:
     """The words of a text by the definition, a character at a time."""
-    classes, lower = character_tables()
-    found = [""]
-    for character in text:
-        code = ord(character)
-        kind = classes[code] if code < 1 << 16 else LETTER
-        lowered = chr(lower[code]) if code < 1 << 16 else character
-        if kind == LETTER:
-            found[-1] += lowered
-        else:
-            found += [lowered, ""] if kind == IDEOGRAPH else [""]
-    return [word for word in found if word]
+    return [word for _, word in plain_words(text, letters="_")]
 
 
-CHARACTERS = "aZ_ 09.`@[{/:^\x7f\n" + "éÉß“—ŞK" + "東ア" + "😀"
+CHARACTERS = "aZ_ 09.`@[{/:^\x7f\n" + "éÉß“—ŞK" + "東ア" + "😀" + "ก\u0e34𐐀\u0301\u200d"
 TEXTS = st.lists(
     st.one_of(st.text(CHARACTERS, max_size=12), st.text("abcXYZ_7", max_size=70), st.just(" ")), max_size=30
 ).map("".join)
@@ -85,9 +73,7 @@ def test_words_are_those_of_the_definition_wherever_a_text_lies(text: str, befor
         assert np.array_equal(one, other)
 
 
-@pytest.mark.parametrize(
-    ("one", "other"), [("東京", "京東"), ("a b c", "a c b"), ("😀 x", "😁 x"), ("ab", "a b")]
-)
+@pytest.mark.parametrize(("one", "other"), [("東京", "京東"), ("a b c", "a c b"), ("ab", "a b")])
 def test_different_words_give_different_shingles(one: str, other: str) -> None:
     first, second = sets_of(one, other)
     assert first

@@ -15,8 +15,8 @@ from data_pipeline.documents import SCHEMA
 from data_pipeline.rules.fineweb import FineWebRules
 from data_pipeline.rules.quality import GopherRules
 from data_pipeline.rules.repetition import ngram_characters
-from data_pipeline.rules.text_columns import TABLE_SIZE
 from data_pipeline.rules.text_stats import BULLETS, ELLIPSES, STOP_WORDS, TERMINAL, TextStats, measure
+from data_pipeline.words import TABLE_SIZE
 
 GOPHER_OFF = dict.fromkeys(GopherRules.model_fields)
 FINEWEB_OFF = dict.fromkeys(FineWebRules.model_fields.keys() - {"short_line_characters"})

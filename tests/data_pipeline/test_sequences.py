@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.rules.sequences import Sequences, fill_table, words_of
+from data_pipeline.rules.sequences import Sequences, fill_table
+from data_pipeline.words import words_of
 
 
 def column(texts: list[str]) -> pa.Array:

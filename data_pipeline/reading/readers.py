@@ -12,7 +12,7 @@ import codecs
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
@@ -23,6 +23,7 @@ from data_pipeline.reading.archives import Member, members
 from data_pipeline.reading.columns import read_parquet
 from data_pipeline.reading.formats import is_archive, split_suffix
 from data_pipeline.reading.json_values import json_values
+from data_pipeline.reading.paragraphs import split_paragraphs
 from data_pipeline.reading.records import Record, Rejected, pick, whole
 from data_pipeline.reading.slices import Slice, lines_of
 from data_pipeline.reading.streams import (
@@ -38,7 +39,6 @@ from data_pipeline.reading.warc import read_warc
 
 BLOCK_BYTES = 1 << 20
 ARRAY = re.compile(rb"(\xef\xbb\xbf)?\s*\[")
-BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
 
 
 @dataclass(frozen=True)
@@ -186,29 +186,6 @@ def decoded(stream: BufferedReader, head: bytes = b"") -> Iterator[str]:
             raise
         if not block:
             return
-
-
-def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
-    """Cut a text, which comes in blocks, at blank lines into parts of at least ``characters``.
-
-    The parts add up to the text and don't depend on the blocks, but where a paragraph is longer than a document
-    may be.
-    """
-    text = ""
-    for block in blocks:
-        text += block
-        start = 0
-        for gap in BLANK_LINES.finditer(text):
-            # A gap that reaches the end of what is there may go on in the next block.
-            if gap.end() - start >= characters and gap.end() < len(text):
-                yield text[start : gap.end()]
-                start = gap.end()
-        text = text[start:]
-        if len(text) > MAX_DOCUMENT_BYTES:
-            yield text
-            text = ""
-    if text:
-        yield text
 
 
 def read_jsonl(

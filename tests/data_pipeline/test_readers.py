@@ -3,11 +3,13 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import re
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
 from datetime import UTC, datetime
+from itertools import accumulate, repeat
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +22,8 @@ from text_files import FORMATS, TEXTS, jsonl, parquet
 
 from data_pipeline.reading import readers, records
 from data_pipeline.reading.json_values import json_values
-from data_pipeline.reading.readers import Reading, read_file, split_paragraphs
+from data_pipeline.reading.paragraphs import split_paragraphs
+from data_pipeline.reading.readers import Reading, read_file
 from data_pipeline.reading.records import Record, Rejected, Text
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
@@ -177,6 +180,20 @@ def test_the_parts_of_a_split_text_add_up_to_it_are_long_enough_and_do_not_depen
     )
     assert "".join(parts) == text
     assert all(len(part) >= characters for part in parts[:-1])
+    start, ends = 0, []
+    for gap in re.finditer(r"\n[ \t\r]*\n\s*", text):
+        if gap.end() - start >= characters and gap.end() < len(text):
+            start = gap.end()
+            ends.append(start)
+    assert list(accumulate(map(len, parts)))[:-1] == ends
+
+
+@pytest.mark.timeout(100)
+@pytest.mark.parametrize("part", ["word", "   \t", "\n\n\n\n", "a\n \t", "\r\r\r\r"])
+def test_no_text_takes_long_to_split(part: str) -> None:
+    """One look at all that came before for each block would be 5 * 10^11 characters."""
+    parts = list(split_paragraphs(repeat(part, 500_000), 1_000_000_000))
+    assert list(map(len, parts)) == [2_000_000]
 
 
 SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".warc", ".wet", ".zip", ".tar")

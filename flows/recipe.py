@@ -25,6 +25,23 @@ from llm.evaluate import EvaluateConfig
 from llm.export import ExportConfig
 from llm.pretrain import PretrainConfig
 
+DECIMAL = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)([eE][-+]?[0-9]+)?$|[-+]?\.inf$|\.nan$", re.IGNORECASE
+    ),
+}
+
+
+class Loader(yaml.SafeLoader):
+    """Reads YAML in which 0100 is no octal number and 1:30 no sexagesimal one: they stay text, for a config to read."""
+
+
+Loader.yaml_implicit_resolvers = {
+    first: [(tag, DECIMAL.get(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
 
 class RecipeRuntime(Runtime):
     """How the whole run is executed; changes no artifact."""
@@ -87,9 +104,9 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"no recipe at {path}; those that come with llmill: {', '.join(shipped_recipes())}")
     try:
         text = path.read_text(encoding="utf-8")
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        node = yaml.compose(text, Loader)
         refuse_repeated_keys(node, path)
-        values = yaml.safe_load(text) or {}
+        values = yaml.load(text, Loader) or {}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, ValueError) as error:  # YAML's dates and numbers may be impossible ones
@@ -132,11 +149,9 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise UserError(f"--set {override}: write it as stage.field=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        value = yaml.load(text, Loader)
+    except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"--set {override}: {' '.join(str(error).split())}") from None
-    if isinstance(value, str) and re.fullmatch(r"[+-]?\d+(\.\d*)?e[+-]?\d+", value, re.IGNORECASE):
-        value = float(value)  # YAML 1.1 reads 3e-4 as text; people mean the number
     *parents, last = key.split(".")
     target: Any = values
     for part in parents:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any
 
-from pydantic import ValidationError
+from pydantic import ConfigDict, Field, ValidationError
 
+from data_pipeline.context import Config
 from llm.model import ModelShape
 
 if TYPE_CHECKING:
@@ -27,35 +28,56 @@ DERIVED = ("model.layers", "model.width", "model.heads", "tokens", "batch_tokens
 """What follows from depth, in the order in which it does."""
 
 
+class DialShape(Config):
+    """What the rules need of a `ModelShape` that is not yet whole; None: not set."""
+
+    model_config = ConfigDict(extra="ignore")
+    width: int | None = Field(default=None, ge=1)
+
+
+class Dial(Config):
+    """What the rules need of a `PretrainConfig` that is not yet whole, its numbers read as those of any config."""
+
+    model_config = ConfigDict(extra="ignore")
+    depth: int = Field(ge=1)
+    model: DialShape = DialShape()
+    tokens: int | None = Field(default=None, ge=1)
+    batch_tokens: int | None = Field(default=None, ge=1)
+
+    def shape(self) -> dict[str, int]:
+        """Values of the `ModelShape` that follow from depth and width."""
+        width = self.model.width or WIDTH_A_BLOCK * self.depth
+        return {"layers": self.depth, "width": width, "heads": max(1, width // HEAD_WIDTH)}
+
+    def training(self, shape: ModelShape) -> dict[str, float]:
+        """Values of the `PretrainConfig` that follow for a model of ``shape``."""
+        tokens = self.tokens or TOKENS_A_PARAMETER * shape.block_parameters
+        batch = self.batch_tokens or whole_batch(best_batch(tokens), shape.context)
+        return {
+            "tokens": math.ceil(tokens / batch) * batch,
+            "batch_tokens": batch,
+            "lr": rate(shape.block_parameters, tokens, batch),
+        }
+
+
 def fill(values: Mapping[str, Any]) -> dict[str, Any]:
     """A `PretrainConfig`'s raw values, those that follow from ``depth`` added where they are absent.
 
-    What can't be right is left alone, to be refused where it stands.
+    Nothing is computed from a raw value: `Dial` reads those that count. Values that cannot be right are left alone, to
+    be refused where they stand.
     """
-    depth, model = values.get("depth"), values.get("model", {})
-    if isinstance(model, ModelShape):
-        model = model.model_dump(exclude_unset=True)
-    if not positive(depth) or not isinstance(model, Mapping):
-        return dict(values)
-    model = {"layers": depth, "width": WIDTH_A_BLOCK * depth, **model}
-    if positive(model["width"]):
-        model = {"heads": max(1, model["width"] // HEAD_WIDTH), **model}
+    given = dict(values)
+    if given.get("depth") is None:
+        return given
+    if isinstance(given.get("model"), ModelShape):
+        given["model"] = given["model"].model_dump(exclude_unset=True)
     try:
-        shape = ModelShape.model_validate(model)
+        dial = Dial.model_validate(given)
+        given["model"] = {**dial.shape(), **given.get("model", {})}
+        shape = ModelShape.model_validate(given["model"])
     except ValidationError:
-        return {"tokens": 1, **values, "model": model}
-    filled = {**values, "model": model}
-    tokens = filled.get("tokens", TOKENS_A_PARAMETER * shape.block_parameters)
-    if positive(tokens):
-        filled.setdefault("batch_tokens", whole_batch(best_batch(tokens), shape.context))
-        if positive(batch := filled["batch_tokens"]):
-            filled.setdefault("tokens", math.ceil(tokens / batch) * batch)
-            filled.setdefault("lr", rate(shape.block_parameters, tokens, batch))
-    return filled
-
-
-def positive(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        return {"tokens": 1, **given}
+    return {**dial.training(shape), **given}
 
 
 def best_batch(tokens: int) -> float:

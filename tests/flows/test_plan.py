@@ -14,13 +14,13 @@ from flows.store import Store
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
     "download": "10132a85c3acfb58",
-    "clean": "7054933a4951bc18",
-    "dedup": "68a51eab918f790c",
-    "train_tokenizer": "79014e06a6770f59",
-    "tokenize": "3e107989afd690d6",
-    "pretrain": "5b2310484fb4a983",
-    "evaluate": "3f09ac3cd405176b",
-    "export": "bb9bf6ed99389f09",
+    "clean": "b06d62de1991e2af",
+    "dedup": "4a7d60a3cf492d6a",
+    "train_tokenizer": "dc3c1a4bf23f1c5a",
+    "tokenize": "1e25baa4a39b9371",
+    "pretrain": "7e88b10c6008fdcb",
+    "evaluate": "3785b96069b2b672",
+    "export": "72ae1899c2c023e2",
 }
 
 

@@ -51,6 +51,55 @@ def test_an_override_may_switch_a_rule_off(recipe):
     assert load_recipe(recipe, ["clean.gopher.min_stop_words=null"]).clean.gopher.min_stop_words is None
 
 
+NUMBERS = [
+    ("pretrain.tokens", "2e5", 200_000),
+    ("pretrain.tokens", "1.5e+3", 1500),
+    ("pretrain.tokens", "61_440", 61_440),
+    ("pretrain.tokens", '"2e5"', 200_000),
+    ("pretrain.tokens", "0100", 100),
+    ("pretrain.lr", "1e-3", 1e-3),
+    ("pretrain.betas", "[9e-1, 0.95]", (0.9, 0.95)),
+    ("pretrain.runtime.micro_batch", "1e0", 1),
+    ("clean.min_chars", "1e1", 10),
+    ("clean.gopher.min_words", "5e1", 50),
+    ("runtime.workers", "4e0", 4),
+]
+
+
+@pytest.mark.parametrize(("key", "text", "value"), NUMBERS)
+def test_a_number_is_read_alike_from_the_file_and_from_an_override(recipe, key, text, value):
+    loaded = load_recipe(recipe, [f"{key}={text}"])
+    inner = text
+    for part in reversed(key.split(".")[1:]):
+        inner = f"{{{part}: {inner}}}"
+    stage = key.partition(".")[0]
+    kept = [line for line in RECIPE.splitlines() if not line.startswith(("pretrain", "clean", "  min_chars"))]
+    others = {"pretrain": "pretrain: {tokens: 1000}", "clean": "clean: {min_chars: 10}"}
+    if key.startswith("pretrain.") and key != "pretrain.tokens":
+        inner = inner.replace("{", "{tokens: 1000, ", 1)
+    if key.startswith("clean.") and key != "clean.min_chars":
+        inner = inner.replace("{", "{min_chars: 10, ", 1)
+    others[stage] = f"{stage}: {inner}"
+    recipe.write_text("\n".join([*kept, *others.values()]) + "\n")
+    assert load_recipe(recipe) == loaded
+    found = loaded
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+
+
+@pytest.mark.parametrize("text", ["true", "1:30", "1.5", "yes"])
+@pytest.mark.parametrize("key", ["pretrain.tokens", "clean.min_chars", "runtime.workers", "dedup.ngram"])
+def test_what_is_no_whole_number_is_refused_for_one(recipe, key, text):
+    assert f"{key}: Input should be" in mistake(recipe, f"{key}={text}")
+
+
+def test_text_that_looks_like_a_number_stays_text(recipe):
+    loaded = load_recipe(recipe, ["download.sources.0.path=1e5", "evaluate.prompts=['2e5', '0100']"])
+    assert loaded.download.sources[0].path == "1e5"
+    assert loaded.evaluate.prompts == ("2e5", "0100")
+
+
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [

@@ -55,6 +55,15 @@ def test_what_is_set_stays_and_the_rest_follows_from_it() -> None:
     assert config(depth=20, lr=1e-5).lr == 1e-5
 
 
+@pytest.mark.parametrize("tokens", [4_000_000, 4e6, "4e6", "4000000", "4_000_000", "4.0e+6"])
+@pytest.mark.parametrize("depth", [2, 2.0, "2", "2e0"])
+def test_rules_compute_on_numbers_however_they_are_written(tokens: Any, depth: Any) -> None:
+    assert config(depth=depth, tokens=tokens) == config(depth=2, tokens=4_000_000)
+    shape = {"width": "128.0", "context": 5.12e2}
+    given = config(depth=depth, tokens=tokens, batch_tokens="1.024e3", model=shape)
+    assert given == config(depth=2, tokens=4_000_000, batch_tokens=1024, model={"width": 128, "context": 512})
+
+
 def test_depth_is_no_part_of_the_identity_but_what_follows_is() -> None:
     given = config(depth=6)
     model = {"layers": 6, "width": 384, "heads": 6}
@@ -76,6 +85,12 @@ def test_a_filled_config_is_read_back_as_it_is() -> None:
         ({"depth": 4, "model": {"widht": 3}}, ("model", "widht"), "Extra inputs"),
         ({"depth": 4, "model": {"width": "wide"}}, ("model", "width"), "valid integer"),
         ({"depth": 4, "batch_tokens": "large"}, ("batch_tokens",), "valid integer"),
+        ({"depth": True}, ("depth",), "valid integer"),
+        ({"depth": 2.5}, ("depth",), "valid integer"),
+        ({"depth": 4, "tokens": True}, ("tokens",), "valid integer"),
+        ({"depth": 4, "tokens": 1.5}, ("tokens",), "valid integer"),
+        ({"depth": 4, "model": {"width": True}}, ("model", "width"), "valid integer"),
+        ({"depth": 4, "model": 7}, ("model",), "valid dictionary"),
         ({"depth": 4, "tokens": -1}, ("tokens",), "greater than or equal to 1"),
     ],
 )
@@ -86,6 +101,7 @@ def test_a_mistake_is_refused_where_it_stands(
         config(**fields)
     mistakes = {mistake["loc"]: mistake["msg"] for mistake in refusal.value.errors()}
     assert message in mistakes[place]
+    assert list(mistakes) == [place]
 
 
 def test_the_plan_says_what_follows_and_what_the_recipe_sets_otherwise(tmp_path: Path) -> None:

@@ -30,7 +30,6 @@ from flows.stages import STAGES
 
 ENTRYPOINT = "flows.deployed.pipeline"
 GPU_STAGES = ("pretrain", "evaluate")
-COMMAND = "python -m prefect.engine"  # Prefect's own default first prepares a workspace, for seconds
 HEADER = """\
 # llmill's deployments: edit them here, then `llmill deploy RECIPE` or `prefect deploy --all` registers them again.
 # RECIPE runs the pipeline, RECIPE.STAGE that stage alone; docs/servers.md says what each setting is for.
@@ -69,6 +68,7 @@ def write_deployments(file: Path, recipe: Recipe, path: Path, home: Path, option
         if name not in known:
             known[name] = new_entry(name, recipe, path, home)
             entries.append(known[name])
+        refuse_commands(known[name], file)
         change(known[name], name.removeprefix(recipe.name).lstrip("."), options)
     if schedule:
         known[recipe.name]["schedules"] = [schedule]
@@ -105,7 +105,7 @@ def new_entry(name: str, recipe: Recipe, path: Path, home: Path) -> CommentedMap
     parameters: dict[str, Any] = {"recipe": str(path.resolve()), "settings": [], "home": str(home.resolve())}
     if stage:
         parameters["stages"] = {"only": stage}
-    variables = {"command": COMMAND, "working_dir": str(Path.cwd())}
+    variables = {"working_dir": str(Path.cwd())}
     return CommentedMap(
         {
             "name": name,
@@ -118,6 +118,19 @@ def new_entry(name: str, recipe: Recipe, path: Path, home: Path) -> CommentedMap
             "schedules": [],
         }
     )
+
+
+def refuse_commands(entry: CommentedMap, file: Path) -> None:
+    """Take out the command that llmill once wrote, and refuse another: no worker of its pools would execute it."""
+    variables = entry.get("work_pool", {}).get("job_variables", {})
+    if variables.get("command") == "python -m prefect.engine":
+        del variables["command"]
+    for name in ("command", "env"):
+        if name in variables:
+            raise UserError(
+                f"{file}: {entry['name']}: job_variables.{name} has no effect, for who starts a run could change it; "
+                "set it in the base job template of the work pool"
+            )
 
 
 def change(entry: CommentedMap, stage: str, options: Options) -> None:

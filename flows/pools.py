@@ -1,10 +1,14 @@
-"""Work pools and what watches over their runs, kept on a Prefect server."""
+"""Work pools and what watches over their runs, kept on a Prefect server.
+
+By Prefect's own template of a pool, a flow run may name the command that its worker executes, and variables that change
+what that does. By llmill's it may not: whoever can start a run chooses among the flow's parameters.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -16,7 +20,7 @@ from prefect.automations import (
     ResourceSpecification,
 )
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectAlreadyExists
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -29,6 +33,9 @@ from flows.services import GPU_POOL, POOL
 ONLINE_SECONDS = 120
 SILENT_SECONDS = 90.0  # three heartbeats
 WATCH = "llmill: runs whose process went silent"
+COMMAND = "python -P -m prefect.engine"
+"""Runs a flow run. Prefect's own default first prepares a workspace, for seconds; ``-P`` looks for no code in the
+working directory, which a flow run may name."""
 LIMITS = {POOL: None, GPU_POOL: 1}
 """Runs at once in each pool that llmill makes: one GPU trains one run. Change it on the pool's page."""
 
@@ -42,12 +49,33 @@ def make_ready(api: str, pools: Sequence[str]) -> None:
 
 
 def make_pool(client: SyncPrefectClient, name: str, kind: str) -> None:
-    template = ProcessWorker.get_default_base_job_template()
+    """Make a pool, or take from one that is there what lets its flow runs choose their command."""
     wanted = WorkPoolCreate(
-        name=name, type=kind, base_job_template=template, concurrency_limit=LIMITS.get(name)
+        name=name,
+        type=kind,
+        base_job_template=fix_command(ProcessWorker.get_default_base_job_template()),
+        concurrency_limit=LIMITS.get(name),
     )
-    with suppress(ObjectAlreadyExists):
+    try:
         client.create_work_pool(wanted)
+    except ObjectAlreadyExists:
+        there = client.read_work_pool(name).base_job_template
+        if (fixed := fix_command(there)) != there:
+            client.update_work_pool(name, WorkPoolUpdate(base_job_template=fixed))
+
+
+def fix_command(template: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a pool's template in which command and environment are no variables; an operator's own values stay.
+
+    Prefect merges a flow run's ``env`` into any mapping that the template has, so there is none.
+    """
+    fixed = deepcopy(dict(template))
+    job, variables = fixed.get("job_configuration", {}), fixed.get("variables", {}).get("properties", {})
+    for field in ("command", "env"):
+        if job.get(field) == f"{{{{ {field} }}}}":
+            del job[field]
+            variables.pop(field, None)
+    return {**fixed, "job_configuration": {"command": COMMAND, **job}}
 
 
 def watch_heartbeats(client: SyncPrefectClient) -> None:

@@ -1,4 +1,7 @@
-"""Prefect's server as llmill starts it: on SQLite, writers wait for one another.
+"""Prefect's server as llmill starts it: it takes a browser's requests from its own pages only (`flows.own_pages`), and
+on SQLite writers wait for one another.
+
+Whoever can send it requests can have its workers do things, and its own default lets the pages of all sites do so.
 
 Prefect's own transactions take SQLite's write lock only when they first write, which SQLite refuses where another one
 has written since they began to read. The server then answers 503, and its clients ask again two seconds later; and with
@@ -10,8 +13,10 @@ from __future__ import annotations
 
 import argparse
 import gc
+import os
 from collections.abc import AsyncGenerator
 from contextlib import ExitStack, asynccontextmanager
+from typing import Any
 
 import uvicorn
 from prefect.server.api.server import create_app
@@ -23,9 +28,14 @@ from prefect.settings import (
     PREFECT_SERVER_API_KEEPALIVE_TIMEOUT,
     PREFECT_SERVER_API_WEBSOCKET_PING_INTERVAL,
     PREFECT_SERVER_API_WEBSOCKET_PING_TIMEOUT,
+    PREFECT_SERVER_CORS_ALLOWED_ORIGINS,
     PREFECT_SERVER_LOGGING_LEVEL,
+    PREFECT_UI_API_URL,
+    temporary_settings,
 )
 from sqlalchemy.ext.asyncio import AsyncSession, AsyncSessionTransaction
+
+from flows.own_pages import OwnPages, own_names
 
 
 class OneWriter(AioSqliteConfiguration):
@@ -39,19 +49,32 @@ class OneWriter(AioSqliteConfiguration):
             yield transaction
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m flows.prefect_server", description=__doc__)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, required=True)
-    options = parser.parse_args()
+    parser.add_argument("--allow-host", action="append", default=[], help="another name of this server")
+    return parser
+
+
+def main() -> None:
+    options = make_parser().parse_args()
+    names = [*own_names(options.host), *options.allow_host]
+    origins = [f"http://{name}:{options.port}" for name in names]
+    if (given := PREFECT_SERVER_CORS_ALLOWED_ORIGINS.value()) != "*":  # that is Prefect's default
+        origins += [origin.strip() for origin in given.split(",")]
+    ours: dict[Any, str] = {PREFECT_SERVER_CORS_ALLOWED_ORIGINS: ",".join(origins)}
+    if not {"PREFECT_UI_API_URL", "PREFECT_SERVER_UI_API_URL"} & os.environ.keys():
+        ours[PREFECT_UI_API_URL] = "/api"  # the pages ask under the name and port by which they were opened
     database = PREFECT_API_DATABASE_CONNECTION_URL.value()
     with ExitStack() as stack:
         if get_dialect(database).name == "sqlite":
             stack.enter_context(temporary_database_config(OneWriter(connection_url=database)))
+        stack.enter_context(temporary_settings(ours))
         app = create_app(final=True)
         gc.freeze()  # what is there now stays: to look for garbage in it would hold requests up for 0.3 s each time
         uvicorn.run(
-            app,
+            OwnPages(app, names, origins),
             host=options.host,
             port=options.port,
             timeout_keep_alive=PREFECT_SERVER_API_KEEPALIVE_TIMEOUT.value(),

@@ -26,6 +26,7 @@ import psutil
 from filelock import FileLock
 
 from data_pipeline.context import UserError, last_lines
+from flows.own_pages import own_names
 from flows.process import lives
 from flows.store import write_durably
 
@@ -116,6 +117,8 @@ class Wanted:
     mlflow_port: int = 5000
     pools: Sequence[str] = (POOL,)
     postgres: str = ""
+    allow_hosts: Sequence[str] = ()
+    """Other names by which browsers and clients reach the servers, besides ``host`` and this machine's own."""
 
 
 class Up:
@@ -188,7 +191,8 @@ class Up:
         if self.wanted.postgres:
             url = database_url(self.wanted.postgres, DATABASES[PREFECT], "postgresql+asyncpg")
             environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
-        command = ["-m", "flows.prefect_server", "--host", host, "--port", str(port)]
+        names = [word for name in self.wanted.allow_hosts for word in ("--allow-host", name)]
+        command = ["-m", "flows.prefect_server", "--host", host, "--port", str(port), *names]
         return command, environment, f"http://{reachable(host)}:{port}"
 
     def _mlflow(self) -> tuple[list[str], dict[str, str], str]:
@@ -197,8 +201,11 @@ class Up:
         store = f"sqlite:///{self.home}/mlflow.db"
         if self.wanted.postgres:
             store = database_url(self.wanted.postgres, DATABASES[MLFLOW], "postgresql")
+        names = [*own_names(host), *self.wanted.allow_hosts]
         environment = {
             "MLFLOW_BACKEND_STORE_URI": store,  # not among the arguments, which every user of the machine sees
+            # Its own default takes each name that begins as a private address does, such as 10.example.com.
+            "MLFLOW_SERVER_ALLOWED_HOSTS": ",".join(f"{name}:{port}" for name in names),
             "MLFLOW_DISABLE_TELEMETRY": "true",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_LOGGING_LEVEL": "WARNING",

@@ -25,6 +25,9 @@ class Prefect:
     def post(self, path: str, **body: Any) -> Any:
         return checked(httpx.post(f"{self.url}/{path}", json=body, timeout=30))
 
+    def patch(self, path: str, **body: Any) -> Any:
+        return checked(httpx.patch(f"{self.url}/{path}", json=body, timeout=30))
+
     def run(self, flow_run: str) -> dict[str, Any]:
         return self.get(f"flow_runs/{flow_run}")
 
@@ -33,10 +36,11 @@ class Prefect:
         chosen = {"deployments": {"name": {"any_": [deployment]}}}
         return self.post("flow_runs/filter", **chosen, sort="EXPECTED_START_TIME_ASC")
 
-    def start(self, deployment: str, **parameters: Any) -> str:
+    def start(self, deployment: str, job_variables: dict[str, Any] | None = None, **parameters: Any) -> str:
         """What the button "Run" does."""
         known = self.get(f"deployments/name/pipeline/{deployment}")
-        return self.post(f"deployments/{known['id']}/create_flow_run", parameters=parameters)["id"]
+        body = {"parameters": parameters, "job_variables": job_variables or {}}
+        return self.post(f"deployments/{known['id']}/create_flow_run", **body)["id"]
 
     def retry(self, flow_run: str) -> None:
         """What the button "Retry" does."""

@@ -1,6 +1,6 @@
 """``prefect.engine`` with failures planted: a stage named in ``<home>/planted`` fails at its very end, once.
 
-A deployment of the tests names this as its command. The body has done all of its work then, and nothing is sealed.
+A work pool of the tests names this as its command. The body has done all of its work then, and nothing is sealed.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from command_line import Llmill
@@ -25,8 +26,9 @@ from mlflow import MlflowClient
 from operator_api import FINAL, Prefect, until
 from postgres import PASSWORD, postgres
 
+from flows.pools import COMMAND
 from flows.servers import free_port
-from flows.services import GPU_POOL, read_services
+from flows.services import GPU_POOL, read_services, stop
 from flows.stages import BY_NAME
 from flows.store import Store
 
@@ -150,12 +152,17 @@ def fail_and_retry(site: Site, flow_run: str, stage: str) -> None:
 
 
 def plant_engine(site: Site) -> None:
-    """Edit prefect.yaml as an operator would, so that what runs next can fail."""
-    file = site.llmill.recipe.parent / "prefect.yaml"
-    text = file.read_text()
-    assert text.count("command: python -m prefect.engine") == 1 + len(BY_NAME)
-    file.write_text(text.replace("command: python -m prefect.engine", f"command: {sys.executable} {ENGINE}"))
-    site.type("deploy", str(site.llmill.recipe))
+    """Change the pool's command as an operator would, so that what runs next can fail; its worker starts anew."""
+    pool = site.prefect.get("work_pools/llmill")
+    template = pool["base_job_template"]
+    assert template["job_configuration"]["command"] == COMMAND
+    template["job_configuration"]["command"] = f"{sys.executable} {ENGINE}"
+    site.prefect.patch("work_pools/llmill", base_job_template=template)
+    stop(site.llmill.home, ["worker llmill"])
+    site.up()
+    assert site.prefect.get("work_pools/llmill")["base_job_template"] == template, (
+        "an operator's change stays"
+    )
 
 
 def pause(site: Site) -> None:
@@ -300,11 +307,33 @@ def loss_points(site: Site) -> list:
 
 
 def test_a_stages_own_deployment_runs_that_stage_alone(site: Site):
+    """And whoever starts it chooses among its parameters, not what the worker executes."""
     before = set(site.llmill.payloads())
-    run = site.prefect.start("small.evaluate", settings=["evaluate.seed=5"])
+    owned = site.llmill.home / "owned"
+    hostile = {"command": f"touch {owned}", "env": {"LLMILL_HOME": str(owned), "PYTHONPATH": str(owned)}}
+    run = site.prefect.start(
+        "small.evaluate", job_variables=hostile, settings=["evaluate.seed=5"], home=str(site.llmill.home)
+    )
     ended = site.prefect.ended(run)
     assert ended["state_type"] == "COMPLETED", ended["state"]
+    assert not owned.exists()
     assert [name.partition("/")[0] for name in set(site.llmill.payloads()) - before] == ["evaluate"]
+
+
+def test_neither_server_takes_what_a_foreign_page_has_a_browser_send(site: Site):
+    services = read_services(site.llmill.home)
+    asks = {
+        "prefect": ("api/flows/", {"name": "planted"}),
+        "mlflow": ("api/2.0/mlflow/experiments/create", {"name": "planted"}),
+    }
+    for name, (path, body) in asks.items():
+        url = f"{services.url(name)}/{path}"
+        for headers in ({"Origin": "https://evil.example"}, {"Host": "10.evil.example"}):
+            assert httpx.post(url, json=body, headers=headers).status_code == 403, (name, headers)
+        preflight = {"Origin": "https://evil.example", "Access-Control-Request-Method": "POST"}
+        allowed = httpx.options(url, headers=preflight).headers.get("access-control-allow-origin")
+        assert allowed is None, name
+    assert site.mlflow.get_experiment_by_name("planted") is None
 
 
 def test_servers_are_shown_found_again_and_hide_the_password(site: Site):

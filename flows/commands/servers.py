@@ -29,6 +29,10 @@ def up(
         list[str] | None, typer.Option(help="Start a worker for this work pool; repeatable.")
     ] = None,
     host: Annotated[str, typer.Option(help="Where to listen; loopback unless told otherwise.")] = "127.0.0.1",
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Another name by which browsers reach this machine; repeatable."),
+    ] = None,
     prefect_port: Annotated[int, typer.Option(min=1, max=65535)] = 4200,
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
@@ -40,7 +44,9 @@ def up(
 
     writable(home)
     terminal = Terminal()
-    wanted = Wanted(host, prefect_port, mlflow_port, tuple(pool or (POOL,)), postgres)
+    wanted = Wanted(
+        host, prefect_port, mlflow_port, tuple(pool or (POOL,)), postgres, allow_hosts=tuple(allow_host or ())
+    )
     services = Up(home, wanted, terminal.note).start()
     show_servers(terminal.console, described(services), services.database)
     if host not in ("127.0.0.1", "localhost", "::1"):

@@ -49,10 +49,10 @@ def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tm
 def test_what_an_operator_edits_stays_with_its_comments(write, tmp_path):
     before = write(cron="0 2 * * *")
     file = tmp_path / "prefect.yaml"
-    text = file.read_text().replace("command: python -m prefect.engine", "command: nice python  # our own", 1)
+    text = file.read_text().replace("work_pool:", "work_pool:  # our own", 1)
     file.write_text(text + "\n# the end\n")
     after = write(pool="big")
-    assert "command: nice python  # our own" in file.read_text()
+    assert "work_pool:  # our own" in file.read_text()
     assert "# the end" in file.read_text()
     assert after["tiny"]["work_pool"]["name"] == "big"
     before["tiny"]["work_pool"] = after["tiny"]["work_pool"]

@@ -97,12 +97,11 @@ def test_every_command_of_ours_exists() -> None:
     programs = {}
     for name, service in ours().items():
         command = service["command"]
-        if command[0] == "python":
-            assert command[1] == "/opt/llmill/prepare.py"
+        if command[:2] == ["python", "/opt/llmill/prepare.py"]:
             assert f"def {command[2]}()" in (INFRA / "prepare.py").read_text()
         else:
             programs[name] = parse(command)
-    assert programs == {"prefect": "prefect", "mlflow": "mlflow", "cpu": "prefect", "gpu": "prefect"}
+    assert programs == {"prefect": "python", "mlflow": "mlflow", "cpu": "prefect", "gpu": "prefect"}
 
 
 def test_every_variable_is_read_by_something() -> None:

@@ -57,12 +57,12 @@ class Installation:
     def command(self, service: str) -> list[str]:
         """The service's own command, on loopback and on the ports here."""
         program, *words = SERVICES[service]["command"]
-        if program == "python":
+        if program == "python" and words[0] != "-m":
             return [sys.executable, str(INFRA / Path(words[0]).name), *words[1:]]
         port = self.places.get(f"{service}:{words[words.index('--port') + 1]}", "").rpartition(":")[2]
         words[words.index("--port") + 1] = port
         words[words.index("--host") + 1] = "127.0.0.1"
-        return [sys.executable, "-m", program, *words]
+        return [sys.executable, *([] if program == "python" else ["-m", program]), *words]
 
     def job(self, service: str) -> str:
         """Run a service that ends; what it printed."""

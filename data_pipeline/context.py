@@ -116,6 +116,10 @@ class StageConfig(Config):
         """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
         return self.model_dump(mode="json", exclude={"runtime"})
 
+    def left_out(self) -> Metrics | None:
+        """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: it can't tell."""
+        return None
+
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
 

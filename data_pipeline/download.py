@@ -29,6 +29,7 @@ from data_pipeline.context import (
     atomic_path,
     human_bytes,
 )
+from data_pipeline.discards import by_reason
 from data_pipeline.documents import add_up, read_shard, table
 from data_pipeline.reading.groups import Settings, read_group
 from data_pipeline.reading.hub import list_hugging_face
@@ -42,6 +43,7 @@ from data_pipeline.reading.sources import (
     HuggingFaceSource,
     InstalledPythonSource,
     Listed,
+    Listing,
     LocalSource,
     ObjectSource,
     Source,
@@ -67,6 +69,7 @@ class DownloadConfig(StageConfig):
     runtime: DownloadRuntime = DownloadRuntime()
 
     _listings: tuple[tuple[Listed, ...], ...] | None = PrivateAttr(default=None)
+    _left_out: dict[str, int] = PrivateAttr(default_factory=dict)
 
     @field_validator("sources")
     @classmethod
@@ -87,8 +90,13 @@ class DownloadConfig(StageConfig):
         if self._listings is not None:
             return self
         pinned = self.model_copy()
-        pinned._listings = tuple(list_source(source, self.runtime) for source in self.sources)
+        found = [list_source(source, self.runtime) for source in self.sources]
+        pinned._listings = tuple(one.files for one in found)
+        pinned._left_out = add_up(one.left_out for one in found)
         return pinned
+
+    def left_out(self) -> Metrics:
+        return by_reason("left_out", self._left_out)
 
     def identity(self) -> dict[str, Any]:
         """Options of the sources with the hash of what they hold; no path of this machine and no key is in it."""
@@ -127,8 +135,8 @@ def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
     )
 
 
-def list_source(source: Source, runtime: DownloadRuntime) -> tuple[Listed, ...]:
-    """What a source holds now.
+def list_source(source: Source, runtime: DownloadRuntime) -> Listing:
+    """List what a source holds now, and count what of it is not read.
 
     Raises:
         UserError: there is nothing, or it can't be read.
@@ -138,13 +146,13 @@ def list_source(source: Source, runtime: DownloadRuntime) -> tuple[Listed, ...]:
         case LocalSource():
             return list_local(source)
         case InstalledPythonSource():
-            return list_installed_python(source)
+            return Listing(list_installed_python(source))
         case HttpSource():
-            return list_http(source, runtime.timeout_seconds, runtime.connections_per_host)
+            return Listing(list_http(source, runtime.timeout_seconds, runtime.connections_per_host))
         case ObjectSource():
             return list_objects(source)
         case HuggingFaceSource():
-            return list_hugging_face(source, runtime.timeout_seconds)
+            return Listing(list_hugging_face(source, runtime.timeout_seconds))
         case _:
             assert_never(source)
 
@@ -230,4 +238,9 @@ def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], repo
         "bytes": sum(sizes.values()),
         "rejected": sum(rejected.values()),
     }
-    return {name: float(value) for name, value in metrics.items()}
+    reasons = add_up({name.partition("/")[2]: count} for name, count in rejected.items())
+    return (
+        {name: float(value) for name, value in metrics.items()}
+        | by_reason("rejected", reasons)
+        | config.left_out()
+    )

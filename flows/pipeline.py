@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY as HEARTBEATS
 
 from data_pipeline.context import UserError, human_bytes, last_lines
+from data_pipeline.discards import warnings
 from flows.context import PrefectContext
 from flows.deployed import FLOW, TIME
 from flows.dispatch import Dispatcher
@@ -196,7 +198,8 @@ class Run:
                 self._show_stages("running")
                 result = self._stage(step)
                 self.results[step.stage.name] = result
-                self.tracker.add_to_parent(result.artifact, result.how, step.stage.headline)
+                shown = step.stage.shown(result.artifact.metrics)
+                self.tracker.add_to_parent(result.artifact, result.how, shown)
             status, self._at_work = "FINISHED", ""
         except Exception:
             status = "FAILED"
@@ -223,7 +226,15 @@ class Run:
         if result.how == "reused":
             self.terminal.stage_reused(name, f"{headline(result.artifact)}  (reused)")
         log(f"{name} {result.how}: {headline(result.artifact)} · {duration(result.seconds)}")
+        self._warn_of_discards(result.artifact)
         return result
+
+    def _warn_of_discards(self, artifact: Artifact) -> None:
+        """Warn of what a stage discarded in a share that the recipe does not allow without a word."""
+        for line in warnings(artifact.metrics, self.recipe.runtime.discard_shares):
+            text = f"{artifact.stage}: {line}; see {artifact.path}"
+            self._warn(text)
+            log(text, WARNING)
 
     def _subflow(self, step: Step, body: Callable[[], Result]) -> None:
         """Call ``body`` as a Prefect flow named as the stage."""
@@ -463,10 +474,10 @@ def keep_imports() -> None:
     gc.freeze()
 
 
-def log(text: str) -> None:
+def log(text: str, level: int = INFO) -> None:
     """A line in the log of the flow run, which Prefect shows on its page."""
     with suppress(MissingContextError):
-        get_run_logger().info(text)
+        get_run_logger().log(level, text)
 
 
 def prefect_labels() -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from data_pipeline.context import StageConfig, Unresolved, UserError
+from data_pipeline.discards import describe
 from flows.recipe import Recipe, flatten
 from flows.stages import BY_NAME, STAGES, Stage
 from flows.store import Artifact, Store, fingerprint
@@ -84,6 +85,7 @@ class Step:
             "fingerprint": self.fingerprint,
             "why": self.why,
             "predicted": self.predicted,
+            "metrics": self.artifact.metrics if self.artifact else {},
             "path": str(self.artifact.path) if self.artifact else None,
         }
 
@@ -125,7 +127,8 @@ def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step
         return step
     source = steps[step.stage.inputs[0]] if step.stage.inputs else None
     known = source.artifact.metrics if source and source.action == "reuse" and source.artifact else {}
-    return replace(step, predicted=step.config.predict(known, workers))
+    left_out = describe(step.config.left_out() or {}, most=None)
+    return replace(step, predicted=[*step.config.predict(known, workers), *left_out])
 
 
 def plan_stage(
@@ -141,7 +144,7 @@ def plan_stage(
         return Step(stage, "unknown", [f"waits for {', '.join(waiting)}"], resolved)
     inputs = {name: str(steps[name].fingerprint) for name in stage.inputs}
     name = fingerprint(stage.name, stage.version, resolved.identity(), inputs)
-    artifact = store.get(stage.name, name)
+    artifact = with_left_out(store.get(stage.name, name), resolved)
     running = [name for name in stage.inputs if steps[name].action in ("run", "resume")]
     if selection.force == stage.name:
         return Step(stage, "run", ["--force"], resolved, name, inputs, artifact)
@@ -154,6 +157,18 @@ def plan_stage(
         return Step(stage, "resume", ["an earlier run did not finish it"], resolved, name, inputs)
     why = differences(stage, resolved, inputs, store)
     return Step(stage, "run", why, resolved, name, inputs)
+
+
+def with_left_out(artifact: Artifact | None, config: StageConfig) -> Artifact | None:
+    """Put what the sources leave out now in place of what they left out when ``artifact`` was sealed.
+
+    What is not read is no part of its identity, so it is reused though a folder has other such files by now.
+    """
+    now = config.left_out()
+    if artifact is None or now is None:
+        return artifact
+    then = {name: value for name, value in artifact.metrics.items() if not name.startswith("left_out/")}
+    return replace(artifact, manifest=artifact.manifest | {"metrics": then | now})
 
 
 def rebuilt_inputs(artifact: Artifact, steps: Mapping[str, Step]) -> list[str]:

@@ -58,9 +58,21 @@ class RecipeRuntime(Runtime):
     upload_mb: float = Field(default=10, ge=0)
     """Payloads up to this size are uploaded to MLflow; larger ones are logged by reference."""
 
+    warn_rejected: float = Field(default=0.1, ge=0, le=1)
+    """Warn where more than this share of a source's records is rejected, or of its files left out."""
+
+    warn_dropped: float = Field(default=0.9, ge=0, le=1)
+    """Warn where rules drop, or dedup removes, more than this share of the documents."""
+
     notify: tuple[str, ...] = ()
     """Whom to tell of a run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a block of
     Prefect's, such as ``slack-webhook/team``."""
+
+    @property
+    def discard_shares(self) -> dict[str, float]:
+        """Shares of what is discarded, by kind, above which a run warns."""
+        rejected, dropped = self.warn_rejected, self.warn_dropped
+        return {"left_out": rejected, "rejected": rejected, "dropped": dropped, "removed": dropped}
 
     @property
     def worker_count(self) -> int:

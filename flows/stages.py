@@ -14,6 +14,7 @@ from typing import Any
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import Metrics, StageConfig, StageContext
 from data_pipeline.dedup import DedupConfig, dedup
+from data_pipeline.discards import is_discard
 from data_pipeline.download import DownloadConfig, download
 from data_pipeline.token_shards import TokenizeConfig, tokenize
 from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
@@ -34,13 +35,18 @@ class Stage:
     inputs: tuple[str, ...]
     version: int
     headline: tuple[str, ...]
-    """The metrics that sum the stage up on one line, and stand on the parent run in MLflow."""
+    """The metrics that sum the stage up on one line, and stand on the parent run in MLflow. Whatever it discards
+    (`data_pipeline.discards`) stands behind them, and need not be named."""
+
+    def shown(self, metrics: Mapping[str, float]) -> list[str]:
+        """Name those of ``metrics`` that people see first: the headline and what was discarded."""
+        return [*(name for name in self.headline if name in metrics), *filter(is_discard, metrics)]
 
 
 STAGES: tuple[Stage, ...] = (
     Stage("download", download, DownloadConfig, (), 2, ("documents", "bytes")),
     Stage("clean", clean, CleanConfig, ("download",), 3, ("kept", "documents")),
-    Stage("dedup", dedup, DedupConfig, ("clean",), 4, ("kept", "removed/exact", "removed/near")),
+    Stage("dedup", dedup, DedupConfig, ("clean",), 4, ("kept", "spans/cut")),
     Stage(
         "train_tokenizer",
         train_tokenizer,

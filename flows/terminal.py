@@ -12,6 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from data_pipeline.context import human_bytes
+from data_pipeline.discards import MOST_REASONS, is_discard
+from data_pipeline.discards import describe as discarded
 from flows.store import Artifact
 
 PLAIN_SECONDS = 15  # where the output is not a terminal, a progress line at most this often
@@ -90,7 +92,11 @@ class Terminal:
             style = "blue" if how == "reused" else "green"
             took = duration(seconds) if seconds else ""
             table.add_row(
-                artifact.stage, Text(how, style), headline(artifact), took, Text(artifact.fingerprint, "dim")
+                artifact.stage,
+                Text(how, style),
+                Text(headline(artifact, most=None)),
+                took,
+                Text(artifact.fingerprint, "dim"),
             )
         self.console.print()
         self.console.print(table)
@@ -100,17 +106,22 @@ class Terminal:
         return Text.assemble((f"  {mark} ", style), (f"{self._stage:<16}", "bold"), text, (seconds, "dim"))
 
 
-def headline(artifact: Artifact) -> str:
-    """The stage's result in a few words: its headline metrics."""
+def headline(artifact: Artifact, most: int | None = MOST_REASONS) -> str:
+    """Sum a stage's result up in a few words: its headline metrics, and all that it discarded.
+
+    Args:
+        most: reasons of discarding that are named of each kind; None: all.
+    """
     from flows.stages import BY_NAME
 
     stage = BY_NAME.get(artifact.stage)  # a stage of another version of llmill has no headline
-    return describe(artifact.metrics, stage.headline) if stage else ""
+    return describe(artifact.metrics, stage.headline if stage else (), most)
 
 
-def describe(metrics: Mapping[str, float], names: Sequence[str]) -> str:
-    """``1,203 documents · 19.8 MB`` for the named metrics that are there."""
-    return " · ".join(measure(name, metrics[name]) for name in names if name in metrics)
+def describe(metrics: Mapping[str, float], names: Sequence[str], most: int | None = MOST_REASONS) -> str:
+    """Name metrics that are there, and what was discarded: ``1,203 documents · 19.8 MB · 3 rejected (empty)``."""
+    named = [measure(name, metrics[name]) for name in names if name in metrics and not is_discard(name)]
+    return " · ".join([*named, *discarded(metrics, most)])
 
 
 def measure(name: str, value: float) -> str:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path
-from data_pipeline.token_shards import TokenShards
+from data_pipeline.token_shards import TokenShards, count_rows
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.bits import bits_per_byte
 from llm.generate import generate
@@ -57,7 +57,8 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(inputs["pretrain"]).to(device)
     tokenizer = load_tokenizer(inputs["train_tokenizer"])
-    documents = choose(read(TokenShards(inputs["tokenize"], "val")), config.max_documents)
+    held_out = TokenShards(inputs["tokenize"], "val")
+    documents = choose(read(held_out), config.max_documents)
     sizes = token_bytes(inputs["train_tokenizer"])
     rows = score(model, documents, sizes, end_of_text(tokenizer), context)
     texts = generate(
@@ -70,7 +71,8 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
         seeds=range(config.seed, config.seed + len(config.prompts)),
     )
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
-    return write(rows, samples, out)
+    unread = sum(map(count_rows, held_out.paths)) - len(documents)
+    return write(rows, samples, out) | ({"left_out/max_documents": float(unread)} if unread else {})
 
 
 Document = tuple[str, NDArray[Any]]

@@ -37,5 +37,11 @@ def is_compressed(name: str) -> bool:
     return compression is not None or suffix == ".zip"
 
 
+def suffix_of(name: str) -> str:
+    """Name why a file is left out: for its suffix, or for want of one."""
+    suffix, compression = split_suffix(name)
+    return suffix or ("compressed" if compression else "no suffix")
+
+
 def known_suffixes() -> str:
     return f"{', '.join(SUFFIXES)} (also {', '.join(COMPRESSIONS)}), .zip or .tar (also .tgz, .tar.zst, ...)"

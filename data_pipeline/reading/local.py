@@ -7,6 +7,7 @@ import os
 import re
 import stat
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,12 +15,12 @@ from pathlib import Path
 from data_pipeline.context import UserError
 from data_pipeline.documents import file_sha256
 from data_pipeline.reading.archives import printable
-from data_pipeline.reading.formats import has_known_suffix, known_suffixes
-from data_pipeline.reading.sources import InstalledPythonSource, Listed, LocalSource
+from data_pipeline.reading.formats import has_known_suffix, known_suffixes, suffix_of
+from data_pipeline.reading.sources import InstalledPythonSource, Listed, Listing, LocalSource
 
 
-def list_local(source: LocalSource) -> tuple[Listed, ...]:
-    """The files of a local source, sorted by name, hashed."""
+def list_local(source: LocalSource) -> Listing:
+    """The files of a local source, sorted by name, hashed; those of other suffixes are counted."""
     root, paths = local_files(source.path)
     readable = [path for path in paths if has_known_suffix(path.name)]
     if not readable:
@@ -29,7 +30,8 @@ def list_local(source: LocalSource) -> tuple[Listed, ...]:
             if paths
             else f"source {source.name}: no file at {source.path}"
         )
-    return pin(((path.relative_to(root).as_posix(), path) for path in readable), source.max_bytes)
+    files = pin(((path.relative_to(root).as_posix(), path) for path in readable), source.max_bytes)
+    return Listing(files, Counter(suffix_of(path.name) for path in paths if not has_known_suffix(path.name)))
 
 
 def local_files(path: str) -> tuple[Path, list[Path]]:

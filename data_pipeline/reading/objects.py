@@ -6,6 +6,7 @@ one goes on with the block where it stopped.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from typing import Any
 from data_pipeline.context import Unresolved, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.reading.archives import printable
-from data_pipeline.reading.formats import has_known_suffix, known_suffixes
-from data_pipeline.reading.sources import Listed, ObjectSource
+from data_pipeline.reading.formats import has_known_suffix, known_suffixes, suffix_of
+from data_pipeline.reading.sources import Listed, Listing, ObjectSource
 from data_pipeline.reading.transfer import (
     Fetching,
     Stopped,
@@ -52,8 +53,8 @@ def file_system(url: str) -> tuple[Any, str]:
         raise UserError(f"{scheme}:// is not known to fsspec ({first_line(error)})") from error
 
 
-def list_objects(source: ObjectSource) -> tuple[Listed, ...]:
-    """The files of an object source, sorted by name.
+def list_objects(source: ObjectSource) -> Listing:
+    """The files of an object source, sorted by name; those of other suffixes are counted.
 
     Raises:
         UserError: there is none that can be read, or they can't be told from later versions.
@@ -67,7 +68,8 @@ def list_objects(source: ObjectSource) -> tuple[Listed, ...]:
         raise explained(f"source {source.name}: can't list {source.url}", error, Unresolved) from None
     root = fixed_part(path) if any(sign in path for sign in MAGIC) or path not in found else parent(path)
     names = {one.removeprefix(root).removeprefix("/"): one for one in found}  # "a//b" is another than "a/b"
-    readable = sorted(name for name in names if has_known_suffix(name) and not hidden(name))
+    visible = [name for name in names if not hidden(name)]
+    readable = sorted(name for name in visible if has_known_suffix(name))
     if not readable:
         raise UserError(
             f"source {source.name}: nothing to read at {source.url} ({len(found)} files, none ending with "
@@ -80,7 +82,7 @@ def list_objects(source: ObjectSource) -> tuple[Listed, ...]:
             break
         listing.append(pinned(source, store, name, found[names[name]]))
         total += listing[-1].size
-    return tuple(listing)
+    return Listing(tuple(listing), Counter(suffix_of(name) for name in visible if not has_known_suffix(name)))
 
 
 def find(store: Any, path: str) -> dict[str, Mapping[str, Any]]:

@@ -12,6 +12,8 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
@@ -35,6 +37,14 @@ class Listed(Config):
     """What pins its content: ``sha256:...``, ``etag:...``, ``last-modified:...`` or ``commit:...``."""
     location: str
     """Absolute path or URL. No part of the identity."""
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The files of a source, and how many others it has that are not read, by reason (their suffix, a link ...)."""
+
+    files: tuple[Listed, ...]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def without_password(url: str | None) -> str | None:

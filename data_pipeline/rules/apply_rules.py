@@ -95,7 +95,7 @@ def apply_c4(rules: C4Rules, min_chars: int, cleaned: Cleaned) -> None:
         cleaned.verdicts.drop(sentences < rules.min_sentences, "c4_min_sentences", rows)
     changed = removed.any(axis=1) & (cleaned.verdicts.codes[rows] == 0)
     cleaned.replace(rows[changed], left.filter(pa.array(changed)))
-    names = [*(f"lines_removed/{reason}" for reason in LINE_REASONS), "removed/citations"]
+    names = [*(f"lines_removed/{reason}" for reason in LINE_REASONS), "cut/citations"]
     amounts = removed[changed].sum(axis=0).tolist()
     cleaned.counts |= {name: amount for name, amount in zip(names, amounts, strict=True) if amount}
 

@@ -16,8 +16,9 @@ MODEL_STAGES = ("download", "clean", "dedup", "train_tokenizer", "tokenize", "pr
 """Those that decide the weights."""
 ABSENT = "—"
 COUNTED = {
-    "clean": ("documents", "kept", "dropped/"),
-    "dedup": ("kept", "removed/"),
+    "download": ("documents", "rejected/", "left_out/"),
+    "clean": ("documents", "kept", "dropped/", "lines_removed/", "cut/", "masked/"),
+    "dedup": ("kept", "removed/", "spans/"),
     "tokenize": ("train_tokens", "val_tokens", "tokens/"),
 }
 """Stage -> the figures of its data; one that ends in ``/`` stands for all that begin so."""

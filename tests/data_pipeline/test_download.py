@@ -49,6 +49,9 @@ def test_documents_have_the_names_of_their_files_and_rows(tmp_path: Path) -> Non
         "documents": 41,
         "bytes": sum(len(t) for t in documents.values()),
         "rejected": 2,
+        "rejected/field_not_text": 1,
+        "rejected/not_utf8": 1,
+        "left_out/.csv": 1,
     }
     assert documents["texts/part-1/text-04.txt"] == prose(4, 400)
     assert documents["texts/lines.jsonl.gz#29"] == prose(129)

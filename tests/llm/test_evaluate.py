@@ -73,7 +73,10 @@ def test_bytes_are_those_of_the_text(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     config = EvaluateConfig(max_documents=3, prompts=())
-    evaluate(config, {**corpus, "pretrain": saved_model(tiny())}, tmp_path / "out", LocalContext())
+    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    metrics = evaluate(config, inputs, tmp_path / "out", LocalContext())
+    held_out = len(list(read(TokenShards(corpus["tokenize"], "val"))))
+    assert metrics["left_out/max_documents"] == held_out - 3 > 0
     texts = pq.read_table(corpus["dedup"] / "documents-00000.parquet").to_pylist()
     lengths = {row["id"]: len(row["text"].encode()) for row in texts}
     rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()

@@ -5,6 +5,7 @@ All of it is sent by a thread of its own, the latest of each kind, so that a slo
 
 from __future__ import annotations
 
+import json
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,7 @@ class FlowPage:
 
     def stages(self, rows: Sequence[Mapping[str, Any]], summary: str) -> None:
         """Show a table with one row a stage."""
-        self._show("stages", "table", list(rows), summary)
+        self._show("stages", "table", json.dumps(list(rows)), summary)  # text, as Prefect's own tables are
 
     def progress(self, percent: float, description: str) -> None:
         """Show how far the stage at work is."""

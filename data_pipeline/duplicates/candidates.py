@@ -10,11 +10,12 @@ if possible from a bucket in which all are compared.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import ceil
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,7 @@ DOCUMENT_BYTES = 600
 """Memory for a document while buckets are compared, besides its signature: id, rank, place."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Search:
     """How buckets are searched."""
 
@@ -48,10 +49,10 @@ class Search:
     rows: int
     least: int
     """Entries of two signatures that must agree."""
-    leaders: int
-    """Documents of a bucket that less preferred ones are compared with, at most."""
     likely: int
     """Entries in agreement that make an edge likely to hold."""
+    leaders: int
+    """Documents of a bucket that less preferred ones are compared with, at most."""
     most: int
     """Likely edges that a document gets from a bucket, and `UNLIKELY` times as many others: to the most preferred."""
     memory: int
@@ -73,10 +74,36 @@ class Search:
         return max(piece, 2 * (self.leaders + 1))
 
 
-def find_crowds(search: Search, signed: Signed, copies: Path | None, part: tuple[int, int]) -> list[int]:
+@dataclass(frozen=True, kw_only=True)
+class Again:
+    """A second search, for the documents alone that the first kept without comparing them with all that it should.
+
+    The bounds of the first search count what is likely. Documents that share much but are no duplicates can use them
+    up, so what is left open is looked at once more, by exact similarities and without those bounds.
+    """
+
+    seekers: Path
+    """``.npy``, by row: which documents are compared with those preferred to them."""
+    kept: Path
+    """``.npy``, by row: which documents the first search left; only these lead a crowd."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """The documents that are searched, and what is known of them. Small: it travels to every task."""
+
+    signed: Signed
+    copies: Path | None = None
+    """``.npy``, by row: all documents but those with `NONE` are left out."""
+    crowds: NDArray[np.uint64] = field(default_factory=lambda: NO_KEYS)
+    """Keys of all crowds, ascending: a pair gets its edge from another bucket if it shares one."""
+    again: Again | None = None
+
+
+def find_crowds(search: Search, corpus: Corpus, part: tuple[int, int]) -> list[int]:
     """Keys of a part that more documents have than may be leaders: a pair may go unnoticed there."""
     number, parts = part
-    finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None, NO_KEYS)
+    finder = Finder.of(search, corpus)
     return [key for keys in finder.count_keys(*part_bounds(number, parts)) for key in keys.tolist()]
 
 
@@ -85,22 +112,21 @@ def part_bounds(number: int, parts: int) -> tuple[int, int]:
     return KEYS * number // parts, KEYS * (number + 1) // parts
 
 
+Check = Callable[[NDArray[np.void]], NDArray[np.void]]
+"""Which of some edges hold."""
+
+
 def search_part(
-    search: Search,
-    signed: Signed,
-    copies: Path | None,
-    crowds: NDArray[np.uint64],
-    folder: Path,
-    part: tuple[int, int],
+    search: Search, corpus: Corpus, folder: Path, check: Check | None, part: tuple[int, int]
 ) -> int:
     """Write the edges (`EDGE`) and the rows whose search was cut short of a part (number, of how many) of the keys.
 
-    ``copies`` (``.npy``, one a row) leaves out all documents but those with `NONE`. Returns the number of edges.
+    Returns the number of edges: those that hold, where there is a ``check``.
     """
     number, parts = part
     path = folder / f"{number:05d}-of-{parts:05d}.edges"
     if not path.exists():
-        finder = Finder(search, signed, np.load(copies, mmap_mode="r") if copies else None, crowds)
+        finder = Finder.of(search, corpus)
         with (
             atomic_path(path) as edges_path,
             atomic_path(path.with_suffix(".cut")) as cut_path,
@@ -108,9 +134,21 @@ def search_part(
             open(cut_path, "wb") as cut,
         ):
             for edges, cut_rows in finder.find(*part_bounds(number, parts)):
-                edges.tofile(file)
+                (check(edges) if check and len(edges) else edges).tofile(file)
                 cut_rows.tofile(cut)
     return path.stat().st_size // EDGE.itemsize
+
+
+def mark_part(search: Search, corpus: Corpus, folder: Path, part: tuple[int, int]) -> None:
+    """Write the rows of all documents that `search_part` finds edges of, without the edges."""
+    number, parts = part
+    path = folder / f"{number:05d}-of-{parts:05d}.rows"
+    if not path.exists():
+        rows = NO_ROWS
+        for edges, _ in Finder.of(search, corpus).find(*part_bounds(number, parts)):
+            rows = np.unique(np.concatenate([rows, edges["loser"], edges["winner"]]))
+        with atomic_path(path) as temporary:
+            rows.tofile(temporary)
 
 
 def read_raw(path: Path, dtype: np.dtype) -> NDArray[np.void]:
@@ -132,7 +170,7 @@ Found = tuple[NDArray[np.void], NDArray[np.int64]]
 """Edges, and rows of documents whose search was cut short."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Finder:
     """Finds edges in ranges of keys."""
 
@@ -140,7 +178,24 @@ class Finder:
     signed: Signed
     copies: NDArray[np.int64] | None
     crowds: NDArray[np.uint64]
-    """Keys of all crowds, ascending: a pair gets its edge from another bucket if it shares one."""
+    seekers: NDArray[np.bool_] | None
+    """By row, as in `Again`; None: all seek."""
+    kept: NDArray[np.bool_] | None
+
+    @classmethod
+    def of(cls, search: Search, corpus: Corpus) -> Self:
+        """Map into memory what is known of the documents."""
+        again = corpus.again
+        paths = (corpus.copies, again and again.seekers, again and again.kept)
+        copies, seekers, kept = (np.load(path, mmap_mode="r") if path else None for path in paths)
+        return cls(
+            search=search,
+            signed=corpus.signed,
+            copies=copies,
+            crowds=corpus.crowds,
+            seekers=seekers,
+            kept=kept,
+        )
 
     def count_keys(self, low: int, high: int) -> Iterator[NDArray[np.uint64]]:
         """The keys of crowds from ``low`` to below ``high``."""
@@ -184,7 +239,10 @@ class Finder:
 
     def find_in_crowd(self, key: int) -> Iterator[Found]:
         """The same for one key that more documents have than fit: the most preferred first, then ever less so."""
+        if self.seekers is not None and not any(self.seekers[rows].any() for rows in self.pieces(key)):
+            return
         leaders = last = np.zeros(0, np.int64)
+        passed = 0
         while len(leaders) < self.search.leaders:
             best = np.zeros(0, np.int64)
             for rows in self.pieces(key):
@@ -193,10 +251,10 @@ class Finder:
                 ]
             if not len(best):
                 return
-            leaders = yield from self.compare(key, best, leaders)
-            last = best[-1:]
+            leaders = yield from self.compare(key, best, leaders, passed)
+            last, passed = best[-1:], passed + len(best)
         for rows in self.pieces(key):  # no order among them matters any more
-            yield from self.compare(key, self.beyond(last, rows), leaders)
+            yield from self.compare(key, self.beyond(last, rows), leaders, passed)
 
     def in_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Ascending rows in order of preference."""
@@ -233,6 +291,10 @@ class Finder:
         if self.copies is not None:
             among = self.copies[rows] == NONE
             keys, rows = keys[among], rows[among]
+        if self.seekers is not None:
+            sought = np.unique(keys[self.seekers[rows]])
+            among = is_among(keys, sought)
+            keys, rows = keys[among], rows[among]
         order = np.argsort(keys)
         keys, rows = keys[order], rows[order]
         same = keys[1:] == keys[:-1]
@@ -242,13 +304,18 @@ class Finder:
         return keys[shared], rows[shared]
 
     def compare(
-        self, keys: NDArray[np.uint64] | int, rows: NDArray[np.int64], leaders: NDArray[np.int64] = NO_ROWS
+        self,
+        keys: NDArray[np.uint64] | int,
+        rows: NDArray[np.int64],
+        leaders: NDArray[np.int64] = NO_ROWS,
+        passed: int = 0,
     ) -> Generator[Found, None, NDArray[np.int64]]:
         """Edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
 
-        ``leaders`` are more preferred ones of the same bucket, which have been compared already.
+        ``leaders`` are more preferred ones of the same bucket, which have been compared already; they are of the
+        ``passed`` documents that came before.
         """
-        skip = len(leaders)
+        skip, whole = len(leaders), not isinstance(keys, int)
         rows = np.append(leaders, rows)
         keys = np.full(len(rows), keys, np.uint64) if isinstance(keys, int) else keys
         search = self.search
@@ -260,8 +327,10 @@ class Finder:
         hashes = band_hashes(signatures, search.bands, search.rows)
         crowded = np.isin(hashes, self.crowds)
         ties = self.signed.gather("text-signatures", documents)[:, :4].copy().view("<u8")[:, 0]
-        found = np.empty((max(FOUND_AT_ONCE, (1 + UNLIKELY) * search.most), 3), np.int64)
         leader = np.empty(min(search.leaders, len(member)), np.int64)
+        found = np.empty((max(FOUND_AT_ONCE, min((1 + UNLIKELY) * search.most, len(leader))), 3), np.int64)
+        everyone = np.ones(len(documents), np.bool_)
+        seeks, leads = (everyone if one is None else one[documents] for one in (self.seekers, self.kept))
         cut = np.zeros(len(documents), np.bool_)
         place = np.zeros(3, np.int64)
         while place[0] < len(starts) - 1:
@@ -272,10 +341,15 @@ class Finder:
                 signatures,
                 hashes,
                 crowded,
+                seeks,
+                leads,
+                self.seekers is not None,
+                whole,
                 search.least,
                 search.likely,
                 search.most,
                 skip,
+                passed,
                 place,
                 leader,
                 cut,
@@ -288,3 +362,11 @@ class Finder:
             yield edges, NO_ROWS
         yield NO_EDGES, documents[cut]
         return documents[leader[: place[2]]]
+
+
+def is_among(values: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Which of many values are among a few that are in order."""
+    if not len(wanted):
+        return np.zeros(len(values), np.bool_)
+    at = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)
+    return wanted[at] == values

@@ -47,8 +47,6 @@ class Removal:
     signed: Signed
     copy_of: Path
     repeats: Path
-    cut: tuple[Path, ...]
-    """Files with rows of documents whose search was cut short."""
 
     def of(self, start: int, end: int) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
         """What the documents of some rows repeat (`REPEATS`), and which of them have the very text of that.

@@ -35,7 +35,7 @@ DIGEST_ENTRIES = 8
 KEYS = 1 << 64
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SignRules:
     """How documents are signed; the fields of `data_pipeline.dedup.DedupConfig` that matter here."""
 

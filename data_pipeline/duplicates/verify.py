@@ -33,7 +33,7 @@ def margin(threshold: float, entries: int) -> float:
     return max(MARGIN * sqrt(threshold * (1 - threshold) / entries), 1 / entries)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class VerifyRules:
     """How edges are checked."""
 
@@ -104,15 +104,20 @@ class Sets:
 
 
 def verify_edges(rules: VerifyRules, sets: Sets, folder: Path, edges: Path) -> None:
-    """Write those edges of a file that hold, with exact similarities where estimates don't suffice."""
+    """Write those edges of a file that hold."""
     path = folder / edges.name
     if path.exists():
         return
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         for stored in read_chunks([edges]):
-            chunk = np.array(stored)
-            measure(rules, sets, chunk)
-            chunk[chunk["similarity"] >= rules.threshold].tofile(file)
+            those_that_hold(rules, sets, stored).tofile(file)
+
+
+def those_that_hold(rules: VerifyRules, sets: Sets, edges: NDArray[np.void]) -> NDArray[np.void]:
+    """The edges that hold, with exact similarities where estimates don't suffice."""
+    edges = np.array(edges)
+    measure(rules, sets, edges)
+    return edges[edges["similarity"] >= rules.threshold]
 
 
 def measure(rules: VerifyRules, sets: Sets, edges: NDArray[np.void]) -> None:

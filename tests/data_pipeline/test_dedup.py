@@ -253,6 +253,60 @@ def test_boilerplate_does_not_hide_duplicates(tmp_path: Path, own_words: int, ma
     assert len(kept) >= 2500 - 2
 
 
+def templates(pages: int, words: int, own: int, seed: int) -> dict[str, str]:
+    """Pages of one template, with some words of their own each, and of each a twin in which one more word differs."""
+    template, texts = prose(seed, words), {}
+    for n in range(pages):
+        texts[f"page/{n:03d}"] = edited(template, own, 1000 * seed + n)
+        texts[f"twin/{n:03d}"] = edited(texts[f"page/{n:03d}"], 1, 1000 * seed + 500 + n)
+    return texts
+
+
+def kept_by_brute_force(texts: dict[str, str], threshold: float, prefer: str = "longest") -> set[str]:
+    """Every document that repeats none of those that are kept before it, in order of preference."""
+    sets, kept = {id: shingles(text) for id, text in texts.items()}, []
+    for id in sorted(texts, key=lambda id: (-len(texts[id].encode()) if prefer == "longest" else 0, id)):
+        least = threshold * len(sets[id])
+        close = [one for one in kept if len(sets[id] & sets[one]) >= least]
+        if not any(len(sets[id] & sets[one]) / len(sets[id] | sets[one]) >= threshold for one in close):
+            kept.append(id)
+    return set(kept)
+
+
+@pytest.mark.parametrize(
+    ("pages", "words", "own", "threshold", "prefer"),
+    [
+        (120, 600, 2, 0.97, "longest"),
+        (60, 300, 3, 0.95, "longest"),
+        (60, 300, 12, 0.8, "longest"),
+        (100, 150, 2, 0.93, "first"),
+        (60, 40, 1, 0.88, "longest"),
+    ],
+)
+def test_of_small_corpora_of_templates_that_is_kept_which_brute_force_keeps(
+    pages: int, words: int, own: int, threshold: float, prefer: str, tmp_path: Path
+) -> None:
+    """Many pairs just under the threshold must not end the search for those above it."""
+    texts = {
+        f"{seed}/{id}": text for seed in (0, 1) for id, text in templates(pages, words, own, seed).items()
+    }
+    run(texts, tmp_path, threshold=threshold, prefer=prefer, bands=60, rows=4)
+    assert set(read_documents(tmp_path / "out")) == kept_by_brute_force(texts, threshold, prefer)
+
+
+def test_hundreds_of_pages_of_one_template_stay_and_their_twins_go(tmp_path: Path) -> None:
+    run(templates(400, 600, 2, 0), tmp_path, threshold=0.97, workers=2)
+    kept = read_documents(tmp_path / "out")
+    twice = [n for n in range(400) if {f"page/{n:03d}", f"twin/{n:03d}"} <= set(kept)]
+    assert (len(kept), twice) == (400, [])
+    assert "Warning" not in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_the_search_is_bounded_by_what_the_config_says() -> None:
+    search = DedupConfig(max_comparisons=77, threshold=0.9).near_search()
+    assert (search.leaders, search.likely, search.most) == (77, 114, 32)
+
+
 def test_the_report_shows_the_largest_clusters_and_the_chance_of_finding_a_pair(tmp_path: Path) -> None:
     run(planted(), tmp_path)
     report = (tmp_path / "out" / "report.md").read_text()

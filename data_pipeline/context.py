@@ -252,6 +252,15 @@ def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
+def compute_apart(fn: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a module-level function in a process of its own, which ends at once when this one is interrupted.
+
+    For native code that takes long: Python heeds a signal only when such code returns.
+    """
+    with process_pool(1) as pool:
+        return pool.submit(fn, *arguments).result()
+
+
 def kill_workers(pool: ProcessPoolExecutor) -> None:
     """End what a pool computes at once: what was being written has a temporary name."""
     for process in list(pool._processes.values()):

@@ -1,11 +1,14 @@
 """Stage ``train_tokenizer``: learn a byte-level BPE vocabulary from a sample of the documents, and load it again.
 
 There is no normaliser and every byte is in the alphabet, so decoding gives back exactly the text that was encoded.
+Learning from a word costs the square of its length, so words are cut after `LONGEST_WORD` characters for it; encoding
+costs no more for a long word than for a short one, and cuts none.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_pipeline.context import (
@@ -27,10 +30,12 @@ from data_pipeline.context import (
     StageContext,
     UserError,
     atomic_path,
+    compute_apart,
     human_bytes,
 )
 from data_pipeline.documents import byte_lengths, corrupt, file_sha256, once, shard_paths, table
 from data_pipeline.tokens.hashing import HASHES, hash_column
+from data_pipeline.tokens.long_runs import longest_runs
 from data_pipeline.tokens.runs import Runs, gather, order_of, write_run
 
 END_OF_TEXT = "<|endoftext|>"
@@ -41,20 +46,34 @@ MARGIN = 1.25
 """How much more than the sample is looked at first, since sizes of documents vary."""
 FOOTERS_AT_ONCE = 16
 
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+LONGEST_WORD = 256
+"""Characters of a word after which it is cut while the vocabulary is learnt: no word that people read is as long."""
+
+MARKED_CASES = (
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+",
+    r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*",
 )
-"""How text is cut before merging: the pattern of GPT-4 (``cl100k_base`` in OpenAI's tiktoken)."""
+PATTERNS = {
+    "gpt2": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    "cl100k": r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    "o200k": "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{one}(?i:'s|'t|'re|'ve|'m|'ll|'d)?" for one in MARKED_CASES)
+    + r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+}
+"""How text is cut before merging: the patterns of GPT-2, of GPT-4 and of GPT-4o (OpenAI's tiktoken). The first two cut
+words at vowel signs and other marks, so Hindi, Thai, Tamil and others are for the third."""
 
 
 class TokenizerConfig(StageConfig):
-    """Size of the vocabulary and of the sample that it is learnt from."""
+    """Size of the vocabulary, what a word is, and the sample that it is learnt from."""
 
     vocab_size: int = Field(default=4096, gt=BYTES)
     """Entries in all, special tokens and the 256 bytes included."""
     reserved_tokens: int = Field(default=7, ge=0)
     """Special tokens without a meaning yet (``<|reserved_0|>``, ...), for later fine-tuning."""
+    pattern: str = "o200k"
+    """How text is cut into words, across which nothing is merged: one of `PATTERNS` by name, or a regular expression of
+    one's own in Oniguruma's syntax, by which documents are encoded more slowly."""
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Text to learn from: documents are drawn by hash of their id until this is reached."""
     seed: int = Field(default=0, ge=0)
@@ -64,6 +83,23 @@ class TokenizerConfig(StageConfig):
     def special_tokens(self) -> list[str]:
         """End-of-text first, then the reserved ones; their ids count from 0 in this order."""
         return [END_OF_TEXT, *(f"<|reserved_{number}|>" for number in range(self.reserved_tokens))]
+
+    @property
+    def split(self) -> str:
+        """The regular expression that `pattern` stands for."""
+        return PATTERNS.get(self.pattern, self.pattern)
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_is_known(cls, pattern: str) -> str:
+        if pattern not in PATTERNS:
+            if re.fullmatch(r"[\w-]*", pattern):  # as a regular expression it would find itself only
+                raise ValueError(f"{pattern!r} is neither of {', '.join(PATTERNS)}, nor a regular expression")
+            try:
+                Regex(pattern)
+            except Exception as error:  # tokenizers raises bare Exception
+                raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern
 
     @model_validator(mode="after")
     def _room_for_bytes(self) -> Self:
@@ -88,19 +124,27 @@ def train_tokenizer(
     texts = draw_sample(config, shards, out / "scratch", context)
     size = int(pc.binary_length(texts).to_numpy().sum())
     context.progress(0, size / 1e6, "MB")
-    tokenizer = train(strings(texts), config)
+    sample = out / "scratch" / "sample.arrow"
+    save_sample(texts, sample)
+    compute_apart(learn, config, sample, out)
+    tokenizer = load_tokenizer(out)
     context.progress(size / 1e6, size / 1e6, "MB")
+    cut = long_words(tokenizer, texts)
+    if cut:
+        context.note(
+            f"{cut:,} words of more than {LONGEST_WORD} characters were cut after each {LONGEST_WORD} for learning"
+        )
     if tokenizer.get_vocab_size() < config.vocab_size:
         raise UserError(
             f"{human_bytes(size)} of text support a vocabulary of {tokenizer.get_vocab_size()} entries, not "
             f"{config.vocab_size}: lower train_tokenizer.vocab_size, or give more text"
         )
-    save(tokenizer, config, out)
     metrics = {
         "vocab_size": float(tokenizer.get_vocab_size()),
         "sample_documents": float(len(texts)),
         "sample_bytes": float(size),
         "sample_bytes_per_token": bytes_per_token(tokenizer, strings(texts)),
+        "long_words": float(cut),
     }
     write_report(tokenizer, config, metrics, out / "report.md")
     return metrics
@@ -187,6 +231,21 @@ def read_drawn(shard: Path, salt: str, last: int) -> Iterator[tuple[pa.Array, ND
         raise corrupt(shard, error) from error
 
 
+def save_sample(texts: pa.Array, path: Path) -> None:
+    """Write the sample as an Arrow file of one column, to be mapped by the process that learns from it."""
+    with atomic_path(path) as temporary, pa.OSFile(str(temporary), "wb") as file:
+        batch = pa.record_batch([texts], ["text"])
+        with pa.ipc.new_file(file, batch.schema) as writer:
+            writer.write_batch(batch)
+
+
+def learn(config: TokenizerConfig, sample: Path, out: Path) -> None:
+    """Train on the sample in a file, and `save` into ``out``."""
+    with pa.memory_map(str(sample)) as file:
+        texts = pa.ipc.open_file(file).get_batch(0).column("text")
+        save(train(strings(texts), config), config, out)
+
+
 def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
     """The texts one after the other; only a few exist as Python objects at a time."""
     for start in range(0, len(texts), at_once):
@@ -196,12 +255,10 @@ def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Learn the merges; the same texts give the same vocabulary whatever the number of threads."""
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(config.split), behavior="isolated")
+    cut = pre_tokenizers.FixedLength(length=LONGEST_WORD)
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, cut, by_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -210,7 +267,17 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
     return tokenizer
+
+
+def long_words(tokenizer: Tokenizer, texts: pa.Array) -> int:
+    """How many words of the texts are longer than `LONGEST_WORD`, where one kind of character alone is as long."""
+    split = tokenizer.pre_tokenizer[0]
+    found = texts.filter(pa.array(longest_runs(texts) >= LONGEST_WORD))
+    return sum(
+        len(word) > LONGEST_WORD for text in strings(found) for word, _ in split.pre_tokenize_str(text)
+    )
 
 
 def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
@@ -222,6 +289,7 @@ def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
             "bos_token": END_OF_TEXT,
             "eos_token": END_OF_TEXT,
             "clean_up_tokenization_spaces": False,
+            "split_special_tokens": True,  # text never yields a special token, as in `load_tokenizer`
         },
     }
     for name, value in files.items():

@@ -52,7 +52,7 @@ STAGES: tuple[Stage, ...] = (
         train_tokenizer,
         TokenizerConfig,
         ("dedup",),
-        2,
+        3,
         ("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(

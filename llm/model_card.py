@@ -17,6 +17,14 @@ LAYOUTS: dict[Layout, str] = {
     "gpt2": "GPT-2 (learned positions, LayerNorm, biases)",
 }
 
+SPECIAL_TOKENS = (
+    "In training, a text that spells a special token (`<|endoftext|>`) was read as these characters, and the token "
+    "itself stood at the end of each document only. The tokenizer does the same: `tokenizer(text)` never yields a "
+    "special token. Append `tokenizer.eos_token_id` to end a document; `tokenizer(text, split_special_tokens=False)` "
+    "reads special tokens out of a text. The `tokenizers` library does so unless it is told otherwise: set "
+    "`encode_special_tokens = True` on what it loads from `tokenizer.json`."
+)
+
 Manifests = Mapping[str, Mapping[str, Any]]
 
 
@@ -30,6 +38,7 @@ def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Met
         "text holds, errors and biases included.",
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
+        SPECIAL_TOKENS,
         "## Architecture",
         architecture(model),
         "## How good it is",

@@ -20,6 +20,7 @@ from data_pipeline import tokenizer as module
 from data_pipeline.context import LocalContext, UserError
 from data_pipeline.documents import shard_paths
 from data_pipeline.tokenizer import (
+    PATTERNS,
     TokenizerConfig,
     draw_sample,
     end_of_text,
@@ -66,6 +67,41 @@ def test_any_text_comes_back_from_its_tokens_and_yields_no_special_token(folder:
     special = range(len(CONFIG.special_tokens))
     assert not set(ids) & set(special)
     assert token_bytes(folder)[ids].sum() == len(text.encode())
+
+
+MARKED = ["किताब", "हिन्दी", "เป็นน้ำ", "தமிழ்", "বাংলা", "e\u0301te\u0301", "שָׁלוֹם", "မြန်မာ", "ភាសាខ្មែរ"]
+
+
+@pytest.mark.parametrize("pattern", [None, *PATTERNS, r"[\p{L}\p{M}]+|\s+|[^\s\p{L}\p{M}]+"])
+def test_the_pattern_can_be_chosen_and_by_default_marks_stay_with_their_letters(
+    documents: Path, tmp_path: Path, pattern: str | None
+) -> None:
+    chosen = {"pattern": pattern} if pattern else {}
+    config = TokenizerConfig(vocab_size=300, **chosen)
+    train_tokenizer(config, {"dedup": documents}, tmp_path, LocalContext())
+    tokenizer = load_tokenizer(tmp_path)
+    pieces = tokenizer.pre_tokenizer[0].pre_tokenize_str(" ".join(MARKED))
+    whole = [piece.strip() for piece, _ in pieces if piece.strip()] == MARKED
+    assert whole == (pattern not in ("gpt2", "cl100k"))
+    text = " ".join(MARKED) + " CamelCase don't 12345 --\n\n  x"
+    assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    column = pa.array([text])
+    slow = load_encoder("tokenizers", tmp_path)(column)
+    assert slow[1].tolist() == tokenizer.encode(text).ids
+    if pattern is None or pattern in PATTERNS:
+        fast = load_encoder("gigatoken", tmp_path)(column)
+        assert [part.tolist() for part in fast] == [part.tolist() for part in slow]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "fault"),
+    [("gpt4", "neither of gpt2, cl100k, o200k"), ("(", "no regular expression"), ("", "neither")],
+)
+def test_a_pattern_that_is_neither_a_name_nor_a_regular_expression_is_refused(
+    pattern: str, fault: str
+) -> None:
+    with pytest.raises(ValidationError, match=rf"pattern\n.*{fault}"):
+        TokenizerConfig(pattern=pattern)
 
 
 @given(st.lists(st.lists(TEXT, max_size=5).map("".join), min_size=1, max_size=4))
@@ -174,6 +210,31 @@ def test_transformers_loads_the_folder_and_agrees(folder: Path) -> None:
     text = prose(3) + " naïve ☃"
     assert loaded(text)["input_ids"] == load_tokenizer(folder).encode(text).ids
     assert loaded.decode(loaded(text)["input_ids"]) == text
+
+
+def test_the_folder_encodes_text_that_spells_a_special_token_as_we_do(folder: Path) -> None:
+    loaded, text = AutoTokenizer.from_pretrained(folder), "a<|endoftext|>b <|reserved_0|>"
+    ids = load_tokenizer(folder).encode(text).ids
+    assert loaded(text)["input_ids"] == loaded.encode(text) == loaded([text])["input_ids"][0] == ids
+    assert loaded.decode(ids) == text
+    asked = loaded(text, split_special_tokens=False)["input_ids"]
+    assert asked.count(loaded.eos_token_id) == 1
+    assert loaded(text)["input_ids"] == ids
+
+
+@pytest.mark.timeout(120)
+def test_long_words_cost_what_their_letters_cost_and_are_reported(tmp_path: Path) -> None:
+    """Each word takes the square of its length unless it is cut: 10^12 steps."""
+    letters = random.Random(0).choices("abcdefghijklmnopqrstuvwxyz", k=1_000_000)
+    texts = {f"s/{n}": prose(n) for n in range(60)} | {"s/long": "".join(letters), "s/dashes": "-" * 1000}
+    texts |= {"s/limit": "ü" * 256, "s/lines": "word\n" * 1000}
+    source, context = write_documents(tmp_path / "in", texts), LocalContext()
+    metrics = train_tokenizer(TokenizerConfig(vocab_size=400), {"dedup": source}, tmp_path / "out", context)
+    assert metrics["long_words"] == 2
+    assert [note for note in context.notes if note.startswith("2 words of more than 256 characters")]
+    tokenizer = load_tokenizer(tmp_path / "out")
+    ids = tokenizer.encode("a" * 1000).ids
+    assert tokenizer.decode(ids) == "a" * 1000
 
 
 def test_a_vocabulary_larger_than_the_text_supports_is_a_mistake_with_advice(

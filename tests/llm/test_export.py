@@ -47,7 +47,7 @@ def test_transformers_loads_the_folder_and_computes_our_logits(
     theirs = AutoModelForCausalLM.from_pretrained(out)
     assert type(theirs).__name__ == architecture
     assert theirs.num_parameters() == model.parameter_count()
-    text = "def main(path):\n    return None"
+    text = "def main(path):\n    return None<|endoftext|>"
     ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == load_tokenizer(corpus["train_tokenizer"]).encode(text).ids
     with torch.inference_mode():
@@ -183,6 +183,7 @@ def test_the_model_card_tells_what_the_manifests_hold_and_exporting_twice_writes
         f"| python | installed-python | https://python.org | not stated | {python['files']} |",
         "`0123456789ab`",
         "12,345",
+        "split_special_tokens=False",
     ):
         assert expected in card
     assert str(tmp_path) not in card

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -180,7 +181,7 @@ class PrefectContext:
         if nodes.started_by == "hand":
             self.note(
                 f"waiting at {nodes.endpoint} for the other machines: run there, with the same LLMILL_NODES and "
-                f"LLMILL_ENDPOINT, `llmill join {job.resolve()}`"
+                f"LLMILL_ENDPOINT, `llmill join {shlex.quote(str(job.resolve()))}`"
             )
 
     def _follow(self, events: Path) -> None:

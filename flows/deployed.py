@@ -85,7 +85,7 @@ def pipeline(
     quiet_libraries()
     from flows.flow_runs import at_work, wait_for_prefect
 
-    place = Path(home or os.environ.get("LLMILL_HOME", ".llmill"))
+    place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
     chosen = {name: str(stage) if stage else None for name, stage in stages}
     with at_work(place):  # before all else, so that who is killed from here on is found
         from flows.dispatch import Dispatcher

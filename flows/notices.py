@@ -51,7 +51,7 @@ class Notice:
     @property
     def text(self) -> str:
         """For people."""
-        log = f"```\n{self.log}\n```" if self.log else ""
+        log = "```\n{}\n```".format(self.log.replace("```", "` ` `")) if self.log else ""
         resume = f"resume with: {self.resume}" if self.resume else ""
         parts = [self.summary, log, resume, self.prefect_url, self.mlflow_url]
         return "\n".join(part for part in parts if part)

@@ -39,6 +39,7 @@ from flows.dispatch import Dispatcher
 from flows.flow_page import FlowPage
 from flows.flow_runs import at_work, in_flow, settle
 from flows.manifest import describe_making
+from flows.markdown import code
 from flows.notices import LAST_LINES, Notice, check_receivers, send_notice
 from flows.plan import Selection, Step, plan_and_hold
 from flows.recipe import Recipe
@@ -293,7 +294,7 @@ class Run:
         mlflow = f"MLflow run {run}; `llmill ui` shows it"
         if url := self.tracker.page_url:
             mlflow = f"[run {run} in MLflow]({url}) · [all runs of the recipe]({self.tracker.table_url})"
-        return f"{mlflow}\n\nartifacts: `{self.store.root.resolve()}`\n\nagain by hand: `{self.command}`\n"
+        return f"{mlflow}\n\nartifacts: {code(str(self.store.root.resolve()))}\n\nagain by hand: {code(self.command)}\n"
 
     def _warn(self, text: str) -> None:
         self.terminal.note(text, warning=True)

@@ -12,6 +12,7 @@ from data_pipeline.context import UserError
 from flows.comparison.subjects import Finder, Subject
 from flows.comparison.verdict import judge
 from flows.lineage.graph import Graph
+from flows.markdown import plain
 from flows.store import Artifact, Store, now
 from flows.tracking.findings import Finding
 from flows.tracking.lineage import ModelVersion, NotAsked
@@ -54,9 +55,9 @@ class Decision:
     @property
     def note(self) -> str:
         """For the run's page."""
-        gates = [f"- {'✓' if gate.holds else '✗'} **{gate.name}**: {gate.says}" for gate in self.gates]
+        gates = [f"- {'✓' if gate.holds else '✗'} **{gate.name}**: {plain(gate.says)}" for gate in self.gates]
         return "\n".join(
-            [f"{self.version.uri} was {self.outcome}; the evidence is in `{EVIDENCE}`.", "", *gates]
+            [f"{plain(self.version.uri)} was {self.outcome}; the evidence is in `{EVIDENCE}`.", "", *gates]
         )
 
     def as_json(self) -> dict[str, Any]:

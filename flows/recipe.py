@@ -130,7 +130,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(describe_mistakes(error, path, node, overrides)) from None
+        raise UserError(describe_mistakes(error, path, node, overrides, values)) from None
 
 
 def refuse_repeated_keys(node: Any, path: Path) -> None:
@@ -193,9 +193,11 @@ def list_position(values: list[Any], part: str, override: str) -> int:
     return int(part)
 
 
-def describe_mistakes(error: ValidationError, path: Path, node: Any, overrides: Sequence[str]) -> str:
+def describe_mistakes(
+    error: ValidationError, path: Path, node: Any, overrides: Sequence[str], values: Any
+) -> str:
     """One line a mistake: where (file and line, or --set), which key, and what is wrong with it."""
-    mistakes = [(as_written(mistake["loc"]), mistake) for mistake in error.errors()]
+    mistakes = [(as_written(mistake["loc"], values), mistake) for mistake in error.errors()]
     lines: dict[str, str] = {}
     for location, mistake in mistakes:
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in mistakes):
@@ -216,13 +218,19 @@ def describe_mistakes(error: ValidationError, path: Path, node: Any, overrides: 
     return "\n".join(lines.values())
 
 
-def as_written(location: Sequence[str | int]) -> tuple[str | int, ...]:
-    """A mistake's place as a person wrote it: without the names that pydantic gives to the parts of a union."""
+def as_written(location: Sequence[str | int], values: Any) -> tuple[str | int, ...]:
+    """A mistake's place as a person wrote it: without the names that pydantic gives to the parts of a union.
+
+    A key that ``values`` has there is a person's, whatever it looks like.
+    """
     kept: list[str | int] = []
     for part in location:
+        theirs = isinstance(values, Mapping) and part in values
         of_union = isinstance(part, str) and re.search(r"[\[(]|^int$|^str$|^constrained-int$", part)
-        if not of_union and not (kept and isinstance(kept[-1], int) and is_kind(part)):
+        if theirs or not (of_union or (kept and isinstance(kept[-1], int) and is_kind(part))):
             kept.append(part)
+        if theirs or (isinstance(values, list) and isinstance(part, int) and part < len(values)):
+            values = values[part]
     return tuple(kept)
 
 

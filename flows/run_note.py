@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from flows.markdown import plain
 from flows.store import Artifact
 from flows.terminal import headline
 
@@ -16,7 +17,7 @@ Outcome = tuple[Artifact, str, float]
 
 def run_note(description: str, table: str, results: Mapping[str, Outcome], failure: str, links: str) -> str:
     """All of the note; ``table`` is `summary_table` of the results."""
-    parts = [description, f"**Failed**: {failure}" if failure else "", table, samples(results), links]
+    parts = [description, f"**Failed**: {plain(failure)}" if failure else "", table, samples(results), links]
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 

@@ -25,7 +25,7 @@ from filelock import FileLock
 
 from data_pipeline.context import last_lines
 from flows.process import lives
-from flows.services import prefect_api
+from flows.services import prefect_api, prefect_home
 from flows.store import write_durably
 
 START_SECONDS = 120
@@ -72,7 +72,7 @@ class PrefectServer:
             return self
         self.absent, self.given = self.given, ""
         self.folder.mkdir(parents=True, exist_ok=True)
-        os.environ["PREFECT_HOME"] = str(self.folder)
+        os.environ |= prefect_home(self.folder)
         with FileLock(self.folder / "start.lock"):
             # Every user holds this lock shared: who can take it alone knows that nobody else uses the server.
             self._users = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)

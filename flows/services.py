@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import psutil
 from filelock import FileLock
@@ -184,10 +184,7 @@ class Up:
     def _prefect(self) -> tuple[list[str], dict[str, str], str]:
         """Command, environment and address of the Prefect server."""
         host, port = self.wanted.host, self.wanted.prefect_port
-        environment = {
-            "PREFECT_HOME": str(self.home / "prefect"),
-            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-        }
+        environment = prefect_home(self.home / "prefect") | {"PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
         if self.wanted.postgres:
             url = database_url(self.wanted.postgres, DATABASES[PREFECT], "postgresql+asyncpg")
             environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"] = url
@@ -198,7 +195,7 @@ class Up:
     def _mlflow(self) -> tuple[list[str], dict[str, str], str]:
         """Command, environment and address of the MLflow server."""
         host, port = self.wanted.host, self.wanted.mlflow_port
-        store = f"sqlite:///{self.home}/mlflow.db"
+        store = sqlite_url(self.home / "mlflow.db")
         if self.wanted.postgres:
             store = database_url(self.wanted.postgres, DATABASES[MLFLOW], "postgresql")
         names = [*own_names(host), *self.wanted.allow_hosts]
@@ -394,6 +391,22 @@ def listener(host: str, port: int) -> str:
     except psutil.Error:
         pass
     return "another process"
+
+
+def sqlite_url(database: Path, driver: str = "sqlite") -> str:
+    """The address of a SQLite file as SQLAlchemy reads it, wherever the file lies."""
+    if "?" not in str(database):
+        return f"{driver}:///{database}"
+    return (
+        f"{driver}:///file:{quote(str(database), safe='')}?uri=true"  # else what follows it would be options
+    )
+
+
+def prefect_home(folder: Path) -> dict[str, str]:
+    """The variables by which Prefect's server keeps its data in a folder."""
+    database = sqlite_url(folder.resolve() / "prefect.db", "sqlite+aiosqlite")
+    named = {"PREFECT_SERVER_DATABASE_CONNECTION_URL": database} if "?" in str(folder.resolve()) else {}
+    return {"PREFECT_HOME": str(folder), **named}
 
 
 def database_url(server: str, database: str, scheme: str) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.live import Live
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
@@ -18,13 +19,40 @@ from flows.store import Artifact
 
 PLAIN_SECONDS = 15  # where the output is not a terminal, a progress line at most this often
 RATE_SECONDS = 0.5  # no rate before this: it would be noise
+PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: "␡"}
+"""Unicode's pictures of the control characters that a terminal would obey."""
+NO_TEXT = dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+"""More of these, and bytes of a file's name that are no UTF-8."""
+VISIBLE = str.maketrans(PICTURES | NO_TEXT)
+
+
+def visible(text: str) -> str:
+    """Show what a terminal would obey or could not show: an escape character becomes ``␛``. The length stays."""
+    return text.translate(VISIBLE)
+
+
+class Screen(Console):
+    """A console that prints text as it is. The only one: brackets, emoji codes and escape sequences in what people
+    name their files, settings and prompts are neither markup nor commands."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Text):
+            renderable = renderable.copy()
+            renderable.plain = visible(renderable.plain)
+        yield from super().render(renderable, options)
 
 
 class Terminal:
     """Writes to standard output; redraws one line there if it is a terminal, else adds lines now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.console = console or Screen()
         self._live: Live | None = None
         self._stage = ""
         self._started = 0.0
@@ -151,6 +179,4 @@ def duration(seconds: float) -> str:
 
 def fail(message: str) -> None:
     """A mistake's one or two lines, to standard error."""
-    Console(file=sys.stderr, highlight=False, soft_wrap=True).print(
-        Text.assemble(("error: ", "bold red"), message)
-    )
+    Screen(stderr=True).print(Text.assemble(("error: ", "bold red"), message))

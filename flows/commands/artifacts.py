@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.context import UserError, human_bytes
-from flows.commands.options import HOME, AsJson, Home
+from flows.commands.options import HOME, AsJson, Home, at_home
 from flows.process import quiet_libraries
 
 
@@ -36,7 +36,7 @@ def status(home: Home = HOME, as_json: AsJson = False) -> None:
     show_servers(console, described(services), services.database)
     if not artifacts and not unfinished:
         console.print(
-            f"nothing is sealed in {home} yet; start with: llmill run flows/recipes/quickstart.yaml"
+            f"nothing is sealed in {home} yet; start with: llmill run flows/recipes/quickstart.yaml{at_home(home)}"
         )
     for artifact in artifacts:
         size, when = human_bytes(artifact.size), artifact.manifest["finished"][:16].replace("T", " ")
@@ -78,7 +78,9 @@ def verify(
         for problem in problems:
             console.print(f"    {problem}")
         if problems:
-            console.print(f"    build it again with: llmill run RECIPE --force {artifact.stage}")
+            console.print(
+                f"    build it again with: llmill run RECIPE --force {artifact.stage}{at_home(home)}"
+            )
     if bad:
         raise UserError(f"{bad} of {len(folders)} artifacts are damaged")
 
@@ -115,7 +117,7 @@ def trace(
         return
     console = Terminal().console
     for line in lines:
-        console.print(line, markup=False)
+        console.print(line)
 
 
 def gc(
@@ -159,13 +161,11 @@ def gc(
     for one, left in done:
         name = f"{one.path.parent.name:<16}{one.path.name:<26}"
         said = f"stays: {left}" if left else one.why
-        console.print(f"{name}{human_bytes(one.size):>9}  {said}", markup=False)
+        console.print(f"{name}{human_bytes(one.size):>9}  {said}")
     size = human_bytes(sum(one.size for one, left in done if not left))
     if found.kept:
         reasons = Counter(found.kept.values())
-        console.print(
-            f"kept: {', '.join(f'{count} ({why})' for why, count in reasons.most_common())}", markup=False
-        )
+        console.print(f"kept: {', '.join(f'{count} ({why})' for why, count in reasons.most_common())}")
     if yes:
         console.print(f"removed {sum(not left for _, left in done)}, {size}")
     elif found.candidates:
@@ -173,4 +173,4 @@ def gc(
     else:
         console.print(f"nothing in {store.root} is to be removed")
     if found.refusal:
-        console.print(f"but nothing would be removed now: {found.refusal}", markup=False)
+        console.print(f"but nothing would be removed now: {found.refusal}")

@@ -30,19 +30,17 @@ def compare(
 ) -> None:
     """Say in what runs differ, and whether one's model or recipe is better than another's."""
     quiet_libraries()
-    from rich.console import Console
-
     from flows.comparison.compare import compare as put_side_by_side
     from flows.comparison.page import page
     from flows.comparison.show import show
     from flows.comparison.subjects import Finder
     from flows.store import Store
-    from flows.terminal import Terminal
+    from flows.terminal import Screen, Terminal
 
     if len(runs) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")
     comparison = put_side_by_side(Finder(Store(home)).find(runs))
-    terminal = Terminal(Console(stderr=True, highlight=False, soft_wrap=True) if as_json else None)
+    terminal = Terminal(Screen(stderr=True) if as_json else None)
     if html:
         write_page(html, page(comparison))
     if as_json:

@@ -71,9 +71,9 @@ def promote(
     else:
         console = Terminal().console
         for gate in decision.gates:
-            console.print(f"{'✓' if gate.holds else '✗'} {gate.name:<16}{gate.says}", markup=False)
+            console.print(f"{'✓' if gate.holds else '✗'} {gate.name:<16}{gate.says}")
         would = f"would be {decision.outcome}" if dry_run else f"is {decision.outcome}"
-        console.print(f"{found.uri} {would}" + (f"; evidence: {where}" if where else ""), markup=False)
+        console.print(f"{found.uri} {would}" + (f"; evidence: {where}" if where else ""))
     if decision.failed:
         fail(f"{found.uri} does not pass: {', '.join(decision.failed)}")
         raise typer.Exit(1)

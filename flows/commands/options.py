@@ -17,9 +17,26 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one setting; repeatable."),
 ]
-Home = Annotated[Path, typer.Option(envvar="LLMILL_HOME", help="Where everything is kept.")]
+
+
+def expanded(home: Path) -> Path:
+    """``~`` as a shell would have it, which leaves it alone in variables and after ``--home=``."""
+    try:
+        return home.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"--home {home}: {error}") from None
+
+
+Home = Annotated[
+    Path, typer.Option(envvar="LLMILL_HOME", help="Where everything is kept.", callback=expanded)
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 HOME = Path(".llmill")
+
+
+def at_home(home: Path) -> str:
+    """What follows a command in a hint, so that it speaks of this home; empty where that is the one of everybody."""
+    return "" if home == HOME else f" --home {shlex.quote(str(home))}"
 
 
 def writable(home: Path) -> None:

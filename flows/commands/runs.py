@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, AsJson, Home, Overrides, RecipePath, typed, writable
+from flows.commands.options import HOME, AsJson, Home, Overrides, RecipePath, at_home, typed, writable
 from flows.process import end_like_ctrl_c, quiet_libraries, save_when_asked
 
 
@@ -78,7 +78,7 @@ def report(pipeline: Any, home: Path) -> None:
     console.print(f"\n{what}; stages {seconds}, everything else {duration(pipeline.overhead_seconds)}")
     if exported := pipeline.results.get("export"):
         console.print(f"model   {exported.artifact.path}")
-    option = "" if home == HOME else f" --home {home}"
+    option = at_home(home)
     tracker = pipeline.tracker
     if tracker.failure:
         pipeline.terminal.note(

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, Home, writable
+from flows.commands.options import HOME, Home, at_home, writable
 from flows.servers import CLIENT_SETTINGS
 
 
@@ -41,8 +41,10 @@ def up(
         os.environ.setdefault(name, value)
     from flows.services import POOL, Up, Wanted, described
     from flows.terminal import Terminal
+    from flows.tracking.moved import follow_home
 
     writable(home)
+    follow_home(home)
     terminal = Terminal()
     wanted = Wanted(
         host, prefect_port, mlflow_port, tuple(pool or (POOL,)), postgres, allow_hosts=tuple(allow_host or ())
@@ -53,8 +55,7 @@ def up(
         terminal.note(
             f"these servers listen on {host} and ask nobody who he is; see docs/servers.md", warning=True
         )
-    option = "" if home == HOME else f" --home {home}"
-    terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{option}")
+    terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{at_home(home)}")
 
 
 def down(home: Home = HOME) -> None:
@@ -84,13 +85,17 @@ def ui(
 ) -> None:
     """Open MLflow's web pages on the runs of this home; stop with Ctrl-C."""
     from flows.tracking.links import tracking_uri, without_user
+    from flows.tracking.moved import follow_home
 
+    follow_home(home)
     uri = tracking_uri(home)
     if uri.startswith("http"):
         typer.echo(f"the runs are on the MLflow server at {without_user(uri)}")
         return
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-        raise UserError(f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml")
+        raise UserError(
+            f"no runs in {home} yet; start with: llmill run flows/recipes/quickstart.yaml{at_home(home)}"
+        )
     with socket.socket() as listener:
         if listener.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} of this machine is in use; name another with --port")

@@ -48,6 +48,5 @@ def sync(
         return
     refused = f", {sent['refused']} refused" if sent["refused"] else ""
     terminal.console.print(
-        f"sent what {sent['runs']} run(s) had left ({sent['sent']} operations{refused}) to MLflow at {place}",
-        markup=False,
+        f"sent what {sent['runs']} run(s) had left ({sent['sent']} operations{refused}) to MLflow at {place}"
     )

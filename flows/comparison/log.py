@@ -8,6 +8,7 @@ from pathlib import Path
 
 from flows.comparison.compare import Comparison
 from flows.comparison.page import page
+from flows.markdown import link, plain
 from flows.tracking.findings import Finding
 
 MOST_IN_NAME = 4
@@ -33,8 +34,13 @@ def files(comparison: Comparison) -> Mapping[str, str]:
 def note(comparison: Comparison) -> str:
     """The verdict and links to the runs, in Markdown."""
     verdict = comparison.verdict
-    lines = [f"**Models**: {verdict.about_models}", "", f"**Recipes**: {verdict.about_recipes}", ""]
+    lines = [
+        f"**Models**: {plain(verdict.about_models)}",
+        "",
+        f"**Recipes**: {plain(verdict.about_recipes)}",
+        "",
+    ]
     for one in comparison.subjects:
-        name = f"[{one.name}]({one.run.url})" if one.run and one.run.url else one.name
+        name = link(one.name, one.run.url) if one.run and one.run.url else plain(one.name)
         lines.append(f"- {one.label}: {name}" + (f" `{one.run.run_id}`" if one.run else ""))
     return "\n".join([*lines, "", f"The whole comparison is in `{PAGE}`."])

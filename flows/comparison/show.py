@@ -37,5 +37,5 @@ def print_section(section: Section, console: Console) -> None:
         right = place >= section.fixed
         table.add_column(name, justify="right" if right else "left", overflow="fold")
     for row in section.rows:
-        table.add_row(*map(Text, row))
+        table.add_row(*row)
     console.print(table, soft_wrap=False)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
@@ -255,8 +256,8 @@ def advice(subjects: Sequence[Subject]) -> str:
     can_be_set = all(row.stage != "download" and row.name != "version" for row in rows)
     if not can_be_set or len(rows) > MOST_IN_COMMAND:
         return "run each recipe with --set pretrain.seed=1, 2 and 3, and compare all these runs"
-    grids = " ".join(f"--grid {row.stage}.{row.name}={values_text(row)}" for row in rows)
-    return f"this would tell: llmill sweep RECIPE {grids} --seeds 3"
+    grids = [word for row in rows for word in ("--grid", f"{row.stage}.{row.name}={values_text(row)}")]
+    return f"this would tell: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
 
 
 def values_text(row: Row) -> str:

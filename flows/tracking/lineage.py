@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from flows.tracking.links import tracking_uri, without_secrets, without_user
+from flows.tracking.moved import follow_home
 
 PAGE = 1000
 FINGERPRINT = "llmill.fingerprint"
@@ -83,6 +84,7 @@ class Records:
         if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
             raise NotAsked(f"no run has told MLflow of anything in {home} (there is no mlflow.db)")
         with self._asking():
+            follow_home(home)
             self._client = MlflowClient(self.uri)
             found = self._paged(lambda token: self._client.search_experiments(page_token=token))
             self._experiments = [one.experiment_id for one in found]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from flows.services import MLFLOW, read_services
+from flows.services import MLFLOW, read_services, sqlite_url
 
 PAGES = "LLMILL_MLFLOW_PAGES"  # where browsers reach MLflow, if not at MLFLOW_TRACKING_URI
 HOME = "home"
@@ -29,7 +29,7 @@ TABLE = {
 def tracking_uri(home: Path) -> str:
     """``MLFLOW_TRACKING_URI``, the server that `llmill up` started for ``home``, or a SQLite file there."""
     given = os.environ.get("MLFLOW_TRACKING_URI") or read_services(home).url(MLFLOW)
-    return given or f"sqlite:///{home.resolve()}/mlflow.db"
+    return given or sqlite_url(home.resolve() / "mlflow.db")
 
 
 def target(home: Path) -> str:

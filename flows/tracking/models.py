@@ -25,6 +25,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from mlflow.models.utils import _save_example as save_example
 
+from flows.markdown import code
 from flows.store import LINKED, Artifact
 from flows.tracking.events import EVENTS, event_points, read_lines
 from flows.tracking.lineage import FINGERPRINT, WEIGHTS
@@ -108,7 +109,7 @@ def description(artifact: Artifact, upload: bool) -> str:
     return (
         f"Exported by llmill: {artifact.metrics['parameters']:,.0f} parameters, logits within "
         f"{artifact.metrics['logits_max_abs_difference']:.1e} of those that were trained. Load it by {how}.\n\n"
-        f"Sealed in `{artifact.path}`; `llmill trace {artifact.fingerprint}` says what it was made from."
+        f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` says what it was made from."
     )
 
 

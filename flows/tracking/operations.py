@@ -34,6 +34,7 @@ from flows.tracking.events import EVENTS, event_points, read_lines  # noqa: E402
 from flows.tracking.journal import Operation  # noqa: E402
 from flows.tracking.lineage import KEY, PARENT  # noqa: E402
 from flows.tracking.links import HOME, VIEW, saved_view, target, without_secrets  # noqa: E402
+from flows.tracking.moved import follow_home  # noqa: E402
 from flows.tracking.uploads import FILES, UPLOADS, Refused  # noqa: E402
 
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are told by whoever sends
@@ -137,6 +138,7 @@ class Mlflow:
     def _client(self) -> MlflowClient:
         if self._connected is None:
             with self._alone():
+                follow_home(self.home)
                 self._connected = MlflowClient(self.uri)
         return self._connected
 

@@ -29,7 +29,7 @@ from flows.services import POOL
 from flows.stages import STAGES
 
 ENTRYPOINT = "flows.deployed.pipeline"
-GPU_STAGES = ("pretrain", "evaluate")
+GPU_STAGES = tuple(stage.name for stage in STAGES if stage.trains)
 HEADER = """\
 # llmill's deployments: edit them here, then `llmill deploy RECIPE` or `prefect deploy --all` registers them again.
 # RECIPE runs the pipeline, RECIPE.STAGE that stage alone; docs/servers.md says what each setting is for.

@@ -12,31 +12,30 @@ from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from prefect import flow
 from prefect.runtime import flow_run
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.process import quiet_libraries
+from flows.stages import BY_NAME
 
 FLOW = "pipeline"
 AWAY_SECONDS = 600
 TIME = "%Y-%m-%d %H:%M:%S"
-SETTING = r"^[a-z_]+(\.[A-Za-z0-9_]+)+=.*$"
+SETTING = r"^[^=]+=(.|\n)*$"
+"""As `apply_override` takes it: what the keys may be is said by the recipe's model, not twice."""
 
 
-class StageName(StrEnum):
-    """A stage of the line."""
+if TYPE_CHECKING:
 
-    download = "download"
-    clean = "clean"
-    dedup = "dedup"
-    train_tokenizer = "train_tokenizer"
-    tokenize = "tokenize"
-    pretrain = "pretrain"
-    evaluate = "evaluate"
-    export = "export"
+    class StageName(StrEnum):
+        """A stage of the table."""
+
+else:
+    StageName = StrEnum("StageName", {name: name for name in BY_NAME})
+    StageName.__doc__ = "A stage of the table."
 
 
 class Stages(BaseModel):

@@ -126,6 +126,9 @@ class Run:
             if step.action == "unknown":
                 raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
             self._dispatcher.check(step)
+        for step in self.steps:
+            if step.action != "reuse":
+                _ = step.stage.body  # its libraries take seconds to import, in which a server of ours starts
         if self._computes:
             reach(self.recipe.runtime)
         self.tracker.open()

@@ -9,21 +9,14 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from data_pipeline.clean import CleanConfig
-from data_pipeline.context import Config, Runtime, UserError, cores
-from data_pipeline.dedup import DedupConfig
-from data_pipeline.download import DownloadConfig
+from data_pipeline.context import Config, Runtime, StageConfig, UserError, cores
 from data_pipeline.reading.sources import KINDS
-from data_pipeline.token_shards import TokenizeConfig
-from data_pipeline.tokenizer import TokenizerConfig
-from llm.evaluate import EvaluateConfig
-from llm.export import ExportConfig
-from llm.pretrain import PretrainConfig
+from flows.stages import STAGES
 
 DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
@@ -86,22 +79,36 @@ class RecipeRuntime(Runtime):
         return self
 
 
-class Recipe(Config):
-    """What to build, stage by stage, and how to run it."""
+class Head(Config):
+    """What a recipe says of the whole run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The MLflow experiment and the Prefect flow are called so."""
 
     description: str = ""
     runtime: RecipeRuntime = RecipeRuntime()
-    download: DownloadConfig
-    clean: CleanConfig = CleanConfig()
-    dedup: DedupConfig = DedupConfig()
-    train_tokenizer: TokenizerConfig = TokenizerConfig()
-    tokenize: TokenizeConfig = TokenizeConfig()
-    pretrain: PretrainConfig
-    evaluate: EvaluateConfig = EvaluateConfig()
-    export: ExportConfig = ExportConfig()
+
+
+def of_stage(config: type[StageConfig]) -> tuple[type[StageConfig], Any]:
+    """A stage's key in a recipe: it may be left out where its config needs nothing said."""
+    needs = any(field.is_required() for field in config.model_fields.values())
+    return config, ... if needs else config()
+
+
+if TYPE_CHECKING:
+
+    class Recipe(Head):
+        """What to build, stage by stage, and how to run it: a key for each row of `STAGES`."""
+
+        def __getattr__(self, stage: str) -> Any: ...
+
+else:
+    Recipe = create_model(
+        "Recipe",
+        __base__=Head,
+        __doc__="What to build, stage by stage, and how to run it.",
+        **{stage.name: of_stage(stage.config) for stage in STAGES},
+    )
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:

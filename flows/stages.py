@@ -1,26 +1,20 @@
 """The line, in one table: each stage's body, its config, what it reads, and its version.
 
-The pipeline, the plan and the command line are all generated from ``STAGES``. Bump a stage's
+The recipe, the plan, the pipeline and its deployments are generated from ``STAGES``. Bump a stage's
 version when its output for the same config and inputs changes: every artifact from there on is then rebuilt.
 """
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import Metrics, StageConfig, StageContext
-from data_pipeline.dedup import DedupConfig, dedup
 from data_pipeline.discards import is_discard
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.token_shards import TokenizeConfig, tokenize
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
-from llm.evaluate import EvaluateConfig, evaluate
-from llm.export import ExportConfig, export
-from llm.pretrain import PretrainConfig, pretrain
 
 Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
 
@@ -30,54 +24,102 @@ class Stage:
     """One step of the line."""
 
     name: str
-    body: Body
-    config: type[StageConfig]
+    body_at: str
+    """``module:function``. It is imported when it runs: to plan, or to reuse, no body's libraries are needed."""
+    config_at: str
+    """``module:class``, imported when a recipe is read."""
     inputs: tuple[str, ...]
     version: int
     headline: tuple[str, ...]
     """The metrics that sum the stage up on one line, and stand on the parent run in MLflow. Whatever it discards
     (`data_pipeline.discards`) stands behind them, and need not be named."""
+    trains: bool = False
+    """Whether its work is a GPU's, where there is one: `llmill deploy --gpu-pool` has it done elsewhere."""
+
+    @cached_property
+    def body(self) -> Body:
+        """The plain function on folders."""
+        return load(self.body_at)
+
+    @cached_property
+    def config(self) -> type[StageConfig]:
+        """What a recipe may say of the stage."""
+        return load(self.config_at)
 
     def shown(self, metrics: Mapping[str, float]) -> list[str]:
         """Name those of ``metrics`` that people see first: the headline and what was discarded."""
         return [*(name for name in self.headline if name in metrics), *filter(is_discard, metrics)]
 
 
+def load(place: str) -> Any:
+    """What ``module:name`` names."""
+    module, _, name = place.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
 STAGES: tuple[Stage, ...] = (
-    Stage("download", download, DownloadConfig, (), 2, ("documents", "bytes")),
-    Stage("clean", clean, CleanConfig, ("download",), 3, ("kept", "documents")),
-    Stage("dedup", dedup, DedupConfig, ("clean",), 4, ("kept", "spans/cut")),
+    Stage(
+        "download",
+        "data_pipeline.download:download",
+        "data_pipeline.download:DownloadConfig",
+        (),
+        2,
+        ("documents", "bytes"),
+    ),
+    Stage(
+        "clean",
+        "data_pipeline.clean:clean",
+        "data_pipeline.clean:CleanConfig",
+        ("download",),
+        3,
+        ("kept", "documents"),
+    ),
+    Stage(
+        "dedup",
+        "data_pipeline.dedup:dedup",
+        "data_pipeline.dedup:DedupConfig",
+        ("clean",),
+        4,
+        ("kept", "spans/cut"),
+    ),
     Stage(
         "train_tokenizer",
-        train_tokenizer,
-        TokenizerConfig,
+        "data_pipeline.tokenizer:train_tokenizer",
+        "data_pipeline.tokenizer:TokenizerConfig",
         ("dedup",),
         3,
         ("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(
-        "tokenize", tokenize, TokenizeConfig, ("dedup", "train_tokenizer"), 2, ("train_tokens", "val_tokens")
+        "tokenize",
+        "data_pipeline.token_shards:tokenize",
+        "data_pipeline.token_shards:TokenizeConfig",
+        ("dedup", "train_tokenizer"),
+        2,
+        ("train_tokens", "val_tokens"),
     ),
     Stage(
         "pretrain",
-        pretrain,
-        PretrainConfig,
+        "llm.pretrain:pretrain",
+        "llm.config:PretrainConfig",
         ("tokenize", "train_tokenizer"),
         2,
         ("val_bits_per_byte", "loss"),
+        trains=True,
     ),
     Stage(
         "evaluate",
-        evaluate,
-        EvaluateConfig,
+        "llm.evaluate:evaluate",
+        "llm.config:EvaluateConfig",
         ("pretrain", "tokenize", "train_tokenizer"),
         1,
         ("bits_per_byte", "perplexity"),
+        trains=True,
     ),
     Stage(
         "export",
-        export,
-        ExportConfig,
+        "llm.export:export",
+        "llm.config:ExportConfig",
         ("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate"),
         2,
         ("parameters", "logits_max_abs_difference"),

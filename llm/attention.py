@@ -20,10 +20,7 @@ from torch.nn.attention import SDPBackend, activate_flash_attention_impl, sdpa_k
 
 from data_pipeline.context import UserError
 from llm.blocks import LONGEST, in_blocks
-
-BackEnd = Literal["formula", "blocks", "sdpa", "flash", "flash2", "flash3", "flash4"]
-"""The formula; `llm.blocks`; torch's choice of its kernels; torch's own FlashAttention-2; the package flash-attn; and
-the packages of FlashAttention-3 and -4 through torch."""
+from llm.config import BackEnd
 
 PACKAGES = {"flash2": "flash_attn", "flash3": "flash_attn_interface", "flash4": "flash_attn.cute"}
 CAPABILITIES = {"flash": (8, 9, 10, 12), "flash2": (8, 9, 10, 12), "flash3": (9,), "flash4": (9, 10)}

@@ -19,33 +19,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from pydantic import Field
 
-from data_pipeline.context import Metrics, Runtime, StageConfig, StageContext, atomic_path
+from data_pipeline.context import Metrics, StageContext, atomic_path
 from data_pipeline.token_shards import TokenShards, count_rows
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.bits import bits_per_byte
+from llm.config import EvaluateConfig
 from llm.generate import generate
 from llm.model import Transformer, load_model
 from llm.model_card import cell
 
 BATCH_TOKENS = 8192
 """Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
-
-
-class EvaluateConfig(StageConfig):
-    """What is evaluated, and which texts are written."""
-
-    max_documents: int | None = Field(default=1000, ge=1)
-    """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
-    prompts: tuple[str, ...] = ("", "The ", "In the beginning")
-    """A sample is written for each; "" lets the model begin."""
-    max_new_tokens: int = Field(default=128, ge=1)
-    temperature: float = Field(default=0.8, ge=0)
-    """0 takes the likeliest token."""
-    top_p: float = Field(default=0.95, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
-    runtime: Runtime = Runtime()
 
 
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:

@@ -9,29 +9,20 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from safetensors.torch import save_file
 
-from data_pipeline.context import Metrics, StageConfig, StageContext, atomic_path
+from data_pipeline.context import Metrics, StageContext, atomic_path
 from data_pipeline.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
+from llm.config import ExportConfig
 from llm.layouts import exported_weights, layout_of, transformers_config
 from llm.model import ModelConfig, Transformer, load_model
 from llm.model_card import model_card, table
 
 TOLERANCE = 1e-4
 """Largest difference between a logit of `transformers` and ours, in fp32."""
-
-
-class ExportConfig(StageConfig):
-    """How the model is exported."""
-
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored weights."""
-    name: str = Field(default="llmill-model", min_length=1)
-    """Title of the model card."""
 
 
 def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:

@@ -5,20 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from data_pipeline.context import UserError
+from llm.gpus import gpus
 from llm.nodes import nodes_for, places
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
     """What ranks on this machine compute on."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cuda" if gpus() else "cpu"
 
 
 def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
     """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
-    if torch.cuda.is_available():
+    if gpus():
+        import torch
+
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", f"{torch.cuda.get_device_name()} computes in it"
         return "fp32", f"{torch.cuda.get_device_name()} does not compute in bf16"

@@ -17,7 +17,8 @@ from torch import Tensor
 from data_pipeline.context import UserError
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm.checkpoint import sha256
-from llm.model import ModelConfig, ModelShape, Transformer
+from llm.model import Transformer
+from llm.shape import ModelConfig, ModelShape
 
 Layout = Literal["llama", "qwen3", "gpt2"]
 

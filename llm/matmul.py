@@ -11,10 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.context import UserError
+from llm.config import Library
 from llm.hardware import cpu_flags, cpu_vendor
-
-Library = Literal["torch", "onednn"]
-"""What torch takes by itself; oneDNN, for layers in fp32 on a CPU."""
 
 
 def choose_matmul(asked: Library | Literal["auto"], *, device: str, precision: str) -> tuple[Library, str]:

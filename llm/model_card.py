@@ -9,7 +9,7 @@ from typing import Any
 
 from data_pipeline.context import Metrics, human_bytes
 from llm.layouts import Layout, layout_of
-from llm.model import ModelConfig
+from llm.shape import ModelConfig
 
 LAYOUTS: dict[Layout, str] = {
     "llama": "Llama (rotary positions, RMSNorm)",

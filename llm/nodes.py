@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from data_pipeline.context import UserError, cores
+from llm.gpus import gpus
 
 PORTS = range(20_000, 30_000)
 """Where jobs of Slurm meet: below the ports that systems give to clients."""
@@ -57,8 +56,8 @@ class Nodes:
 
 def places() -> tuple[int, str]:
     """How many ranks this machine has room for, and what each takes: its GPUs or, without any, processor cores."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return (gpus, "GPUs") if gpus else (cores(), "processor cores")
+    found = gpus()
+    return (found, "GPUs") if found else (cores(), "processor cores")
 
 
 def launcher_pid(environment: Mapping[str, str] = os.environ) -> int:

@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from data_pipeline.context import Config
 from llm.muon import Pieces, orthogonalise_all
 
 if TYPE_CHECKING:
@@ -29,23 +27,6 @@ KINDS = ("matrices", "embeddings", "head", "vectors")
 
 GATHERED_NUMBERS = 1 << 27
 """Numbers in a group of Muon's matrices, which ZeRO gathers whole on each rank: this times 4 bytes, twice."""
-
-
-class OptimizerConfig(Config):
-    """How parameters move. What AdamW needs (lr, betas, eps) and the weight decay stand in `PretrainConfig`."""
-
-    kind: Literal["adamw", "muon"] = "muon"
-    """What moves hidden matrices; all else is AdamW's. docs/log.md has what Muon saves."""
-    muon_lr: float | None = Field(default=None, gt=0)
-    """Peak rate of Muon's matrices; None: pretrain.lr, for its steps are scaled to the size of AdamW's."""
-    embedding_lr: float | None = Field(default=None, gt=0)
-    """Peak rate of embeddings; None: pretrain.lr."""
-    head_lr: float | None = Field(default=None, gt=0)
-    """Peak rate of an untied head; None: pretrain.lr."""
-    momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Of Muon, Nesterov's."""
-    cautious_decay: bool = False
-    """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
 
 
 class Optimizer(torch.optim.Optimizer):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ConfigDict, Field, ValidationError
 
 from data_pipeline.context import Config
-from llm.model import ModelShape
+from llm.shape import ModelShape
 
 if TYPE_CHECKING:
     from llm.pretrain import PretrainConfig

@@ -25,6 +25,7 @@ from data_pipeline.context import UserError
 from flows.launch import read_failure
 from flows.process import quiet_libraries
 from flows.servers import free_port
+from flows.stages import STAGES
 from llm.environment import rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +120,8 @@ def serve(imported: str) -> None:
     before = dict(os.environ)
     quiet_libraries()
     importlib.import_module(imported)
+    for stage in STAGES if imported == "flows.pipeline" else ():
+        importlib.import_module(stage.body_at.partition(":")[0])
     settings = dict(os.environ.items() - before.items())  # that the imported made for themselves
     assert threading.active_count() == 1, "threads do not survive a fork"
     folders: dict[int, Path] = {}

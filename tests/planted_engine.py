@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import runpy
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,8 @@ def failing(stage: stages.Stage) -> stages.Body:
     return run
 
 
-stages.STAGES = tuple(replace(stage, body=failing(stage)) for stage in stages.STAGES)
-stages.BY_NAME = {stage.name: stage for stage in stages.STAGES}
+for one in stages.STAGES:
+    vars(one)["body"] = failing(one)  # in place of what it would import
 
 if __name__ == "__main__":
     runpy.run_module("prefect.engine", run_name="__main__", alter_sys=True)

@@ -28,8 +28,8 @@ from data_pipeline.lookup import (
 from data_pipeline.token_shards import TokenizeConfig
 from flows.lineage.graph import Graph, Key, Node, read_json
 from llm import checkpoint
+from llm.config import PretrainConfig
 from llm.events import read_events
-from llm.pretrain import PretrainConfig
 from llm.reads import Read, Training
 
 

@@ -9,7 +9,8 @@ from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from llm.layouts import exported_weights, transformers_config
-from llm.model import ModelConfig, ModelShape, Transformer
+from llm.model import ModelConfig, Transformer
+from llm.shape import ModelShape
 
 Make = Callable[..., ModelConfig]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
+import httpx
 import pytest
 from known_names import INFRA, ROOT, parse, unknown
 
@@ -96,6 +99,100 @@ def test_all_packages_come_with_the_versions_of_the_constraints() -> None:
                     assert set(re.findall(r"\w+", name)) <= set(extras)
                 elif not name.startswith("$"):
                     assert re.split(r"[<\[]", name)[0] in pinned, name
+
+
+def wheel(index: Path, name: str, version: str, *needs: str, extra: str = "") -> None:
+    """Put an empty package into a folder that is laid out like an index of packages."""
+    folder = index / name
+    folder.mkdir(parents=True, exist_ok=True)
+    about = f"{name}-{version}.dist-info"
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    metadata += "".join(f"Requires-Dist: {need}\n" for need in needs)
+    metadata += "".join(f"Provides-Extra: {one}\n" for one in extra.split())
+    file = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(f"{about}/METADATA", metadata)
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    links = "".join(f'<a href="{one.name}">{one.name}</a>' for one in sorted(folder.glob("*.whl")))
+    (folder / "index.html").write_text(f"<!DOCTYPE html><html><body>{links}</body></html>")
+
+
+def pip_of(venv: Path, **settings: str) -> dict[str, str]:
+    """Make an environment in which ``pip`` is that of a new venv, and nothing of this machine is set for it."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", venv], check=True)
+    script = venv / "bin" / "pip"
+    script.write_text(f'#!/bin/sh\nexec {sys.executable} -m pip --python {venv}/bin/python "$@"\n')
+    script.chmod(0o755)
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    path = f"{venv / 'bin'}:{os.environ['PATH']}"
+    return {
+        **kept,
+        "PATH": path,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+        **settings,
+    }
+
+
+def test_torch_for_cpus_comes_from_its_own_index_and_all_else_as_pinned_from_the_other(
+    tmp_path: Path,
+) -> None:
+    """Run the image's own commands with two small indexes of empty packages, laid out as the real ones are."""
+    pins = dict(re.findall(r"^(torch|fsspec)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    torchs, pypi = tmp_path / "pytorch", tmp_path / "pypi"
+    wheel(torchs, "torch", f"{pins['torch']}+cpu", "fsspec>=0.8.5")
+    wheel(torchs, "torch", "99.0+cpu", "fsspec>=0.8.5")
+    wheel(torchs, "fsspec", "2024.6.1")  # it has some of what torch needs, and never our versions
+    wheel(pypi, "torch", pins["torch"], "fsspec>=0.8.5", "cuda-of-two-gigabytes")
+    wheel(pypi, "fsspec", pins["fsspec"])
+    wheel(pypi, "llmill", "0.1.0", "torch", "fsspec", extra="dask s3")
+    [commands] = [rest for word, rest in stages()["build-cpu"] if word == "RUN" and "TORCH_INDEX" in rest]
+    environment = pip_of(
+        tmp_path / "venv",
+        TORCH_INDEX=torchs.as_uri(),
+        PIP_INDEX_URL=pypi.as_uri(),
+        PIP_CONSTRAINT=str(ROOT / "constraints.txt"),
+    )
+    script = commands.replace("'.[dask,s3]'", "'llmill[dask,s3]'")
+    done = subprocess.run(["sh", "-ec", script], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = {path.name for path in tmp_path.glob("venv/lib/*/site-packages/*.dist-info")}
+    assert f"torch-{pins['torch']}+cpu.dist-info" in found
+    assert f"fsspec-{pins['fsspec']}.dist-info" in found
+
+
+@pytest.mark.long
+def test_pip_finds_the_torch_of_the_cpu_image_in_its_real_index(tmp_path: Path) -> None:
+    [index] = [
+        rest.split("=", 1)[1] for word, rest in stages()["build-cpu"] if rest.startswith("TORCH_INDEX=")
+    ]
+    try:
+        httpx.get(f"{index}/torch/", timeout=10, follow_redirects=True).raise_for_status()
+    except httpx.HTTPError as error:
+        pytest.skip(f"{index} can't be had from here: {error}")
+    environment = pip_of(tmp_path / "venv", PIP_CONSTRAINT=str(ROOT / "constraints.txt"))
+    report = tmp_path / "report.json"
+    command = [
+        "pip",
+        "install",
+        "--dry-run",
+        "--no-deps",
+        "--report",
+        str(report),
+        "--index-url",
+        index,
+        "torch",
+    ]
+    subprocess.run(command, env=environment, check=True)
+    [found] = json.loads(report.read_text())["install"]
+    pin = re.search(r"^torch==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert pin
+    assert found["metadata"]["version"] == f"{pin[1]}+cpu"
+    pinned = (ROOT / "constraints.txt").read_text().lower()
+    for need in found["metadata"].get("requires_dist", []):
+        if "extra ==" not in need:
+            assert f"\n{re.split(r'[^A-Za-z0-9_.-]', need)[0].lower()}==" in pinned, need
 
 
 def test_what_is_copied_is_there_and_is_sent_to_the_engine() -> None:

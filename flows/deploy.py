@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ from ruamel.yaml.error import YAMLError
 
 from data_pipeline.context import UserError, atomic_path, last_lines
 from flows.deployed import pipeline
+from flows.page_edits import Edit, find_edits, keep, remembered
 from flows.recipe import Recipe, apply_override
 from flows.services import POOL
 from flows.stages import STAGES
@@ -49,10 +50,39 @@ class Options:
     collision: Collision | None = None
     settings: Sequence[str] | None = None
     parameters: Sequence[str] = ()
+    replace: bool = False
+    """Whether the file's values replace what was changed on Prefect's pages."""
 
 
-def write_deployments(file: Path, recipe: Recipe, path: Path, home: Path, options: Options) -> list[str]:
-    """Add the recipe's deployments to ``file``, or change those that are there; their names.
+@dataclass(frozen=True)
+class Written:
+    """Deployments in a file, and what became of changes that people made on Prefect's pages."""
+
+    names: list[str]
+    kept: list[Edit]
+    """They are in the file now."""
+    replaced: list[Edit]
+
+
+def names_of(recipe: Recipe) -> list[str]:
+    """The recipe's deployments: the pipeline's, and one for each stage."""
+    return [recipe.name, *(f"{recipe.name}.{stage.name}" for stage in STAGES)]
+
+
+def write_deployments(
+    file: Path,
+    *,
+    recipe: Recipe,
+    path: Path,
+    home: Path,
+    options: Options,
+    server: Sequence[Mapping[str, Any]] = (),
+) -> Written:
+    """Add the recipe's deployments to ``file``, or change those that are there.
+
+    Args:
+        server: the deployments as the Prefect server has them; what was changed there stays, unless the options
+            name it.
 
     Raises:
         UserError: the file can't be read, or an option makes no sense.
@@ -63,11 +93,22 @@ def write_deployments(file: Path, recipe: Recipe, path: Path, home: Path, option
     if entries is None:
         entries = document["deployments"] = []
     known = {entry.get("name"): entry for entry in entries}
-    names = [recipe.name, *(f"{recipe.name}.{stage.name}" for stage in STAGES)]
+    names = names_of(recipe)
+    new = [name for name in names if name not in known]
+    for name in new:
+        known[name] = new_entry(name, recipe, path, home)
+        entries.append(known[name])
+    written = Written(names, kept=[], replaced=[])
+    for edit in find_edits({name: known[name] for name in names}, server, remembered(home)):
+        if edit.deployment in new and edit.field not in ("schedules", "paused"):
+            continue  # a file that begins anew says where recipe and home are now
+        named = options.cron and edit.field == "schedules" and edit.deployment == recipe.name
+        if options.replace or named:
+            written.replaced.append(edit)
+        else:
+            keep(known[edit.deployment], edit)
+            written.kept.append(edit)
     for name in names:
-        if name not in known:
-            known[name] = new_entry(name, recipe, path, home)
-            entries.append(known[name])
         refuse_commands(known[name], file)
         change(known[name], name.removeprefix(recipe.name).lstrip("."), options)
     if schedule:
@@ -75,7 +116,7 @@ def write_deployments(file: Path, recipe: Recipe, path: Path, home: Path, option
     writer = round_trip()
     with atomic_path(file) as temporary, open(temporary, "w", encoding="utf-8") as out:
         writer.dump(document, out)
-    return names
+    return written
 
 
 def read(file: Path) -> CommentedMap:

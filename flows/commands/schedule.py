@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,10 @@ def deploy(
         list[str] | None,
         typer.Option(metavar="NAME=VALUE", help="Of the flow, such as stages.stop=tokenize."),
     ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace what was changed on Prefect's pages by what the file says."),
+    ] = False,
     file: Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")] = Path(
         "prefect.yaml"
     ),
@@ -53,29 +58,38 @@ def deploy(
         where = f"Prefect at {api} does not answer" if api else "there is no Prefect server"
         raise UserError(f"{where}; start one with: llmill up")
     os.environ["PREFECT_API_URL"] = api
-    from flows.deploy import Options, pools_of, register, write_deployments
-    from flows.pools import make_ready
+    from flows.deploy import Options, names_of, pools_of, register, write_deployments
+    from flows.page_edits import remember
+    from flows.pools import deployments_of, make_ready
     from flows.recipe import load_recipe
     from flows.terminal import Terminal
 
     loaded = load_recipe(recipe, set_ or ())
-    options = Options(cron, timezone, pool, gpu_pool, collision, set_, tuple(param or ()))
-    names = write_deployments(file, loaded, recipe, home, options)
-    make_ready(api, pools_of(file, names))
-    register(file, names)
-    console = Terminal().console
-    show(console, api, names)
+    options = Options(cron, timezone, pool, gpu_pool, collision, set_, tuple(param or ()), replace)
+    server = deployments_of(api, names_of(loaded))
+    written = write_deployments(file, recipe=loaded, path=recipe, home=home, options=options, server=server)
+    terminal = Terminal()
+    for edit in written.kept:
+        terminal.note(f"{edit}: kept, and written to {file}; --replace takes the file's", warning=True)
+    for edit in written.replaced:
+        terminal.note(f"{edit}: replaced", warning=True)
+    make_ready(api, pools_of(file, written.names))
+    register(file, written.names)
+    entries = deployments_of(api, written.names)
+    remember(home, entries)
+    console = terminal.console
+    show(console, api, entries)
     console.print(f"edit    {file}, then the same command again")
 
 
-def show(console: Any, api: str, names: list[str]) -> None:
-    """A line for each deployment, as the server has it now."""
-    from flows.pools import deployments_of
-
-    entries = deployments_of(api, names)
+def show(console: Any, api: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each deployment, as the server has it now."""
     for entry in entries:
         times = [schedule["schedule"] for schedule in entry["schedules"] if schedule["active"]]
         when = ", ".join(f"{time.get('cron', 'scheduled')} {time.get('timezone') or 'UTC'}" for time in times)
-        console.print(f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when or 'when asked'}")
+        paused = "  (paused)" if entry["paused"] else ""
+        console.print(
+            f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when or 'when asked'}{paused}"
+        )
     place = f"{api.removesuffix('/api')}/deployments/deployment/{entries[0]['id']}"
     console.print(f"open    {place}  (Run there starts one now)")

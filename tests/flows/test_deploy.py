@@ -6,10 +6,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from operator_api import Prefect
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from data_pipeline.context import UserError
-from flows.deploy import Options, pools_of, write_deployments
+from flows.deploy import Options, pools_of, register, write_deployments
 from flows.deployed import ALL, StageName
+from flows.page_edits import remember
+from flows.pools import deployments_of, make_ready
 from flows.recipe import load_recipe
 from flows.stages import BY_NAME
 
@@ -27,7 +31,11 @@ def write(tmp_path: Path):
 
     def write(**options) -> dict[str, dict]:
         file = tmp_path / "prefect.yaml"
-        write_deployments(file, load_recipe(path), path, tmp_path / "home", Options(**options))
+        home, recipe = tmp_path / "home", load_recipe(path)
+        server = options.pop("server", ())
+        write.last = write_deployments(
+            file, recipe=recipe, path=path, home=home, options=Options(**options), server=server
+        )
         return {entry["name"]: entry for entry in yaml.safe_load(file.read_text())["deployments"]}
 
     return write
@@ -108,3 +116,76 @@ def test_a_file_that_is_no_prefect_yaml_is_refused_and_kept(write, tmp_path):
 def test_the_form_of_the_flow_names_the_stages_that_there_are():
     assert [str(name) for name in StageName] == list(BY_NAME)
     assert not any(dict(ALL).values())
+
+
+@pytest.fixture
+def registered(write, prefect_server, tmp_path: Path):
+    """Register the file with a real server as the command does, and give what that says then."""
+
+    def register_now(**options) -> dict[str, dict]:
+        with temporary_settings({PREFECT_API_URL: prefect_server}), pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_API_URL", prefect_server)
+            names = ["tiny", "tiny.clean"]
+            write(**options, server=deployments_of(prefect_server, names))
+            make_ready(prefect_server, ["llmill"])
+            register(tmp_path / "prefect.yaml", names)
+            entries = deployments_of(prefect_server, names)
+        remember(tmp_path / "home", entries)
+        return {entry["name"]: entry for entry in entries}
+
+    return register_now
+
+
+def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_says_otherwise(
+    registered, write, prefect_server, tmp_path
+):
+    prefect = Prefect(prefect_server)
+    tiny = registered(cron="0 2 * * *", timezone="Europe/Berlin")["tiny"]
+    assert (write.last.kept, write.last.replaced) == ([], [])
+    [schedule] = tiny["schedules"]
+    later = {"cron": "30 4 * * *", "timezone": "Asia/Tokyo"}
+    prefect.patch(f"deployments/{tiny['id']}/schedules/{schedule['id']}", schedule=later)
+    prefect.post(f"deployments/{tiny['id']}/pause_deployment")
+    prefect.patch(
+        f"deployments/{tiny['id']}", parameters={**tiny["parameters"], "settings": ["pretrain.lr=1e-3"]}
+    )
+
+    after = registered(pool="llmill")["tiny"]
+    said = {edit.field: str(edit) for edit in write.last.kept}
+    assert set(said) == {"schedules", "paused", "parameters"}
+    assert "30 4 * * * Asia/Tokyo" in said["schedules"]
+    assert "the file says 0 2 * * * Europe/Berlin" in said["schedules"]
+    assert after["schedules"][0]["schedule"]["cron"] == "30 4 * * *"
+    assert after["paused"]
+    assert after["parameters"]["settings"] == ["pretrain.lr=1e-3"]
+
+    file = tmp_path / "prefect.yaml"
+    file.write_text(file.read_text().replace("30 4 * * *", "45 5 * * *"))
+    edited = registered()["tiny"]
+    assert (write.last.kept, write.last.replaced) == ([], []), "the file alone was edited"
+    assert edited["schedules"][0]["schedule"]["cron"] == "45 5 * * *"
+
+    prefect.post(f"deployments/{tiny['id']}/resume_deployment")
+    told = registered(replace=True)["tiny"]
+    assert [edit.field for edit in write.last.replaced] == ["paused"]
+    assert told["paused"]
+
+
+def test_without_a_memory_of_the_last_registration_nothing_on_the_server_is_lost(
+    registered, write, prefect_server, tmp_path
+):
+    clean = registered()["tiny.clean"]
+    Prefect(prefect_server).patch(f"deployments/{clean['id']}", description="掃除 🧹")
+    (tmp_path / "home/servers/deployments.json").write_text("{")
+    assert registered()["tiny.clean"]["description"] == "掃除 🧹"
+    assert [(edit.deployment, edit.field) for edit in write.last.kept] == [("tiny.clean", "description")]
+
+
+def test_a_new_file_does_not_take_the_schedule_of_a_deployment_that_the_server_has(
+    registered, write, prefect_server, tmp_path
+):
+    registered(cron="0 2 * * *", replace=True)
+    (tmp_path / "prefect.yaml").unlink()
+    (tmp_path / "home/servers/deployments.json").unlink()
+    assert registered()["tiny"]["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
+    assert ("tiny", "schedules") in [(edit.deployment, edit.field) for edit in write.last.kept]

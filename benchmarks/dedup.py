@@ -30,7 +30,14 @@ def main() -> None:
         name: str, prepare: Callable[..., Work], text: Path, repeats: int | None = None, **job: Any
     ) -> Contestant:
         job |= {"corpus": str(text), "out": str(outs / name.replace(" ", "-")), "workers": options.cores}
-        return Contestant(name, prepare, job, text_bytes(text), options.cores, repeats)
+        return Contestant(
+            name=name,
+            prepare=prepare,
+            job=job,
+            text_bytes=text_bytes(text),
+            cores=options.cores,
+            repeats=repeats,
+        )
 
     race = [
         contestant("llmill, the whole text", ours.remove_duplicates, corpus, config={}),

@@ -54,7 +54,13 @@ def main() -> None:
     for context, batch in SHAPES:
         shape = {"context": context, "batch": batch}
         race = [
-            Contestant(name, prepare, {**job, **shape, "tokens": options.tokens // LESS.get(name, 1)}, 0, 1)
+            Contestant(
+                name=name,
+                prepare=prepare,
+                job={**job, **shape, "tokens": options.tokens // LESS.get(name, 1)},
+                text_bytes=0,
+                cores=1,
+            )
             for name, prepare, job in entries
         ]
         report.text(f"## Context {context}, {batch} windows a batch\n")

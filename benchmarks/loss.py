@@ -118,7 +118,9 @@ def curve(name: str, seed: int, home: Path, recipe: Path, overrides: list[str]) 
     checks = pq.read_table(step.artifact.path / "validation.parquet").to_pydict()
     tokens = [step.config.tokens_after(done) for done in checks["step"]]
     parameters = int(step.artifact.metrics["parameters"])
-    return Curve(name, seed, parameters, tokens, checks["bits_per_byte"])
+    return Curve(
+        name=name, seed=seed, parameters=parameters, tokens=tokens, bits_per_byte=checks["bits_per_byte"]
+    )
 
 
 def tell(curves: list[Curve], options: argparse.Namespace) -> None:

@@ -37,7 +37,9 @@ def main() -> None:
     with servers(folder / "servers") as (environment, processes):
 
         def contestant(name: str, prepare: Callable[..., Any], **more: Any) -> Contestant:
-            return Contestant(name, prepare, {**job, **more}, size, options.cores)
+            return Contestant(
+                name=name, prepare=prepare, job={**job, **more}, text_bytes=size, cores=options.cores
+            )
 
         whole = [
             contestant("the bodies called directly", directly, servers=processes),

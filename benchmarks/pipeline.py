@@ -43,7 +43,7 @@ def main() -> None:
             "workers": options.cores,
         }
         size = text_bytes(outs / names[0]) if names else 0
-        one = Contestant(stage, ours.watch_stage, job, size, options.cores)
+        one = Contestant(name=stage, prepare=ours.watch_stage, job=job, text_bytes=size, cores=options.cores)
         (all_runs[stage],) = alternate([one], options.repeats, outs / "logs")
     report = Report("pipeline", "From download to tokens", {"stages": configs})
     report.text(

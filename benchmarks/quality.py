@@ -106,7 +106,7 @@ def contestants(corpus: Path, outs: Path, cores: int, with_peers: bool) -> list[
 
     def contestant(name: str, prepare: Callable[..., Work], **job: Any) -> Contestant:
         job |= {"corpus": str(corpus), "out": str(outs / name.replace(" ", "-")), "workers": cores}
-        return Contestant(name, prepare, job, 0, cores)
+        return Contestant(name=name, prepare=prepare, job=job, text_bytes=0, cores=cores)
 
     found = [contestant("llmill", ours.remove_duplicates, config={})]
     if with_peers:

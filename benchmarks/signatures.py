@@ -27,13 +27,24 @@ def main() -> None:
     entries, outs = bands * rows, options.work.resolve() / "signatures"
 
     def signer(name: str, prepare: Callable[..., Work], cores: int, **job: Any) -> Contestant:
-        return Contestant(name, prepare, {"corpus": str(corpus), "permutations": entries, **job}, size, cores)
+        return Contestant(
+            name=name,
+            prepare=prepare,
+            job={"corpus": str(corpus), "permutations": entries, **job},
+            text_bytes=size,
+            cores=cores,
+        )
 
     def datatrove(tokenizer: str, repeats: int | None = None) -> Contestant:
         job = {"corpus": str(part), "workers": cores, "bands": bands, "rows": rows, "tokenizer": tokenizer}
         job["out"] = str(outs / f"datatrove-{tokenizer}")
         return Contestant(
-            peers.DATATROVE[tokenizer], peers.datatrove_signature, job, part_size, cores, repeats
+            name=peers.DATATROVE[tokenizer],
+            prepare=peers.datatrove_signature,
+            job=job,
+            text_bytes=part_size,
+            cores=cores,
+            repeats=repeats,
         )
 
     one = [signer("llmill", ours.sign_in_memory, 1, threads=1)]

@@ -35,7 +35,9 @@ def main() -> None:
     def contestant(name: str, prepare: Callable[..., Work], text: Path, **job: Any) -> Contestant:
         job |= {"corpus": str(text), "tokenizer": str(tokenizer), "workers": options.cores}
         job["out"] = str(outs / name.replace(" ", "-"))
-        return Contestant(name, prepare, job, text_bytes(text), options.cores)
+        return Contestant(
+            name=name, prepare=prepare, job=job, text_bytes=text_bytes(text), cores=options.cores
+        )
 
     race = [
         contestant("llmill, the whole text", ours.encode, corpus),

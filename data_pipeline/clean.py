@@ -114,10 +114,10 @@ class CleanConfig(StageConfig):
         sets = self.decontamination.sets if self.decontamination else {}
         pinned = self.model_copy()
         pinned._files = Files(
-            pin(lists.urls, "clean.blocklists.urls"),
-            pin(lists.phrases, "clean.blocklists.phrases"),
-            pin(lists.ids, "clean.blocklists.ids"),
-            pin([one.path for one in sets.values()], "clean.decontamination.sets"),
+            urls=pin(lists.urls, "clean.blocklists.urls"),
+            phrases=pin(lists.phrases, "clean.blocklists.phrases"),
+            ids=pin(lists.ids, "clean.blocklists.ids"),
+            sets=pin([one.path for one in sets.values()], "clean.decontamination.sets"),
         )
         return pinned
 

@@ -171,7 +171,12 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     total = sum(piece.size for group in groups for piece in group.pieces) / 1e6
     context.progress(0, total, "MB")
     runtime = config.runtime
-    settings = Settings(scratch, config.shard_bytes, runtime.timeout_seconds, runtime.connections_per_host)
+    settings = Settings(
+        scratch=scratch,
+        shard_bytes=config.shard_bytes,
+        timeout=runtime.timeout_seconds,
+        connections=runtime.connections_per_host,
+    )
     tallies = context.map(partial(read_group, settings), groups, names=[name_of(group) for group in groups])
     context.progress(total, total, "MB")
     if not any(tally["documents"] for tally in tallies):

@@ -88,7 +88,7 @@ def find_row(paths: Iterable[Path], id: str, columns: tuple[str, ...]) -> Row | 
                     at = pc.index(file.read_row_group(group, ["id"]).column("id"), id).as_py()
                     if at >= 0:
                         found = file.read_row_group(group, list(columns)).slice(at, 1).to_pylist()[0]
-                        return Row(path.name, group, at, found)
+                        return Row(shard=path.name, row_group=group, row=at, values=found)
         except (pa.ArrowException, OSError) as error:
             raise corrupt(path, error) from error
     return None
@@ -118,7 +118,9 @@ def find_tokens(config: TokenizeConfig, folder: Path, id: str) -> TokenPlace | N
     except (pa.ArrowException, OSError) as error:
         raise corrupt(path, error) from error
     start = sum(shard_tokens(earlier) for earlier in paths[:number]) + before + int(lengths[:at].sum())
-    return TokenPlace(split, path.name, group, at, int(lengths[at]), start)
+    return TokenPlace(
+        split=split, shard=path.name, row_group=group, row=at, tokens=int(lengths[at]), start=start
+    )
 
 
 def search_groups(file: pq.ParquetFile, salt: str, id: str, key: np.uint64) -> tuple[int, int] | None:

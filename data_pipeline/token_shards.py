@@ -152,14 +152,14 @@ def prepare(
     with ThreadPoolExecutor(FOOTERS_AT_ONCE) as pool:
         documents = sum(pool.map(count_rows, shards))
     return Encoding(
-        config,
-        folder,
-        sha256(folder),
-        tokenizer.get_vocab_size(),
-        end_of_text(tokenizer),
-        "gigatoken",
-        min(HASHES - 1, HASHES * config.runtime.check_documents // max(1, documents)),
-        scratch,
+        config=config,
+        folder=folder,
+        tokenizer_sha256=sha256(folder),
+        vocab_size=tokenizer.get_vocab_size(),
+        end=end_of_text(tokenizer),
+        encoder="gigatoken",
+        checked=min(HASHES - 1, HASHES * config.runtime.check_documents // max(1, documents)),
+        scratch=scratch,
         parallel=context.workers == 1,
     )
 
@@ -241,7 +241,9 @@ def write_all(
     """Merge the runs of all document shards into the token shards that are planned."""
     runs = Runs(encoding.scratch, tuple(encoding.name(path) for path in shards))
     metadata = {TOKENIZER_KEY: encoding.tokenizer_sha256, VOCAB_KEY: str(encoding.vocab_size)}
-    merging = Merging(gather(runs, context), out, encoding.width, metadata, TOKENS_KEY)
+    merging = Merging(
+        runs=gather(runs, context), out=out, width=encoding.width, metadata=metadata, tokens_key=TOKENS_KEY
+    )
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])
 
 

@@ -203,22 +203,36 @@ def candidate(node: Node, in_use: InUse, why: str) -> Candidate:
     when, last = f"{verb} {day(made_at(node))}", in_use.last.get(node.key, 0)
     said = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
     kind: Literal["artifact", "unfinished"] = "artifact" if node.artifact else "unfinished"
-    return Candidate(kind, node.path, said, size_of(node.path), node.key, last)
+    return Candidate(kind=kind, path=node.path, why=said, size=size_of(node.path), key=node.key, used=last)
 
 
 def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
     """Folders that were being removed or replaced when a kill came, and builds that nobody went on with."""
     for path in sorted(store.root.glob(f"[!.]*/*{REMOVED}")):
-        yield Candidate("left over", path, "an earlier gc did not come to its end", size_of(path))
+        yield Candidate(
+            kind="left over", path=path, why="an earlier gc did not come to its end", size=size_of(path)
+        )
     for path in sorted(store.root.glob(f"{LINKED}*")):
         if newest_time(path) < min(since, time.time() - DAY):  # else it may be on its way
-            yield Candidate("left over", path, "a run was killed while it sent this to MLflow", size_of(path))
+            yield Candidate(
+                kind="left over",
+                path=path,
+                why="a run was killed while it sent this to MLflow",
+                size=size_of(path),
+            )
     for pattern, why in (("*.replaced", "was built again"), ("*.partial", "its build again was given up")):
         for path in sorted(store.root.glob(f"[!.]*/{pattern}")):
             key = (path.parent.name, path.stem)
             again = key in graph.nodes and graph.nodes[key].path != path
             if again and newest_time(path) < since and not held(store, key):
-                yield Candidate("left over", path, why, size_of(path), key, last_used(store, *key))
+                yield Candidate(
+                    kind="left over",
+                    path=path,
+                    why=why,
+                    size=size_of(path),
+                    key=key,
+                    used=last_used(store, *key),
+                )
 
 
 def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[Candidate]:
@@ -226,7 +240,9 @@ def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[C
     for path in sorted((store.home / "runs").glob("*.json")):
         name, _, fingerprint = path.stem.rpartition("-")
         if path.stat().st_mtime < since and (name, fingerprint) not in kept and is_free(state_lock(path)):
-            yield Candidate("state", path, "nobody went on with that run", path.stat().st_size)
+            yield Candidate(
+                kind="state", path=path, why="nobody went on with that run", size=path.stat().st_size
+            )
 
 
 def state_lock(path: Path) -> Path:
@@ -295,7 +311,14 @@ def select(store: Store, fingerprints: Iterable[str]) -> Survey:
             again = store.partial(*node.key)
             if node.artifact and again.exists():
                 last = in_use.last.get(node.key, 0)
-                build = Candidate("left over", again, "its build again", size_of(again), node.key, last)
+                build = Candidate(
+                    kind="left over",
+                    path=again,
+                    why="its build again",
+                    size=size_of(again),
+                    key=node.key,
+                    used=last,
+                )
                 found.candidates.append(build)
     return found
 

@@ -107,7 +107,7 @@ def find_edits(
         page, file = fields_on_server(known), fields_in_file(entries[known["name"]])
         before = registered.get(known["id"], file)
         edits += [
-            Edit(known["name"], field, page[field], file[field])
+            Edit(deployment=known["name"], field=field, page=page[field], file=file[field])
             for field in page
             if page[field] != before.get(field, file[field]) and page[field] != file[field]
         ]

@@ -141,22 +141,53 @@ def plan_stage(
     except Unresolved as error:
         return Step(stage, "unknown", [str(error)])
     if waiting:
-        return Step(stage, "unknown", [f"waits for {', '.join(waiting)}"], resolved)
+        return Step(stage=stage, action="unknown", why=[f"waits for {', '.join(waiting)}"], config=resolved)
     inputs = {name: str(steps[name].fingerprint) for name in stage.inputs}
     name = fingerprint(stage.name, stage.version, resolved.identity(), inputs)
     artifact = with_left_out(store.get(stage.name, name), resolved)
     running = [name for name in stage.inputs if steps[name].action in ("run", "resume")]
     if selection.force == stage.name:
-        return Step(stage, "run", ["--force"], resolved, name, inputs, artifact)
+        return Step(
+            stage=stage,
+            action="run",
+            why=["--force"],
+            config=resolved,
+            fingerprint=name,
+            inputs=inputs,
+            artifact=artifact,
+        )
     if artifact and (rebuilt := rebuilt_inputs(artifact, steps)):
-        return Step(stage, "run", [f"{input} was built again, with another content" for input in rebuilt],
-                    resolved, name, inputs, artifact)  # fmt: skip
+        why = [f"{input} was built again, with another content" for input in rebuilt]
+        return Step(
+            stage=stage,
+            action="run",
+            why=why,
+            config=resolved,
+            fingerprint=name,
+            inputs=inputs,
+            artifact=artifact,
+        )
     if artifact:
-        return Step(stage, "reuse", [], resolved, name, inputs, artifact)
+        return Step(
+            stage=stage,
+            action="reuse",
+            why=[],
+            config=resolved,
+            fingerprint=name,
+            inputs=inputs,
+            artifact=artifact,
+        )
     if store.partial(stage.name, name).exists() and not running:
-        return Step(stage, "resume", ["an earlier run did not finish it"], resolved, name, inputs)
+        return Step(
+            stage=stage,
+            action="resume",
+            why=["an earlier run did not finish it"],
+            config=resolved,
+            fingerprint=name,
+            inputs=inputs,
+        )
     why = differences(stage, resolved, inputs, store)
-    return Step(stage, "run", why, resolved, name, inputs)
+    return Step(stage=stage, action="run", why=why, config=resolved, fingerprint=name, inputs=inputs)
 
 
 def with_left_out(artifact: Artifact | None, config: StageConfig) -> Artifact | None:

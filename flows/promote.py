@@ -111,33 +111,42 @@ def decide(store: Store, version: ModelVersion, champion: ModelVersion | None) -
         checksums(store, export),
         decontamination(Graph(store), export),
     ]
-    return Decision(version, champion, gates, export.manifest["recipe"], now())
+    return Decision(
+        version=version, champion=champion, gates=gates, recipe=export.manifest["recipe"], decided=now()
+    )
 
 
 def quality(finder: Finder, candidate: Subject, champion: ModelVersion | None) -> Gate:
     """No worse than the champion: the whole 95% interval of the difference lies below `MARGIN`."""
     name = "bits per byte"
     if champion is None:
-        return Gate(name, True, "there is no champion yet to be worse than", {})
+        return Gate(name=name, holds=True, says="there is no champion yet to be worse than", evidence={})
     try:
         if not champion.fingerprint:
             raise UserError(f"{champion.uri} has no tag llmill.fingerprint: what it is can't be known")
         other = finder.of_export(champion.fingerprint, "champion", champion.uri)
     except UserError as error:
-        return Gate(name, False, f"can't be held against the champion: {error}", {})
+        return Gate(name=name, holds=False, says=f"can't be held against the champion: {error}", evidence={})
     verdict = judge([other, candidate])
     if verdict.refused:
-        return Gate(name, False, f"can't be held against the champion: {verdict.refused}", {})
+        return Gate(
+            name=name, holds=False, says=f"can't be held against the champion: {verdict.refused}", evidence={}
+        )
     (claim,) = verdict.models
     evidence = {**claim.as_json(), "margin": MARGIN, "champion": champion.fingerprint}
     if claim.estimate is None:
-        return Gate(name, True, "it is the champion's own model, exported once more", evidence)
+        return Gate(
+            name=name,
+            holds=True,
+            says="it is the champion's own model, exported once more",
+            evidence=evidence,
+        )
     found = claim.estimate
     says = (
         f"{found.difference:+.4f} against the champion, at worst {found.high:+.4f} (95% interval); "
         f"{MARGIN:+.4f} is allowed"
     )
-    return Gate(name, found.high < MARGIN, says, evidence)
+    return Gate(name=name, holds=found.high < MARGIN, says=says, evidence=evidence)
 
 
 def parity(export: Artifact) -> Gate:
@@ -145,9 +154,14 @@ def parity(export: Artifact) -> Gate:
     difference = export.metrics.get("logits_max_abs_difference")
     evidence = {"logits_max_abs_difference": difference, "tolerance": TOLERANCE}
     if difference is None:
-        return Gate("logits parity", False, "the export does not say how far its logits are off", evidence)
+        return Gate(
+            name="logits parity",
+            holds=False,
+            says="the export does not say how far its logits are off",
+            evidence=evidence,
+        )
     says = f"logits differ by {difference:.1e}, {TOLERANCE:.0e} is allowed"
-    return Gate("logits parity", difference <= TOLERANCE, says, evidence)
+    return Gate(name="logits parity", holds=difference <= TOLERANCE, says=says, evidence=evidence)
 
 
 def checksums(store: Store, export: Artifact) -> Gate:
@@ -155,7 +169,7 @@ def checksums(store: Store, export: Artifact) -> Gate:
     problems = store.verify(export)
     evidence = {"payload_sha256": export.payload_sha256, "problems": problems}
     says = "; ".join(problems) or f"all {len(export.manifest['files'])} files are as sealed"
-    return Gate("checksums", not problems, says, evidence)
+    return Gate(name="checksums", holds=not problems, says=says, evidence=evidence)
 
 
 def decontamination(graph: Graph, export: Artifact) -> Gate:
@@ -167,16 +181,26 @@ def decontamination(graph: Graph, export: Artifact) -> Gate:
     evidence = {"clean": [node.fingerprint for node in cleaned], "sets": looked}
     missing = [node.name for node in before if not node.artifact]
     if missing:
-        return Gate(name, False, f"not known: {', '.join(missing)} is not in the store", evidence)
+        return Gate(
+            name=name,
+            holds=False,
+            says=f"not known: {', '.join(missing)} is not in the store",
+            evidence=evidence,
+        )
     without = [node.name for node, sets in zip(cleaned, looked, strict=True) if not sets]
     if without:
         says = (
             f"nothing was looked for in {', '.join(without)}: name evaluation sets in clean.decontamination"
         )
-        return Gate(name, False, says, evidence)
+        return Gate(name=name, holds=False, says=says, evidence=evidence)
     dropped = sum(one["dropped"] for sets in looked for one in sets)
     names = ", ".join(sorted({one["set"] for sets in looked for one in sets}))
-    return Gate(name, True, f"{dropped} documents that hold parts of {names} were dropped", evidence)
+    return Gate(
+        name=name,
+        holds=True,
+        says=f"{dropped} documents that hold parts of {names} were dropped",
+        evidence=evidence,
+    )
 
 
 def looked_for(clean: Artifact) -> list[dict[str, Any]]:

@@ -99,10 +99,10 @@ def processes(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
     count = runtime.worker_count
     with process_pool(count) as pool:
         yield Workers(
-            count,
-            partial(ThreadPoolTaskRunner, count),
-            lambda part: lambda: pool.submit(part).result(),
-            partial(kill_workers, pool),
+            count=count,
+            task_runner=partial(ThreadPoolTaskRunner, count),
+            prepare=lambda part: lambda: pool.submit(part).result(),
+            stop=partial(kill_workers, pool),
         )
 
 

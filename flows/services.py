@@ -284,7 +284,9 @@ class Up:
             )
         self._children[name] = child
         self._started.append(name)
-        running = Running(child.pid, psutil.Process(child.pid).create_time(), url, str(log))
+        running = Running(
+            pid=child.pid, created=psutil.Process(child.pid).create_time(), url=url, log=str(log)
+        )
         self.services = replace(self.services, processes={**self.services.processes, name: running})
         write(self.home, self.services)
 

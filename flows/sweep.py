@@ -107,7 +107,9 @@ def read_members(
             for step in steps:
                 if step.action == "unknown":
                     raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
-            members.append(Member(tuple(chosen), (*changes, *chosen), recipe, steps))
+            members.append(
+                Member(chosen=tuple(chosen), settings=(*changes, *chosen), recipe=recipe, steps=steps)
+            )
     if len(members) < 2:
         raise UserError("a sweep is of two runs at least: give --grid more values, or --seeds 3")
     return members

@@ -45,11 +45,11 @@ def linear_cross_entropy(
     """
     device = x_BTD.device.type
     head = LinearHead(
-        vocab_size or len(weight_VD),
-        z_loss,
-        softcap,
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype,
-        matmul,
+        vocab_size=vocab_size or len(weight_VD),
+        z_loss=z_loss,
+        softcap=softcap,
+        dtype=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight_VD.dtype,
+        matmul=matmul,
     )
     x_ND, targets_N = x_BTD.flatten(0, -2), targets_BT.flatten()
     if reduction == "mean":

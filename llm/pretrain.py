@@ -57,13 +57,13 @@ class Job(Config):
         end = end_of_text(load_tokenizer(self.tokenizer))
         shape, config = self.model, self.config
         return Corpus(
-            self.scratch,
-            shape.vocab_size,
-            shape.context,
-            end,
-            config.seed,
-            config.mix,
-            config.mask_documents,
+            folder=self.scratch,
+            vocab_size=shape.vocab_size,
+            context=shape.context,
+            end=end,
+            seed=config.seed,
+            mixture=config.mix,
+            documents=config.mask_documents,
         )
 
     @property

@@ -65,11 +65,11 @@ class Training:
             if fact["reason"] == "spike":
                 target = plan.step_of(plan.windows_before(fact["step"]) - fact["windows"])
                 found += [
-                    Stretch(first, target, skipped, False),
-                    Stretch(target, fact["step"], skipped, True),
+                    Stretch(first=first, end=target, skipped=skipped, rolled_back=False),
+                    Stretch(first=target, end=fact["step"], skipped=skipped, rolled_back=True),
                 ]
                 first, skipped = target, skipped + fact["windows"]
-        return [*found, Stretch(first, self.config.steps, skipped, False)]
+        return [*found, Stretch(first=first, end=self.config.steps, skipped=skipped, rolled_back=False)]
 
     def slots(self) -> int:
         """Slots that the whole run reads or passes over."""
@@ -118,7 +118,18 @@ class Training:
         for slot, window, time in zip(slots.tolist(), asked.tolist(), epoch.tolist(), strict=True):
             if read := self.step_of(slot, stretches):
                 first, last = max(0, start - window * context), min(context + 1, end - window * context)
-                found.append(Read(*read[:2], window, first, last, time, read[2]))
+                step, row, fate = read
+                found.append(
+                    Read(
+                        step=step,
+                        row=row,
+                        window=window,
+                        first=first,
+                        end=last,
+                        epoch=time,
+                        fate=fate,
+                    )
+                )
         return sorted(found)
 
     def _places(self, source: str | None) -> int:

@@ -36,7 +36,7 @@ class Run:
     def share(self, rank: int, ranks: int) -> Run:
         """One of ``ranks`` about equal parts of it."""
         first, last = self.count * rank // ranks, self.count * (rank + 1) // ranks
-        return Run(self.name, self.start + first, self.at + first, last - first)
+        return Run(name=self.name, start=self.start + first, at=self.at + first, count=last - first)
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,11 @@ def layout(engine: Any, split: Splitting) -> list[Flat]:
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
         return [
-            Flat(parameter, optimizer.state[parameter], [Run(name, 0, 0, parameter.numel())])
+            Flat(
+                parameter,
+                optimizer.state[parameter],
+                [Run(name=name, start=0, at=0, count=parameter.numel())],
+            )
             for parameter, name in names.items()
         ]
     flats = (
@@ -87,14 +91,14 @@ def fragment(optimizer: Any, parameter: Any, name: str) -> Run | None:
     if mapping is None:
         return None
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Run(name, here.start, there.start, here.numel)
+    return Run(name=name, start=here.start, at=there.start, count=here.numel)
 
 
 def whole_partition(optimizer: Any, parameter: Any, name: str) -> Run:
     """Where a parameter lies in this rank's partition at ZeRO 3: each is cut into equal parts, the last padded."""
     _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = size * optimizer._get_param_partition_rank(parameter)
-    return Run(name, start, at, min(size, parameter.ds_numel - start))
+    return Run(name=name, start=start, at=at, count=min(size, parameter.ds_numel - start))
 
 
 def snapshot(engine: Any, split: Splitting) -> dict[str, Tensor]:

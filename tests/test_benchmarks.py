@@ -129,7 +129,9 @@ def test_a_watched_context_gives_the_results_and_where_the_time_went() -> None:
 def test_a_peer_that_is_not_installed_is_a_row_that_says_so(tmp_path: Path) -> None:
     from benchmarks.measure import Contestant, alternate
 
-    (runs,) = alternate([Contestant("absent", absent, {}, 0, 1)], 2, tmp_path)
+    (runs,) = alternate(
+        [Contestant(name="absent", prepare=absent, job={}, text_bytes=0, cores=1)], 2, tmp_path
+    )
     assert runs.missing == "not installed: no_such_peer"
     assert not runs.seconds
 

@@ -223,7 +223,7 @@ def test_text_within_markdown_is_shown_as_it_is(text):
 
 @pytest.mark.parametrize("text", MARKED)
 def test_text_within_a_page_of_compare_is_shown_as_it_is(text):
-    section = Section(text, ["", text], [[text, text]], text, 1)
+    section = Section(heading=text, header=["", text], rows=[[text, text]], empty=text, fixed=1)
     shown, tags = text_of(table(section, [f'http://h/"onclick="{text}']))
     assert shown.count(text) == 4
     assert tags == {"h2", "div", "table", "tr", "th", "td", "a"}

@@ -152,17 +152,29 @@ def test_a_champion_that_can_not_be_tested_against_is_not_replaced(swept):
     finder = Finder(Store(swept.home))
     candidate = finder.of_export(exported(swept, GOOD), "candidate", "it")
     for fingerprint, why in (("", "has no tag llmill.fingerprint"), ("0123456789abcdef", "is not in ")):
-        gate = quality(finder, candidate, ModelVersion(NAME, "1", fingerprint, ("champion",)))
+        gate = quality(
+            finder,
+            candidate,
+            ModelVersion(name=NAME, version="1", fingerprint=fingerprint, aliases=("champion",)),
+        )
         assert not gate.holds
         assert why in gate.says
-    own = quality(finder, candidate, ModelVersion(NAME, "1", exported(swept, GOOD), ("champion",)))
+    own = quality(
+        finder,
+        candidate,
+        ModelVersion(name=NAME, version="1", fingerprint=exported(swept, GOOD), aliases=("champion",)),
+    )
     assert own.holds
     assert "the champion's own model" in own.says
 
 
 def test_a_model_whose_text_was_never_looked_through_for_evaluation_sets_is_refused(finished):
     (export,) = Store(finished.home).artifacts("export")
-    said = decide(Store(finished.home), ModelVersion(NAME, "1", export.fingerprint, ()), None)
+    said = decide(
+        Store(finished.home),
+        ModelVersion(name=NAME, version="1", fingerprint=export.fingerprint, aliases=()),
+        None,
+    )
     assert said.failed == ["decontamination"]
     assert "name evaluation sets in clean.decontamination" in said.gates[-1].says
 

@@ -86,13 +86,21 @@ class Marks:
         kinds = np.where(is_first & (keepers == own)[groups], KEPT, REPEATED).astype(np.uint8)
         alone = (answers == NONE) & (np.bincount(groups, minlength=len(first)) == 1)
         shared = ~alone[groups]
-        return cls(windows["row"][shared], windows["place"][shared], kinds[shared], keepers[groups][shared])
+        return cls(
+            rows=windows["row"][shared],
+            places=windows["place"][shared],
+            kinds=kinds[shared],
+            keepers=keepers[groups][shared],
+        )
 
     def of_row(self, row: int) -> Marks:
         """The marks of one document."""
         start, end = np.searchsorted(self.rows, np.array([row, row + 1], np.uint32))
         return Marks(
-            self.rows[start:end], self.places[start:end], self.kinds[start:end], self.keepers[start:end]
+            rows=self.rows[start:end],
+            places=self.places[start:end],
+            kinds=self.kinds[start:end],
+            keepers=self.keepers[start:end],
         )
 
     def keepers_of(self, first: int, last: int, width: int) -> list[int]:
@@ -151,18 +159,24 @@ def edit(text: bytes, marks: Marks, width: int) -> Edit:
         digest = blake2b(words[first:last].tobytes(), digest_size=8).digest()
         spans.append(
             Span(
-                start,
-                start + len(bare),
-                last - first,
-                marks.keepers_of(first, last, width),
-                int.from_bytes(digest, "little"),
-                bare,
+                start=start,
+                end=start + len(bare),
+                words=last - first,
+                keepers=marks.keepers_of(first, last, width),
+                hash=int.from_bytes(digest, "little"),
+                text=bare,
             )
         )
         pieces.append(close(piece, gone[len(bare) :], opens=not at, ends=end == len(text)))
         at, characters = end, start + len(gone)
     pieces.append(text[at:].decode())
-    return Edit("".join(pieces), int(count - cut.sum()), bool((marks.kinds == KEPT).any()), broken, spans)
+    return Edit(
+        text="".join(pieces),
+        words_left=int(count - cut.sum()),
+        keeps=bool((marks.kinds == KEPT).any()),
+        broken=broken,
+        spans=spans,
+    )
 
 
 def close(piece: str, after: str, *, opens: bool, ends: bool) -> str:

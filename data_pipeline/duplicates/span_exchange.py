@@ -54,7 +54,7 @@ class Exchange:
         """
         room = max(1, memory_mb * 1_000_000 // context.workers // MATCHING_BYTES)
         parts = max(min(context.workers, len(entries)), -(-sum(entries) // room))
-        exchange = cls(scratch, name, len(entries), parts)
+        exchange = cls(scratch=scratch, name=name, shards=len(entries), parts=parts)
         context.map(
             Matching(exchange, solve), range(parts), names=[f"match {name} {part}" for part in range(parts)]
         )

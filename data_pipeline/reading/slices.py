@@ -57,7 +57,7 @@ def survey(item: tuple[Listed, int, Path]) -> list[Slice]:
     listed, count, marker = item
     kept = once(marker, partial(look_through, listed, count))
     stamp = (kept["stamp"][0], kept["stamp"][1])
-    return [Slice(index, count, row, stamp) for index, row in enumerate(kept["rows"])]
+    return [Slice(index=index, count=count, row=row, stamp=stamp) for index, row in enumerate(kept["rows"])]
 
 
 def look_through(listed: Listed, count: int) -> dict[str, Any]:

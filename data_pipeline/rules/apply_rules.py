@@ -53,7 +53,13 @@ def measured(batch: pa.RecordBatch, form: Form | None, short: int) -> Cleaned:
     """A batch with its texts normalised and counted (see `measure`), before any rule."""
     texts = normalise_column(batch.column("text"), form)
     stats = measure(texts, short)
-    return Cleaned(texts, batch.column("meta"), Verdicts(len(texts)), stats, values=values_of(stats))
+    return Cleaned(
+        texts=texts,
+        metas=batch.column("meta"),
+        verdicts=Verdicts(len(texts)),
+        stats=stats,
+        values=values_of(stats),
+    )
 
 
 def apply_language(rules: LanguageRules, cleaned: Cleaned) -> None:

@@ -33,7 +33,10 @@ def run(
     from flows.servers import PrefectServer
     from flows.terminal import Terminal, fail
 
-    selection, loaded = Selection(start, stop, only, force), load_recipe(recipe, set_ or ())
+    selection, loaded = (
+        Selection(start=start, stop=stop, only=only, force=force),
+        load_recipe(recipe, set_ or ()),
+    )
     writable(home)
     end_like_ctrl_c()
     save_when_asked()

@@ -65,7 +65,16 @@ def deploy(
     from flows.terminal import Terminal
 
     loaded = load_recipe(recipe, set_ or ())
-    options = Options(cron, timezone, pool, gpu_pool, collision, set_, tuple(param or ()), replace)
+    options = Options(
+        cron=cron,
+        timezone=timezone,
+        pool=pool,
+        gpu_pool=gpu_pool,
+        collision=collision,
+        settings=set_,
+        parameters=tuple(param or ()),
+        replace=replace,
+    )
     server = deployments_of(api, names_of(loaded))
     written = write_deployments(file, recipe=loaded, path=recipe, home=home, options=options, server=server)
     terminal = Terminal()

@@ -47,7 +47,12 @@ def up(
     follow_home(home)
     terminal = Terminal()
     wanted = Wanted(
-        host, prefect_port, mlflow_port, tuple(pool or (POOL,)), postgres, allow_hosts=tuple(allow_host or ())
+        host=host,
+        prefect_port=prefect_port,
+        mlflow_port=mlflow_port,
+        pools=tuple(pool or (POOL,)),
+        postgres=postgres,
+        allow_hosts=tuple(allow_host or ()),
     )
     services = Up(home, wanted, terminal.note).start()
     show_servers(terminal.console, described(services), services.database)

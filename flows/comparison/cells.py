@@ -36,7 +36,13 @@ def sections(comparison: Comparison) -> list[Section]:
     labels = [one.label for one in comparison.subjects]
     settings = [[row.stage, row.name, *map(setting, row.values)] for row in comparison.settings]
     found = [
-        Section("Settings that differ", ["stage", "setting", *labels], settings, "none: all are the same", 2)
+        Section(
+            heading="Settings that differ",
+            header=["stage", "setting", *labels],
+            rows=settings,
+            empty="none: all are the same",
+            fixed=2,
+        )
     ]
     for heading, rows, empty in (
         ("Figures", comparison.metrics, ""),
@@ -48,7 +54,9 @@ def sections(comparison: Comparison) -> list[Section]:
         ("On the way", curve_rows(comparison.curves), ""),
     ):
         lines = [[row.stage, row.name.replace("_", " "), *figures(row)] for row in rows]
-        found.append(Section(heading, ["stage", "figure", *labels], lines, empty, 2))
+        found.append(
+            Section(heading=heading, header=["stage", "figure", *labels], rows=lines, empty=empty, fixed=2)
+        )
     return [*found, *claims(comparison)]
 
 
@@ -59,14 +67,26 @@ def claims(comparison: Comparison) -> list[Section]:
     found = []
     if len(verdict.models) > 1:
         rows = [claim_cells(claim) for claim in verdict.models]
-        found.append(Section("Models, by held-out documents", head, rows, "", len(head)))
+        found.append(
+            Section(
+                heading="Models, by held-out documents", header=head, rows=rows, empty="", fixed=len(head)
+            )
+        )
     if any(len(group.models) > 1 for group in verdict.groups):
         rows = [group_cells(group) for group in verdict.groups]
         header = ["recipe", "runs", "seeds", "mean bits per byte", "standard deviation"]
-        found.append(Section("Recipes", header, rows, "", len(header)))
+        found.append(Section(heading="Recipes", header=header, rows=rows, empty="", fixed=len(header)))
     if len(verdict.recipes) > 1:
         rows = [claim_cells(claim) for claim in verdict.recipes]
-        found.append(Section("Recipes against each other, over seeds", head, rows, "", len(head)))
+        found.append(
+            Section(
+                heading="Recipes against each other, over seeds",
+                header=head,
+                rows=rows,
+                empty="",
+                fixed=len(head),
+            )
+        )
     return found
 
 
@@ -128,7 +148,7 @@ def runs_table(comparison: Comparison) -> Section:
         run = one.run.run_id[:8] if one.run else ABSENT
         rows.append([one.label, one.name, recipe, run, one.artifacts["evaluate"].fingerprint])
     header = ["", "run", "recipe", "MLflow", "evaluate"]
-    return Section("Runs", header, rows, "", len(header))
+    return Section(heading="Runs", header=header, rows=rows, empty="", fixed=len(header))
 
 
 def split(section: Section, most: int) -> Sequence[Section]:
@@ -141,5 +161,9 @@ def split(section: Section, most: int) -> Sequence[Section]:
         header, *rows = (
             line[: section.fixed] + line[start : start + most] for line in (section.header, *section.rows)
         )
-        parts.append(Section(section.heading, header, rows, section.empty, section.fixed))
+        parts.append(
+            Section(
+                heading=section.heading, header=header, rows=rows, empty=section.empty, fixed=section.fixed
+            )
+        )
     return parts

@@ -49,12 +49,12 @@ class Comparison:
 def compare(subjects: Sequence[Subject]) -> Comparison:
     """Put runs side by side."""
     return Comparison(
-        subjects,
-        setting_rows(subjects),
-        metric_rows(subjects),
-        data_rows(subjects),
-        [read_curves(one.artifacts["pretrain"]) for one in subjects],
-        judge(subjects),
+        subjects=subjects,
+        settings=setting_rows(subjects),
+        metrics=metric_rows(subjects),
+        data=data_rows(subjects),
+        curves=[read_curves(one.artifacts["pretrain"]) for one in subjects],
+        verdict=judge(subjects),
     )
 
 

@@ -60,9 +60,14 @@ def read_curves(training: Artifact) -> Curves:
     clock = clock_of(training.path / EVENTS)
     at = checks["step"].to_numpy()
     held_out = Curve(
-        at, np.interp(at, steps, tokens), seconds_at(at, clock), checks["bits_per_byte"].to_numpy()
+        steps=at,
+        tokens=np.interp(at, steps, tokens),
+        seconds=seconds_at(at, clock),
+        values=checks["bits_per_byte"].to_numpy(),
     )
-    whole = Curve(steps, tokens, seconds_at(steps, clock), losses["loss"].to_numpy())
+    whole = Curve(
+        steps=steps, tokens=tokens, seconds=seconds_at(steps, clock), values=losses["loss"].to_numpy()
+    )
     return Curves(thinned(whole), held_out)
 
 
@@ -106,4 +111,6 @@ def thinned(curve: Curve) -> Curve:
     groups = np.array_split(np.arange(len(curve.steps)), MOST_POINTS)
     last = [group[-1] for group in groups]
     means = np.array([curve.values[group].mean() for group in groups])
-    return Curve(curve.steps[last], curve.tokens[last], curve.seconds[last], means)
+    return Curve(
+        steps=curve.steps[last], tokens=curve.tokens[last], seconds=curve.seconds[last], values=means
+    )

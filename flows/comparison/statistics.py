@@ -76,7 +76,13 @@ def paired_bootstrap(
 def estimate(difference: float, reach: float, error: float, p_value: float, degrees: float) -> Estimate:
     """From the interval's half, the standard error and its degrees of freedom."""
     smallest = reach + float(stats.t.ppf(POWER, degrees)) * error
-    return Estimate(difference, difference - reach, difference + reach, p_value, smallest)
+    return Estimate(
+        difference=difference,
+        low=difference - reach,
+        high=difference + reach,
+        p_value=p_value,
+        smallest=smallest,
+    )
 
 
 def columns(more_bits_PD: Floats, bytes_D: Floats) -> Floats:

@@ -68,7 +68,12 @@ class Finder:
         if "evaluate" not in run.fingerprints:
             raise UserError(f"run “{run.name}” ({run.run_id}) evaluated no model: it did not come so far")
         evaluation = self._sealed("evaluate", run.fingerprints["evaluate"], f"run “{run.name}”")
-        return Subject(name, run.name, self._line(evaluation, run.fingerprints.get("export")), run)
+        return Subject(
+            label=name,
+            name=run.name,
+            artifacts=self._line(evaluation, run.fingerprints.get("export")),
+            run=run,
+        )
 
     def of_export(self, fingerprint: str, name: str, called: str) -> Subject:
         """An exported model."""
@@ -85,7 +90,7 @@ class Finder:
             run = self._runs.of_key(key) if self._runs else None
         except NotAsked as error:
             self.why_not = str(error)
-        return Subject(name, called, self._line(evaluation, None), run)
+        return Subject(label=name, name=called, artifacts=self._line(evaluation, None), run=run)
 
     def _find(self, text: str, name: str) -> Subject:
         if text.startswith("models:/"):

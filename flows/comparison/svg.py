@@ -46,8 +46,8 @@ class Scale:
 def plot(lines: Sequence[Line], x_name: str, y_name: str) -> str:
     """An ``<svg>`` element with a line for each of ``lines`` and named axes."""
     xs, ys = [x for line in lines for x in line.x], [y for line in lines for y in line.y]
-    across = Scale(min(xs), max(xs), LEFT, WIDTH - RIGHT)
-    up = Scale(min(ys), max(ys), HEIGHT - BOTTOM, TOP)
+    across = Scale(low=min(xs), high=max(xs), start=LEFT, end=WIDTH - RIGHT)
+    up = Scale(low=min(ys), high=max(ys), start=HEIGHT - BOTTOM, end=TOP)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(y_name)} over {escape(x_name)}">'
     ]

@@ -166,7 +166,14 @@ def judge(subjects: Sequence[Subject]) -> Verdict:
     models = model_claims(subjects, scores, groups)
     recipes = recipe_claims(scores, groups)
     unknown = any(claim.outcome == UNKNOWN for claim in recipes)
-    return Verdict("", scores, groups, models, recipes, advice(subjects) if unknown else "")
+    return Verdict(
+        refused="",
+        scores=scores,
+        groups=groups,
+        models=models,
+        recipes=recipes,
+        advice=advice(subjects) if unknown else "",
+    )
 
 
 def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
@@ -180,11 +187,11 @@ def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
         models = list({subjects[place].model: place for place in reversed(places)}.values())[::-1]
         groups.append(
             Group(
-                str(number),
-                {f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
-                [subjects[place].label for place in places],
-                models,
-                [figures[place] for place in models],
+                label=str(number),
+                settings={f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
+                runs=[subjects[place].label for place in places],
+                models=models,
+                figures=[figures[place] for place in models],
             )
         )
     return groups
@@ -205,7 +212,13 @@ def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[G
         p = next(adjusted)
         together = any({first.label, other.label} <= set(group.runs) for group in groups)
         claims.append(
-            Claim(first.label, other.label, SEEDS if together else outcome(estimate, p), estimate, p)
+            Claim(
+                first=first.label,
+                second=other.label,
+                outcome=SEEDS if together else outcome(estimate, p),
+                estimate=estimate,
+                adjusted=p,
+            )
         )
     return claims
 
@@ -221,7 +234,15 @@ def recipe_claims(scores: Scores, groups: Sequence[Group]) -> list[Claim]:
             claims.append(Claim(first.name, second.name, UNKNOWN))
             continue
         p = next(adjusted)
-        claims.append(Claim(first.name, second.name, outcome(estimate, p), estimate, p))
+        claims.append(
+            Claim(
+                first=first.name,
+                second=second.name,
+                outcome=outcome(estimate, p),
+                estimate=estimate,
+                adjusted=p,
+            )
+        )
     return claims
 
 

@@ -164,13 +164,15 @@ class DocumentTrace:
             config, context = training.config, training.config.model.context
             if place.split == "val":
                 checked = max(1, config.validation.tokens // context) * context + 1
-                self.readings.append(Reading(node, training, [], place.start < checked))
+                self.readings.append(
+                    Reading(node=node, training=training, reads=[], validated=place.start < checked)
+                )
                 continue
             name = self.id.partition("/")[0] if config.mix else None
             start = start_in_source(source.path, place, self.id) if name else place.start
             windows = {one["source"]: one["windows"] for one in json.loads(read_sources(node.path))}
             reads = training.reads(start, start + place.tokens, windows.get(name, 0), name)
-            self.readings.append(Reading(node, training, reads, False))
+            self.readings.append(Reading(node=node, training=training, reads=reads, validated=False))
 
     def _in_evaluation(self, node: Node) -> None:
         row = find_row(

@@ -76,7 +76,7 @@ class Graph:
             start = artifact.manifest["config"].get("init_sha256")
             inputs += self._exports.get(start, []) if start else []
             key = (artifact.stage, artifact.fingerprint)
-            yield Node(key, artifact.path, artifact, tuple(inputs))
+            yield Node(key=key, path=artifact.path, artifact=artifact, inputs=tuple(inputs))
 
     def _read_unfinished(self, paths: Iterable[Path]) -> Iterator[Node]:
         by_payload: dict[tuple[str, str], list[Key]] = {}
@@ -90,7 +90,7 @@ class Graph:
                 origin = read_json(path / ORIGIN).get("inputs", {})
                 inputs = [one for payload in origin.items() for one in by_payload.get(payload, [])]
                 inputs += self._start_of(path)
-                yield Node(key, path, None, tuple(inputs))
+                yield Node(key=key, path=path, artifact=None, inputs=tuple(inputs))
 
     def _start_of(self, path: Path) -> list[Key]:
         """The exported model that an unfinished training began from, if it lies in this store."""

@@ -125,7 +125,12 @@ class Records:
                     how = run.data.tags.get(f"llmill.{stage}.how", "read" if "digest" in condition else "ran")
                     info = run.info
                     seen = SeenRun(
-                        info.run_id, info.run_name, info.status, how, info.start_time, info.end_time
+                        run_id=info.run_id,
+                        name=info.run_name,
+                        status=info.status,
+                        how=how,
+                        started=info.start_time,
+                        ended=info.end_time,
                     )
                     found.setdefault(info.run_id, seen)
         return sorted(found.values(), key=lambda run: (run.started, run.run_id))
@@ -165,11 +170,11 @@ class Records:
             found = self._paged(lambda token: self._client.search_model_versions(page_token=token))
             versions = [
                 ModelVersion(
-                    one.name,
-                    str(one.version),
-                    one.tags.get(FINGERPRINT) or self._exported_by(one.run_id),
-                    tuple(sorted(aliases.get((one.name, str(one.version)), []))),
-                    WEIGHTS in one.tags,
+                    name=one.name,
+                    version=str(one.version),
+                    fingerprint=one.tags.get(FINGERPRINT) or self._exported_by(one.run_id),
+                    aliases=tuple(sorted(aliases.get((one.name, str(one.version)), []))),
+                    ours=WEIGHTS in one.tags,
                 )
                 for one in found
             ]

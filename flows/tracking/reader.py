@@ -67,10 +67,10 @@ class PipelineRuns(Records):
     def _pipeline(self, run: Run) -> PipelineRun:
         info, tags = run.info, run.data.tags
         return PipelineRun(
-            info.run_id,
-            info.run_name,
-            tags.get("llmill.recipe", ""),
-            info.start_time,
-            dict(artifacts_of(tags)),
-            run_url(self.uri, info.experiment_id, info.run_id),
+            run_id=info.run_id,
+            name=info.run_name,
+            recipe=tags.get("llmill.recipe", ""),
+            started=info.start_time,
+            fingerprints=dict(artifacts_of(tags)),
+            url=run_url(self.uri, info.experiment_id, info.run_id),
         )

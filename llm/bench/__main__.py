@@ -99,12 +99,25 @@ def trainers(shape: Shape, settings: dict[str, Any]) -> list[Contestant]:
     plain = ours("llmill, matrix products as torch takes them", shape, settings, matmul="torch")
     muon = {**settings, "optimizer": {"kind": "muon"}}
     return [
-        Contestant("llmill", "llmill", shape, settings),
+        Contestant(name="llmill", kind="llmill", shape=shape, settings=settings),
         *([] if torch.cuda.is_available() else [plain]),
-        Contestant("llmill's model and optimizer in a bare loop", "plain", shape, settings),
-        Contestant("transformers, plain loop", "transformers", shape, settings, allocator=False),
-        Contestant("transformers, plain loop, our allocator settings", "transformers", shape, settings),
-        Contestant("llmill with Muon", "llmill", shape, muon),
+        Contestant(
+            name="llmill's model and optimizer in a bare loop", kind="plain", shape=shape, settings=settings
+        ),
+        Contestant(
+            name="transformers, plain loop",
+            kind="transformers",
+            shape=shape,
+            settings=settings,
+            allocator=False,
+        ),
+        Contestant(
+            name="transformers, plain loop, our allocator settings",
+            kind="transformers",
+            shape=shape,
+            settings=settings,
+        ),
+        Contestant(name="llmill with Muon", kind="llmill", shape=shape, settings=muon),
     ]
 
 
@@ -129,7 +142,13 @@ def zero_stages(
 def ours(name: str, shape: Shape, settings: dict[str, Any], **runtime: Any) -> Contestant:
     """Our trainer with some more of ``pretrain.runtime``."""
     runtime = {**settings.get("runtime", {}), **runtime}
-    return Contestant(name, "llmill", shape, {**settings, "runtime": runtime}, ranks=runtime.get("ranks", 1))
+    return Contestant(
+        name=name,
+        kind="llmill",
+        shape=shape,
+        settings={**settings, "runtime": runtime},
+        ranks=runtime.get("ranks", 1),
+    )
 
 
 def attention_back_ends(shape: Shape, precision: str, contexts: Sequence[int]) -> list[AttentionTimes]:
@@ -137,10 +156,10 @@ def attention_back_ends(shape: Shape, precision: str, contexts: Sequence[int]) -
     return [
         AttentionTimes(
             Contestant(
-                name,
-                "attention",
-                shape,
-                {"precision": precision, "attention": name, "contexts": list(contexts)},
+                name=name,
+                kind="attention",
+                shape=shape,
+                settings={"precision": precision, "attention": name, "contexts": list(contexts)},
             ),
             failed=missing(name, device_kind(), precision, shape.model.head_width),
         )

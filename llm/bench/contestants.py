@@ -51,15 +51,22 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(2, 64, 2, 64, 512, 8, True),
-    "7M": Shape(4, 256, 4, 256, 16_384, 16, True),
-    "124M": Shape(12, 768, 12, 1024, 32_768, 64),
-    "350M": Shape(24, 1024, 16, 2048, 32_768, 32),
-    "1B": Shape(16, 2048, 16, 2048, 32_768, 32),
+    "tiny": Shape(
+        layers=2, width=64, heads=2, context=64, vocab_size=512, batch_windows=8, tie_embeddings=True
+    ),
+    "7M": Shape(
+        layers=4, width=256, heads=4, context=256, vocab_size=16_384, batch_windows=16, tie_embeddings=True
+    ),
+    "124M": Shape(layers=12, width=768, heads=12, context=1024, vocab_size=32_768, batch_windows=64),
+    "350M": Shape(layers=24, width=1024, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
+    "1B": Shape(layers=16, width=2048, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
 }
 """By name: about so many parameters. 7M is for CPUs, the larger ones for a GPU each, tiny for tests."""
 
-ATTENTION = {"cpu": Shape(1, 256, 4, 1024, 64, 2), "cuda": Shape(1, 2048, 16, 8192, 64, 2)}
+ATTENTION = {
+    "cpu": Shape(layers=1, width=256, heads=4, context=1024, vocab_size=64, batch_windows=2),
+    "cuda": Shape(layers=1, width=2048, heads=16, context=8192, vocab_size=64, batch_windows=2),
+}
 """Of which heads, their width and the tokens of a batch are those of the race between attention back ends."""
 
 

@@ -34,6 +34,13 @@ def test_a_receiver_that_cannot_be_told_is_warned_of_without_its_address(monkeyp
 
 
 def test_the_text_for_people_holds_what_failed_its_log_and_the_command_that_resumes():
-    notice = Notice("small", "failed", "clean failed", "clean", "line 1\nline 2", "llmill run small.yaml")
+    notice = Notice(
+        recipe="small",
+        state="failed",
+        summary="clean failed",
+        stage="clean",
+        log="line 1\nline 2",
+        resume="llmill run small.yaml",
+    )
     assert notice.subject == "llmill: small failed"
     assert notice.text == "clean failed\n```\nline 1\nline 2\n```\nresume with: llmill run small.yaml"

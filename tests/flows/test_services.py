@@ -116,7 +116,7 @@ def test_a_damaged_note_is_an_error_that_names_it(tmp_path, text):
 
 
 def test_what_is_noted_is_read_back(tmp_path):
-    services = Services("SQLite", {PREFECT: Running(1, time.time(), "http://x", "log")})
+    services = Services("SQLite", {PREFECT: Running(pid=1, created=time.time(), url="http://x", log="log")})
     write(tmp_path, services)
     assert asdict(read_services(tmp_path)) == asdict(services)
 

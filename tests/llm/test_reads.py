@@ -125,7 +125,14 @@ def test_every_document_is_found_in_its_token_shard_and_others_are_not(shards: d
             for row, name in enumerate(batch.ids):
                 place = find_tokens(LAYOUT, folder, name)
                 length = int(batch.offsets[row + 1] - batch.offsets[row])
-                assert place == TokenPlace(split, place.shard, place.row_group, row, length, start), name
+                assert place == TokenPlace(
+                    split=split,
+                    shard=place.shard,
+                    row_group=place.row_group,
+                    row=row,
+                    tokens=length,
+                    start=start,
+                ), name
                 start += length
     assert find_tokens(LAYOUT, folder, "stdlib/nowhere.py") is None
 

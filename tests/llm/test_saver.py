@@ -77,7 +77,13 @@ def test_the_loop_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         slow(path)
 
     monkeypatch.setattr(checkpoint, "sync", sync)
-    one = Saver(tmp_path, rank=0, setup=Setup(1, 0, 4, "fp32", "cpu"), kept={"keep": 2}, patience=20)
+    one = Saver(
+        tmp_path,
+        rank=0,
+        setup=Setup(ranks=1, zero_stage=0, micro_batch=4, precision="fp32", device="cpu"),
+        kept={"keep": 2},
+        patience=20,
+    )
     checkpoint.begin(tmp_path, 5)
     since = time.perf_counter()
     one.start(5, part(0), {}, since=since)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol, Self, TypeVar, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Protocol, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
@@ -93,14 +93,16 @@ def leaf_types(annotation: Any) -> frozenset[Any]:
 class Runtime(Config):
     """How a stage is executed: no part of an artifact's identity.
 
-    Nothing in here changes what a stage writes, but for the last bits of floating point in training, where the
-    number of ranks and the micro-batch decide the order of sums.
+    Nothing in here changes what a stage writes, but for training: how often it measures itself on the way is here too,
+    and the number of ranks and the micro-batch decide the order of sums, and so the last bits of floating point.
     """
 
 
 class StageConfig(Config):
     """Base of the stages' configs. Every field but ``runtime`` is part of the artifact's identity."""
 
+    moved: ClassVar[Mapping[str, str]] = {}
+    """Settings that stood elsewhere before, and where they are now."""
     runtime: Runtime = Runtime()
 
     def resolve(self) -> Self:
@@ -119,6 +121,18 @@ class StageConfig(Config):
     def left_out(self) -> Metrics | None:
         """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: it can't tell."""
         return None
+
+    def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
+        """Refuse, when planned, inputs that this stage can't be built from. Call it on a resolved config.
+
+        Args:
+            configs: of the stages that are its inputs.
+            made: the folders of those that are sealed.
+
+        Raises:
+            UserError: their configs, or what they made, rule it out.
+        """
+        return
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.

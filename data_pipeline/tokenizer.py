@@ -7,6 +7,7 @@ costs no more for a long word than for a short one, and cuts none.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -375,6 +376,35 @@ def token_bytes(folder: Path) -> NDArray[np.int32]:
         lengths[id] = len(token)
     lengths[list(tokenizer.get_added_tokens_decoder())] = 0
     return lengths
+
+
+def special_tokens(folder: Path) -> list[str]:
+    """The special tokens of a tokenizer, in the order of their ids.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    added = load_tokenizer(folder).get_added_tokens_decoder()
+    return [token.content for _, token in sorted(added.items()) if token.special]
+
+
+def behaviour_sha256(folder: Path) -> str:
+    """Hash of what a tokenizer does: into which ids it cuts a text, and which tokens are special.
+
+    Not of its file's bytes: `transformers` writes the same tokenizer in other ways. How it pads, truncates and decodes,
+    and what it puts around a text, is left out: here each is done by who uses it.
+
+    Raises:
+        UserError: there is none, or it can't be read.
+    """
+    described = json.loads(load_tokenizer(folder).to_str())
+    added = [
+        [token["id"], token["content"], token["special"]] if token["special"] else token
+        for token in sorted(described["added_tokens"], key=lambda token: token["id"])
+    ]
+    does = {name: described[name] for name in ("normalizer", "pre_tokenizer", "model")}
+    text = json.dumps({**does, "added_tokens": added}, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sha256(folder: Path) -> str:

@@ -101,12 +101,23 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
         if not selection.includes(stage.name):
             break
         step = plan_stage(stage, getattr(recipe, stage.name), steps, store, selection)
+        if step.action != "reuse" and step.config:
+            check_inputs(step, steps)
         if step.action != "reuse" and not selection.may_run(stage.name):
             option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
             lacks = "can't be looked up" if step.action == "unknown" else "is not sealed"
             raise UserError(f"{option} needs {stage.name}, which {lacks}: {'; '.join(step.why)}")
         steps[stage.name] = with_prediction(step, steps, recipe.runtime.worker_count)
     return list(steps.values())
+
+
+def check_inputs(step: Step, steps: Mapping[str, Step]) -> None:
+    """Have a step's config look at what is known of its inputs, before anything runs."""
+    assert step.config
+    inputs = [steps[name] for name in step.stage.inputs]
+    configs = {one.stage.name: one.config for one in inputs if one.config}
+    made = {one.stage.name: one.artifact.path for one in inputs if one.action == "reuse" and one.artifact}
+    step.config.check_inputs(configs, made)
 
 
 def plan_and_hold(recipe: Recipe, store: Store, selection: Selection, uses: Uses) -> list[Step]:

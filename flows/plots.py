@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from flows.comparison.curves import tokens_at
 from flows.store import Artifact
 
 
@@ -19,12 +20,12 @@ def plots(artifact: Artifact) -> dict[str, Figure]:
 
 def loss_curve(artifact: Artifact) -> dict[str, Figure]:
     """Training and held-out loss over tokens."""
-    losses = pq.read_table(artifact.path / "losses.parquet").to_pydict()
-    checks = pq.read_table(artifact.path / "validation.parquet").to_pydict()
-    tokens_at = dict(zip(losses["step"], losses["tokens"], strict=True))
+    losses = pq.read_table(artifact.path / "losses.parquet")
+    checks = pq.read_table(artifact.path / "validation.parquet")
     figure, axes = sheet("tokens", "loss (nats a token)")
     axes.plot(losses["tokens"], losses["loss"], linewidth=1, label="training")
-    axes.plot([tokens_at[step] for step in checks["step"]], checks["loss"], marker="o", label="held out")
+    at = tokens_at(artifact, checks["step"].to_numpy())
+    axes.plot(at, checks["loss"], marker="o", label="held out")
     axes.legend()
     return {"loss.png": figure}
 

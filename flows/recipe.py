@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from data_pipeline.context import Config, Runtime, StageConfig, UserError, cores
 from data_pipeline.reading.sources import KINDS
-from flows.stages import STAGES
+from flows.stages import BY_NAME, STAGES
 
 DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
@@ -210,12 +210,13 @@ def describe_mistakes(
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in mistakes):
             continue  # a list that lacks its only item because that item is wrong
         key = ".".join(str(part) for part in location)
-        named = [text for text in overrides if f"{key}.".startswith(text.partition("=")[0] + ".")]
+        within = mistake["type"] == "extra_forbidden"
+        named = [text for text in overrides if is_of(text.partition("=")[0], key, within)]
         where = f"--set {named[-1]}" if named else f"{path}:{line_of(node, location)}"
         message = mistake["msg"].removeprefix("Value error, ")
         given = mistake.get("input")
         if mistake["type"] == "extra_forbidden":
-            message = "no such key" + suggestion(location)
+            message = "no such key" + (moved(key) or suggestion(location))
         elif mistake["type"] not in ("missing", "value_error") and isinstance(
             given, str | int | float | bool | None
         ):
@@ -244,6 +245,18 @@ def as_written(location: Sequence[str | int], values: Any) -> tuple[str | int, .
 def is_kind(part: str | int) -> bool:
     """Whether this is the tag of a kind of source, which pydantic names after its position in the list."""
     return part in KINDS
+
+
+def is_of(setting: str, key: str, within: bool) -> bool:
+    """Whether an override's ``setting`` is a ``key`` that was refused, holds it, or, where ``within``, lies in it."""
+    return f"{key}.".startswith(f"{setting}.") or (within and setting.startswith(f"{key}."))
+
+
+def moved(key: str) -> str:
+    """``; it is pretrain.runtime.validation now``; nothing where a key never existed."""
+    stage, _, name = key.partition(".")
+    places = BY_NAME[stage].config.moved if stage in BY_NAME else {}
+    return f"; it is {stage}.{places[name]} now" if name in places else ""
 
 
 def suggestion(location: Sequence[str | int]) -> str:

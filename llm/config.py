@@ -4,19 +4,20 @@ a plan needs neither, but where a setting names kernels or a folder that must be
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data_pipeline.context import Config, Runtime, StageConfig, UserError
+from data_pipeline.tokenizer import TokenizerConfig
 from llm import presets
 from llm.hardware import device_kind, hardware_precision, require_ranks
 from llm.mixture import Mixture
 from llm.recovery import Recovery
 from llm.schedule import BatchPlan, Schedule, batch_plan
-from llm.shape import ModelShape
+from llm.shape import ModelConfig, ModelShape
 from llm.slurm import SlurmJob
 
 BackEnd = Literal["formula", "blocks", "sdpa", "flash", "flash2", "flash3", "flash4"]
@@ -45,6 +46,23 @@ class OptimizerConfig(Config):
     """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
 
 
+MOVED = {
+    "validation": "runtime.validation",
+    "recovery.max_nonfinite": "runtime.max_nonfinite",
+    "recovery.max_rollbacks": "runtime.max_rollbacks",
+}
+"""Settings that were identity until they were found to move no bit of the weights, and where they are now."""
+
+
+class Validation(Config):
+    """The check on held-out text while training."""
+
+    every: int = Field(default=250, ge=1)
+    """Steps between checks; there is always one after the last step."""
+    tokens: int = Field(default=65_536, ge=1)
+    """At most this many held-out tokens, the same ones each time."""
+
+
 class PretrainRuntime(Runtime):
     """How training is executed."""
 
@@ -68,6 +86,11 @@ class PretrainRuntime(Runtime):
     """Windows a rank works on at once; the rest of its share is accumulated."""
     log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
+    validation: Validation = Validation()
+    max_nonfinite: int = Field(default=5, ge=0)
+    """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""
+    max_rollbacks: int = Field(default=3, ge=1)
+    """Times that a run goes back because of a spike (`recovery.spike_z`); one more spike ends it."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -123,18 +146,10 @@ class PretrainRuntime(Runtime):
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
-class Validation(Config):
-    """The check on held-out text while training."""
-
-    every: int = Field(default=250, ge=1)
-    """Steps between checks; there is always one after the last step."""
-    tokens: int = Field(default=65_536, ge=1)
-    """At most this many held-out tokens, the same ones each time."""
-
-
 class PretrainConfig(StageConfig):
     """What is trained, on how much, and how."""
 
+    moved: ClassVar[Mapping[str, str]] = MOVED
     depth: int | None = Field(default=None, ge=1)
     """One dial for what follows and is not set: see `llm.presets`. Its consequences are identity, it is not."""
     model: ModelShape = ModelShape()
@@ -165,7 +180,6 @@ class PretrainConfig(StageConfig):
     seed: int = Field(default=0, ge=0)
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    validation: Validation = Validation()
     recovery: Recovery = Recovery()
     runtime: PretrainRuntime = PretrainRuntime()
 
@@ -280,14 +294,37 @@ class PretrainConfig(StageConfig):
         return pinned
 
     def identity(self) -> dict[str, Any]:
-        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, and without `depth`,
-        from which nothing follows any more."""
+        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, without `depth`, from
+        which nothing follows any more, and without what does not count beside other settings."""
         identity = super().identity()
         del identity["depth"]
+        for part, name in self.idle():
+            del identity[part][name]
         if identity.pop("init_from") is not None:
             assert self._init_sha256 is not None, "resolve() the config first"
             identity["init_sha256"] = self._init_sha256
         return identity
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Settings (part and name) that move no bit of the weights as the others are."""
+        if self.schedule.kind == "cosine":
+            yield from (("schedule", name) for name in ("decay_share", "decay_shape"))
+        if self.schedule.warmup_steps is not None:
+            yield "schedule", "warmup_share"
+        if self.optimizer.kind == "adamw":
+            yield from (("optimizer", name) for name in ("muon_lr", "momentum", "cautious_decay"))
+        if self.recovery.spike_z is None:
+            yield from (("recovery", name) for name in ("spike_window", "rollback_every"))
+
+    def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
+        """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known."""
+        tokenizer = configs.get("train_tokenizer")
+        if self.init_from is None or not isinstance(tokenizer, TokenizerConfig):
+            return
+        from llm.layouts import require_start
+
+        model = ModelConfig(**self.model.model_dump(), vocab_size=tokenizer.vocab_size)
+        require_start(model, self.init_from, tokenizer.special_tokens, made.get("train_tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """What follows from `depth`."""
@@ -360,6 +397,25 @@ class PretrainConfig(StageConfig):
     def tokens_after(self, done: int) -> int:
         """Tokens that the first ``done`` steps read."""
         return self.plan.windows_before(done) * self.model.context
+
+
+def read_sealed(identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> PretrainConfig:
+    """The config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
+
+    Raises:
+        ValidationError: it is of another version of llmill.
+    """
+    config = {**identity, "runtime": {**runtime}}
+    config.pop("init_sha256", None)
+    for before, now in MOVED.items():
+        *within, name = before.split(".")
+        holder = config
+        for part in within:
+            holder[part] = {**holder.get(part, {})}
+            holder = holder[part]
+        if name in holder:
+            config["runtime"][now.removeprefix("runtime.")] = holder.pop(name)
+    return PretrainConfig.model_validate(config)
 
 
 class EvaluateConfig(StageConfig):

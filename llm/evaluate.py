@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.context import Metrics, StageContext, atomic_path
+from data_pipeline.context import Metrics, StageContext, UserError, atomic_path
 from data_pipeline.token_shards import TokenShards, count_rows
 from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.bits import bits_per_byte
@@ -160,9 +160,17 @@ def window_losses(
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte over some documents."""
+    """Loss (nats a token), perplexity and bits per byte over some documents.
+
+    Raises:
+        UserError: they are no numbers.
+    """
     tokens, size = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
     loss = math.fsum(row["nats"] for row in rows) / tokens
+    if not math.isfinite(loss):
+        raise UserError(
+            "the model's loss on held-out documents is not finite: its training diverged; lower pretrain.lr"
+        )
     return {
         "documents": float(len(rows)),
         "tokens": float(tokens),

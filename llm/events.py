@@ -5,6 +5,7 @@ never waits for a reader, and a start after a kill writes no step a second time.
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,20 @@ class EventLog:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time (seconds since 1970), unless the file tells of its step already."""
+        """Append one event with the time (seconds since 1970), unless the file tells of its step already.
+
+        Fields that are not finite are left out: JSON has no word for them.
+        """
         if event in ONCE and fields["step"] <= self.written[event]:
             return
-        self._note({"event": event, **fields})
-        self._file.write(json.dumps({"event": event, **fields, "time": round(time.time(), 3)}) + "\n")
+        finite = {
+            name: value
+            for name, value in fields.items()
+            if not isinstance(value, float) or math.isfinite(value)
+        }
+        self._note({"event": event, **finite})
+        written = {"event": event, **finite, "time": round(time.time(), 3)}
+        self._file.write(json.dumps(written, allow_nan=False) + "\n")
 
     def _note(self, event: dict[str, Any]) -> None:
         """Keep in mind up to which step the file tells."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.context import UserError
-from data_pipeline.tokenizer import sha256 as tokenizer_sha256
-from llm.checkpoint import sha256
+from data_pipeline.tokenizer import behaviour_sha256, special_tokens
 from llm.model import Transformer
 from llm.shape import ModelConfig, ModelShape
 
@@ -290,37 +289,68 @@ def load_weights(model: Transformer, folder: Path) -> None:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(missing)[:5])}")
 
 
-def content_sha256(folder: Path, checksum: Callable[[Path], str] = sha256) -> str:
-    """A hash of the config and the weights in a folder, wherever it lies. ``checksum`` gives the SHA-256 of a file.
+def content_sha256(folder: Path) -> str:
+    """A hash of what the model in a folder computes, wherever it lies and however its files are written.
 
     Raises:
-        UserError: it lacks them.
+        UserError: there is none, or none that our model computes.
     """
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{folder} holds no model: it has no config.json")
-    files = [folder / "config.json", *weight_files(folder)]
-    described = json.dumps([[path.name, checksum(path)] for path in files])
+    config = read_config(folder)
+    tensors = []
+    for name, weight in read_weights(folder, layout_of(config)):
+        if not (name == "lm_head.weight" and config.tie_embeddings):
+            content = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
+            tensors.append([name, str(weight.dtype), list(weight.shape), content])
+    described = json.dumps([arithmetic(config), sorted(tensors)], sort_keys=True, allow_nan=False)
     return hashlib.sha256(described.encode()).hexdigest()
 
 
-def require_start(model: ModelConfig, tokenizer: Path, folder: Path) -> None:
-    """Refuse to start a training of ``model`` on tokens of ``tokenizer`` (a folder) from the model in ``folder``.
+def files_sha256(folder: Path, checksum: Callable[[Path], str]) -> str:
+    """A hash of a model's files, by which older trainings name what they started from.
 
-    Another context is no obstacle where positions are rotary.
+    ``checksum`` gives the SHA-256 of a file.
+    """
+    files = [folder / "config.json", *weight_files(folder)]
+    described = json.dumps([[path.name, checksum(path)] for path in files], allow_nan=False)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def require_start(model: ModelConfig, folder: Path, specials: Sequence[str], tokenizer: Path | None) -> None:
+    """Refuse to start a training of ``model`` from the model in ``folder``, where that is another one.
+
+    Another context is no obstacle where positions are rotary. ``specials`` are the special tokens of this recipe's
+    tokenizer, in the order of their ids; ``tokenizer`` is its folder, None where it is not made yet.
 
     Raises:
         UserError: it has another shape, or another tokenizer, for which tokens mean other text.
     """
-    ours, theirs = arithmetic(model), arithmetic(read_config(folder))
-    if wrong := {name: value for name, value in theirs.items() if ours[name] != value}:
-        said = ", ".join(f"{name} {value} (not {ours[name]})" for name, value in wrong.items())
-        raise UserError(f"pretrain.init_from {folder} holds a model with {said}:\nset pretrain.model to that")
-    known = (folder / "tokenizer.json").is_file()
-    if not known or tokenizer_sha256(folder) != tokenizer_sha256(tokenizer):
+    theirs = read_config(folder)
+    if settings := settings_for(model, theirs):
         raise UserError(
-            f"pretrain.init_from {folder} was not made with this recipe's tokenizer (its tokenizer.json is missing or "
-            "another):\ntokens would stand for other text; start from a model of the same tokenizer"
+            f"pretrain.init_from {folder} holds a model of another shape than this recipe's:\nset {settings}"
         )
+    known = (folder / "tokenizer.json").is_file()
+    its_specials = special_tokens(folder)[: len(specials)] if known else []
+    if its_specials != list(specials) or (
+        tokenizer and behaviour_sha256(folder) != behaviour_sha256(tokenizer)
+    ):
+        reason = "cuts text otherwise, or has other special tokens" if known else "is missing"
+        raise UserError(
+            f"pretrain.init_from {folder} was not made with this recipe's tokenizer (its tokenizer.json {reason}): "
+            "tokens would stand for other text;\nstart from a model of the same data and tokenizer stages"
+        )
+
+
+def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
+    """What a recipe must set so that its model has the shape of another: ``pretrain.model.heads=4 (not 8), ...``."""
+    asked, given = theirs.model_dump(), ours.model_dump()
+    here, there = arithmetic(ours), arithmetic(theirs)
+    names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]
+    return ", ".join(
+        f"{'train_tokenizer' if name == 'vocab_size' else 'pretrain.model'}.{name}={json.dumps(asked[name])} "
+        f"(not {json.dumps(given[name])})"
+        for name in names
+    )
 
 
 def arithmetic(config: ModelConfig) -> dict[str, Any]:

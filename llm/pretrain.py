@@ -18,7 +18,7 @@ from data_pipeline.context import (
     atomic_path,
 )
 from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from data_pipeline.tokenizer import end_of_text, load_tokenizer, special_tokens
 from data_pipeline.tokenizer import sha256 as tokenizer_sha256
 from llm import batches, checkpoint, presets
 from llm.config import PretrainConfig
@@ -142,7 +142,8 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     )
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     if config.init_from is not None:
-        require_start(model, inputs["train_tokenizer"], config.init_from)
+        tokenizer = inputs["train_tokenizer"]
+        require_start(model, config.init_from, special_tokens(tokenizer), tokenizer)
     job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
     job = as_begun(job)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)

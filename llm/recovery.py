@@ -22,10 +22,8 @@ History = dict[str, list[dict[str, Any]]]
 
 
 class Recovery(Config):
-    """When steps are skipped, and when training goes back."""
+    """When training goes back. How often it may stands in `PretrainRuntime`: it decides no weight, only an end."""
 
-    max_nonfinite: int = Field(default=5, ge=0)
-    """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""
     spike_z: float | None = Field(default=None, gt=0)
     """Roll back when a loss is this many deviations above the median of the recent ones; 10 is a leap that no batch
     explains. Off by default: it costs a checkpoint every `rollback_every` steps, and what is a spike depends on
@@ -35,8 +33,6 @@ class Recovery(Config):
     rollback_every: int = Field(default=100, ge=1)
     """Steps between the checkpoints that a spike rolls back to. They are written besides those of
     `runtime.checkpoint_every`, which may change where a run is interrupted, but not what it trains."""
-    max_rollbacks: int = Field(default=3, ge=1)
-    """One more spike ends the run."""
 
 
 def robust_z(loss: float, recent: Sequence[float]) -> float:
@@ -50,8 +46,9 @@ def robust_z(loss: float, recent: Sequence[float]) -> float:
 class Watch:
     """Judges each step by the steps before it, all of which are in a training's history."""
 
-    def __init__(self, config: Recovery) -> None:
+    def __init__(self, config: Recovery, *, max_nonfinite: int, max_rollbacks: int) -> None:
         self.config = config
+        self.max_nonfinite, self.max_rollbacks = max_nonfinite, max_rollbacks
 
     def require_finite(self, history: History, done: int) -> None:
         """Count the steps that were skipped up to step ``done``.
@@ -63,10 +60,22 @@ class Watch:
         row = 0
         while done - row in skipped:
             row += 1
-        if row > self.config.max_nonfinite:
+        if row > self.max_nonfinite:
             raise UserError(
                 f"loss or gradient was not finite in {row} steps in a row, up to step {done}: training diverged; "
-                "lower pretrain.lr (recovery.max_nonfinite says how many may be skipped)"
+                "lower pretrain.lr (pretrain.runtime.max_nonfinite says how many may be skipped)"
+            )
+
+    def require_any(self, history: History, steps: int) -> None:
+        """Refuse to end a training that moved nothing.
+
+        Raises:
+            UserError: each of its ``steps`` was skipped.
+        """
+        if not history["step"]:
+            raise UserError(
+                f"loss or gradient was not finite in any of the {steps} steps: nothing was trained; "
+                "lower pretrain.lr, or look at pretrain.model"
             )
 
     def spike(self, history: History) -> float | None:
@@ -87,10 +96,10 @@ class Watch:
             UserError: it was rolled back too often.
         """
         before = [fact for fact in history["skipped"] if fact["reason"] == "spike"]
-        if len(before) >= self.config.max_rollbacks:
+        if len(before) >= self.max_rollbacks:
             raise UserError(
                 f"the loss spiked again in step {done}, after {len(before)} rollbacks: lower pretrain.lr, or look at "
-                "the data (recovery.max_rollbacks says how many there may be)"
+                "the data (pretrain.runtime.max_rollbacks says how many there may be)"
             )
         return (done - 1) // self.config.rollback_every * self.config.rollback_every
 

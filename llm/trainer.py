@@ -5,6 +5,7 @@ is random, so all the state there is lies in the checkpoint: after a kill the lo
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -18,7 +19,7 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 
-from data_pipeline.context import atomic_path, die_with, has_ended
+from data_pipeline.context import UserError, atomic_path, die_with, has_ended
 from data_pipeline.tokenizer import token_bytes
 from llm import checkpoint
 from llm.bits import bits_per_byte, text_sums
@@ -79,7 +80,11 @@ class Trainer:
             patience=self.config.runtime.collective_timeout_seconds,
         )
         self.history: History = {"step": [], "validation": [], "skipped": []}
-        self.watch = Watch(self.config.recovery)
+        self.watch = Watch(
+            self.config.recovery,
+            max_nonfinite=self.config.runtime.max_nonfinite,
+            max_rollbacks=self.config.runtime.max_rollbacks,
+        )
         self.requests = Requests()
         self.seconds_a_token: float | None = None
         rate = max(matmul_rates(self.engine.device, self.config.precision).values())
@@ -99,6 +104,7 @@ class Trainer:
             while done < self.config.steps:
                 done = self.advance(done)
         self.tell_saved(self.saver.wait())
+        self.watch.require_any(self.history, self.config.steps)
         self.write_results()
         self.tell("end", step=self.config.steps)
 
@@ -112,7 +118,7 @@ class Trainer:
         if z is not None:
             done, last = self.roll_back(done, z), False
         else:
-            if done % self.config.validation.every == 0 or last:
+            if done % self.config.runtime.validation.every == 0 or last:
                 self.validate(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.watch.saves_at(done)
             if not last and (due or asked.save or asked.stop):
@@ -158,13 +164,13 @@ class Trainer:
         return first + skipped_windows(self.history), count
 
     def validate(self, done: int) -> None:
-        """Loss and bits per byte on the same held-out windows each time.
+        """Loss and bits per byte on the same held-out windows each time; a warning where they are not finite.
 
         The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
         call the model equally often. Ranks that share windows count them once each, which no ratio of sums notices.
         """
         windows = np.arange(
-            max(1, min(len(self.held_out), self.config.validation.tokens // self.job.model.context))
+            max(1, min(len(self.held_out), self.config.runtime.validation.tokens // self.job.model.context))
         )
         size = self.config.micro_batch * self.data_ranks
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
@@ -175,9 +181,23 @@ class Trainer:
             weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
             sums += text_sums(nats, self.token_bytes[batch.targets_BT.to(nats.device)], weight)
         nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
+        if not math.isfinite(nats_all):
+            return self.report_diverged(done)
         fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
         self.history["validation"].append(fact)
         self.tell("validation", **fact)
+
+    def report_diverged(self, done: int) -> None:
+        """Tell that the held-out loss is not finite; after the last step that ends the run.
+
+        Raises:
+            UserError: it was the last step.
+        """
+        message = f"the held-out loss is not finite after step {done}: training diverged; lower pretrain.lr"
+        if done == self.config.steps:
+            self.watch.require_any(self.history, done)
+            raise UserError(message)
+        self.tell("warning", message=message)
 
     def save(self, done: int) -> None:
         """Begin a checkpoint: training waits for the copy in memory, not for the disk."""

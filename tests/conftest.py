@@ -66,8 +66,7 @@ pretrain:
   tokens: 61_440
   batch_tokens: 1024
   lr: 3.0e-3
-  validation: {{every: 20, tokens: 4096}}
-  runtime: {{checkpoint_every: 5}}
+  runtime: {{checkpoint_every: 5, validation: {{every: 20, tokens: 4096}}}}
 evaluate: {{max_new_tokens: 16}}
 """
 

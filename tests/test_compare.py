@@ -15,6 +15,11 @@ from command_line import AWAY, Llmill
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
+from flows.comparison.compare import compare
+from flows.comparison.page import page
+from flows.comparison.subjects import Finder
+from flows.store import Artifact, Store
+
 
 @pytest.fixture(scope="module")
 def llmill(swept: Llmill, tmp_path_factory: pytest.TempPathFactory) -> Llmill:
@@ -103,6 +108,41 @@ def test_a_run_is_the_same_model_as_itself(llmill, runs):
     assert all(len(set(row["values"])) == 1 for row in said["metrics"] + said["data"])
 
 
+def test_settings_that_make_equal_weights_make_the_same_model_and_nothing_is_advised(llmill, runs):
+    made = runs["0.003", "0"].data.tags["llmill.evaluate.fingerprint"]
+    first, second = Finder(Store(llmill.home)).find([made, made])
+    training = first.artifacts["pretrain"]
+    config = {**training.manifest["config"], "lr": 0.004}
+    other = Artifact(training.path, {**training.manifest, "config": config, "fingerprint": "0" * 16})
+    second = replace(second, artifacts={**second.artifacts, "pretrain": other})
+    comparison = compare([first, second])
+    said = json.loads(json.dumps(comparison.as_json(), allow_nan=False))["verdict"]
+    assert [claim["outcome"] for claim in said["models"]] == ["same model"]
+    assert [claim["outcome"] for claim in said["recipes"]] == ["same models"]
+    assert not said["advice"]
+    assert "make the same models" in said["about_recipes"]
+    assert "sweep" not in said["about_recipes"]
+    assert "nan" not in page(comparison)
+
+
+def test_loss_and_perplexity_of_different_tokenizers_are_not_held_against_each_other(llmill, runs):
+    llmill.run("--set", "pretrain.lr=0.003", "--set", "train_tokenizer.vocab_size=600", "--to", "evaluate")
+    run = runs["0.003", "0"]
+    said = compared(llmill, run, "latest")
+    (warning,) = said["warnings"]
+    assert "A and B have different tokenizers" in warning
+    kept_apart = {row["name"] for row in said["metrics"] if row.get("comparable") is False}
+    assert kept_apart == {"loss", "perplexity"}
+    assert [claim["outcome"] for claim in said["verdict"]["models"]], "bits per byte still tell"
+    printed = llmill("compare", run.info.run_id, "latest", "--no-log", COLUMNS="200").stdout
+    assert "have different tokenizers" in printed
+    tables = [line for line in printed.splitlines() if line.startswith(("evaluate", "pretrain"))]
+    lines = [line for line in tables if " perplexity " in line or " loss at " in line]
+    assert len(lines) == 5
+    assert not any("(" in line for line in lines), "no difference is computed"
+    assert not compared(llmill, run, runs["1e-05", "0"])["warnings"]
+
+
 def test_a_run_is_found_by_all_its_names(llmill, client, runs):
     run = runs["1e-05", "1"]
     tags = run.data.tags
@@ -158,8 +198,8 @@ def test_the_terminal_shows_whole_lines(llmill, runs, columns):
 
 def test_the_comparison_is_a_run_in_mlflow_with_page_and_figures(llmill, client, runs, tmp_path):
     first, second = runs["1e-05", "0"], runs["0.003", "0"]
-    page = tmp_path / "page.html"
-    printed = llmill("compare", first.info.run_id, second.info.run_id, "--html", str(page)).stdout
+    place = tmp_path / "page.html"
+    printed = llmill("compare", first.info.run_id, second.info.run_id, "--html", str(place)).stdout
     (logged,) = client.search_runs([first.info.experiment_id], "tags.`llmill.kind` = 'compare'")
     assert logged.info.run_id in printed
     assert logged.info.status == "FINISHED"
@@ -169,16 +209,16 @@ def test_the_comparison_is_a_run_in_mlflow_with_page_and_figures(llmill, client,
     artifacts = {
         name: client.download_artifacts(logged.info.run_id, f"compare.{name}") for name in ("html", "json")
     }
-    assert Path(artifacts["html"]).read_text() == page.read_text()
+    assert Path(artifacts["html"]).read_text() == place.read_text()
     assert json.loads(Path(artifacts["json"]).read_text()) == compared(llmill, first, second)
     assert "no evaluated run" not in llmill("compare", "latest", first.info.run_id, "--no-log").stdout
 
 
 def test_the_page_needs_nothing_else_and_shows_every_section(llmill, runs, tmp_path):
-    page = tmp_path / "page.html"
+    place = tmp_path / "page.html"
     ids = [run.info.run_id for run in runs.values()]
-    llmill("compare", *ids, "--html", str(page), "--no-log")
-    text = page.read_text()
+    llmill("compare", *ids, "--html", str(place), "--no-log")
+    text = place.read_text()
     found = Elements()
     found.feed(text)
     assert found.open == []

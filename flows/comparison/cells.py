@@ -9,7 +9,7 @@ from typing import Any
 
 from flows.comparison.compare import Comparison
 from flows.comparison.curves import curve_rows
-from flows.comparison.rows import ABSENT, Row
+from flows.comparison.rows import ABSENT, Row, marked
 from flows.comparison.verdict import Claim, Group, p_text
 from flows.terminal import duration, quantity
 
@@ -35,6 +35,9 @@ def sections(comparison: Comparison) -> list[Section]:
     """All tables, in their order."""
     labels = [one.label for one in comparison.subjects]
     settings = [[row.stage, row.name, *map(setting, row.values)] for row in comparison.settings]
+    way = curve_rows(comparison.curves)
+    if comparison.warnings:
+        way = [marked(row) for row in way]
     found = [
         Section(
             heading="Settings that differ",
@@ -51,7 +54,7 @@ def sections(comparison: Comparison) -> list[Section]:
             [row for row in comparison.data if row.differs],
             "none: all read the same data",
         ),
-        ("On the way", curve_rows(comparison.curves), ""),
+        ("On the way", way, ""),
     ):
         lines = [[row.stage, row.name.replace("_", " "), *figures(row)] for row in rows]
         found.append(
@@ -114,7 +117,7 @@ def figures(row: Row) -> list[str]:
     """Each run's figure; from the second on with the difference to the first."""
     first = row.values[0]
     return [
-        figure(row.name, value) + (change(row.name, first, value) if place else "")
+        figure(row.name, value) + (change(row.name, first, value) if place and row.comparable else "")
         for place, value in enumerate(row.values)
     ]
 

@@ -25,6 +25,8 @@ class Comparison:
     data: list[Row]
     curves: list[Curves]
     verdict: Verdict
+    warnings: list[str]
+    """Why some figures can't be held against each other."""
 
     @property
     def title(self) -> str:
@@ -39,6 +41,7 @@ class Comparison:
             "settings": [row.as_json() for row in self.settings],
             "metrics": [row.as_json() for row in self.metrics],
             "data": [row.as_json() for row in self.data],
+            "warnings": self.warnings,
             "verdict": self.verdict.as_json(),
             "curves": {
                 one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=True)
@@ -55,7 +58,20 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
         data=data_rows(subjects),
         curves=[read_curves(one.artifacts["pretrain"]) for one in subjects],
         verdict=judge(subjects),
+        warnings=other_tokenizers(subjects),
     )
+
+
+def other_tokenizers(subjects: Sequence[Subject]) -> list[str]:
+    """A warning where figures are means over tokens that stand for other pieces of text."""
+    first, *rest = subjects
+    others = [one.label for one in rest if one.tokenizer != first.tokenizer]
+    if not others:
+        return []
+    return [
+        f"{first.label} and {', '.join(others)} have different tokenizers: loss and perplexity count by tokens, which "
+        "stand for other pieces of text, and can't be compared; bits per byte can"
+    ]
 
 
 def described(subject: Subject) -> dict[str, Any]:

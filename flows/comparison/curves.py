@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from flows.comparison.rows import Row
 from flows.comparison.statistics import Floats
 from flows.store import Artifact
+from llm.config import read_sealed
 from llm.events import read_events
 
 MOST_POINTS = 400
@@ -61,7 +62,7 @@ def read_curves(training: Artifact) -> Curves:
     at = checks["step"].to_numpy()
     held_out = Curve(
         steps=at,
-        tokens=np.interp(at, steps, tokens),
+        tokens=tokens_at(training, at),
         seconds=seconds_at(at, clock),
         values=checks["bits_per_byte"].to_numpy(),
     )
@@ -69,6 +70,12 @@ def read_curves(training: Artifact) -> Curves:
         steps=steps, tokens=tokens, seconds=seconds_at(steps, clock), values=losses["loss"].to_numpy()
     )
     return Curves(thinned(whole), held_out)
+
+
+def tokens_at(training: Artifact, steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Tokens read until each step, whether that moved the weights or was skipped."""
+    config = read_sealed(training.manifest["config"], training.manifest["runtime"])
+    return np.array([config.tokens_after(step) for step in steps.tolist()], np.int64)
 
 
 def curve_rows(curves: Sequence[Curves]) -> list[Row]:
@@ -92,7 +99,7 @@ def clock_of(events: Path) -> dict[int, float]:
         if before is not None and event["event"] != "start":
             seconds += max(0.0, event["time"] - before)
         before = event["time"]
-        if event["event"] == "step":
+        if event["event"] in ("step", "skip"):
             clock[event["step"]] = seconds
     return clock
 

@@ -39,6 +39,7 @@ def note(comparison: Comparison) -> str:
         "",
         f"**Recipes**: {plain(verdict.about_recipes)}",
         "",
+        *(f"**Warning**: {plain(warning)}\n" for warning in comparison.warnings),
     ]
     for one in comparison.subjects:
         name = link(one.name, one.run.url) if one.run and one.run.url else plain(one.name)

@@ -20,6 +20,7 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--text); background: var(--page); max-width: 70rem;
   margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
+.warning { border-left: 4px solid var(--c1); padding: .2rem 1rem }
 .verdict { border-left: 4px solid var(--c0); padding: .2rem 1rem; margin: 1rem 0 }
 .verdict dt { font-weight: 600 } .verdict dd { margin: 0 0 .6rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem }
@@ -44,6 +45,7 @@ def page(comparison: Comparison) -> str:
         '<dl class="verdict">',
         f"<dt>The models</dt><dd>{escape(verdict.about_models)}</dd>",
         f"<dt>The recipes</dt><dd>{escape(verdict.about_recipes)}</dd></dl>",
+        *(f'<p class="warning">{escape(warning)}</p>' for warning in comparison.warnings),
         table(runs_table(comparison), links(comparison)),
         *plots(comparison),
         *(table(section) for section in sections(comparison)),

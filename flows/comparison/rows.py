@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flows.comparison.subjects import Subject
@@ -32,9 +33,12 @@ class Row:
     name: str
     values: list[Any]
     """In the order of the runs; None where a run has none."""
+    comparable: bool = True
+    """Whether values mean the same in all runs, so that differences between them say something."""
 
     def as_json(self) -> dict[str, Any]:
-        return {"stage": self.stage, "name": self.name, "values": self.values}
+        own = {"stage": self.stage, "name": self.name, "values": self.values}
+        return own if self.comparable else own | {"comparable": False}
 
     @property
     def differs(self) -> bool:
@@ -92,7 +96,18 @@ def metric_rows(subjects: Sequence[Subject]) -> list[Row]:
         ]
         seconds = [one.manifest["seconds"] if one else None for one in of_stage]
         rows.append(Row(stage.name, "seconds", seconds))
-    return [row for row in rows if any(value is not None for value in row.values)]
+    known = [row for row in rows if any(value is not None for value in row.values)]
+    return known if one_tokenizer(subjects) else [marked(row) for row in known]
+
+
+def one_tokenizer(subjects: Sequence[Subject]) -> bool:
+    """Whether a token stands for the same piece of text in all runs."""
+    return len({subject.tokenizer for subject in subjects}) == 1
+
+
+def marked(row: Row) -> Row:
+    """A row of runs with different tokenizers: what is a mean over tokens is not comparable."""
+    return replace(row, comparable=not re.match(r"(val_)?loss|perplexity", row.name))
 
 
 def data_rows(subjects: Sequence[Subject]) -> list[Row]:

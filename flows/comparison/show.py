@@ -22,6 +22,8 @@ def show(comparison: Comparison, console: Console) -> None:
             print_section(part, console)
     verdict = comparison.verdict
     console.print()
+    for warning in comparison.warnings:
+        console.print(Text.assemble(("Warning  ", "bold yellow"), warning), soft_wrap=False)
     for name, text in (("Models", verdict.about_models), ("Recipes", verdict.about_recipes)):
         console.print(Text.assemble((f"{name:<9}", "bold"), text), soft_wrap=False)
 

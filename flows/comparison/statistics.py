@@ -64,7 +64,8 @@ def paired_bootstrap(
         scores.append(in_errors(found - differences, error))
     scores_SP = np.concatenate(scores)
     own = in_errors(differences, errors)[0]
-    reaches = np.quantile(scores_SP, 1 - LEVEL, axis=0, method="higher") * errors[0]
+    quantiles = np.quantile(scores_SP, 1 - LEVEL, axis=0, method="higher")
+    reaches = np.multiply(quantiles, errors[0], out=np.zeros_like(quantiles), where=errors[0] > 0)
     p_values = (1 + (scores_SP >= own).sum(axis=0)) / (1 + resamples)
     figures = zip(differences[0], reaches, errors[0], p_values, strict=True)
     return [
@@ -100,9 +101,10 @@ def ratios(sums_SV: Floats, documents: int) -> tuple[Floats, Floats]:
 
 
 def in_errors(differences: Floats, errors: Floats) -> Floats:
-    """How large differences are, in standard errors; those that have none count as more than all others."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(errors > 0, np.abs(differences) / errors, np.inf)
+    """How large differences are, in standard errors; those that have none count as more than all others, unless they
+    are 0 themselves."""
+    none = np.where(differences == 0, 0.0, np.inf)
+    return np.divide(np.abs(differences), errors, out=none, where=errors > 0)
 
 
 def seeds_test(first: Floats, second: Floats, more_bits_D: Floats, bytes_D: Floats) -> Estimate:
@@ -117,8 +119,10 @@ def seeds_test(first: Floats, second: Floats, more_bits_D: Floats, bytes_D: Floa
     parts = [(float(group.var(ddof=1)) / len(group), len(group) - 1) for group in (first, second)]
     parts.append((float(errors[0, 0]) ** 2, documents - 1))
     variance = sum(part for part, _ in parts)
-    degrees = variance**2 / sum(part**2 / free for part, free in parts)
     difference, error = float(second.mean() - first.mean()), math.sqrt(variance)
+    if not error:  # nothing varies: neither seeds nor documents
+        return estimate(difference, 0.0, 0.0, 0.0 if difference else 1.0, documents - 1)
+    degrees = variance**2 / sum(part**2 / free for part, free in parts)
     reach = float(stats.t.ppf(1 - LEVEL / 2, degrees)) * error
     p_value = 2 * float(stats.t.sf(abs(difference) / error, degrees))
     return estimate(difference, reach, error, p_value, degrees)

@@ -6,9 +6,11 @@ import difflib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 from data_pipeline.context import UserError
+from data_pipeline.tokenizer import behaviour_sha256
 from flows.stages import BY_NAME
 from flows.store import Artifact, Store
 
@@ -35,8 +37,14 @@ class Subject:
 
     @property
     def model(self) -> str:
-        """What the weights follow from."""
-        return self.artifacts["pretrain"].fingerprint
+        """What the model computes: its weights, its shape and its tokenizer, whatever settings made them."""
+        files = {entry["path"]: entry["sha256"] for entry in self.artifacts["pretrain"].manifest["files"]}
+        return " ".join([files["model.safetensors"], files["model.json"], self.tokenizer])
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """What a token of it stands for."""
+        return behaviour_sha256(self.artifacts["train_tokenizer"].path)
 
 
 class Finder:

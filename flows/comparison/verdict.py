@@ -22,7 +22,8 @@ from flows.comparison.statistics import LEVEL, Estimate, holm, paired_bootstrap,
 from flows.comparison.subjects import Subject
 
 SECOND, FIRST, NONE = "second is better", "first is better", "no difference shown"
-SAME, SEEDS, UNKNOWN = "same model", "seeds of one recipe", "not known"
+SAME, ALIKE, SEEDS, UNKNOWN = "same model", "same models", "seeds of one recipe", "not known"
+TOO_FEW = "; too few documents differ to bound it"
 MOST_IN_COMMAND = 3
 
 
@@ -73,6 +74,7 @@ class Claim:
 
     def as_json(self) -> dict[str, Any]:
         numbers = asdict(self.estimate) if self.estimate else {}
+        numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         return {
             "first": self.first,
             "second": self.second,
@@ -89,6 +91,7 @@ class Claim:
             FIRST: f"{a} is better than {b}",
             NONE: f"no difference shown between {a} and {b}",
             SAME: f"{a} and {b} are the same model",
+            ALIKE: f"no difference: {a} and {b} make the same models",
             SEEDS: f"{a} and {b} are two seeds of one recipe",
             UNKNOWN: f"whether {a} or {b} is better is not known",
         }[self.outcome]
@@ -99,7 +102,10 @@ class Claim:
             f", {p_text(self.adjusted)} among all tests here" if several and self.adjusted is not None else ""
         )
         interval = f"{found.difference:+.4f} {unit} (95% interval {found.low:+.4f} to {found.high:+.4f}, {p})"
-        hint = f"; smaller than {found.smallest:.4f} would hardly be seen" if self.outcome == NONE else ""
+        hint = ""
+        if self.outcome == NONE:
+            bounded = math.isfinite(found.smallest)
+            hint = f"; smaller than {found.smallest:.4f} would hardly be seen" if bounded else TOO_FEW
         return f"{heading}: {b} − {a} = {interval}{hint}"
 
 
@@ -164,7 +170,7 @@ def judge(subjects: Sequence[Subject]) -> Verdict:
         return Verdict(refused=str(error))
     groups = grouped(subjects, scores)
     models = model_claims(subjects, scores, groups)
-    recipes = recipe_claims(scores, groups)
+    recipes = recipe_claims(subjects, scores, groups)
     unknown = any(claim.outcome == UNKNOWN for claim in recipes)
     return Verdict(
         refused="",
@@ -223,13 +229,18 @@ def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[G
     return claims
 
 
-def recipe_claims(scores: Scores, groups: Sequence[Group]) -> list[Claim]:
-    """Each pair of recipes; of a recipe with a single seed, nothing is known."""
+def recipe_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group]) -> list[Claim]:
+    """Each pair of recipes; of a recipe with a single seed, nothing is known, unless both make the same models."""
     pairs = list(combinations(groups, 2))
-    found = [over_seeds(scores, *pair) for pair in pairs]
+    makes = {group.label: {subjects[place].model for place in group.models} for group in groups}
+    alike = [makes[first.label] == makes[second.label] for first, second in pairs]
+    found = [None if same else over_seeds(scores, *pair) for pair, same in zip(pairs, alike, strict=True)]
     adjusted = iter(holm([one.p_value for one in found if one]))
     claims = []
-    for (first, second), estimate in zip(pairs, found, strict=True):
+    for (first, second), same, estimate in zip(pairs, alike, found, strict=True):
+        if same:
+            claims.append(Claim(first.name, second.name, ALIKE))
+            continue
         if estimate is None:
             claims.append(Claim(first.name, second.name, UNKNOWN))
             continue

@@ -28,7 +28,7 @@ from data_pipeline.lookup import (
 from data_pipeline.token_shards import TokenizeConfig
 from flows.lineage.graph import Graph, Key, Node, read_json
 from llm import checkpoint
-from llm.config import PretrainConfig
+from llm.config import PretrainConfig, read_sealed
 from llm.events import read_events
 from llm.reads import Read, Training
 
@@ -163,7 +163,7 @@ class DocumentTrace:
                 continue
             config, context = training.config, training.config.model.context
             if place.split == "val":
-                checked = max(1, config.validation.tokens // context) * context + 1
+                checked = max(1, config.runtime.validation.tokens // context) * context + 1
                 self.readings.append(
                     Reading(node=node, training=training, reads=[], validated=place.start < checked)
                 )
@@ -205,9 +205,8 @@ def training_of(node: Node) -> Training:
         OSError, KeyError, ValidationError: what would tell is not there, or of another version of llmill.
     """
     if node.artifact:
-        identity = {**node.artifact.manifest["config"]}
-        identity.pop("init_sha256", None)
-        config, path = PretrainConfig.model_validate(identity), node.path / "skipped.parquet"
+        manifest, path = node.artifact.manifest, node.path / "skipped.parquet"
+        config = read_sealed(manifest["config"], manifest["runtime"])
         return Training(config, config.steps, pq.read_table(path).to_pylist() if path.exists() else [])
     scratch = node.path / "scratch"
     config = PretrainConfig.model_validate(read_json(scratch / "job.json")["config"])

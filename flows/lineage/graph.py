@@ -17,7 +17,7 @@ from typing import Any
 from data_pipeline.context import UserError
 from flows.stages import BY_NAME
 from flows.store import ORIGIN, Artifact, Store
-from llm.layouts import content_sha256
+from llm.layouts import content_sha256, files_sha256
 
 Key = tuple[str, str]
 """Stage and fingerprint."""
@@ -106,8 +106,9 @@ class Graph:
         for artifact in self._sealed:
             if artifact.stage == "export":
                 known = {entry["path"]: entry["sha256"] for entry in artifact.manifest["files"]}
-                content = content_sha256(artifact.path, lambda path, known=known: known[path.name])  # type: ignore[misc]
-                found.setdefault(content, []).append((artifact.stage, artifact.fingerprint))
+                before = files_sha256(artifact.path, lambda path, known=known: known[path.name])  # type: ignore[misc]
+                for content in (content_sha256(artifact.path), before):
+                    found.setdefault(content, []).append((artifact.stage, artifact.fingerprint))
         return found
 
     def ancestors(self, keys: Iterable[Key]) -> list[Node]:

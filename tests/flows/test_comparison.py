@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from scipy import stats
 
 from flows.comparison.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
+from flows.comparison.verdict import Claim
 
 WORLDS = 500
 EFFECT = 0.02
@@ -115,3 +118,24 @@ def test_several_tests_at_once_are_adjusted_as_holm_did() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.7, 0.6]) == [1.0, 1.0]
     assert holm([]) == []
+
+
+@pytest.mark.parametrize("differ", [0, 1, 2, 12])
+@pytest.mark.parametrize("by", [0.0, 3.0])
+def test_documents_that_hardly_differ_or_all_alike_give_numbers(differ: int, by: float) -> None:
+    """Resamples without any difference, or without any spread, have a standard error of 0."""
+    sizes = np.full(12, 100.0)
+    more = np.zeros(12)
+    more[:differ] = by
+    (found,) = paired_bootstrap(more[None], sizes, 1000)
+    several = seeds_test(np.array([1.0, 1.0]), np.array([1.0, 1.0]) + more.sum() / 1200, more, sizes)
+    for one in (found, several):
+        assert not np.isnan([one.difference, one.low, one.high, one.p_value, one.smallest]).any()
+        assert one.low <= one.difference <= one.high
+        if not more.any():
+            assert (one.difference, one.p_value) == (0, 1)
+        if by and differ == 12:
+            assert one.low == one.high == one.difference == pytest.approx(0.03)
+            assert one.p_value < 0.001
+    numbers = Claim(first="A", second="B", outcome="no difference shown", estimate=found).as_json()
+    json.dumps(numbers, allow_nan=False)

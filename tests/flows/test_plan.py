@@ -16,11 +16,11 @@ GOLDEN = {
     "download": "10132a85c3acfb58",
     "clean": "b06d62de1991e2af",
     "dedup": "4a7d60a3cf492d6a",
-    "train_tokenizer": "dc3c1a4bf23f1c5a",
-    "tokenize": "1e25baa4a39b9371",
-    "pretrain": "7e88b10c6008fdcb",
-    "evaluate": "3785b96069b2b672",
-    "export": "72ae1899c2c023e2",
+    "train_tokenizer": "84e731316e12ec29",
+    "tokenize": "f7aed6cf36dc9d7e",
+    "pretrain": "848f2059f6f302f6",
+    "evaluate": "94915c6754861283",
+    "export": "32bb4eb26a85508c",
 }
 
 

@@ -103,6 +103,11 @@ def test_text_that_looks_like_a_number_stays_text(recipe):
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
+        (
+            "pretrain.validation.every=5",
+            ["--set pretrain.validation.every=5: ", "it is pretrain.runtime.validation now"],
+        ),
+        ("pretrain.recovery.max_nonfinite=5", ["no such key; it is pretrain.runtime.max_nonfinite now"]),
         ("clean.min_charz=3", ["--set clean.min_charz=3", "no such key; did you mean min_chars?"]),
         ("clean.language.allowd=[en]", ["clean.language.allowd", "no such key; did you mean allowed?"]),
         ("clean.min_chars=many", ["--set clean.min_chars=many", "valid integer", "'many'"]),

@@ -35,9 +35,13 @@ def recipe(recovery: dict[str, Any] | None = None, steps: int = STEPS, **runtime
             "batch_tokens": BATCH * CONTEXT,
             "lr": 1e-2,
             "precision": "fp32",
-            "validation": {"every": 50, "tokens": 2048},
             "recovery": recovery or {},
-            "runtime": {"checkpoint_every": 10, "micro_batch": 8, **runtime},
+            "runtime": {
+                "checkpoint_every": 10,
+                "micro_batch": 8,
+                "validation": {"every": 50, "tokens": 2048},
+                **runtime,
+            },
         }
     )
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -19,10 +23,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from data_pipeline.context import UserError
-from llm.layouts import load_folder, read_config, require_start
+from data_pipeline.context import LocalContext, UserError
+from data_pipeline.tokenizer import TokenizerConfig, behaviour_sha256, special_tokens
+from flows.plan import make_plan
+from flows.recipe import load_recipe
+from flows.store import Store
+from llm.export import ExportConfig, export
+from llm.layouts import content_sha256, load_folder, read_config, require_start
 from llm.model import ModelConfig
 from llm.pretrain import PretrainConfig
+
+Make = Callable[..., ModelConfig]
+Save = Callable[..., Path]
 
 COMMON = {"vocab_size": 90, "initializer_range": 0.2}
 LLAMA = {
@@ -159,19 +171,89 @@ def test_what_a_training_starts_from_is_identity_and_where_it_lies_is_not(tmp_pa
         start(tmp_path / "nowhere").resolve()
 
 
-def test_another_shape_or_tokenizer_is_no_start(tmp_path: Path, corpus: dict[str, Path]) -> None:
-    tokenizer = corpus["train_tokenizer"]
-    make("llama", vocab_size=500).save_pretrained(tmp_path)
+def refused(tmp_path: Path, specials: list[str], tokenizer: Path | None, **fields: Any) -> str:
+    model = ModelConfig(**start(tmp_path, **fields).model.model_dump(), vocab_size=500)
+    with pytest.raises(UserError) as refusal:
+        require_start(model, tmp_path, specials, tokenizer)
+    return str(refusal.value)
 
-    def refused(**fields: Any) -> str:
-        model = ModelConfig(**start(tmp_path, **fields).model.model_dump(), vocab_size=500)
+
+def test_another_shape_or_tokenizer_is_no_start(tmp_path: Path, corpus: dict[str, Path]) -> None:
+    tokenizer, specials = corpus["train_tokenizer"], TokenizerConfig(vocab_size=500).special_tokens
+    make("llama", vocab_size=500).save_pretrained(tmp_path)
+    said = refused(tmp_path, specials, tokenizer, heads=8, hidden=None, norm_eps=1e-6)
+    assert "set pretrain.model.heads=4 (not 8), pretrain.model.hidden=40 (not null)" in said
+    assert "tokenizer.json is missing" in refused(tmp_path, specials, None, norm_eps=1e-6)
+    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
+    assert "has other special tokens" in refused(tmp_path, [*specials, "<|user|>"], None, norm_eps=1e-6)
+    model = ModelConfig(**start(tmp_path, norm_eps=1e-6, context=64).model.model_dump(), vocab_size=500)
+    require_start(model, tmp_path, specials, tokenizer)
+    require_start(model, tmp_path, specials, None)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gpt2"])
+def test_the_settings_that_a_refusal_names_make_the_shape(
+    tmp_path: Path, corpus: dict[str, Path], kind: str
+) -> None:
+    make(kind, vocab_size=500).save_pretrained(tmp_path)
+    specials = TokenizerConfig(vocab_size=500).special_tokens
+    said = (
+        refused(tmp_path, specials, None) if kind != "llama" else refused(tmp_path, specials, None, heads=8)
+    )
+    settings = dict(re.findall(r"pretrain\.model\.(\w+)=(\S+)", said))
+    fields = {name: json.loads(value) for name, value in settings.items()}
+    assert fields
+    shape = start(tmp_path, **fields).model
+    (tmp_path / "tokenizer.json").write_bytes((corpus["train_tokenizer"] / "tokenizer.json").read_bytes())
+    require_start(ModelConfig(**shape.model_dump(), vocab_size=500), tmp_path, specials, None)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "10KB"], ids=["one-file", "sharded"])
+def test_an_export_that_was_saved_again_is_the_same_start(
+    tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, shard: str
+) -> None:
+    ours, again = tmp_path / "ours", tmp_path / "again"
+    config, tokenizer = tiny(qk_norm=True, rope_theta=777.0), corpus["train_tokenizer"]
+    export(ExportConfig(), {**corpus, "pretrain": saved_model(config)}, ours, LocalContext())
+    AutoModelForCausalLM.from_pretrained(ours).save_pretrained(again, max_shard_size=shard)
+    AutoTokenizer.from_pretrained(ours).save_pretrained(again)
+    assert (again / "config.json").read_bytes() != (ours / "config.json").read_bytes()
+    assert content_sha256(again) == content_sha256(ours)
+    require_start(config, again, special_tokens(tokenizer), tokenizer)
+    for change in ("vocab", "merges", "special", "pattern"):
+        written = json.loads((again / "tokenizer.json").read_text())
+        if change == "vocab":
+            vocab = written["model"]["vocab"]
+            vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+        elif change == "merges":
+            written["model"]["merges"][:2] = written["model"]["merges"][1::-1]
+        elif change == "special":
+            written["added_tokens"][1]["content"] = "<|user|>"
+        else:
+            written["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+|\S+"
+        other = tmp_path / change
+        other.mkdir()
+        (other / "tokenizer.json").write_text(json.dumps(written))
+        assert behaviour_sha256(other) != behaviour_sha256(tokenizer), change
+
+
+def test_a_start_that_does_not_fit_is_refused_by_the_plan_before_anything_runs(tmp_path: Path) -> None:
+    make("llama", vocab_size=500).save_pretrained(tmp_path / "start")
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: start\ndownload: {{sources: [{{name: a, kind: local, path: {tmp_path / 'a.txt'}}}]}}\n"
+        f"pretrain: {{tokens: 640, batch_tokens: 64, precision: fp32, init_from: {tmp_path / 'start'}, "
+        "model: {layers: 2, heads: 4, kv_heads: 2, width: 32, hidden: 40, context: 32, norm_eps: 1e-6}}\n"
+    )
+
+    def said(*changes: str) -> str:
         with pytest.raises(UserError) as refusal:
-            require_start(model, tokenizer, tmp_path)
+            make_plan(load_recipe(path, changes), Store(tmp_path / "home"))
         return str(refusal.value)
 
-    said = refused(heads=8, hidden=None, norm_eps=1e-6)
-    assert "heads 4 (not 8), head_dim 8 (not 4), hidden 40 (not 128):" in said.replace("kv_", "")
-    assert "not made with this recipe's tokenizer" in refused(norm_eps=1e-6)
-    (tmp_path / "tokenizer.json").write_bytes((tokenizer / "tokenizer.json").read_bytes())
-    model = ModelConfig(**start(tmp_path, norm_eps=1e-6, context=64).model.model_dump(), vocab_size=500)
-    require_start(model, tokenizer, tmp_path)
+    assert "set train_tokenizer.vocab_size=500 (not 4096)" in said()
+    vocabulary = "train_tokenizer.vocab_size=500"
+    assert "set pretrain.model.layers=2 (not 3)" in said(vocabulary, "pretrain.model.layers=3")
+    assert "tokenizer.json is missing" in said(vocabulary)
+    assert not (tmp_path / "home").exists()

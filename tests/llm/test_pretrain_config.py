@@ -13,9 +13,10 @@ from pydantic import ValidationError
 from data_pipeline.context import LocalContext, UserError
 from llm import checkpoint
 from llm import hardware as module
+from llm.config import PretrainConfig, read_sealed
 from llm.hardware import hardware_precision
 from llm.model import ModelConfig
-from llm.pretrain import Job, PretrainConfig, as_begun, pretrain
+from llm.pretrain import Job, as_begun, pretrain
 
 
 def config(**fields: Any) -> PretrainConfig:
@@ -60,10 +61,44 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             "log_every": 9,
             "attention": "formula",
             "compile": True,
+            "validation": {"every": 3, "tokens": 96},
+            "max_nonfinite": 9,
+            "max_rollbacks": 9,
         }
     )
     assert other.identity() == config().identity()
     assert config(seed=1).identity() != config().identity()
+
+
+@pytest.mark.parametrize(
+    ("common", "idle"),
+    [
+        ({}, {"schedule": {"decay_share": 0.5, "decay_shape": "linear"}}),
+        ({"schedule": {"warmup_steps": 2}}, {"schedule": {"warmup_steps": 2, "warmup_share": 0.5}}),
+        ({"optimizer": {"kind": "adamw"}}, {"optimizer": {"kind": "adamw", "muon_lr": 1, "momentum": 0.5}}),
+        ({}, {"recovery": {"rollback_every": 7, "spike_window": 9}}),
+    ],
+)
+def test_what_does_not_count_beside_other_settings_is_no_part_of_the_identity(
+    common: dict[str, Any], idle: dict[str, Any]
+) -> None:
+    assert config(**idle).identity() == config(**common).identity()
+    counts = {"schedule": {"kind": "wsd"}, "recovery": {"spike_z": 9.0}, "optimizer": {"kind": "muon"}}
+    [(part, settings)] = idle.items()
+    if part != "schedule" or "warmup_share" not in settings:
+        changed, other = ({part: {**fields, **counts[part]}} for fields in (settings, {}))
+        assert config(**changed).identity() != config(**other).identity()
+
+
+def test_a_sealed_training_of_before_is_read_with_what_moved_since() -> None:
+    now = config(runtime={"validation": {"every": 7, "tokens": 99}, "max_nonfinite": 1, "max_rollbacks": 8})
+    runtime = {**now.runtime.model_dump(mode="json")}
+    assert read_sealed(now.identity(), runtime) == now.model_copy(update={"depth": None})
+    for name in ("validation", "max_nonfinite", "max_rollbacks"):
+        del runtime[name]
+    recovery = {**now.identity()["recovery"], "max_nonfinite": 1, "max_rollbacks": 8}
+    before = {**now.identity(), "validation": {"every": 7, "tokens": 99}, "recovery": recovery}
+    assert read_sealed({**before, "init_sha256": "0"}, runtime) == now
 
 
 @pytest.mark.parametrize(

@@ -50,8 +50,12 @@ def recipe(**runtime: Any) -> PretrainConfig:
             "lr": 3e-3,
             "optimizer": {"kind": "adamw"},  # Muon's steps at every stage are held to float64 by test_optim
             "precision": "fp32",
-            "validation": {"every": 10, "tokens": 12_000},
-            "runtime": {"checkpoint_every": 4, "micro_batch": 6, **runtime},
+            "runtime": {
+                "checkpoint_every": 4,
+                "micro_batch": 6,
+                "validation": {"every": 10, "tokens": 12_000},
+                **runtime,
+            },
         }
     )
 

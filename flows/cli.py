@@ -17,7 +17,7 @@ from flows.commands import artifacts, comparison, models, runs, schedule, server
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a recipe": (runs.run, runs.plan, comparison.sweep, runs.join),
     "Have it run by itself": (schedule.deploy,),
-    "What is there": (artifacts.status, artifacts.verify, artifacts.trace, artifacts.gc),
+    "What is there": (artifacts.status, artifacts.verify, artifacts.trace, artifacts.find, artifacts.gc),
     "Compare": (comparison.compare,),
     "Models": (models.generate, models.promote),
     "Servers": (servers.up, servers.down, servers.ui, tracking.sync),

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -25,12 +26,15 @@ from filelock import FileLock, Timeout
 from data_pipeline.context import UserError
 from flows.lineage.graph import Graph, Key, Node
 from flows.store import LINKED, Store, fsync_folder
-from flows.tracking.lineage import ModelVersion, NotAsked, Records
+from flows.tracking.copies import Copies
+from flows.tracking.journal import journals
+from flows.tracking.lineage import ModelVersion, NotAsked
 from flows.tracking.links import without_user
 from flows.uses import alone, last_used, use_path
 
 DAY = 86_400
 REMOVED = ".removed"
+COMPACT_SECONDS = 60  # for the servers to let a database go
 RUN_IDS = 20  # of the newest artifacts, by which MLflow is recognised as the one that was told of them
 
 
@@ -38,13 +42,15 @@ RUN_IDS = 20  # of the newest artifacts, by which MLflow is recognised as the on
 class Candidate:
     """Something that can be removed."""
 
-    kind: Literal["artifact", "unfinished", "left over", "state", "lock"]
+    kind: Literal["artifact", "unfinished", "copies", "left over", "state", "lock", "database"]
     path: Path
     why: str
     size: int = 0
     key: Key | None = None
     used: int = 0
     """When a run last used it, as it was when this was found."""
+    copies: tuple[str, ...] = ()
+    """What MLflow holds of it, which goes first."""
 
 
 @dataclass
@@ -55,6 +61,8 @@ class Survey:
     kept: dict[Key, str] = field(default_factory=dict)
     refusal: str = ""
     """Why nothing may be removed; empty where it may."""
+    copies: Copies | None = None
+    """MLflow's copies; None where it was never told of anything."""
 
     @property
     def size(self) -> int:
@@ -68,6 +76,7 @@ class Answers:
     used: frozenset[Key] = frozenset()
     versions: tuple[ModelVersion, ...] = ()
     refusal: str = ""
+    copies: Copies | None = None
 
 
 def ask_mlflow(graph: Graph, since: float) -> Answers:
@@ -76,7 +85,7 @@ def ask_mlflow(graph: Graph, since: float) -> Answers:
     named = [(one.get("mlflow_run_id", ""), one.get("mlflow_key", "")) for one in manifests]
     told = [one for one in named if any(one)]
     try:
-        records = Records(graph.store.home)
+        records = Copies(graph.store.home)
         used, versions = records.used_since(int(since * 1000)), records.versions()
         if told and not records.knows_one_of(told[-RUN_IDS:]):
             raise NotAsked(
@@ -87,7 +96,7 @@ def ask_mlflow(graph: Graph, since: float) -> Answers:
         if not told and not os.environ.get("MLFLOW_TRACKING_URI"):
             return Answers()  # no run ever told it of anything
         return Answers(refusal=str(error))
-    return Answers(frozenset(used), tuple(versions))
+    return Answers(frozenset(used), tuple(versions), copies=records)
 
 
 def survey(store: Store, days: float, now: float | None = None) -> Survey:
@@ -97,7 +106,7 @@ def survey(store: Store, days: float, now: float | None = None) -> Survey:
     in_use = InUse.of(store)
     graph = Graph(store)
     answers = ask_mlflow(graph, since)
-    found = Survey(refusal=answers.refusal)
+    found = Survey(refusal=answers.refusal, copies=answers.copies)
     for node in graph.nodes.values():
         if node.state != "missing" and (why := kept_because(graph, node, answers, in_use, since)):
             found.kept[node.key] = why
@@ -105,7 +114,7 @@ def survey(store: Store, days: float, now: float | None = None) -> Survey:
         found.kept.setdefault(node.key, "what is kept was made from it")
     nodes = [node for node in graph.nodes.values() if node.state != "missing" and node.key not in found.kept]
     ordered = reversed(graph.in_order(node.key for node in nodes))
-    found.candidates = [candidate(node, in_use, "no run refers to it") for node in ordered]
+    found.candidates = [candidate(node, in_use, "no run refers to it", found.copies) for node in ordered]
     found.candidates += left_over(store, graph, since)
     found.candidates += old_state(store, found.kept, since)
     found.candidates += stale_locks(store, since)
@@ -197,13 +206,23 @@ def day(seconds: float) -> str:
     return f"{datetime.fromtimestamp(seconds):%Y-%m-%d}"
 
 
-def candidate(node: Node, in_use: InUse, why: str) -> Candidate:
-    """An artifact, sealed or not, as something to be removed."""
+def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Candidate:
+    """An artifact, sealed or not, as something to be removed, with its copies."""
+    held = tuple(copy.name for copy in copies.of(node.key)) if copies else ()
+    if held:
+        why += f"; {len(held)} copies in MLflow"
+    if node.state == "missing":
+        last = in_use.last.get(node.key, 0)
+        return Candidate(
+            kind="copies", path=node.path, why=f"not here any more; {why}", key=node.key, used=last, copies=held
+        )
     verb = "sealed" if node.artifact else "left unfinished"
     when, last = f"{verb} {day(made_at(node))}", in_use.last.get(node.key, 0)
     said = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
     kind: Literal["artifact", "unfinished"] = "artifact" if node.artifact else "unfinished"
-    return Candidate(kind=kind, path=node.path, why=said, size=size_of(node.path), key=node.key, used=last)
+    return Candidate(
+        kind=kind, path=node.path, why=said, size=size_of(node.path), key=node.key, used=last, copies=held
+    )
 
 
 def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
@@ -277,50 +296,87 @@ def is_free(lock: Path) -> bool:
         return False
 
 
-def select(store: Store, fingerprints: Iterable[str]) -> Survey:
-    """Some artifacts and all that was made from them, however young.
+def select(store: Store, fingerprints: Iterable[str], models: bool = False) -> Survey:
+    """Some artifacts and all that was made from them, however young, also where only MLflow still has a copy.
+
+    With ``models``, registered versions that somebody relies on go too.
 
     Raises:
         UserError: there is no such artifact; a registered model or a run needs one of them.
     """
     in_use = InUse.of(store)
     graph = Graph(store)
-    chosen = []
-    for text in fingerprints:
-        node = graph.named(text)
-        if node is None or node.state == "missing":
-            close = graph.alike(text)
-            meant = f"; did you mean {' or '.join(close)}?" if close else ""
-            raise UserError(f"--artifact {text}: there is none in {store.root}{meant}")
-        chosen.append(node.key)
-    going = {*chosen, *(node.key for node in graph.descendants(chosen))}
     answers = ask_mlflow(graph, time.time())
+    chosen = [chosen_key(graph, answers.copies, text) for text in fingerprints]
+    going = with_descendants(graph, answers.copies, chosen)
     for version in answers.versions:
-        if ("export", version.fingerprint) in going:
+        if version.needed and not models and ("export", version.fingerprint) in going:
             raise UserError(
-                f"{version} was exported from what would go: give its aliases to another version and delete it in "
-                "MLflow first; see docs/takedown.md"
+                f"{version} was exported from what would go: give its aliases to another version, or have gc delete "
+                "it too, with --models; see docs/takedown.md"
             )
-    if busy := [graph.nodes[key].name for key in sorted(going) if key in in_use.now or held(store, key)]:
+    if busy := [f"{key[0]} {key[1]}" for key in sorted(going) if key in in_use.now or held(store, key)]:
         raise UserError(f"a run is using {', '.join(busy)}: stop it, or wait for its end")
-    found = Survey(refusal=answers.refusal)
+    found = Survey(refusal=answers.refusal or waiting(store.home), copies=answers.copies)
     for node in reversed(graph.in_order(going)):
-        if node.state != "missing":
-            why = "asked for" if node.key in chosen else "made from what goes"
-            found.candidates.append(candidate(node, in_use, why))
-            again = store.partial(*node.key)
-            if node.artifact and again.exists():
-                last = in_use.last.get(node.key, 0)
-                build = Candidate(
-                    kind="left over",
-                    path=again,
-                    why="its build again",
-                    size=size_of(again),
-                    key=node.key,
-                    used=last,
-                )
-                found.candidates.append(build)
+        why = "asked for" if node.key in chosen else "made from what goes"
+        one = candidate(node, in_use, why, answers.copies)
+        if node.state == "missing" and not one.copies:
+            continue
+        found.candidates.append(one)
+        again = store.partial(*node.key)
+        if node.artifact and again.exists():
+            last = in_use.last.get(node.key, 0)
+            build = Candidate(
+                kind="left over",
+                path=again,
+                why="its build again",
+                size=size_of(again),
+                key=node.key,
+                used=last,
+            )
+            found.candidates.append(build)
     return found
+
+
+def chosen_key(graph: Graph, copies: Copies | None, text: str) -> Key:
+    """The artifact that a person names; it may be one of which only MLflow has a copy.
+
+    Raises:
+        UserError: there is none, or there are several.
+    """
+    node = graph.named(text)
+    if node and node.state != "missing":
+        return node.key
+    copied = copies.named(text) if copies else []
+    if len(copied) == 1:
+        return copied[0]
+    close = graph.alike(text) or [key[1] for key in copied]
+    meant = f"; did you mean {' or '.join(close)}?" if close else ""
+    raise UserError(f"--artifact {text}: there is none in {graph.store.root}, nor in MLflow{meant}")
+
+
+def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -> set[Key]:
+    """Artifacts and all that was made from them, as the store or runs in MLflow tell."""
+    going = set(keys)
+    while True:
+        more = {node.key for node in graph.descendants(going & graph.nodes.keys())}
+        more |= copies.descendants(going) if copies else set()
+        if more <= going:
+            break
+        going |= more
+    for key in going - graph.nodes.keys():
+        graph.nodes[key] = Node(key, graph.store.path(*key), None)
+    return going
+
+
+def waiting(home: Path) -> str:
+    """Why copies could still come: what runs have to tell MLflow; empty where nothing waits."""
+    if any(next(journal.waiting(), None) for journal in journals(home)):
+        return (
+            "runs have told MLflow what it does not have yet: wait for their end, or send it with llmill sync"
+        )
+    return ""
 
 
 def remove(store: Store, found: Survey) -> Iterator[tuple[Candidate, str]]:
@@ -332,13 +388,27 @@ def remove(store: Store, found: Survey) -> Iterator[tuple[Candidate, str]]:
         if one.key and one.key in needed:
             yield one, "what was made from it stays"
             continue
-        left = remove_one(store, one)
+        left = remove_one(store, one, found.copies)
         if left and one.key and one.key in graph.nodes:
             needed |= {node.key for node in graph.ancestors([one.key])}
         yield one, left
+    for database in (store.home / "mlflow.db", store.home / "prefect" / "prefect.db"):
+        if database.exists() and (left := compact(database)):
+            yield Candidate("database", database, "what was deleted in it"), left
 
 
-def remove_one(store: Store, one: Candidate) -> str:
+def compact(database: Path) -> str:
+    """Have a database forget what was deleted in it, which stays in its file until then; why it did not."""
+    try:
+        with closing(sqlite3.connect(database, timeout=COMPACT_SECONDS, isolation_level=None)) as opened:
+            opened.execute("VACUUM")
+            opened.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    except sqlite3.Error as error:
+        return f"what was deleted in it is still in its file: {error}"
+    return ""
+
+
+def remove_one(store: Store, one: Candidate, copies: Copies | None = None) -> str:
     """Remove one thing under its locks; why it was left, if it was."""
     if one.kind == "state":
         return remove_file(one.path, state_lock(one.path))
@@ -352,6 +422,11 @@ def remove_one(store: Store, one: Candidate) -> str:
             return "a run is using it"
         if one.kind != "lock" and last_used(store, *one.key) != one.used:
             return "a run used it meanwhile"
+        if one.copies and copies:
+            try:
+                copies.take_away(one.key)
+            except NotAsked as error:
+                return f"its copies are left: {error}"
         gone = one.path.with_name(f"{one.path.name}.{uuid4().hex[:8]}{REMOVED}")
         if one.kind != "lock" and one.path.exists():
             os.rename(one.path, gone)

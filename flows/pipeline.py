@@ -46,6 +46,7 @@ from flows.recipe import Recipe
 from flows.run_note import run_note, summary_table
 from flows.runners import Workers, reach, start_workers
 from flows.servers import answers
+from flows.stages import WITH_TEXTS
 from flows.store import LOGS, Artifact, Store, begin_attempt, now
 from flows.terminal import Terminal, duration, headline
 from flows.tracking.tracker import Tracker
@@ -338,7 +339,7 @@ class Run:
         with suppress(TimeoutError), lock.acquire(timeout=0):  # who holds the lock is about to tell it
             if self.tracker.unfinished(artifact):
                 self._start_tracking_stage(artifact.stage, artifact.fingerprint, artifact.manifest["config"])
-                self.tracker.finish_stage(artifact, self.recipe.runtime.upload_mb * 1e6)
+                self._finish_tracking_stage(artifact)
 
     def _build(self, stage: str) -> Result:
         """Build and seal one artifact under its lock, unless another run has just done so."""
@@ -356,7 +357,7 @@ class Run:
             with self._failures(stage, out):
                 artifact, seconds = self._run_body(step, out)
             self.terminal.stage_ended("✓", headline(artifact))
-            self.tracker.finish_stage(artifact, self.recipe.runtime.upload_mb * 1e6)
+            self._finish_tracking_stage(artifact)
         return Result(artifact, "resumed" if begun else "ran", seconds)
 
     def _run_body(self, step: Step, out: Path) -> tuple[Artifact, float]:
@@ -456,14 +457,25 @@ class Run:
             stage, fingerprint, identity, labels, [self.results[name].artifact for name in inputs]
         )
 
+    def _finish_tracking_stage(self, artifact: Artifact) -> None:
+        """End a stage's child run, with the files that the recipe lets MLflow have."""
+        runtime = self.recipe.runtime
+        withheld = artifact.stage in WITH_TEXTS and not runtime.upload_texts
+        self.tracker.finish_stage(artifact, runtime.upload_mb * 1e6, withheld)
+
     def _finish_tracking(self, status: str) -> None:
         results = {
             stage: (result.artifact, result.how, result.seconds) for stage, result in self.results.items()
         }
-        table = summary_table(results)
-        self.tracker.attach("summary.md", table)
+        self.tracker.attach("summary.md", summary_table(results))
         self.tracker.note(
-            run_note(self.recipe.description, table, results, self._failure.message, self._links())
+            run_note(
+                self.recipe.description,
+                results,
+                failure=self._failure.message,
+                links=self._links(),
+                quoting=self.recipe.runtime.upload_texts,
+            )
         )
         self.tracker.finish(status, time.monotonic() - self._started)
         self.tracker.close(status)

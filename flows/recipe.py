@@ -57,6 +57,9 @@ class RecipeRuntime(Runtime):
     warn_dropped: float = Field(default=0.9, ge=0, le=1)
     """Warn where rules drop, or dedup removes, more than this share of the documents."""
 
+    upload_texts: bool = True
+    """Whether documents and examples of them are uploaded; else what holds some is logged by place and checksums."""
+
     notify: tuple[str, ...] = ()
     """Whom to tell of a run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a block of
     Prefect's, such as ``slack-webhook/team``."""

@@ -9,15 +9,24 @@ from flows.markdown import plain
 from flows.store import Artifact
 from flows.terminal import headline
 
+SAMPLES, FAILED, TABLE = "What the model writes:", "**Failed**: ", "| stage | |"
 MOST_SAMPLES = 3
 SAMPLE_CHARACTERS = 400
 Outcome = tuple[Artifact, str, float]
 """An artifact, what became of its stage (ran, reused ...), and the seconds that took."""
 
 
-def run_note(description: str, table: str, results: Mapping[str, Outcome], failure: str, links: str) -> str:
-    """All of the note; ``table`` is `summary_table` of the results."""
-    parts = [description, f"**Failed**: {plain(failure)}" if failure else "", table, samples(results), links]
+def run_note(
+    description: str,
+    results: Mapping[str, Outcome],
+    *,
+    failure: str = "",
+    links: str = "",
+    quoting: bool = True,
+) -> str:
+    """All of the note; without samples where it should quote no text."""
+    written = samples(results) if quoting else ""
+    parts = [description, f"{FAILED}{plain(failure)}" if failure else "", summary_table(results), written, links]
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
@@ -27,7 +36,7 @@ def summary_table(results: Mapping[str, Outcome]) -> str:
         f"| {stage} | {how} | {headline(artifact)} | {seconds:.1f} | `{artifact.fingerprint}` |"
         for stage, (artifact, how, seconds) in results.items()
     ]
-    return "\n".join(["| stage | | result | seconds | artifact |", "|---|---|---|---:|---|", *rows]) + "\n"
+    return "\n".join([f"{TABLE} result | seconds | artifact |", "|---|---|---|---:|---|", *rows]) + "\n"
 
 
 def samples(results: Mapping[str, Outcome]) -> str:
@@ -38,4 +47,11 @@ def samples(results: Mapping[str, Outcome]) -> str:
     lines = written.read_text(encoding="utf-8").splitlines()[:MOST_SAMPLES] if written.exists() else []
     texts = [sample["prompt"] + sample["text"] for sample in map(json.loads, lines)]
     blocks = [f"~~~text\n{text[:SAMPLE_CHARACTERS].replace('~~~', '~ ~ ~')}\n~~~" for text in texts]
-    return "\n\n".join(["What the model writes:", *blocks]) if blocks else ""
+    return "\n\n".join([SAMPLES, *blocks]) if blocks else ""
+
+
+def without_texts(note: str) -> str:
+    """A note that quotes nothing: without samples and what follows them, and without the words of a failure."""
+    kept = note.partition(SAMPLES)[0]
+    head, failed, rest = kept.partition(FAILED)
+    return (head + rest[rest.rfind(TABLE) :] if failed and TABLE in rest else head).rstrip()

@@ -127,3 +127,5 @@ STAGES: tuple[Stage, ...] = (
 )
 
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
+WITH_TEXTS = frozenset({"download", "clean", "dedup", "tokenize", "evaluate"})
+"""The stages whose artifacts hold documents, or parts of them."""

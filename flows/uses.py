@@ -60,8 +60,10 @@ def last_used(store: Store, stage: str, fingerprint: str) -> int:
 @contextmanager
 def alone(store: Store, stage: str, fingerprint: str) -> Iterator[bool]:
     """Keep all runs from using an artifact for as long as the block lasts, if none does: the block is told."""
+    path = use_path(store, stage, fingerprint)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        file = lock_file(use_path(store, stage, fingerprint), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = lock_file(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file = None
     try:

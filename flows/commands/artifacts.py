@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -120,6 +122,44 @@ def trace(
         console.print(line)
 
 
+def find(
+    texts: Annotated[
+        list[str] | None, typer.Argument(help="Some words that stand in the text alone.", metavar="TEXT...")
+    ] = None,
+    file: Annotated[list[Path] | None, typer.Option(help="A file that holds the text; repeatable.")] = None,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Say where a text is: in any file of the home, packed or not, in databases, as tokens, and in MLflow."""
+    quiet_libraries()
+    from flows.search import search
+    from flows.terminal import Terminal
+
+    if not home.is_dir():
+        raise UserError(f"there is no home {home}")
+    found = search(home, [*(texts or ()), *(read_text(path) for path in file or ())])
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+    else:
+        console = Terminal().console
+        for place in found.places:
+            console.print(place, markup=False)
+        for place in found.unread:
+            console.print(f"not looked into: {place}", markup=False)
+        what = f"it is in {len(found.places)} places" if found.places else "it is nowhere"
+        where = f"{found.files:,} files ({human_bytes(found.bytes)}) of {home}"
+        console.print(f"{what}; looked through {where}", markup=False)
+    if found.places or found.unread:
+        raise typer.Exit(1)
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--file {path}: {error}") from None
+
+
 def gc(
     days: Annotated[float, typer.Option(min=0, help="What runs of so many days refer to is kept.")] = 30,
     artifact: Annotated[
@@ -129,6 +169,9 @@ def gc(
             metavar="FINGERPRINT",
         ),
     ] = None,
+    models: Annotated[
+        bool, typer.Option("--models", help="With --artifact: registered versions with an alias go too.")
+    ] = False,
     yes: Annotated[bool, typer.Option("--yes", help="Remove it; without this it is only listed.")] = False,
     home: Home = HOME,
     as_json: AsJson = False,
@@ -140,18 +183,21 @@ def gc(
     from flows.terminal import Terminal
 
     store, console = Store(home), Terminal().console
-    found = select(store, artifact) if artifact else survey(store, days)
+    if models and not artifact:
+        raise UserError("--models says what goes with an --artifact: name one")
+    found = select(store, artifact, models) if artifact else survey(store, days)
     if yes and found.refusal:
-        raise UserError(f"nothing is removed, for registered models are not known: {found.refusal}")
+        raise UserError(f"nothing is removed: {found.refusal}")
     done = [
         (one, left)
         for one, left in (remove(store, found) if yes else ((one, "") for one in found.candidates))
     ]
     if as_json:
         listed = [
-            {"kind": one.kind, "path": str(one.path), "bytes": one.size, "why": one.why, "left": left}
+            {"kind": one.kind, "path": str(one.path), "bytes": one.size, "why": one.why, "left": left,
+             "copies": list(one.copies)}
             for one, left in done
-        ]
+        ]  # fmt: skip
         kept = [
             {"stage": stage, "fingerprint": name, "why": why} for (stage, name), why in found.kept.items()
         ]

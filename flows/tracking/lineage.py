@@ -12,7 +12,7 @@ from typing import Any
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # a person waits for the answer
 
 from mlflow import MlflowClient
-from mlflow.entities import Run
+from mlflow.entities import Run, ViewType
 
 from flows.tracking.links import tracking_uri, without_secrets, without_user
 from flows.tracking.moved import follow_home
@@ -79,20 +79,22 @@ class Records:
         NotAsked: on each call, where it does not answer.
     """
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, view: int = ViewType.ACTIVE_ONLY) -> None:
         self.uri = tracking_uri(home)
         if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
             raise NotAsked(f"no run has told MLflow of anything in {home} (there is no mlflow.db)")
         with self._asking():
             follow_home(home)
             self._client = MlflowClient(self.uri)
-            found = self._paged(lambda token: self._client.search_experiments(page_token=token))
+            found = self._paged(lambda token: self._client.search_experiments(view, page_token=token))
             self._experiments = [one.experiment_id for one in found]
 
     @contextmanager
     def _asking(self) -> Iterator[None]:
         try:
             yield
+        except NotAsked:
+            raise
         except Exception as error:  # MLflow lets errors of its database and its network through as they are
             said = without_secrets((str(error).splitlines() or [type(error).__name__])[0], self.uri)[:200]
             raise NotAsked(f"MLflow at {without_user(self.uri)} does not answer: {said}") from error
@@ -107,11 +109,11 @@ class Records:
             if not token:
                 return
 
-    def _runs(self, condition: str) -> Iterator[Run]:
+    def _runs(self, condition: str, view: int = ViewType.ACTIVE_ONLY) -> Iterator[Run]:
         if self._experiments:
             yield from self._paged(
                 lambda token: self._client.search_runs(
-                    self._experiments, condition, max_results=PAGE, page_token=token
+                    self._experiments, condition, view, max_results=PAGE, page_token=token
                 )
             )
 

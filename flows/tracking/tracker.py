@@ -192,24 +192,25 @@ class Tracker:
         self._save_state()
 
     @harmless
-    def finish_stage(self, artifact: Artifact, upload_bytes: float) -> None:
-        """Log a sealed stage's metrics and files, and end its run."""
+    def finish_stage(self, artifact: Artifact, upload_bytes: float, withheld: bool = False) -> None:
+        """Log a sealed stage's metrics and files, and end its run; of files ``withheld``, only checksums."""
         self.stop_monitor()
         self.follow(artifact.path / EVENTS)
         run = {"run": self.stage_key}
         figures = {**artifact.metrics, "seconds": artifact.manifest["seconds"]}
         name = {"stage": artifact.stage, "fingerprint": artifact.fingerprint}
         name["payload_sha256"] = artifact.payload_sha256
-        uploads = ("about", "plots", *payload_uploads(artifact, upload_bytes))
+        files = ("manifest", "reference") if withheld else ("about", *payload_uploads(artifact, upload_bytes))
+        note = {} if withheld else report_note(artifact)
         self._tell(
             measured(self.stage_key, points_of(figures, sealed_at(artifact))),
             {
                 "op": "tags",
                 **run,
-                "tags": {"llmill.payload_sha256": artifact.payload_sha256, **report_note(artifact)},
+                "tags": {"llmill.payload_sha256": artifact.payload_sha256, **note},
             },
             *([{"op": "untag", **run, "tag": ERROR}] if self._resumed else []),
-            *({"op": "artifact", **run, **name, "what": what} for what in uploads),
+            *({"op": "artifact", **run, **name, "what": what} for what in ("plots", *files)),
             {"op": "end", **run, "status": "FINISHED", "time": now()},
         )
         self._state.unlink(missing_ok=True)

@@ -22,6 +22,10 @@ class Refused(Exception):
 ABOUT = ("manifest.json", "report.md")
 
 
+def log_manifest(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    client.log_artifact(run_id, str(artifact.path / "manifest.json"))
+
+
 def log_about(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
     """What says of an artifact how it was made and what became of it."""
     for name in ABOUT:
@@ -60,6 +64,7 @@ def log_reference(client: MlflowClient, run_id: str, artifact: Artifact) -> None
 
 
 UPLOADS: dict[str, Callable[[MlflowClient, str, Artifact], None]] = {
+    "manifest": log_manifest,
     "about": log_about,
     "plots": log_plots,
     "payload": log_payload,

@@ -1,0 +1,259 @@
+"""A text that is taken out is nowhere any more: not in the store, nor in any copy that MLflow has, wherever that is."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from command_line import Llmill
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
+from mlflow_server import Server
+from moto.server import ThreadedMotoServer
+
+from data_pipeline.context import UserError
+from data_pipeline.documents import write_shard
+from flows.gc import remove, select
+from flows.run_note import run_note
+from flows.search import search
+from flows.stages import BY_NAME
+from flows.store import Artifact, Store
+from flows.tracking.links import tracking_uri
+from flows.tracking.tracker import Tracker
+
+SENTENCES = {
+    "english": 'Her grandmother\'s recipe for quince & walnut bread was never written "down", she said\nat last.',
+    "chinese": "她祖母的榅桲核桃面包食谱从来没有写下来，她终于说。",
+    "thai": "สูตรขนมปังควินซ์และวอลนัทของคุณยายไม่เคยถูกจดไว้เลย เธอพูดในที่สุด",
+    "arabic": "لم تُكتب وصفة خبز السفرجل والجوز الخاصة بجدتها قط، قالت أخيرًا.",
+    "hindi": "उसकी दादी की रोटी की विधि कभी लिखी नहीं गई, उसने आखिर में कहा।",
+    "code": "def quince(walnuts):\n\treturn [bread for bread in walnuts if bread <= 3 and '\\n' not in bread]",
+    "emoji": "Grandmother's quince bread 🍞🥜 was never 👵🏽 written down 🤷‍♀️",
+}
+TEXT = "\n".join(SENTENCES.values())
+CHAIN = ("download", "clean", "evaluate", "export")
+
+
+def seal(store: Store, stage: str, *sources: Artifact) -> Artifact:
+    """An artifact that holds the text as its stage would."""
+    name = f"{list(BY_NAME).index(stage):016x}"
+    inputs = {
+        one.stage: {"fingerprint": one.fingerprint, "payload_sha256": one.payload_sha256} for one in sources
+    }
+    out, _ = store.begin(stage, name, {})
+    with write_shard(out / "documents-00000.parquet") as writer:
+        writer.add("her#0", TEXT, "her", "{}")
+    pq.write_table(pa.table({"bits_per_byte": [1.0]}), out / "documents.parquet")
+    (out / "report.md").write_text(f"| example |\n|---|\n| {TEXT[:100]} |\n")
+    (out / "samples.jsonl").write_text(json.dumps({"prompt": SENTENCES["chinese"], "text": TEXT}) + "\n")
+    (out / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "dtype": "float32"}')
+    manifest = {
+        "config": {},
+        "recipe": "small",
+        "inputs": inputs,
+        "metrics": {"parameters": 1.0, "logits_max_abs_difference": 0.0, "bits_per_byte": 1.0},
+        "finished": "2026-01-01T00:00:00.000+00:00",
+        "seconds": 1.0,
+        "mlflow_run_id": "",
+        "mlflow_key": "",
+    }
+    return store.seal(stage, name, manifest)
+
+
+def told(home: Path, withheld: bool = False) -> list[Artifact]:
+    """A line of artifacts, each made from the one before and told MLflow as a run does; one stage failed before."""
+    store, warned = Store(home), []
+    tracker = Tracker(home, "small", warned.append)
+    tracker.open()
+    tracker.start("small-1", {}, {"llmill.recipe": "small"})
+    sealed: list[Artifact] = []
+    for stage in CHAIN:
+        name = f"{list(BY_NAME).index(stage):016x}"
+        tags = {"llmill.recipe": "small", "llmill.stage": stage, "llmill.fingerprint": name}
+        if stage == "clean":
+            tracker.start_stage(stage, name, {}, tags, sealed[-1:])
+            tracker.fail_stage(f"can't read {TEXT}")
+        tracker.start_stage(stage, name, {}, tags, sealed[-1:])
+        sealed.append(seal(store, stage, *sealed[-1:]))
+        tracker.finish_stage(sealed[-1], 1e9, withheld)
+        tracker.add_to_parent(sealed[-1], "ran", ())
+    results = {one.stage: (one, "ran", 1.0) for one in sealed}
+    tracker.note(run_note("Bread.", results, failure=TEXT, links="[here]", quoting=not withheld))
+    tracker.finish("FINISHED", 1.0)
+    tracker.close("FINISHED")
+    assert not tracker.failure
+    assert not warned
+    return sealed
+
+
+@pytest.fixture(params=["home", "server", "s3"])
+def home(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home whose MLflow is a file in it, or a server that keeps files itself, or one whose files are in a bucket."""
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if request.param == "home":
+        yield home
+        return
+    server, bucket = Server(tmp_path), ThreadedMotoServer(port=0, verbose=False)
+    if request.param == "server":
+        server.start()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
+    else:
+        bucket.start()
+        in_bucket(bucket, f"sqlite:///{tmp_path}/elsewhere.db", monkeypatch)
+    try:
+        yield home
+    finally:
+        server.kill()
+        if request.param == "s3":
+            bucket.stop()
+
+
+def in_bucket(server: ThreadedMotoServer, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have an MLflow at ``uri`` keep its files in a bucket of an S3 server."""
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "MLFLOW_S3_ENDPOINT_URL": f"http://{host}:{port}",
+        "MLFLOW_TRACKING_URI": uri,
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", endpoint_url=settings["MLFLOW_S3_ENDPOINT_URL"]).create_bucket(Bucket="mlflow")
+    MlflowClient(uri).create_experiment("small", "s3://mlflow/files")
+
+
+def test_what_gc_removes_is_gone_from_mlflow_too_wherever_that_keeps_it(home: Path) -> None:
+    download, *made = told(home)
+    client = MlflowClient(tracking_uri(home))
+    experiment = client.get_experiment_by_name("small").experiment_id
+    runs = {run.info.run_name: run for run in client.search_runs([experiment])}
+    client.delete_run(runs["clean"].info.run_id)  # as a person does, who thinks that its files go with it
+    before = search(home, list(SENTENCES.values()))
+    assert not before.unread
+    for stage in CHAIN:
+        assert any(runs[stage].info.run_id in place for place in before.places), stage
+        assert any(f"store/{stage}/" in place for place in before.places), stage
+    with pytest.raises(
+        UserError, match=r"models:/small/1 \(candidate\) was exported from what would go.*--models"
+    ):
+        select(Store(home), [download.fingerprint])
+    found = select(Store(home), [download.fingerprint], models=True)
+    assert [one.key[0] for one in found.candidates] == list(CHAIN[::-1])
+    assert {left for _, left in remove(Store(home), found)} == {""}
+
+    for sentence in SENTENCES.values():
+        after = search(home, [sentence])
+        assert (after.places, after.unread) == ([], [])
+    assert not list(Path(home).rglob("*.parquet"))
+    assert not client.search_model_versions("name = 'small'")
+    assert not client.search_logged_models([experiment])
+    left = client.search_runs([experiment], run_view_type=ViewType.ALL)
+    assert {run.info.run_id for run in left} == {run.info.run_id for run in runs.values()}
+    for run in left:
+        if "llmill.stage" in run.data.tags:
+            assert run.data.tags["llmill.files"].startswith("removed by llmill gc on 20")
+            assert run.data.metrics["bits_per_byte"] == 1, "figures stay"
+            assert not client.list_artifacts(run.info.run_id)
+    assert client.get_run(runs["clean"].info.run_id).info.lifecycle_stage == "deleted"
+    note = next(run.data.tags for run in left if "llmill.stage" not in run.data.tags)["mlflow.note.content"]
+    assert note.startswith("Bread.")
+    assert "| export | ran |" in note
+    with pytest.raises(UserError, match="there is none"):
+        select(Store(home), [made[0].fingerprint])
+
+
+def test_copies_of_what_is_here_no_more_are_found_with_all_that_was_made_from_it(tmp_path: Path) -> None:
+    sealed = told(tmp_path)
+    for one in sealed[1:]:
+        for path in sorted(one.path.rglob("*"), reverse=True):
+            path.unlink()
+        one.path.rmdir()
+    found = select(Store(tmp_path), [sealed[1].fingerprint], models=True)
+    assert [(one.kind, one.key[0]) for one in found.candidates] == [
+        ("copies", stage) for stage in CHAIN[:0:-1]
+    ]
+    assert {left for _, left in remove(Store(tmp_path), found)} == {""}
+    [run] = MlflowClient(tracking_uri(tmp_path)).search_runs(["1"], "tags.`llmill.stage` = 'download'")
+    places = search(tmp_path, [TEXT]).places
+    assert any(run.info.run_id in place for place in places)
+    kept = ("/store/download/", run.info.run_id, "/mlflow.db")  # its page is in the database
+    assert [place for place in places if not any(one in place for one in kept)] == []
+
+
+def test_documents_that_are_not_to_be_uploaded_are_in_mlflow_by_checksum_only(tmp_path: Path) -> None:
+    sealed = told(tmp_path, withheld=True)
+    (tmp_path / "store").rename(tmp_path.with_name("store"))
+    client = MlflowClient(tracking_uri(tmp_path))
+    for run in client.search_runs(["1"], "tags.`llmill.stage` = 'clean'"):
+        with open(client.download_artifacts(run.info.run_id, "payload.json")) as file:
+            assert json.load(file)["files"] == sealed[1].manifest["files"]
+        assert {one.path for one in client.list_artifacts(run.info.run_id)} == {
+            "manifest.json",
+            "payload.json",
+        }
+    kept = search(tmp_path, ["walnut bread was never written"])
+    assert {place.rpartition("/")[2] for place in kept.places} <= {"mlflow.db", "mlflow.db, table tags"}
+    assert not search(tmp_path, [SENTENCES["hindi"][:30]]).places or kept.places
+
+
+def test_a_recipe_withholds_its_documents_from_mlflow(make_llmill: Callable[[], Llmill]) -> None:
+    llmill = make_llmill()
+    llmill.run("--to", "clean", "--set", "runtime.upload_texts=false")
+    client = MlflowClient(tracking_uri(llmill.home))
+    experiment = client.get_experiment_by_name("small").experiment_id
+    for stage in ("download", "clean"):
+        [run] = client.search_runs([experiment], f"tags.`llmill.stage` = '{stage}'")
+        names = {one.path for one in client.list_artifacts(run.info.run_id)}
+        assert {"manifest.json", "payload.json"} <= names
+        assert not names & {"payload", "report.md"}
+        assert "mlflow.note.content" not in run.data.tags
+    [shard, *_] = llmill.home.glob("store/clean/*/documents-*.parquet")
+    text = pq.read_table(shard)["text"][0].as_py()[:200]
+    (llmill.home / "text.txt").write_text(text)
+    said = llmill("find", "--file", str(llmill.home / "text.txt"), "--json", code=1)
+    places = [place for place in json.loads(said.stdout)["places"] if not place.endswith("text.txt")]
+    assert places
+    assert all("/store/" in place for place in places)
+
+
+@pytest.mark.parametrize("name", SENTENCES)
+def test_a_text_is_found_however_it_was_packed_or_escaped(name: str, tmp_path: Path) -> None:
+    text, home = SENTENCES[name], tmp_path / "home"
+    home.mkdir()
+    (home / "plain.txt").write_text(f"before {text} after")
+    (home / "wrapped.txt").write_text(text.replace(" ", "\n    "))
+    (home / "ascii.json").write_text(json.dumps({"text": text}))
+    (home / "twice.jsonl").write_text(json.dumps({"why": json.dumps({"text": text}, ensure_ascii=False)}))
+    (home / "page.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#x27;"))
+    (home / "packed.gz").write_bytes(gzip.compress(text.encode()))
+    nested = pa.array([[{"a": ["else"], "b": text}]])
+    pq.write_table(pa.table({"n": [1], "deep": nested}), home / "nested.parquet", compression="zstd")
+    with sqlite3.connect(home / "rows.db") as database:
+        database.execute("create table pages (id int, text text)")
+        database.execute("insert into pages values (1, ?)", [text * 100])
+    found = search(home, [text])
+    assert not found.unread
+    assert {Path(place.partition(",")[0]).name for place in found.places} == {
+        path.name for path in home.iterdir()
+    }
+    assert not search(home, ["words that nobody wrote in any of these files"]).places
+
+
+def test_what_can_not_be_looked_into_is_told_and_a_text_that_tells_nothing_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    (unread,) = search(tmp_path, ["grandmother's bread"]).unread
+    assert "broken.parquet: ArrowInvalid" in unread
+    for text in ("", "a b c", "🍞🍞🍞"):
+        with pytest.raises(UserError, match="at least 8 letters or digits"):
+            search(tmp_path, [text])

@@ -25,7 +25,7 @@ from ruamel.yaml.error import YAMLError
 from data_pipeline.context import UserError, atomic_path, last_lines
 from flows.deployed import pipeline
 from flows.page_edits import Edit, find_edits, keep, remembered
-from flows.recipe import Recipe, apply_override
+from flows.recipe import Recipe, apply_override, shown
 from flows.services import POOL
 from flows.stages import STAGES
 
@@ -182,6 +182,7 @@ def change(entry: CommentedMap, stage: str, options: Options) -> None:
     parameters = entry.setdefault("parameters", {})
     if options.gpu_pool and not stage:
         parameters["dispatch"] = list(GPU_STAGES)
+    refuse_secrets([*(options.settings or ()), *options.parameters])
     if options.settings is not None:
         parameters["settings"] = list(options.settings)
     if options.collision:
@@ -190,6 +191,20 @@ def change(entry: CommentedMap, stage: str, options: Options) -> None:
     if not stage:
         for text in options.parameters:
             set_parameter(parameters, text)
+
+
+def refuse_secrets(settings: Sequence[str]) -> None:
+    """See that nothing which may be secret gets into a deployment, which Prefect keeps and shows.
+
+    Raises:
+        UserError: an address has a query or a password, or a setting is named like a secret.
+    """
+    for setting in settings:
+        if shown(setting) != setting:
+            raise UserError(
+                f"{shown(setting)}: Prefect would keep and show what stands for *** in a deployment; write it in the "
+                "recipe's file, which only those who run it read"
+            )
 
 
 def set_parameter(parameters: dict[str, Any], text: str) -> None:

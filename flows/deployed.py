@@ -104,7 +104,9 @@ def pipeline(
 
 def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:
     """What a person types on a machine that sees the home to go on with a run."""
+    from flows.recipe import shown
+
     options = {"start": "--from", "stop": "--to", "only": "--only", "force": "--force"}
-    words = ["llmill", "run", recipe, *(word for setting in settings for word in ("--set", setting))]
+    words = ["llmill", "run", recipe, *(word for setting in settings for word in ("--set", shown(setting)))]
     words += [word for name, stage in chosen.items() if stage for word in (options[name], stage)]
     return shlex.join([*words, "--home", str(home)])

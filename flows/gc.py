@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from data_pipeline.context import UserError
 from flows.lineage.graph import Graph, Key, Node
-from flows.store import LINKED, Store, fsync_folder
+from flows.store import LINKED, REPLACED, Store, fsync_folder, shared_lock
 from flows.tracking.copies import Copies
 from flows.tracking.journal import journals
 from flows.tracking.lineage import ModelVersion, NotAsked
@@ -228,30 +228,25 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
 def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
     """Folders that were being removed or replaced when a kill came, and builds that nobody went on with."""
     for path in sorted(store.root.glob(f"[!.]*/*{REMOVED}")):
-        yield Candidate(
-            kind="left over", path=path, why="an earlier gc did not come to its end", size=size_of(path)
-        )
+        yield left(path, "an earlier gc did not come to its end")
     for path in sorted(store.root.glob(f"{LINKED}*")):
         if newest_time(path) < min(since, time.time() - DAY):  # else it may be on its way
-            yield Candidate(
-                kind="left over",
-                path=path,
-                why="a run was killed while it sent this to MLflow",
-                size=size_of(path),
-            )
-    for pattern, why in (("*.replaced", "was built again"), ("*.partial", "its build again was given up")):
-        for path in sorted(store.root.glob(f"[!.]*/{pattern}")):
-            key = (path.parent.name, path.stem)
-            again = key in graph.nodes and graph.nodes[key].path != path
-            if again and newest_time(path) < since and not held(store, key):
-                yield Candidate(
-                    kind="left over",
-                    path=path,
-                    why=why,
-                    size=size_of(path),
-                    key=key,
-                    used=last_used(store, *key),
-                )
+            yield left(path, "a run was killed while it sent this to MLflow")
+    for path in sorted(store.root.glob(f"[!.]*/*{REPLACED}")):
+        key = (path.parent.name, path.stem)
+        given_up = store.path(*key).exists() or newest_time(path) < since  # else the next run puts it back
+        if given_up and not held(store, key):
+            yield left(path, "was built again", key, last_used(store, *key))
+    for path in sorted(store.root.glob("[!.]*/*.partial")):
+        key = (path.parent.name, path.stem)
+        again = key in graph.nodes and graph.nodes[key].path != path
+        if again and newest_time(path) < since and not held(store, key):
+            yield left(path, "its build again was given up", key, last_used(store, *key))
+
+
+def left(path: Path, why: str, key: Key | None = None, used: int = 0) -> Candidate:
+    """A folder that nobody goes on with, as something to be removed."""
+    return Candidate(kind="left over", path=path, why=why, size=size_of(path), key=key, used=used)
 
 
 def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[Candidate]:
@@ -290,7 +285,7 @@ def is_free(lock: Path) -> bool:
     if not lock.exists():
         return True
     try:
-        with FileLock(lock).acquire(timeout=0):
+        with shared_lock(lock).acquire(timeout=0):
             return True
     except Timeout:
         return False
@@ -327,14 +322,7 @@ def select(store: Store, fingerprints: Iterable[str], models: bool = False) -> S
         again = store.partial(*node.key)
         if node.artifact and again.exists():
             last = in_use.last.get(node.key, 0)
-            build = Candidate(
-                kind="left over",
-                path=again,
-                why="its build again",
-                size=size_of(again),
-                key=node.key,
-                used=last,
-            )
+            build = left(again, "its build again", node.key, last)
             found.candidates.append(build)
     return found
 
@@ -444,7 +432,7 @@ def remove_file(path: Path, lock: Path) -> str:
         path.unlink(missing_ok=True)
         return ""
     try:
-        with FileLock(lock).acquire(timeout=0):
+        with shared_lock(lock).acquire(timeout=0):
             path.unlink(missing_ok=True)
             lock.unlink(missing_ok=True)
     except Timeout:

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from logging import INFO, WARNING
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ from flows.stages import WITH_TEXTS
 from flows.store import LOGS, Artifact, Store, begin_attempt, now
 from flows.terminal import Terminal, duration, headline
 from flows.tracking.tracker import Tracker
-from flows.uses import Uses
+from flows.uses import Uses, recover
 
 MOST_ENTRIES = 20  # of a list among a flow run's parameters
 EVENTS_SECONDS = 5.0  # for what Prefect's server has not been told of states when a run ends
@@ -122,17 +123,27 @@ class Run:
             UserError: the plan can't be made, a stage can't be resolved from here, or no cluster answers.
         """
         check_receivers(self.recipe.runtime.notify)
+        recover(self.store)
         self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
         for step in self.steps:
             if step.action == "unknown":
                 raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
             self._dispatcher.check(step)
+            self._check_forced(step)
         for step in self.steps:
             if step.action != "reuse":
                 _ = step.stage.body  # its libraries take seconds to import, in which a server of ours starts
         if self._computes:
             reach(self.recipe.runtime)
         self.tracker.open()
+
+    def _check_forced(self, step: Step) -> None:
+        """See that nobody reads what is to be built again and replaced."""
+        if step.why == ["--force"] and self._uses.others(step.stage.name, str(step.fingerprint)):
+            raise UserError(
+                f"another run is using {step.stage.name} {step.fingerprint}, which --force would replace under it: "
+                "wait for its end, or stop it"
+            )
 
     def execute(self, parameters: Mapping[str, Any]) -> None:
         """Carry the plan out as a Prefect flow of this process; `results` then holds what became of each stage.
@@ -384,7 +395,14 @@ class Run:
             "mlflow_key": self.tracker.stage_key,
             "prefect_flow_run_id": str(flow_run.id),
         }
-        return self.store.seal(stage, name, manifest, context.checksum), seconds
+
+        def busy() -> None:
+            self.terminal.note(
+                f"another run is using {stage} {name}; this one takes its place when that ends"
+            )
+
+        replacing = partial(self._uses.alone, stage, name, busy)
+        return self.store.seal(stage, name, manifest, context.checksum, replacing), seconds
 
     @contextmanager
     def _locked(self, stage: str, fingerprint: str) -> Iterator[None]:
@@ -393,7 +411,8 @@ class Run:
             lock.acquire(timeout=0)
         except TimeoutError:
             self.terminal.note(f"another run is building {stage} {fingerprint}; waiting for it")
-            lock.acquire()
+            with self._uses.apart(stage, fingerprint):
+                lock.acquire()
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, Field, ValidationError, create_model, model_vali
 
 from data_pipeline.context import Config, Runtime, StageConfig, UserError, cores
 from data_pipeline.reading.sources import KINDS
+from data_pipeline.reading.transfer import without_secrets
 from flows.stages import BY_NAME, STAGES
 
 DECIMAL = {
@@ -34,6 +35,9 @@ Loader.yaml_implicit_resolvers = {
     first: [(tag, DECIMAL.get(tag, pattern)) for tag, pattern in resolvers]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
+
+SECRET = re.compile(r"(^|[._-])(key|secret|token|password|credentials?|signature)$", re.IGNORECASE)
+"""Names of settings that no recipe has, but which a person may try to give a secret by."""
 
 
 class RecipeRuntime(Runtime):
@@ -169,11 +173,12 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {override}: write it as stage.field=value")
+        raise UserError(f"--set {shown(override)}: write it as stage.field=value")
     try:
         value = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:
-        raise UserError(f"--set {override}: {' '.join(str(error).split())}") from None
+        said = without_secrets(" ".join(str(error).split()))
+        raise UserError(f"--set {shown(override)}: {said}") from None
     *parents, last = key.split(".")
     target: Any = values
     for part in parents:
@@ -181,11 +186,20 @@ def apply_override(values: dict[str, Any], override: str) -> None:
             target[list_position(target, part, override)] if isinstance(target, list) else child(target, part)
         )
         if not isinstance(target, dict | list):
-            raise UserError(f"--set {override}: {part} holds a value, not settings")
+            raise UserError(f"--set {shown(override)}: {part} holds a value, not settings")
     if isinstance(target, list):
         target[list_position(target, last, override)] = value
     else:
         target[last] = value
+
+
+def shown(setting: str) -> str:
+    """A setting as it may be kept and said: without passwords and queries of addresses, which may be signatures, and
+    without the value of what is named like a secret."""
+    key, equals, _ = setting.partition("=")
+    if equals and SECRET.search(key):
+        return f"{key}=***"
+    return without_secrets(setting)
 
 
 def child(mapping: dict[str, Any], key: str) -> Any:
@@ -198,7 +212,7 @@ def child(mapping: dict[str, Any], key: str) -> Any:
 def list_position(values: list[Any], part: str, override: str) -> int:
     if not part.isdecimal() or int(part) >= len(values):
         raise UserError(
-            f"--set {override}: {part} is not a position in a list of {len(values)} (they start at 0)"
+            f"--set {shown(override)}: {part} is not a position in a list of {len(values)} (they start at 0)"
         )
     return int(part)
 
@@ -215,7 +229,7 @@ def describe_mistakes(
         key = ".".join(str(part) for part in location)
         within = mistake["type"] == "extra_forbidden"
         named = [text for text in overrides if is_of(text.partition("=")[0], key, within)]
-        where = f"--set {named[-1]}" if named else f"{path}:{line_of(node, location)}"
+        where = f"--set {shown(named[-1])}" if named else f"{path}:{line_of(node, location)}"
         message = mistake["msg"].removeprefix("Value error, ")
         given = mistake.get("input")
         if mistake["type"] == "extra_forbidden":
@@ -224,7 +238,7 @@ def describe_mistakes(
             given, str | int | float | bool | None
         ):
             message += f" (got {given!r})"
-        place = f"{where}: {key}"
+        place, message = f"{where}: {key}", without_secrets(message)
         lines[place] = f"{lines[place]}, or {message}" if place in lines else f"{place}: {message}"
     return "\n".join(lines.values())
 

@@ -26,7 +26,13 @@ def run_note(
 ) -> str:
     """All of the note; without samples where it should quote no text."""
     written = samples(results) if quoting else ""
-    parts = [description, f"{FAILED}{plain(failure)}" if failure else "", summary_table(results), written, links]
+    parts = [
+        description,
+        f"{FAILED}{plain(failure)}" if failure else "",
+        summary_table(results),
+        written,
+        links,
+    ]
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shlex
 import shutil
+import stat
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -27,6 +29,15 @@ from filelock import FileLock
 from data_pipeline.context import UserError
 
 MANIFEST_SCHEMA = 1
+MANIFEST_FIELDS = {
+    "config": dict,
+    "inputs": dict,
+    "metrics": dict,
+    "finished": str,
+    "files": list,
+    "payload_sha256": str,
+}
+"""Fields that are read of every manifest."""
 Spread = Callable[[Callable[[Path], dict[str, Any]], list[Path]], list[dict[str, Any]]]
 """Applies a function to paths, in order, by whatever workers there are."""
 SPREAD_BYTES = 10 * 10**9  # above this, one machine's disk and cores hold up a cluster
@@ -36,6 +47,7 @@ ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of t
 ATTEMPTS = f"{LOGS}/attempts.json"  # when work on an artifact began, and how long earlier attempts worked
 SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
 DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a stage that starts again
+REPLACED = ".replaced"  # what the folder of an artifact is called while another takes its place
 LINKED = ".linked-"  # how folders of second names begin, which are there while something is sent
 TRACKING_STATE = (
     ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
@@ -126,7 +138,7 @@ class Store:
         """The lock that whoever builds this artifact holds. The system frees it when its holder dies."""
         path = self.root / stage / f".{fingerprint}.lock"
         path.parent.mkdir(parents=True, exist_ok=True)
-        return FileLock(path)
+        return shared_lock(path)
 
     def begin(self, stage: str, fingerprint: str, origin: Mapping[str, Any]) -> tuple[Path, bool]:
         """The partial folder to build in, and whether an earlier run has begun it. Call it while holding `lock`.
@@ -137,6 +149,8 @@ class Store:
         partial = self.partial(stage, fingerprint)
         text = canonical_json(origin)
         begun = partial.exists()
+        if begun:
+            see_writable(partial)
         if begun and (not (partial / ORIGIN).exists() or (partial / ORIGIN).read_text() != text):
             shutil.rmtree(partial)
             begun = False
@@ -148,15 +162,21 @@ class Store:
         return partial, begun
 
     def seal(
-        self, stage: str, fingerprint: str, manifest: Mapping[str, Any], spread: Spread | None = None
+        self,
+        stage: str,
+        fingerprint: str,
+        manifest: Mapping[str, Any],
+        spread: Spread | None = None,
+        replacing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> Artifact:
         """Checksum and fsync the partial folder, write its manifest last, and give it its final name.
 
         ``manifest`` holds what the caller knows (config, inputs, metrics, times ...); files, sizes and checksums
-        are added here. An artifact that is being replaced (``--force``) gives way in the same moment. ``spread``
-        computes the checksums where there are more than `SPREAD_BYTES`; without it, threads here do.
+        are added here. ``spread`` computes the checksums where there are more than `SPREAD_BYTES`; without it, threads
+        here do. An artifact that is being replaced (``--force``) gives way within ``replacing``, which keeps others
+        from reading it meanwhile. From the manifest on, a kill loses neither: `finish` goes on.
         """
-        partial, final = self.partial(stage, fingerprint), self.path(stage, fingerprint)
+        partial = self.partial(stage, fingerprint)
         (partial / "manifest.json").unlink(missing_ok=True)
         files = checksum_files(partial, spread)
         if (partial / SCRATCH).exists():
@@ -170,20 +190,42 @@ class Store:
             "files": files,
             "payload_sha256": payload_checksum(files),
         }
-        write_durably(partial / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
         for path in partial.rglob("*"):
             if path.is_dir():
                 fsync_folder(path)
             else:
-                path.chmod(0o444)
-        replaced = final.with_name(f"{fingerprint}.replaced")
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            os.rename(final, replaced)
-        os.rename(partial, final)
-        fsync_folder(final.parent)
+                protect(path)
+        write_durably(partial / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+        protect(partial / "manifest.json")
+        if self.path(stage, fingerprint).exists():
+            with replacing():
+                self.finish(stage, fingerprint)
+        else:
+            self.finish(stage, fingerprint)
+        return Artifact(self.path(stage, fingerprint), sealed)
+
+    def finish(self, stage: str, fingerprint: str) -> None:
+        """Give a partial folder its final name, if its manifest says that it is whole; go on where a kill came.
+
+        Call it while holding `lock` and, where an artifact of that name is there, when nobody reads it.
+        """
+        partial, final = self.partial(stage, fingerprint), self.path(stage, fingerprint)
+        replaced = final.with_name(f"{fingerprint}{REPLACED}")
+        if (partial / "manifest.json").exists():
+            if final.exists():
+                shutil.rmtree(replaced, ignore_errors=True)
+                os.rename(final, replaced)
+            os.rename(partial, final)
+            fsync_folder(final.parent)
+        elif replaced.exists() and not final.exists():
+            os.rename(replaced, final)
         shutil.rmtree(replaced, ignore_errors=True)
-        return Artifact(final, sealed)
+
+    def interrupted(self) -> list[tuple[str, str]]:
+        """Stage and fingerprint of what a kill came to while it got its name, or while what it replaced was removed."""
+        found = [*self.root.glob("[!.]*/*.partial/manifest.json"), *self.root.glob(f"[!.]*/*{REPLACED}")]
+        folders = [path.parent if path.name == "manifest.json" else path for path in found]
+        return sorted({(path.parent.name, path.name.partition(".")[0]) for path in folders})
 
     def verify(self, artifact: Artifact) -> list[str]:
         """Compare every file with its recorded size and checksum; one line for each that differs."""
@@ -212,13 +254,75 @@ class Damaged(UserError):
 
 def read_artifact(path: Path) -> Artifact | None:
     """The artifact sealed in ``path``, or None where there is no manifest."""
+    file = path / "manifest.json"
     try:
-        return Artifact(path, json.loads((path / "manifest.json").read_text()))
+        manifest = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except json.JSONDecodeError:
-        # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
-        raise Damaged(f"{path / 'manifest.json'} is damaged; remove that folder and run again") from None
+    except (ValueError, RecursionError):  # no JSON, or no UTF-8
+        manifest = None
+    except OSError as error:
+        raise Damaged(f"{file} can't be read: {error.strerror}") from None
+    # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
+    if not isinstance(manifest, dict) or not is_whole(manifest, path):
+        raise Damaged(f"{file} is damaged; remove that folder and run again")
+    return Artifact(path, manifest)
+
+
+def is_whole(manifest: Mapping[str, Any], path: Path) -> bool:
+    """Whether a manifest holds all that is read of it, and is the one of that folder."""
+    named = manifest.get("stage"), manifest.get("fingerprint")
+    return (
+        named == (path.parent.name, path.name.partition(".")[0])
+        and all(isinstance(manifest.get(name), kind) for name, kind in MANIFEST_FIELDS.items())
+        and all(
+            isinstance(one, dict) and isinstance(one.get("path"), str) and isinstance(one.get("size"), int)
+            for one in manifest["files"]
+        )
+        and is_time(manifest["finished"])
+        and all(
+            isinstance(one, dict) and {"fingerprint", "payload_sha256"} <= one.keys()
+            for one in manifest["inputs"].values()
+        )
+    )
+
+
+def is_time(text: str) -> bool:
+    try:
+        return bool(datetime.fromisoformat(text))
+    except ValueError:
+        return False
+
+
+def protect(path: Path) -> None:
+    """Let nobody write to a file; one that another user made stays as he made it."""
+    with suppress(PermissionError):
+        path.chmod(0o444)
+
+
+def see_writable(partial: Path) -> None:
+    """See that we may go on with what was begun, perhaps by another user of the home.
+
+    Raises:
+        UserError: we may not write there.
+    """
+    for parent, _, _ in os.walk(partial):
+        if not os.access(parent, os.W_OK | os.X_OK):
+            owner = Path(parent).owner()
+            raise UserError(
+                f"{parent}: {owner} began this, and we may not go on with it: let {owner} run it, or give us leave to "
+                f"write there (chmod -R g+w {shlex.quote(str(partial))}, and umask 002 for all who share a home)"
+            )
+
+
+def shared_lock(path: Path) -> FileLock:
+    """A lock on a file, which all who may write in its folder can take, whoever made it."""
+    return FileLock(path, mode=lock_mode(path))
+
+
+def lock_mode(path: Path) -> int:
+    """The mode of a lock's file: writable for those for whom its folder is."""
+    return 0o644 | stat.S_IMODE(path.parent.stat().st_mode) & 0o022
 
 
 def begin_attempt(folder: Path) -> tuple[int, float]:

@@ -19,7 +19,7 @@ from flows.comparison.compare import Comparison, compare
 from flows.comparison.log import files, note
 from flows.comparison.subjects import Finder, Subject, label
 from flows.plan import Selection, Step, make_plan
-from flows.recipe import Recipe, load_recipe
+from flows.recipe import Recipe, load_recipe, shown
 from flows.store import Store, canonical_json, write_durably
 from flows.terminal import Terminal
 from flows.tracking.findings import Finding
@@ -47,7 +47,7 @@ class Member:
     @property
     def name(self) -> str:
         """``lr 1e-3, seed 0``."""
-        pairs = (setting.partition("=") for setting in self.chosen)
+        pairs = (shown(setting).partition("=") for setting in self.chosen)
         return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in pairs)
 
     @property
@@ -79,9 +79,9 @@ def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
         setting, _, values = text.partition("=")
         found = [value.strip() for value in COMMAS.split(values)]
         if not setting or not all(found):
-            raise UserError(f"--grid {text}: write it as stage.field=value,value")
+            raise UserError(f"--grid {shown(text)}: write it as stage.field=value,value")
         if setting in grid or len(set(found)) < len(found):
-            raise UserError(f"--grid {text}: {setting} or one of its values is there twice")
+            raise UserError(f"--grid {shown(text)}: {setting} or one of its values is there twice")
         grid[setting] = found
     return grid
 
@@ -195,7 +195,7 @@ class Sweep:
         run.execute(
             {
                 "recipe": str(recipe.resolve()),
-                "settings": list(member.settings),
+                "settings": [shown(setting) for setting in member.settings],
                 "stages": {},
                 "home": str(self.home.resolve()),
             }

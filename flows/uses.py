@@ -1,20 +1,20 @@
 """Who uses which artifact: a run holds all that its plan names, so that `llmill gc` leaves them alone.
 
 A use is a shared lock on a file beside the artifact, which the system frees when its holder dies; whoever takes it
-writes to the file, so that its time tells of the last use. Who wants to remove an artifact takes the lock for himself
-alone, and looks at that time once more. A run takes its locks when it has made its plan, and then looks whether what it
-wants to reuse is still there.
+writes to the file, so that its time tells of the last use. Who wants to remove or to replace an artifact takes the lock
+for himself alone, and, before a removal, looks at that time once more. A run takes its locks when it has made its plan,
+and then looks whether what it wants to reuse is still there.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from flows.store import Store
+from flows.store import Store, lock_mode
 
 
 class Uses:
@@ -36,12 +36,56 @@ class Uses:
                 os.pwrite(file, b"used\n", 0)
             self._files[path] = file
 
+    @contextmanager
+    def alone(self, stage: str, fingerprint: str, wait: Callable[[], None]) -> Iterator[None]:
+        """Keep others from using an artifact that we use; ``wait`` is called where some do, and have to end first."""
+        file = self._files[use_path(self._store, stage, fingerprint)]
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            wait()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+    @contextmanager
+    def apart(self, stage: str, fingerprint: str) -> Iterator[None]:
+        """Use an artifact not for as long as the block lasts: whoever is building it may replace it."""
+        file = self._files[use_path(self._store, stage, fingerprint)]
+        fcntl.flock(file, fcntl.LOCK_UN)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_SH)
+
+    def others(self, stage: str, fingerprint: str) -> bool:
+        """Whether another process uses an artifact that we use."""
+        file = self._files[use_path(self._store, stage, fingerprint)]
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        return False
+
     def release(self) -> None:
         """Use nothing any more."""
         for file in self._files.values():
             fcntl.flock(file, fcntl.LOCK_UN)  # also for children that inherited the file
             os.close(file)
         self._files.clear()
+
+
+def recover(store: Store) -> None:
+    """Bring to its end what a kill came to while an artifact got its name, unless somebody is at it."""
+    for stage, fingerprint in store.interrupted():
+        lock = store.lock(stage, fingerprint)
+        with suppress(TimeoutError), lock.acquire(timeout=0), alone(store, stage, fingerprint) as free:
+            if free:
+                store.finish(stage, fingerprint)
 
 
 def use_path(store: Store, stage: str, fingerprint: str) -> Path:
@@ -79,7 +123,12 @@ def lock_file(path: Path, how: int) -> int | None:
     Raises:
         BlockingIOError: ``how`` says not to wait, and another process holds it.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        with suppress(PermissionError):  # another user made it
+            os.fchmod(file, lock_mode(path))
+    except PermissionError:
+        file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)  # locks all the same
     try:
         fcntl.flock(file, how)
         if os.fstat(file).st_nlink:

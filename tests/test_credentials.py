@@ -13,7 +13,12 @@ from mlflow_server import Server
 from moto.server import ThreadedMotoServer
 from text_files import TEXTS, jsonl
 
+from data_pipeline.context import UserError
+from flows.deploy import Options, write_deployments
+from flows.recipe import load_recipe, shown
+from flows.search import search
 from flows.servers import PrefectServer
+from flows.sweep import read_grid
 
 RECIPE = """
 name: secret
@@ -21,6 +26,7 @@ download:
   sources:
     - {{name: store, kind: objects, url: "s3://corpus/texts"}}
     - {{name: web, kind: http, urls: ["{signed}"]}}
+    - {{name: given, kind: http, urls: ["{signed}"]}}
 pretrain: {{tokens: 1024, batch_tokens: 1024, precision: fp32}}
 """
 
@@ -28,6 +34,9 @@ pretrain: {{tokens: 1024, batch_tokens: 1024, precision: fp32}}
 def test_no_credential_is_left_in_the_home_of_a_run_nor_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Neither given by the recipe nor by ``--set``, whether the run ends well or fails."""
+    for name in [name for name in os.environ if name.startswith("PREFECT_")]:
+        monkeypatch.delenv(name)  # so that it brings a server of its own, with its database in the home
     server = ThreadedMotoServer(port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
@@ -50,18 +59,77 @@ def test_no_credential_is_left_in_the_home_of_a_run_nor_said(
         recipe = tmp_path / "secret.yaml"
         recipe.write_text(RECIPE.format(signed=signed))
         llmill = Llmill(tmp_path / "home", recipe)
-        said = llmill.afresh("run", str(recipe), "--only", "download")
+        another = client.generate_presigned_url(
+            "get_object", Params={"Bucket": "corpus", "Key": "texts/a.jsonl"}, ExpiresIn=700
+        )
+        missing = another.replace("a.jsonl", "missing.jsonl")
+        run = ("run", str(recipe), "--only", "download", "--set")
+        said = llmill.afresh(*run, f'download.sources.2.urls=["{another}"]')
+        failed = llmill.afresh(*run, f"download.sources.2.urls.0={missing}", code=2)
     finally:
         server.stop()
-    assert f"{2 * len(TEXTS)} documents" in said.stdout
-    signature = signed.partition("Signature=")[2].partition("&")[0]
-    secrets = [settings[name] for name in list(settings)[:3]] + [signature]
-    kept = assert_secret(secrets, said.stdout + said.stderr, tmp_path / "home")
-    assert {"mlflow.db", "manifest.json"} <= kept
+    assert f"{3 * len(TEXTS)} documents" in said.stdout
+    assert "missing.jsonl" in failed.stderr
+    signatures = [one.partition("Signature=")[2].partition("&")[0] for one in (signed, another)]
+    secrets = [settings[name] for name in list(settings)[:3]] + signatures
+    words = said.stdout + said.stderr + failed.stdout + failed.stderr
+    kept = assert_secret(secrets, words, tmp_path / "home")
+    assert {"mlflow.db", "prefect.db", "manifest.json"} <= kept
+
+
+def test_a_setting_that_may_be_kept_is_shown_as_it_is_and_no_field_is_named_like_a_secret() -> None:
+    for setting in (
+        "pretrain.tokens=4e6",
+        "tokenize.val_fraction=0.1",
+        "download.sources.0.path=a?b",
+        "clean.min_chars=1",
+    ):
+        assert shown(setting) == setting
+    assert shown("x.sources.0.urls=[https://u:p@h/a.txt?sig=1, 'https://h/b.txt?k=2&l=3']") == (
+        "x.sources.0.urls=[https://***@h/a.txt?*** 'https://h/b.txt?***']"
+    )
+    assert shown("download.sources.0.api_key=abc") == "download.sources.0.api_key=***"
+
+
+def test_a_setting_that_is_refused_is_said_without_its_secret(tmp_path: Path, corpus: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL.format(corpus=corpus))
+    address = "https://host/a.jsonl?Signature=hunter2-signed"
+    for setting in (
+        f"download.sources.0.urls={address}",
+        f"download.sources.0.urls=[{address}",
+        f"download.sources.7.urls={address}",
+        f"download.sources.0.path.deeper={address}",
+        f"pretrain.lr={address}",
+        "download.sources.0.token=hunter2-signed",
+        "https://user:hunter2-signed@host",
+    ):
+        with pytest.raises(UserError) as refused:
+            load_recipe(recipe, [setting])
+        assert "hunter2" not in str(refused.value)
+        assert "--set" in str(refused.value)
+    with pytest.raises(UserError) as refused:
+        read_grid([f"download.sources.0.urls={address},"])
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_deployment_takes_no_secret_for_prefect_would_keep_it(tmp_path: Path, corpus: Path) -> None:
+    recipe = tmp_path / "small.yaml"
+    recipe.write_text(SMALL.format(corpus=corpus))
+    file, setting = (
+        tmp_path / "prefect.yaml",
+        "download.sources.0.urls=[https://host/a.jsonl?Signature=hunter2-signed]",
+    )
+    for options in (Options(settings=[setting]), Options(parameters=[f"settings=['{setting}']"])):
+        with pytest.raises(UserError, match=r"a\.jsonl\?\*\*\*.*Prefect would keep") as refused:
+            write_deployments(file, load_recipe(recipe), recipe, tmp_path, options)
+        assert "hunter2" not in str(refused.value)
+        assert not file.exists()
 
 
 def assert_secret(secrets: list[str], said: str, folder: Path) -> set[str]:
-    """None of them was said, none is in any file; the files' names."""
+    """None of them was said, none is in any file, in rows or columns of one or escaped; the files' names."""
+    assert search(folder, secrets).places == []
     kept = [path for path in folder.rglob("*") if path.is_file()]
     for secret in secrets:
         assert len(secret) > 10

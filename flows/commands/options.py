@@ -51,7 +51,9 @@ def writable(home: Path) -> None:
 
 
 def typed() -> str:
-    """The command line as a person typed it, to be typed again."""
+    """The command line as a person typed it, to be typed again; ``***`` stands for what nobody should keep."""
+    from flows.recipe import shown
+
     home = os.environ.get("LLMILL_HOME")
     prefix = f"LLMILL_HOME={shlex.quote(home)} " if home and "--home" not in sys.argv else ""
-    return prefix + shlex.join(["llmill", *sys.argv[1:]])
+    return prefix + shlex.join(["llmill", *map(shown, sys.argv[1:])])

@@ -29,7 +29,7 @@ def run(
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
     quiet_libraries()
     from flows.plan import Selection
-    from flows.recipe import load_recipe
+    from flows.recipe import load_recipe, shown
     from flows.servers import PrefectServer
     from flows.terminal import Terminal, fail
 
@@ -58,7 +58,7 @@ def run(
             pipeline.execute(
                 {
                     "recipe": str(recipe.resolve()),
-                    "settings": list(set_ or ()),
+                    "settings": [shown(setting) for setting in set_ or ()],
                     "stages": {name: stage for name, stage in chosen.items() if stage},
                     "home": str(home.resolve()),
                 }

@@ -12,8 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from filelock import FileLock
-
+from flows.store import shared_lock
 from flows.tracking.journal import Journal, Operation, journals, outbox
 from flows.tracking.links import HOME, target, without_user
 from flows.tracking.operations import ENTRIES, LOG, METRICS, Away, Mlflow
@@ -83,7 +82,7 @@ def left_behind(home: Path) -> Iterator[Iterator[Journal]]:
     Later journals may go on with the runs of earlier ones, so one process at a time sends them, all others wait.
     """
     outbox(home).mkdir(parents=True, exist_ok=True)
-    with FileLock(outbox(home) / ".left.lock"), closing(claimed(home)) as found:
+    with shared_lock(outbox(home) / ".left.lock"), closing(claimed(home)) as found:
         yield found
 
 

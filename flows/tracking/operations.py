@@ -16,7 +16,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
-from filelock import FileLock
 from requests import HTTPError
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -29,7 +28,7 @@ from mlflow import MlflowClient  # noqa: E402  (after the settings that it reads
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
 from mlflow.exceptions import MlflowException, RestException  # noqa: E402
 
-from flows.store import Damaged, Store  # noqa: E402
+from flows.store import Damaged, Store, shared_lock  # noqa: E402
 from flows.tracking.events import EVENTS, event_points, read_lines  # noqa: E402
 from flows.tracking.journal import Operation  # noqa: E402
 from flows.tracking.lineage import KEY, PARENT  # noqa: E402
@@ -131,7 +130,7 @@ class Mlflow:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Keep other processes of this home from making the same tables, experiment or run at once."""
-        with FileLock(self.home / ".mlflow.lock"):
+        with shared_lock(self.home / ".mlflow.lock"):
             yield
 
     @property

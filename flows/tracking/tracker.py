@@ -22,7 +22,7 @@ from uuid import uuid4
 from filelock import FileLock, Timeout
 
 from flows.recipe import flatten
-from flows.store import Artifact, canonical_json, write_durably
+from flows.store import Artifact, canonical_json, shared_lock, write_durably
 from flows.tracking.delivery import Sender
 from flows.tracking.events import EVENTS, Point, event_points, read_lines
 from flows.tracking.journal import Journal, outbox
@@ -301,7 +301,7 @@ class Tracker:
 
     def _claim(self, key: str) -> Path | None:
         """The file that names the parent run of a plan, for us alone; None while another run of the plan is at work."""
-        lock = FileLock(self._runs / f".{key}.lock")
+        lock = shared_lock(self._runs / f".{key}.lock")
         try:
             lock.acquire(timeout=0)
         except Timeout:

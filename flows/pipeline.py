@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
-from logging import INFO, WARNING
 from functools import partial
+from logging import INFO, WARNING
 from pathlib import Path
 from typing import Any
 

@@ -214,7 +214,12 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
     if node.state == "missing":
         last = in_use.last.get(node.key, 0)
         return Candidate(
-            kind="copies", path=node.path, why=f"not here any more; {why}", key=node.key, used=last, copies=held
+            kind="copies",
+            path=node.path,
+            why=f"not here any more; {why}",
+            key=node.key,
+            used=last,
+            copies=held,
         )
     verb = "sealed" if node.artifact else "left unfinished"
     when, last = f"{verb} {day(made_at(node))}", in_use.last.get(node.key, 0)

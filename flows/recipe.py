@@ -15,8 +15,8 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
 from data_pipeline.context import Config, Runtime, StageConfig, UserError, cores
+from data_pipeline.reading.redaction import without_secrets
 from data_pipeline.reading.sources import KINDS
-from data_pipeline.reading.transfer import without_secrets
 from flows.stages import BY_NAME, STAGES
 
 DECIMAL = {

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-import sqlite3
 import sysconfig
 import time
 from collections.abc import Callable
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -121,14 +119,6 @@ def finished(make_llmill) -> Llmill:
     return llmill
 
 
-FILES_OF = (
-    ("experiments", "artifact_location"),
-    ("runs", "artifact_uri"),
-    ("logged_models", "artifact_location"),
-)
-"""Where MLflow notes whole addresses of files."""
-
-
 @pytest.fixture(scope="session")
 def copy_finished(finished: Llmill) -> Callable[[Path], Llmill]:
     """``copy_finished(home)``: a home that may be changed, with what the small recipe made and nothing else sealed.
@@ -145,10 +135,6 @@ def copy_finished(finished: Llmill) -> Callable[[Path], Llmill]:
 
     def copy(home: Path) -> Llmill:
         shutil.copytree(finished.home, home, ignore=others)
-        with closing(sqlite3.connect(home / "mlflow.db")) as database, database:
-            for table, column in FILES_OF:
-                change = f"update {table} set {column} = replace({column}, ?, ?)"
-                database.execute(change, (str(finished.home), str(home)))
         return replace(finished, home=home)
 
     return copy

@@ -19,8 +19,8 @@ from data_pipeline.context import Unresolved, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.reading.local import pin, walk
 from data_pipeline.reading.records import Record, Text, pick
+from data_pipeline.reading.redaction import without_secrets
 from data_pipeline.reading.sources import HuggingFaceSource, Listed
-from data_pipeline.reading.transfer import without_secrets
 
 
 def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed, ...]:

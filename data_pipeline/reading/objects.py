@@ -15,16 +15,9 @@ from data_pipeline.context import Unresolved, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.reading.archives import printable
 from data_pipeline.reading.formats import has_known_suffix, known_suffixes, suffix_of
+from data_pipeline.reading.redaction import without_secrets
 from data_pipeline.reading.sources import Listed, Listing, ObjectSource
-from data_pipeline.reading.transfer import (
-    Fetching,
-    Stopped,
-    Transient,
-    check,
-    retried,
-    size_of,
-    without_secrets,
-)
+from data_pipeline.reading.transfer import Fetching, Stopped, Transient, check, retried, size_of
 
 BLOCK_BYTES = 1 << 23
 MAGIC = "*?["

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import time
@@ -29,7 +28,6 @@ LONGEST_BACKOFF_SECONDS = 30.0
 LONGEST_WAIT_SECONDS = 300.0
 """The longest wait that a server is granted (``Retry-After``)."""
 POLL_SECONDS = 0.1
-SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "CONNECTION_STRING", "SAS", "FSSPEC_")
 
 
 class Transient(Exception):
@@ -118,18 +116,6 @@ def turn(host: str, fetching: Fetching) -> Iterator[None]:
             return
         if fetching.stop.wait(POLL_SECONDS * random.uniform(0.5, 1)):
             raise Stopped
-
-
-def without_secrets(text: str) -> str:
-    """``text`` without what stands in addresses before ``@`` or behind ``?`` (passwords, signatures), and without
-    the values of environment variables that are named like a secret."""
-    for name, value in os.environ.items():
-        if any(word in name.upper() for word in SECRETS):
-            # Of options in JSON (FSSPEC_S3) each string.
-            for secret in [value, *re.findall(r'"([^"]*)"', value)]:
-                text = text.replace(secret, "***") if len(secret) > 5 else text
-    text = re.sub(r"(?<=://)[^/\s@'\"]+@", "***@", text)
-    return re.sub(r"(?<=[\w/%.-])\?[^\s'\"<>)]*=[^\s'\"<>)]*", "?***", text)
 
 
 def size_of(part: Path) -> int:

@@ -30,6 +30,8 @@ from data_pipeline.context import UserError
 
 MANIFEST_SCHEMA = 1
 MANIFEST_FIELDS = {
+    "stage": str,
+    "fingerprint": str,
     "config": dict,
     "inputs": dict,
     "metrics": dict,
@@ -254,27 +256,40 @@ class Damaged(UserError):
 
 def read_artifact(path: Path) -> Artifact | None:
     """The artifact sealed in ``path``, or None where there is no manifest."""
-    file = path / "manifest.json"
+    try:
+        manifest = read_manifest(path / "manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    if (manifest["stage"], manifest["fingerprint"]) != (path.parent.name, path.name.partition(".")[0]):
+        raise Damaged(f"{path / 'manifest.json'} is damaged; remove that folder and run again")
+    return Artifact(path, manifest)
+
+
+def read_manifest(file: Path) -> dict[str, Any]:
+    """The manifest in a file.
+
+    Raises:
+        FileNotFoundError: there is none.
+        Damaged: it can't be read, or is no manifest.
+    """
     try:
         manifest = json.loads(file.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        return None
+        raise
     except (ValueError, RecursionError):  # no JSON, or no UTF-8
         manifest = None
     except OSError as error:
         raise Damaged(f"{file} can't be read: {error.strerror}") from None
     # Only damage from outside can do this: manifests are fsynced before the folder gets its name.
-    if not isinstance(manifest, dict) or not is_whole(manifest, path):
+    if not isinstance(manifest, dict) or not is_whole(manifest):
         raise Damaged(f"{file} is damaged; remove that folder and run again")
-    return Artifact(path, manifest)
+    return manifest
 
 
-def is_whole(manifest: Mapping[str, Any], path: Path) -> bool:
-    """Whether a manifest holds all that is read of it, and is the one of that folder."""
-    named = manifest.get("stage"), manifest.get("fingerprint")
+def is_whole(manifest: Mapping[str, Any]) -> bool:
+    """Whether a manifest holds all that is read of it."""
     return (
-        named == (path.parent.name, path.name.partition(".")[0])
-        and all(isinstance(manifest.get(name), kind) for name, kind in MANIFEST_FIELDS.items())
+        all(isinstance(manifest.get(name), kind) for name, kind in MANIFEST_FIELDS.items())
         and all(
             isinstance(one, dict) and isinstance(one.get("path"), str) and isinstance(one.get("size"), int)
             for one in manifest["files"]

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 from data_pipeline.context import UserError
 from flows.lineage.documents import DocumentTrace, ids_alike
 from flows.lineage.graph import Graph, Node
-from flows.store import file_sha256
+from flows.store import file_sha256, read_manifest
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)[/@](?P<version>[^/]+)")
 
@@ -64,8 +63,8 @@ def in_folder(graph: Graph, folder: Path) -> Node:
     """The artifact that lies in a folder, or of which the folder is a copy: it has the manifest, or the weights."""
     manifest, weights = folder / "manifest.json", folder / "model.safetensors"
     if manifest.is_file():
-        made = json.loads(manifest.read_text(encoding="utf-8"))
-        if node := graph.nodes.get((made.get("stage"), made.get("fingerprint"))):
+        made = read_manifest(manifest)
+        if node := graph.nodes.get((made["stage"], made["fingerprint"])):
             return node
     if weights.is_file():
         sha256 = file_sha256(weights)

@@ -21,7 +21,7 @@ from text_files import jsonl, parquet
 
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import objects, transfer
+from data_pipeline.reading import objects, redaction, transfer
 
 KEY, SECRET, TOKEN = "AKIAHUNTERHUNTER2222", "hunter2secrethunter2secrethunter2", "hunter2token"
 TEXTS = [prose(n) for n in range(20)]
@@ -209,8 +209,8 @@ def test_a_signature_a_password_and_an_option_of_fsspec_are_cut_out_of_messages(
     monkeypatch: pytest.MonkeyPatch, said: str
 ) -> None:
     monkeypatch.setenv("FSSPEC_S3", json.dumps({"key": KEY, "secret": SECRET}))
-    assert SECRET not in transfer.without_secrets(said)
-    assert transfer.without_secrets("is s3://b/day=3/part-?.txt there? a = b") == (
+    assert SECRET not in redaction.without_secrets(said)
+    assert redaction.without_secrets("is s3://b/day=3/part-?.txt there? a = b") == (
         "is s3://b/day=3/part-?.txt there? a = b"
     )
 

@@ -165,7 +165,9 @@ def test_a_sealed_file_that_is_gone_is_told_of_and_holds_nothing_up(mlflow: Mlfl
     folder, _ = store.begin("clean", "f00d", {})
     for name in ("kept.txt", "lost.txt"):
         (folder / name).write_text(name)
-    artifact = store.seal("clean", "f00d", {})
+    artifact = store.seal(
+        "clean", "f00d", {"config": {}, "inputs": {}, "metrics": {}, "finished": "2026-01-01"}
+    )
     (artifact.path / "lost.txt").unlink()
     name = {"stage": "clean", "fingerprint": "f00d", "payload_sha256": artifact.payload_sha256}
     refused = send(mlflow, TOLD[0], {"op": "artifact", **RUN, **name, "what": "payload"}, TOLD[-1])

@@ -81,7 +81,7 @@ def test_a_stage_that_will_run_says_what_it_needs_given_what_is_sealed(tmp_path,
     assert download.predicted == []
     assert clean.predicted == ["unknown bytes, 3 workers"]
 
-    manifest = {"metrics": {"bytes": 18}, "inputs": {}, "finished": "2026-01-01"}
+    manifest = {"config": {}, "metrics": {"bytes": 18}, "inputs": {}, "finished": "2026-01-01"}
     store.begin("download", str(download.fingerprint), {})
     store.seal("download", str(download.fingerprint), manifest)
     _, clean, *_ = make_plan(recipe, store)

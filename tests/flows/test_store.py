@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
-from data_pipeline.context import LocalContext
+from data_pipeline.context import LocalContext, UserError
+from flows.lineage.graph import Graph
+from flows.lineage.target import in_folder
 from flows.store import ATTEMPTS, Damaged, Store, begin_attempt, fingerprint, payload_checksum
 
 ORIGIN = {"inputs": {}}
@@ -150,6 +152,44 @@ def test_a_damaged_manifest_is_told_and_the_others_are_still_listed(tmp_path):
     assert [artifact.fingerprint for artifact in store.artifacts()] == ["f00d"]
     with pytest.raises(Damaged, match="remove that folder"):
         store.get("clean", "beef")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"{}",
+        b"null",
+        b"\xff\xfe{",
+        b"\0" * 100,
+        b"[" * 100_000,
+        b"half",
+        b"files",
+        b"finished",
+        b"inputs",
+        b"other",
+    ],
+)
+def test_whatever_is_in_a_damaged_manifest_is_told_in_one_line(tmp_path, damage):
+    store = Store(tmp_path)
+    path = build(store, "beef").path / "manifest.json"
+    path.chmod(0o644)
+    manifest = json.loads(path.read_text())
+    changed = {
+        b"half": path.read_bytes()[:-20],
+        b"files": json.dumps(manifest | {"files": [1]}).encode(),
+        b"finished": json.dumps(manifest | {"finished": "yesterday"}).encode(),
+        b"inputs": json.dumps(manifest | {"inputs": {"download": None}}).encode(),
+        b"other": json.dumps(manifest | {"fingerprint": "f00d"}).encode(),
+    }
+    path.write_bytes(changed.get(damage, damage))
+    assert store.artifacts() == []
+    with pytest.raises(Damaged, match="is damaged; remove that folder and run again"):
+        store.get("clean", "beef")
+    with pytest.raises(UserError, match=r"manifest\.json is damaged|holds no artifact"):
+        in_folder(Graph(store), path.parent)
 
 
 @pytest.mark.parametrize("damage", ["change", "remove", "add", "manifest"])

@@ -233,23 +233,23 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
 def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
     """Folders that were being removed or replaced when a kill came, and builds that nobody went on with."""
     for path in sorted(store.root.glob(f"[!.]*/*{REMOVED}")):
-        yield left(path, "an earlier gc did not come to its end")
+        yield left_at(path, "an earlier gc did not come to its end")
     for path in sorted(store.root.glob(f"{LINKED}*")):
         if newest_time(path) < min(since, time.time() - DAY):  # else it may be on its way
-            yield left(path, "a run was killed while it sent this to MLflow")
+            yield left_at(path, "a run was killed while it sent this to MLflow")
     for path in sorted(store.root.glob(f"[!.]*/*{REPLACED}")):
         key = (path.parent.name, path.stem)
         given_up = store.path(*key).exists() or newest_time(path) < since  # else the next run puts it back
         if given_up and not held(store, key):
-            yield left(path, "was built again", key, last_used(store, *key))
+            yield left_at(path, "was built again", key, last_used(store, *key))
     for path in sorted(store.root.glob("[!.]*/*.partial")):
         key = (path.parent.name, path.stem)
         again = key in graph.nodes and graph.nodes[key].path != path
         if again and newest_time(path) < since and not held(store, key):
-            yield left(path, "its build again was given up", key, last_used(store, *key))
+            yield left_at(path, "its build again was given up", key, last_used(store, *key))
 
 
-def left(path: Path, why: str, key: Key | None = None, used: int = 0) -> Candidate:
+def left_at(path: Path, why: str, key: Key | None = None, used: int = 0) -> Candidate:
     """A folder that nobody goes on with, as something to be removed."""
     return Candidate(kind="left over", path=path, why=why, size=size_of(path), key=key, used=used)
 
@@ -327,7 +327,7 @@ def select(store: Store, fingerprints: Iterable[str], models: bool = False) -> S
         again = store.partial(*node.key)
         if node.artifact and again.exists():
             last = in_use.last.get(node.key, 0)
-            build = left(again, "its build again", node.key, last)
+            build = left_at(again, "its build again", node.key, last)
             found.candidates.append(build)
     return found
 

@@ -122,7 +122,7 @@ def test_a_deployment_takes_no_secret_for_prefect_would_keep_it(tmp_path: Path, 
     )
     for options in (Options(settings=[setting]), Options(parameters=[f"settings=['{setting}']"])):
         with pytest.raises(UserError, match=r"a\.jsonl\?\*\*\*.*Prefect would keep") as refused:
-            write_deployments(file, load_recipe(recipe), recipe, tmp_path, options)
+            write_deployments(file, recipe=load_recipe(recipe), path=recipe, home=tmp_path, options=options)
         assert "hunter2" not in str(refused.value)
         assert not file.exists()
 

@@ -33,7 +33,8 @@ def empty_folder(path: str) -> Path:
 
 def sign(texts: pa.Array, permutations: int) -> int:
     """Signatures of a column of texts; how many."""
-    return len(signatures(texts, permutations=permutations, ngram=DedupConfig().ngram, seed=0))
+    config = DedupConfig()
+    return len(signatures(texts, permutations=permutations, ngram=config.ngram, seed=0, signs=config.signs))
 
 
 def sign_in_memory(corpus: str, permutations: int, threads: int) -> Work:

@@ -16,19 +16,28 @@ from benchmarks.measure import Work
 from benchmarks.ours import empty_folder
 from data_pipeline.documents import shard_paths
 from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
+from data_pipeline.words import OPERATORS
 
 IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[^\W{IDEOGRAPHS}]+|[{IDEOGRAPHS}]")
-"""A word as llmill takes them (combining marks aside): letters, digits and underscores, or one ideograph."""
+"""The letters of a word as llmill takes them (combining marks and scripts other than Chinese and Japanese aside)."""
+SIGNS = re.escape(OPERATORS)
+BEFORE_SIGN = re.compile(rf"[^\w{SIGNS}]+(?=[{SIGNS}])")
+SIGNED_WORD = re.compile(rf"(?:{WORD.pattern})[{SIGNS}]*|[{SIGNS}]+")
 SHINGLE = 5
 """Words; llmill's default."""
 
 
+def words_of(text: str) -> list[str]:
+    """The words of a text as llmill takes them by default, each with the operators behind it (of ASCII)."""
+    return SIGNED_WORD.findall(BEFORE_SIGN.sub("", text))
+
+
 class Words:
-    """A word tokenizer for datatrove that costs next to nothing: runs of letters, digits and underscores."""
+    """A word tokenizer for datatrove that costs next to nothing: two regular expressions."""
 
     def word_tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text)
+        return words_of(text)
 
 
 class Spaces:
@@ -39,7 +48,7 @@ class Spaces:
 
 
 DATATROVE: dict[str, str] = {
-    "same": "datatrove, words by one regular expression",
+    "same": "datatrove, words by two regular expressions",
     "spaces": "datatrove, split at white space",
     "whitespace": "datatrove, its WhitespaceTokenizer",
     "english": "datatrove, its English tokenizer",
@@ -79,7 +88,7 @@ def rensa_minhash(corpus: str, permutations: int) -> Work:
     texts = [text for path in shard_paths(Path(corpus)) for text in pq.read_table(path)["text"].to_pylist()]
 
     def shingles(text: str) -> list[str]:
-        words = WORD.findall(text.lower())
+        words = words_of(text.lower())
         return [" ".join(words[at : at + SHINGLE]) for at in range(max(1, len(words) - SHINGLE + 1))]
 
     def work() -> int:

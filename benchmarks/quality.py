@@ -182,7 +182,7 @@ def true_pairs(texts: Sequence[str], block: int = 256) -> tuple[NDArray[np.int64
 
 def shingles(text: str) -> set[tuple[str, ...]]:
     """The 5-word shingles of a text, words lower-cased; all its words as one where it has fewer; none without words."""
-    words = peers.WORD.findall(text.lower())
+    words = peers.words_of(text.lower())
     if not words:
         return set()
     width = min(peers.SHINGLE, len(words))

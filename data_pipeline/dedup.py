@@ -50,6 +50,7 @@ from data_pipeline.duplicates.verify import (
     those_that_hold,
     verify_edges,
 )
+from data_pipeline.words import Signs
 
 Result = TypeVar("Result")
 MATCHES = 32
@@ -69,6 +70,10 @@ class DedupConfig(StageConfig):
 
     ngram: int = Field(default=5, ge=1, le=256)
     """Words in a shingle."""
+    signs: Signs = "symbols"
+    """What beside letters and digits tells a word from another, as part of the word before it: ``none``; ``symbols``:
+    operators (``!$%&*+-/<=>?@^|~``) and all that Unicode calls a symbol, so that ``a < b`` is not ``a > b``, nor a
+    thumb up one down; ``all``: brackets, quotes and other punctuation, too."""
     bands: int = Field(default=18, ge=1)
     rows: int = Field(default=7, ge=1)
     """Entries of the signature in a band: more rows find fewer pairs, more bands find more."""
@@ -120,6 +125,7 @@ class DedupConfig(StageConfig):
         """How the edges that are found are checked."""
         return VerifyRules(
             ngram=self.ngram,
+            signs=self.signs,
             seed=self.seed,
             threshold=self.threshold,
             certain=self.threshold + margin(self.threshold, self.permutations),
@@ -169,6 +175,7 @@ def find_duplicates(
     context.progress(0, 6, "passes")
     rules = SignRules(
         ngram=config.ngram,
+        signs=config.signs,
         bands=config.bands,
         rows=config.rows,
         seed=config.seed,

@@ -14,5 +14,5 @@ import data_pipeline.token_shards  # noqa: F401
 from data_pipeline.duplicates.minhash import band_hashes, shingle_sets, signatures
 
 TEXTS = pa.array(["a b c"])
-band_hashes(signatures(TEXTS, permutations=2, ngram=1, seed=0), bands=1, rows=2)
-shingle_sets(TEXTS, ngram=1, seed=0)
+band_hashes(signatures(TEXTS, permutations=2, ngram=1, seed=0, signs="symbols"), bands=1, rows=2)
+shingle_sets(TEXTS, ngram=1, seed=0, signs="symbols")

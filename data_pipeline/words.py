@@ -23,6 +23,7 @@ import re
 import unicodedata
 from functools import cache
 from itertools import groupby
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +64,12 @@ SOUND_MARKS = "\uff9e\uff9f"
 ZERO_WIDTH_SPACE = "\u200b"
 """Parts words where it stands, unlike the other format characters: Khmer and Thai have it between words."""
 
+Signs = Literal["none", "symbols", "all"]
+"""Which signs tell a word from another, beside its letters: none; operators, currencies, emoji and other symbols; or
+punctuation, too."""
+OPERATORS = "!$%&*+-/<=>?@^|~"
+"""What source code computes with, of ASCII. Brackets, quotes, ``#`` and what parts clauses is punctuation."""
+
 
 @cache
 def character_classes(letters: str = "") -> NDArray[np.uint8]:
@@ -85,6 +92,19 @@ def character_classes(letters: str = "") -> NDArray[np.uint8]:
     table[ord(ZERO_WIDTH_SPACE)] = OTHER
     table[[code for code in range(TABLE_SIZE) if chr(code).isspace()]] = SPACE
     return table
+
+
+@cache
+def telling_signs(signs: Signs) -> NDArray[np.bool_]:
+    """Which of the characters below `TABLE_SIZE` that are no part of words tell words from each other; see `Signs`."""
+    other = character_classes("_") == OTHER
+    if signs == "all":
+        return other & np.array([unicodedata.category(chr(code))[0] in "SP" for code in range(TABLE_SIZE)])
+    told = np.zeros(TABLE_SIZE, np.bool_)
+    if signs == "symbols":
+        told[128:] = [unicodedata.category(chr(code))[0] == "S" for code in range(128, TABLE_SIZE)]
+        told[[ord(one) for one in OPERATORS]] = True
+    return told & other
 
 
 @cache

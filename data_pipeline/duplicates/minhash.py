@@ -1,11 +1,11 @@
 """MinHash signatures of word shingles, computed by numba over Arrow's text buffers in place.
 
-A document is its set of shingles: hashes of n consecutive lower-cased words. They are thrown into bins, and each bin
-keeps its smallest hash (Li, Owen, Zhang 2012, "One Permutation Hashing"). While bins are empty, as with short
-documents, all shingles are thrown again with new hashes, into empty bins only (Dahlgaard, Knudsen, Thorup 2017, "Fast
-Similarity Sketching"). So two signatures agree in an entry with probability equal to the Jaccard similarity, and the
-share of entries in which they agree varies no more than with independent permutations, however short the documents.
-Of each entry 16 bits are kept (Li, Koenig 2010, "b-Bit Minwise Hashing").
+A document is its set of shingles: hashes of n consecutive lower-cased words, each with the signs behind it that tell.
+They are thrown into bins, and each bin keeps its smallest hash (Li, Owen, Zhang 2012, "One Permutation Hashing"). While
+bins are empty, as with short documents, all shingles are thrown again with new hashes, into empty bins only (Dahlgaard,
+Knudsen, Thorup 2017, "Fast Similarity Sketching"). So two signatures agree in an entry with probability equal to the
+Jaccard similarity, and the share of entries in which they agree varies no more than with independent permutations,
+however short the documents. Of each entry 16 bits are kept (Li, Koenig 2010, "b-Bit Minwise Hashing").
 """
 
 from __future__ import annotations
@@ -22,7 +22,17 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import blocks, buffers
 from data_pipeline.kernels import MULTIPLIER, code_point, kernel, mix
-from data_pipeline.words import IGNORED, LETTER, MARK, OTHER, UNSPACED, character_classes, lower_case
+from data_pipeline.words import (
+    IGNORED,
+    LETTER,
+    MARK,
+    OTHER,
+    UNSPACED,
+    Signs,
+    character_classes,
+    lower_case,
+    telling_signs,
+)
 
 EMPTY = np.uint16(0xFFFF)
 """Every entry of a text without words. (An entry that would have this value is one less.)"""
@@ -40,9 +50,12 @@ GATHER = np.uint64(0x0102040810204080)
 """Multiplying eight bytes of 0 or 1 by it puts them side by side into the highest byte."""
 
 
-def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
-    """Class and lower case of each code point. The underscore is a letter, as it is in the names of source code."""
-    return character_classes("_"), lower_case()
+def word_tables(signs: Signs) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.bool_]]:
+    """Class and lower case of each code point, and which signs tell words apart.
+
+    The underscore is a letter, as it is in the names of source code.
+    """
+    return character_classes("_"), lower_case(), telling_signs(signs)
 
 
 @intrinsic
@@ -87,6 +100,30 @@ def fold(hashed: np.uint64, block: np.uint64) -> np.uint64:
     return hashed ^ (hashed >> np.uint64(32))
 
 
+@kernel(inline="always")
+def add_sign(code: int, words: NDArray[np.uint64], count: int) -> int:
+    """Add a sign to the hash of the last of ``count`` words; if there is none, it is the first. Returns the count."""
+    count = max(count, 1)
+    words[count - 1] = fold(words[count - 1], np.uint64(code))
+    return count
+
+
+@kernel
+def add_signs(
+    data: NDArray[np.uint8],
+    start: int,
+    end: int,
+    signs: NDArray[np.bool_],
+    words: NDArray[np.uint64],
+    count: int,
+) -> int:
+    """Add the signs between two runs, all of them ASCII, to the word before; returns the count of words."""
+    for at in range(start, end):
+        if signs[data[at]]:
+            count = add_sign(int(data[at]), words, count)
+    return count
+
+
 @kernel
 def mixed_run(
     data: NDArray[np.uint8],
@@ -94,6 +131,7 @@ def mixed_run(
     end: int,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint32],
+    signs: NDArray[np.bool_],
     words: NDArray[np.uint64],
     count: int,
 ) -> int:
@@ -118,6 +156,8 @@ def mixed_run(
         if kind in (LETTER, UNSPACED):
             word = kind
         elif kind != MARK:
+            if kind == OTHER and code < len(signs) and signs[code]:
+                count = add_sign(code, words, count)
             continue
         encoded, size = utf8(int(lower[code]))
         packed |= encoded << (np.uint64(8) * filled)
@@ -175,6 +215,7 @@ def word_hashes(
     end: int,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint32],
+    signs: NDArray[np.bool_],
     words: NDArray[np.uint64],
 ) -> int:
     """Hash the lower-cased words of one text into ``words``; returns how many there are.
@@ -183,7 +224,8 @@ def word_hashes(
     byte that a processor mispredicts at the end of each word, which cost more than all the rest.
     """
     count = 0
-    begin = -1  # of the run that is open
+    words[0] = np.uint64(0)  # what signs at the beginning are added to
+    begin, done = -1, start  # of the run that is open, and where the last one ended
     before = np.uint64(0)  # the bit of the byte before
     for base in range(start, end, 64):
         bits = np.uint64(0)
@@ -200,15 +242,23 @@ def word_hashes(
             at = base + int(trailing_zeros(edges))
             edges &= edges - np.uint64(1)
             if begin < 0:
+                count = add_signs(data, done, at, signs, words, count)
                 begin = at
                 continue
-            words[count], beyond_ascii = run_hash(blocks, begin, at)
-            count = mixed_run(data, begin, at, classes, lower, words, count) if beyond_ascii else count + 1
-            begin = -1
-    if begin >= 0:
-        words[count], beyond_ascii = run_hash(blocks, begin, end)
-        count = mixed_run(data, begin, end, classes, lower, words, count) if beyond_ascii else count + 1
-    return count
+            hashed, beyond_ascii = run_hash(blocks, begin, at)
+            if beyond_ascii:
+                count = mixed_run(data, begin, at, classes, lower, signs, words, count)
+            else:
+                words[count] = hashed
+                count += 1
+            begin, done = -1, at
+    if begin < 0:
+        return add_signs(data, done, end, signs, words, count)
+    hashed, beyond_ascii = run_hash(blocks, begin, end)
+    if beyond_ascii:
+        return mixed_run(data, begin, end, classes, lower, signs, words, count)
+    words[count] = hashed
+    return count + 1
 
 
 @kernel
@@ -291,6 +341,7 @@ def sign_all(
     seed: np.uint64,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint32],
+    signs: NDArray[np.bool_],
     signatures: NDArray[np.uint16],
 ) -> None:
     """Signature of every text; see `signatures`."""
@@ -301,19 +352,21 @@ def sign_all(
     least = np.empty(signatures.shape[1], np.uint32)
     closed = np.empty(signatures.shape[1], np.int64)
     for row in range(len(offsets) - 1):
-        count = word_hashes(data, blocks, offsets[row], offsets[row + 1], classes, lower, words)
+        count = word_hashes(data, blocks, offsets[row], offsets[row + 1], classes, lower, signs, words)
         count = shingle_hashes(words, count, ngram, seed)
         fill_signature(words, count, signatures[row], least, closed)
 
 
-def signatures(texts: pa.Array, *, permutations: int, ngram: int, seed: int) -> NDArray[np.uint16]:
+def signatures(
+    texts: pa.Array, *, permutations: int, ngram: int, seed: int, signs: Signs
+) -> NDArray[np.uint16]:
     """MinHash signatures of a column of texts, shape (documents, permutations).
 
     A text without a word has `EMPTY` throughout.
     """
     data, offsets = buffers(texts)
     result = np.empty((len(texts), permutations), np.uint16)
-    sign_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(), result)
+    sign_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(signs), result)
     return result
 
 
@@ -354,22 +407,23 @@ def sets_all(
     seed: np.uint64,
     classes: NDArray[np.uint8],
     lower: NDArray[np.uint32],
+    signs: NDArray[np.bool_],
     shingles: NDArray[np.uint64],
 ) -> NDArray[np.int64]:
     """Fill ``shingles`` with the hashes of all texts, one after another; returns where each begins (texts + 1)."""
     starts = np.zeros(len(offsets), np.int64)
     for row in range(len(offsets) - 1):
         into = shingles[starts[row] :]
-        count = word_hashes(data, blocks, offsets[row], offsets[row + 1], classes, lower, into)
+        count = word_hashes(data, blocks, offsets[row], offsets[row + 1], classes, lower, signs, into)
         starts[row + 1] = starts[row] + shingle_hashes(into, count, ngram, seed)
     return starts
 
 
-def shingle_sets(texts: pa.Array, *, ngram: int, seed: int) -> list[NDArray[np.uint64]]:
+def shingle_sets(texts: pa.Array, *, ngram: int, seed: int, signs: Signs) -> list[NDArray[np.uint64]]:
     """The sorted distinct shingle hashes of every text of a column."""
     data, offsets = buffers(texts)
     if not len(texts):
         return []
     shingles = np.empty(int(offsets[-1]) - int(offsets[0]) + 1, np.uint64)  # room: a word has at least a byte
-    starts = sets_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(), shingles)
+    starts = sets_all(data, blocks(data), offsets, ngram, np.uint64(seed), *word_tables(signs), shingles)
     return [np.unique(shingles[start:end]) for start, end in pairwise(starts.tolist())]

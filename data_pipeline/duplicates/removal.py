@@ -27,7 +27,10 @@ REMOVED = pa.schema(
         ("duplicate_of", pa.string()),
         ("jaccard", pa.float64()),
         ("kind", pa.string()),  # exact: the texts are equal; near
-        ("measured", pa.string()),  # jaccard: exact, or an estimate by signatures
+        (
+            "measured",
+            pa.string(),
+        ),  # jaccard by: text (all of it), shingles (all of them), or signatures (an estimate)
     ]
 )
 REMOVED_ROWS = 1 << 16
@@ -137,7 +140,9 @@ def save_removed(
             removal.signed.ids(heads).take(pa.array(head)),
             pa.array(repeats["jaccard"]),
             pc.if_else(pa.array(same_text), "exact", "near"),
-            pc.if_else(pa.array(repeats["exact"]), "exact", "estimate"),
+            pc.if_else(
+                pa.array(same_text), "text", pc.if_else(pa.array(repeats["exact"]), "shingles", "signatures")
+            ),
         ],
         schema=REMOVED,
     )

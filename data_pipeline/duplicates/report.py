@@ -48,7 +48,9 @@ def summarise(
         f"{human_bytes(bytes_in)} of text; removed {exact} exact and {near} near-duplicates.\n\nNear means a "
         f"Jaccard similarity of at least {config.threshold} in {config.ngram}-word shingles. {config.bands} bands of "
         f"{config.rows} rows find a pair at the threshold with probability {config.chance(config.threshold):.3f}. "
-        f"Similarities are exact, but for {estimated} so far above the threshold that the estimate suffices.\n"
+        f"Similarities are those of all shingles, but for {estimated} so far above the threshold that the estimate by "
+        "signatures suffices. At 1 two texts have the same shingles, and differ in what is no part of a word "
+        f"(`dedup.signs: {config.signs}`), in case, or in what they repeat.\n"
     )
     if cut_short:
         text += (

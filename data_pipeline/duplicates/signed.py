@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from data_pipeline.context import atomic_path
 from data_pipeline.documents import byte_lengths, once, read_shard, save_array
 from data_pipeline.duplicates.minhash import band_hashes, has_words, signatures
+from data_pipeline.words import Signs
 
 Kind = Literal["text", "near"]
 
@@ -40,6 +41,7 @@ class SignRules:
     """How documents are signed; the fields of `data_pipeline.dedup.DedupConfig` that matter here."""
 
     ngram: int
+    signs: Signs
     bands: int
     rows: int
     seed: int
@@ -70,7 +72,13 @@ def write_signed(rules: SignRules, folder: Path, shard: Path) -> dict[str, int]:
         )
         digests.append(np.frombuffer(hashed, "<u2").reshape(-1, DIGEST_ENTRIES))
         signed.append(
-            signatures(texts, permutations=rules.bands * rules.rows, ngram=rules.ngram, seed=rules.seed)
+            signatures(
+                texts,
+                permutations=rules.bands * rules.rows,
+                ngram=rules.ngram,
+                seed=rules.seed,
+                signs=rules.signs,
+            )
         )
     table = np.concatenate(documents)
     save_array(folder / f"{shard.stem}-documents.npy", table)

@@ -23,6 +23,7 @@ from data_pipeline.duplicates.candidates import read_chunks, read_raw
 from data_pipeline.duplicates.minhash import shingle_sets
 from data_pipeline.duplicates.signed import Signed
 from data_pipeline.kernels import kernel
+from data_pipeline.words import Signs
 
 MARGIN = 4.0
 """Standard deviations of an estimate that count as certain: beyond are 3 of 100,000."""
@@ -38,6 +39,7 @@ class VerifyRules:
     """How edges are checked."""
 
     ngram: int
+    signs: Signs
     seed: int
     threshold: float
     certain: float
@@ -66,7 +68,7 @@ def save_sets(rules: VerifyRules, folder: Path, marks: Path, item: tuple[Path, i
         for batch in read_shard(shard, ("text",)):
             wanted = marked[row : row + batch.num_rows]
             texts = batch.column("text").filter(pa.array(wanted))
-            for one in shingle_sets(texts, ngram=rules.ngram, seed=rules.seed):
+            for one in shingle_sets(texts, ngram=rules.ngram, seed=rules.seed, signs=rules.signs):
                 one.tofile(file)
                 sizes.append(len(one))
             places.append(row - first + np.flatnonzero(wanted))

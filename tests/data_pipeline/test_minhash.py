@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import random
+import string
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -9,18 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_words import plain_words
 
-from data_pipeline.duplicates.minhash import (
-    EMPTY,
-    band_hashes,
-    shingle_sets,
-    signatures,
-)
+from data_pipeline.duplicates import minhash
+from data_pipeline.duplicates.minhash import EMPTY, band_hashes
 from data_pipeline.duplicates.verify import jaccard
+from data_pipeline.words import OTHER, TABLE_SIZE, Signs, character_classes, telling_signs
+
+signatures = partial(minhash.signatures, signs="none")
 
 
-def sets_of(*texts: str, ngram: int = 5) -> list[set[int]]:
+def sets_of(*texts: str, ngram: int = 5, signs: Signs = "none") -> list[set[int]]:
     """Shingle hashes as Python sets."""
-    return [set(one.tolist()) for one in shingle_sets(pa.array(texts, pa.string()), ngram=ngram, seed=0)]
+    column = pa.array(texts, pa.string())
+    return [set(one.tolist()) for one in minhash.shingle_sets(column, ngram=ngram, seed=0, signs=signs)]
 
 
 @given(st.lists(st.sampled_from(["a", "b", "cc", "dd", "É", "straße"]), max_size=30))
@@ -78,6 +80,45 @@ def test_different_words_give_different_shingles(one: str, other: str) -> None:
     first, second = sets_of(one, other)
     assert first
     assert not first & second
+
+
+def signed_words(text: str, signs: Signs) -> list[str]:
+    """The words of a text by the definition, each with the signs behind it that tell."""
+    starts = [at for at, _ in plain_words(text, letters="_")]
+    words = words_of(text)
+    if starts[:1] != [0]:
+        starts, words = [0, *starts], ["", *words]
+    ends = [*starts[1:], len(text)]
+    told = telling_signs(signs)
+    behind = ["".join(one for one in text[a:b] if told[ord(one)]) for a, b in zip(starts, ends, strict=True)]
+    return [word + sign for word, sign in zip(words, behind, strict=True) if word + sign]
+
+
+SIGNED = st.lists(
+    st.sampled_from([*"aB 1_<>+-=!?().,[]{}#\"'`ßé東กิ×≤“—👍€\u200b\n", "👍🏽", "->", "  "]), max_size=60
+)
+
+
+@given(SIGNED.map("".join), st.sampled_from(["none", "symbols", "all"]), st.integers(0, 70))
+@settings(deadline=None, max_examples=300)
+def test_signs_that_tell_belong_to_the_word_before_them(text: str, signs: Signs, before: int) -> None:
+    words = signed_words(text, signs)
+    alone = {word: sets_of(word, ngram=1, signs=signs)[0] for word in words}
+    assert all(len(found) == 1 for found in alone.values())
+    assert len(set.union(set(), *alone.values())) == len(alone)
+    _, found = sets_of("x" * before, text, ngram=1, signs=signs)
+    assert found == set.union(set(), *alone.values())
+
+
+def test_every_character_is_part_of_a_word_or_a_sign_or_parts_words() -> None:
+    none, symbols, every = (telling_signs(signs) for signs in ("none", "symbols", "all"))
+    assert not none.any()
+    assert (symbols <= every).all()
+    assert (character_classes("_")[every] == OTHER).all()
+    assert {one for one in map(chr, range(128)) if every[ord(one)]} == set(string.punctuation) - {"_"}
+    assert {one for one in "+-<>=×÷≤€$👍→∑" if symbols[ord(one)]} == set("+-<>=×÷≤€$👍→∑")
+    assert not {one for one in ".,:;()[]{}#\"'`“”—。、" if symbols[ord(one)]}
+    assert len(every) == TABLE_SIZE
 
 
 def test_slices_of_a_column_and_empty_columns_are_read_in_place() -> None:

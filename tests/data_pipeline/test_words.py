@@ -87,7 +87,7 @@ def test_words_are_those_of_the_definition(text: str, joined: bool) -> None:
 @settings(deadline=None, max_examples=200)
 def test_every_kernel_goes_by_the_definition(text: str) -> None:
     words = [word for _, word in plain_words(text, letters="_")]
-    (shingles,) = shingle_sets(pa.array([text], pa.string()), ngram=1, seed=0)
+    (shingles,) = shingle_sets(pa.array([text], pa.string()), ngram=1, seed=0, signs="none")
     assert len(shingles) == len(set(words))
     data = np.frombuffer(text.encode(), np.uint8)
     hashes, starts = np.empty(len(data) + 1, np.uint64), np.empty(len(data) + 1, np.int32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
     }
     skipped = out / "skipped.parquet"
     passed = pq.read_table(skipped).to_pylist() if skipped.exists() else []
+    reasons = Counter(fact["reason"] for fact in passed)
+    metrics |= {f"skipped/{reason}": float(count) for reason, count in sorted(reasons.items())}
     with atomic_path(out / "report.md") as path:
         path.write_text(
             report(config, model.config, metrics, reading, losses, checks, passed), encoding="utf-8"

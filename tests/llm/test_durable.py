@@ -21,6 +21,7 @@ from data_pipeline.token_shards import TokenShards
 from llm import checkpoint
 from llm.batches import batch_windows
 from llm.pretrain import PretrainConfig, pretrain
+from llm.summary import summarise
 
 STEPS, BATCH, CONTEXT = 100, 16, 32
 PAYLOAD = ("losses.parquet", "validation.parquet", "model.safetensors", "skipped.parquet")
@@ -165,6 +166,7 @@ def test_a_leap_of_the_loss_rolls_back_and_passes_over_the_batches_and_a_kill_ch
     [told] = events(calm, "rollback")
     assert (told["step"], told["to"], told["windows"]) == (20, 15, 5 * BATCH)
     assert pq.read_table(calm / "skipped.parquet")["step"].to_pylist() == [20]
+    assert summarise(config.resolve(), calm)["skipped/spike"] == 1
     losses = pq.read_table(calm / "losses.parquet")
     assert losses["step"].to_pylist() == list(range(1, STEPS + 1))
     assert max(losses["loss"].to_pylist()[15:]) < told["loss"] - 0.5

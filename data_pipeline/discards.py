@@ -36,6 +36,7 @@ class Kind:
 
 KINDS: dict[str, Kind] = {
     "left_out": Kind("left out", "files", ("files",)),
+    "passed_over": Kind("passed over", "files in archives"),
     "rejected": Kind("rejected", "records", ("documents",)),
     "dropped": Kind("dropped", "documents", ("documents",), included=True),
     "removed": Kind("removed", "documents", ("documents",), included=True),
@@ -44,7 +45,8 @@ KINDS: dict[str, Kind] = {
     "masked": Kind("masked", "places"),
     "skipped": Kind("skipped", "steps"),
 }
-"""In the order of showing. `left_out`: files (evaluation: documents) that were never read."""
+"""In the order of showing. `left_out`: files (evaluation: documents) that were never read; `passed_over`: files in
+archives, which are known only when these are read."""
 
 
 def by_reason(kind: str, counts: Mapping[str, int]) -> Metrics:

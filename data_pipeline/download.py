@@ -35,7 +35,7 @@ from data_pipeline.reading.groups import Settings, read_group
 from data_pipeline.reading.hub import list_hugging_face
 from data_pipeline.reading.local import list_installed_python, list_local
 from data_pipeline.reading.objects import list_objects
-from data_pipeline.reading.parts import final_places
+from data_pipeline.reading.parts import COUNTS, final_places
 from data_pipeline.reading.pieces import all_pieces, group_files, name_of
 from data_pipeline.reading.remote import list_http
 from data_pipeline.reading.sources import (
@@ -218,9 +218,7 @@ def write_listing(config: DownloadConfig, path: Path) -> None:
 
 def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], report: Path) -> Metrics:
     """Write the report and return the metrics."""
-    documents, sizes, rejected = (
-        add_up(tally[key] for tally in tallies) for key in ("documents", "bytes", "rejected")
-    )
+    documents, sizes, rejected, passed_over = (add_up(tally[key] for tally in tallies) for key in COUNTS)
     lines = [
         (
             one.name,
@@ -235,6 +233,8 @@ def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], repo
     text = "# Download\n\n" + table(("source", "kind", "licence", "files", "documents", "text"), lines)
     if rejected:
         text += "\n## Rejected records\n\n" + table(("source/reason", "records"), rejected.items())
+    if passed_over:
+        text += "\n## Passed over in archives\n\n" + table(("source/suffix", "files"), passed_over.items())
     with atomic_path(report) as temporary:
         temporary.write_text(text, encoding="utf-8")
     metrics = {
@@ -243,9 +243,14 @@ def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], repo
         "bytes": sum(sizes.values()),
         "rejected": sum(rejected.values()),
     }
-    reasons = add_up({name.partition("/")[2]: count} for name, count in rejected.items())
     return (
         {name: float(value) for name, value in metrics.items()}
-        | by_reason("rejected", reasons)
+        | by_reason("rejected", of_all_sources(rejected))
+        | by_reason("passed_over", of_all_sources(passed_over))
         | config.left_out()
     )
+
+
+def of_all_sources(counts: Mapping[str, int]) -> dict[str, int]:
+    """{reason: count} of counts by source/reason."""
+    return add_up({name.partition("/")[2]: count} for name, count in counts.items())

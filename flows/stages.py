@@ -63,7 +63,7 @@ STAGES: tuple[Stage, ...] = (
         body_at="data_pipeline.download:download",
         config_at="data_pipeline.download:DownloadConfig",
         inputs=(),
-        version=2,
+        version=3,
         headline=("documents", "bytes"),
     ),
     Stage(

@@ -30,7 +30,7 @@ pretrain: {{tokens: 1024, batch_tokens: 1024}}
 """
 EMPTY, BROKEN = 90, 8
 SAID = {
-    "download": ["4 documents", "98 rejected (90 empty, 8 bad_json)", "4 left out (3 .csv, 1 .exe)"],
+    "download": ["4 documents", "98 rejected (90 empty, 8 bad_json)", "4 left out (3 .pdf, 1 .exe)"],
     "clean": ["3 kept", "1 dropped (min_chars)", "1 masked (email)"],
     "dedup": ["2 kept", "1 removed (exact)"],
 }
@@ -44,7 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts = [prose(1), prose(1), f"{prose(2)} jane@example.com", "short", *[""] * EMPTY]
     lines = [*(json.dumps({"text": text}) for text in texts), *["{"] * BROKEN]
     (folder / "a.jsonl").write_text("\n".join(lines) + "\n")
-    for name in ("a.csv", "b.csv", "c.CSV", "run.exe"):
+    for name in ("a.pdf", "b.pdf", "c.PDF", "run.exe"):
         (folder / name).write_text("x")
     return folder
 
@@ -71,13 +71,13 @@ def test_a_run_says_on_each_stages_line_and_in_the_summary_what_was_discarded(fi
     check_said(lines)
     check_said(summary)
     assert "! download: 98 of 102 records are rejected (90 empty, 8 bad_json); see " in lines
-    assert "! download: 4 of 5 files are left out (3 .csv, 1 .exe); see " in lines
+    assert "! download: 4 of 5 files are left out (3 .pdf, 1 .exe); see " in lines
 
 
 def test_plan_and_status_say_it_of_what_is_sealed(little: Llmill, first: str) -> None:
     check_said(little("plan", str(little.recipe)).stdout)
     check_said(little("status").stdout)
-    counts = {"rejected/empty": EMPTY, "rejected/bad_json": BROKEN, "left_out/.csv": 3, "left_out/.exe": 1}
+    counts = {"rejected/empty": EMPTY, "rejected/bad_json": BROKEN, "left_out/.pdf": 3, "left_out/.exe": 1}
     planned = json.loads(little("plan", str(little.recipe), "--json").stdout)
     listed = json.loads(little("status", "--json").stdout)["sealed"]
     for entries in (planned, listed):
@@ -88,7 +88,7 @@ def test_files_that_are_left_out_are_said_before_a_run_and_as_they_are_now(
     little: Llmill, first: str, folder: Path
 ) -> None:
     assert (
-        "4 left out (3 .csv, 1 .exe)" in little("plan", str(little.recipe), "--home", f"{folder}-new").stdout
+        "4 left out (3 .pdf, 1 .exe)" in little("plan", str(little.recipe), "--home", f"{folder}-new").stdout
     )
     more = folder / "more.tar.lz4"
     more.write_text("x")
@@ -96,7 +96,7 @@ def test_files_that_are_left_out_are_said_before_a_run_and_as_they_are_now(
         again = little.run("--to", "dedup", "--set", "runtime.warn_rejected=1").stdout
     finally:
         more.unlink()
-    check_said(again, SAID | {"download": ["(reused)", "5 left out (3 .csv, 1 .exe, 1 .lz4)"]})
+    check_said(again, SAID | {"download": ["(reused)", "5 left out (3 .pdf, 1 .exe, 1 .lz4)"]})
     assert "every stage was reused" in again
     assert "!" not in again  # no share is above 1
 
@@ -111,7 +111,7 @@ def test_mlflow_has_it_of_the_stage_and_of_the_run(little: Llmill, first: str) -
         runs[0].data.metrics.items()
         >= {
             "download/rejected/bad_json": BROKEN,
-            "download/left_out/.csv": 3,
+            "download/left_out/.pdf": 3,
             "clean/dropped/min_chars": 1,
             "dedup/removed/exact": 1,
         }.items()

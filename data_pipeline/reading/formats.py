@@ -3,21 +3,46 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, get_args
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".warc", ".wet")
-ALIASES = {".ndjson": ".jsonl"}
-COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-SHORT_TAR = {".tgz": "gzip", ".tzst": "zstd", ".tbz2": "bz2", ".txz": "xz"}
+Format = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "warc", "wet"]
+"""What a source may say of files whose names say nothing."""
+
+SUFFIXES = tuple(f".{name}" for name in get_args(Format))
+ALIASES = {
+    ".ndjson": ".jsonl",
+    ".jsonlines": ".jsonl",
+    ".jl": ".jsonl",
+    ".md": ".txt",
+    ".markdown": ".txt",
+    ".tab": ".tsv",
+}
+COMPRESSIONS = {
+    ".gz": "gzip",
+    ".gzip": "gzip",
+    ".zst": "zstd",
+    ".zstd": "zstd",
+    ".bz2": "bz2",
+    ".xz": "xz",
+}
+SHORT_TAR = {".tgz": "gzip", ".tzst": "zstd", ".tbz2": "bz2", ".tbz": "bz2", ".txz": "xz"}
 
 
-def split_suffix(name: str) -> tuple[str, str | None]:
-    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression that a file name says."""
+def split_suffix(name: str, unsaid: str | None = None) -> tuple[str, str | None]:
+    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression that a file name says.
+
+    Args:
+        unsaid: the format of a file whose name says none that is known.
+    """
     stem, last = os.path.splitext(name.lower())
     if last in SHORT_TAR:
         return ".tar", SHORT_TAR[last]
     compression = COMPRESSIONS.get(last)
     suffix = os.path.splitext(stem)[1] if compression else last
-    return ALIASES.get(suffix, suffix), compression
+    suffix = ALIASES.get(suffix, suffix)
+    if unsaid and suffix not in (*SUFFIXES, ".tar", ".zip"):
+        suffix = f".{unsaid}"
+    return suffix, compression
 
 
 def is_archive(name: str) -> bool:
@@ -26,9 +51,9 @@ def is_archive(name: str) -> bool:
     return suffix == ".tar" or (suffix == ".zip" and compression is None)
 
 
-def has_known_suffix(name: str) -> bool:
-    """Whether files of this name can be read."""
-    return split_suffix(name)[0] in SUFFIXES or is_archive(name)
+def has_known_suffix(name: str, unsaid: str | None = None) -> bool:
+    """Whether files of this name can be read; ``unsaid`` as in `split_suffix`."""
+    return split_suffix(name, unsaid)[0] in SUFFIXES or is_archive(name)
 
 
 def is_compressed(name: str) -> bool:
@@ -44,4 +69,6 @@ def suffix_of(name: str) -> str:
 
 
 def known_suffixes() -> str:
-    return f"{', '.join(SUFFIXES)} (also {', '.join(COMPRESSIONS)}), .zip or .tar (also .tgz, .tar.zst, ...)"
+    """The suffixes of files that can be read, for a person."""
+    plain, packed = ", ".join((*SUFFIXES, *ALIASES)), ", ".join(COMPRESSIONS)
+    return f"{plain} (also {packed}), .zip or .tar (also .tgz, .tar.zst, ...)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -41,7 +41,7 @@ class Settings:
 
 
 def read_group(settings: Settings, group: Group) -> dict[str, Any]:
-    """Read one group; returns its tally (documents, bytes and rejected by source, parts)."""
+    """Read one group; returns its tally (documents, bytes, rejected and passed over by source, parts)."""
     stem = group_stem(settings.scratch, group.index)
     fetched = settings.scratch / "fetched" / stem.name
     tally = once(stem.with_name(f"{stem.name}.json"), partial(write_group, settings, group, stem, fetched))
@@ -69,6 +69,7 @@ def write_group(settings: Settings, group: Group, stem: Path, fetched: Path) -> 
                         parts.add(id, record, piece.source.name, meta)
                     if parts.full:
                         parts.seal(number, rows.place())
+                parts.pass_over(rows.passed_over, piece.source.name)
             return parts.finish()
 
 
@@ -76,24 +77,40 @@ def open_piece(piece: Piece, files: Files, number: int, place: Any) -> HubRecord
     """The records of a piece from ``place`` on; it must still be what it was when the run was planned."""
     if isinstance(piece.source, HuggingFaceSource):
         return HubRecords(HubRows(piece.source, piece.listed, piece.first, piece.end, place))
-    records = readers.read_file(files.path(number), reader_of(piece.source, files.folder), piece.part)
-    return FileRecords(records, place or 0)
+    passed_over = Counter[str]()
+    reading = reader_of(piece.source, files.folder)
+    records = readers.read_file(files.path(number), reading, piece.part, passed_over)
+    return FileRecords(records, place or 0, passed_over)
+
+
+OF_FILES = (
+    "split",
+    "split_chars",
+    "format",
+    "delimiter",
+    "quotes",
+    "encoding",
+    "max_expansion",
+    "max_unpacked_bytes",
+)
+"""Options of a `FileSource` that are its reader's, too."""
 
 
 def reader_of(source: Source, folder: Path) -> readers.Reading:
     """How a source's files are read; what needs a temporary copy has it in ``folder``."""
     reading = readers.Reading(source.text_field, source.meta_fields, spool=folder)
     if isinstance(source, FileSource):
-        own = ("split_chars", "encoding", "max_expansion", "max_unpacked_bytes")
-        reading = replace(reading, **{name: getattr(source, name) for name in own})
+        reading = replace(reading, **{name: getattr(source, name) for name in OF_FILES})
     return reading
 
 
 class FileRecords:
     """(path in the file, record) of a file's records, and the number of those that were read."""
 
-    def __init__(self, records: Iterator[Record], skip: int) -> None:
+    def __init__(self, records: Iterator[Record], skip: int, passed_over: Counter[str]) -> None:
         self._records, self._read = records, skip
+        self.passed_over = passed_over
+        """Members of an archive that were passed over; known when all is read."""
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for record in islice(self._records, self._read, None):
@@ -109,6 +126,7 @@ class HubRecords:
 
     def __init__(self, rows: HubRows) -> None:
         self._rows = rows
+        self.passed_over = Counter[str]()
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for shard, record in self._rows:

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from data_pipeline.context import UserError
+from data_pipeline.discards import MOST_REASONS, named
 from data_pipeline.documents import file_sha256
 from data_pipeline.reading.archives import printable
 from data_pipeline.reading.formats import has_known_suffix, known_suffixes, suffix_of
@@ -20,31 +21,42 @@ from data_pipeline.reading.sources import InstalledPythonSource, Listed, Listing
 
 
 def list_local(source: LocalSource) -> Listing:
-    """The files of a local source, sorted by name, hashed; those of other suffixes are counted."""
-    root, paths = local_files(source.path)
-    readable = [path for path in paths if has_known_suffix(path.name)]
+    """The files of a local source, sorted by name, hashed."""
+    root, paths, left_out = local_files(source.path)
+    readable = []
+    for path in paths:
+        if has_known_suffix(path.name, source.format):
+            readable.append(path)
+        else:
+            left_out[suffix_of(path.name)] += 1
     if not readable:
+        about = f"; left out: {named(+left_out, MOST_REASONS)}" if +left_out else ""
         raise UserError(
-            f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, "
-            f"none ending with {known_suffixes()})"
+            f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, none ending with "
+            f"{known_suffixes()}; `format` says what others hold{about})"
             if paths
-            else f"source {source.name}: no file at {source.path}"
+            else f"source {source.name}: no file at {source.path}{about}"
         )
-    files = pin(((path.relative_to(root).as_posix(), path) for path in readable), source.max_bytes)
-    return Listing(files, Counter(suffix_of(path.name) for path in paths if not has_known_suffix(path.name)))
+    by_name = ((path.relative_to(root).as_posix(), path) for path in readable)
+    return Listing(pin(by_name, source.max_bytes), +left_out)
 
 
-def local_files(path: str) -> tuple[Path, list[Path]]:
-    """The folder that names are relative to, and the files that ``path`` (file, folder, glob) stands for."""
+def local_files(path: str) -> tuple[Path, list[Path], Counter[str]]:
+    """The folder that names are relative to, the files that ``path`` (file, folder, glob) stands for, and what was
+    passed over."""
     given = Path(path).expanduser().absolute()
+    left_out = Counter[str]()
     if given.is_file():
-        return given.parent, [given]
+        return given.parent, [given], left_out
     if given.is_dir():
-        found = [Path(folder, name) for folder, _, names in walk(given) for name in names]
-        return given, sorted(found, key=lambda one: one.relative_to(given).as_posix())
+        found = [Path(folder, name) for folder, _, names in walk(given, left_out) for name in names]
+        return given, sorted(found, key=lambda one: one.relative_to(given).as_posix()), left_out
     fixed = Path(*_take_until_magic(given.parts))
-    matches = (Path(match) for match in glob.glob(str(given), recursive=True))
-    return fixed, sorted({match for match in matches if match.is_file()})  # `**` finds some twice
+    matches = {Path(match) for match in glob.glob(str(given), recursive=True)}  # `**` finds some twice
+    files = sorted(match for match in matches if match.is_file())
+    if "**" not in given.parts:
+        left_out["folder"] += sum(match.is_dir() for match in matches)
+    return fixed, files, +left_out
 
 
 def _take_until_magic(parts: Iterable[str]) -> Iterator[str]:
@@ -54,9 +66,24 @@ def _take_until_magic(parts: Iterable[str]) -> Iterator[str]:
         yield part
 
 
-def walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
-    """`os.walk` in order of name, without hidden files and folders."""
-    for here, folders, names in os.walk(folder):
+def walk(folder: Path, left_out: Counter[str] | None = None) -> Iterator[tuple[str, list[str], list[str]]]:
+    """`os.walk` in order of name, without hidden files and folders, and without following links to folders.
+
+    Args:
+        left_out: counts what is passed over.
+    """
+    skipped = Counter[str]() if left_out is None else left_out
+
+    def unreadable(error: OSError) -> None:
+        skipped["unreadable folder"] += 1
+
+    for here, folders, names in os.walk(folder, onerror=unreadable):
+        for name in folders:
+            if name.startswith("."):
+                skipped["hidden folder"] += 1
+            elif os.path.islink(os.path.join(here, name)):
+                skipped["linked folder"] += 1
+        skipped["hidden"] += sum(name.startswith(".") for name in names)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield here, folders, sorted(name for name in names if not name.startswith("."))
 

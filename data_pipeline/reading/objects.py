@@ -7,7 +7,7 @@ one goes on with the block where it stopped.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def list_objects(source: ObjectSource) -> Listing:
-    """The files of an object source, sorted by name; those of other suffixes are counted.
+    """The files of an object source, sorted by name; the others are counted.
 
     Raises:
         UserError: there is none that can be read, or they can't be told from later versions.
@@ -61,12 +61,11 @@ def list_objects(source: ObjectSource) -> Listing:
         raise explained(f"source {source.name}: can't list {source.url}", error, Unresolved) from None
     root = fixed_part(path) if any(sign in path for sign in MAGIC) or path not in found else parent(path)
     names = {one.removeprefix(root).removeprefix("/"): one for one in found}  # "a//b" is another than "a/b"
-    visible = [name for name in names if not hidden(name)]
-    readable = sorted(name for name in visible if has_known_suffix(name))
+    readable, left_out = readable_of(source, names)
     if not readable:
         raise UserError(
             f"source {source.name}: nothing to read at {source.url} ({len(found)} files, none ending with "
-            f"{known_suffixes()})"
+            f"{known_suffixes()}; `format` says what others hold)"
         )
     listing: list[Listed] = []
     total = 0
@@ -75,7 +74,20 @@ def list_objects(source: ObjectSource) -> Listing:
             break
         listing.append(pinned(source, store, name, found[names[name]]))
         total += listing[-1].size
-    return Listing(tuple(listing), Counter(suffix_of(name) for name in visible if not has_known_suffix(name)))
+    return Listing(tuple(listing), left_out)
+
+
+def readable_of(source: ObjectSource, names: Iterable[str]) -> tuple[list[str], Counter[str]]:
+    """The names of files that are read, sorted, and how many are not."""
+    readable, left_out = [], Counter[str]()
+    for name in sorted(names):
+        if hidden(name):
+            left_out["hidden"] += 1
+        elif has_known_suffix(name, source.format):
+            readable.append(name)
+        elif not name.endswith("/"):  # the mark of a folder
+            left_out[suffix_of(name)] += 1
+    return readable, left_out
 
 
 def find(store: Any, path: str) -> dict[str, Mapping[str, Any]]:

@@ -8,9 +8,12 @@ from itertools import chain
 
 from data_pipeline.documents import MAX_DOCUMENT_BYTES
 
-BLANK_LINES = re.compile(r"\n[ \t\r]*\n\s*")
-AFTER_FEED = re.compile(r"[ \t\r]*\n\s*")
-"""What makes `BLANK_LINES` with a line feed that ended the block before."""
+LINE_END = r"(?>\r\n|\r|\n)"
+BLANK_LINES = re.compile(rf"{LINE_END}[ \t]*{LINE_END}\s*")
+LF_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
+"""`BLANK_LINES` of a text without CR: many times as fast."""
+AFTER_FEED = re.compile(rf"[ \t]*{LINE_END}\s*")
+"""What makes `BLANK_LINES` with a line end that ended the block before."""
 SPACE = re.compile(r"\s*")
 
 
@@ -22,7 +25,7 @@ def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
     """
     parts: list[str] = []
     size = 0
-    for piece, is_paragraph in pieces(blocks):
+    for piece, is_paragraph in pieces(with_whole_ends(blocks)):
         parts.append(piece)
         size += len(piece)
         if (is_paragraph and size >= characters) or size > MAX_DOCUMENT_BYTES:
@@ -32,14 +35,23 @@ def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
         yield "".join(parts)
 
 
+def with_whole_ends(blocks: Iterable[str]) -> Iterator[str]:
+    """The text in blocks that don't cut a CR LF."""
+    kept = ""
+    for block in blocks:
+        block = kept + block
+        kept = "\r" if block.endswith("\r") else ""
+        yield block.removesuffix("\r")
+    yield kept
+
+
 def pieces(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
     """The text in pieces, and whether each ends a paragraph: with blank lines that something follows."""
-    in_gap = after_feed = (
-        False  # whether blank lines, or the line feed before one, reach the end of the block before
-    )
+    # Whether blank lines, or the line end before one, reach the end of the block before.
+    in_gap = after_feed = False
     for block in blocks:
         begun = SPACE.match(block) if in_gap else AFTER_FEED.match(block) if after_feed else None
-        gaps = BLANK_LINES.finditer(block, begun.end() if begun else 0)
+        gaps = (BLANK_LINES if "\r" in block else LF_BLANK_LINES).finditer(block, begun.end() if begun else 0)
         in_gap = False
         start = 0
         for gap in chain([begun] if begun else [], gaps):
@@ -48,5 +60,5 @@ def pieces(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
                 yield block[start : gap.end()], True
                 start = gap.end()
         yield block[start:], False
-        line = block.rstrip(" \t\r")
-        after_feed = line.endswith("\n") if line else after_feed
+        line = block.rstrip(" \t")
+        after_feed = line.endswith(("\n", "\r")) if line else after_feed

@@ -18,6 +18,8 @@ from data_pipeline.context import atomic_path
 from data_pipeline.documents import REJECTED, SCHEMA, ShardWriter, write_shard
 from data_pipeline.reading.records import Rejected, Text
 
+COUNTS = ("documents", "bytes", "rejected", "passed_over")
+
 
 @dataclass
 class Progress:
@@ -34,6 +36,8 @@ class Progress:
     bytes: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
     """By source/reason."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """Members of archives that were passed over, by source/reason."""
 
     @classmethod
     def read(cls, path: Path) -> Progress:
@@ -41,7 +45,7 @@ class Progress:
         if not path.exists():
             return cls()
         kept = json.loads(path.read_text(encoding="utf-8"))
-        for name in ("documents", "bytes", "rejected"):
+        for name in COUNTS:
             kept[name] = Counter(kept[name])
         return cls(**kept)
 
@@ -75,6 +79,11 @@ class Parts:
         self._writer("rejected").add(id, record.reason, record.detail)
         self.progress.rejected[f"{source}/{record.reason}"] += 1
 
+    def pass_over(self, passed_over: Mapping[str, int], source: str) -> None:
+        """Count what was passed over in a file that is read to its end."""
+        for key, count in passed_over.items():
+            self.progress.passed_over[f"{source}/{key}"] += count
+
     def _writer(self, kind: str) -> ShardWriter:
         if kind not in self._writers:
             path = part_path(self._stem, kind, len(self.progress.parts))
@@ -93,7 +102,7 @@ class Parts:
         """End the last part; what came of the whole group, as JSON."""
         self._close()
         tally = vars(self.progress)
-        return {key: tally[key] for key in ("documents", "bytes", "rejected", "parts")}
+        return {key: tally[key] for key in (*COUNTS, "parts")}
 
     def _close(self) -> None:
         self._open.close()

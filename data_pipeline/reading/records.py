@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -64,22 +65,62 @@ def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> 
     return Text(row, text, meta, size=size)
 
 
+def not_in(encoding: str) -> str:
+    """The reason for which a text is rejected that isn't in its encoding."""
+    return "not_utf8" if codecs.lookup(encoding).name == "utf-8" else f"not_{encoding}"
+
+
+def document(row: int | None, value: Any, text_field: str, meta: Mapping[str, Any] | None = None) -> Record:
+    """The document whose text is ``value``: a string, bytes (which must be UTF-8), or the fault that it gave."""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            value = error
+    if isinstance(value, str):
+        return whole(row, value, meta)
+    if isinstance(value, UnicodeDecodeError):
+        byte = value.object[value.start]
+        return Rejected(row, "not_utf8", f"byte 0x{byte:02x} at offset {value.start} of the text")
+    return Rejected(row, "field_not_text", f"{text_field!r} holds {type(value).__name__}")
+
+
+MISSING = object()
+"""Stands for the value of a field that is not there."""
+
+
+def find(value: Mapping[str, Any], path: str) -> Any:
+    """The field ``path`` of a parsed object, or `MISSING`: the one of this name, else the one at this dotted path."""
+    if path in value:
+        return value[path]
+    at = path.find(".")
+    while at > 0:
+        inner = value.get(path[:at])
+        if isinstance(inner, Mapping) and (found := find(inner, path[at + 1 :])) is not MISSING:
+            return found
+        at = path.find(".", at + 1)
+    return MISSING
+
+
 def pick(row: int | None, value: Any, text_field: str, meta_fields: Sequence[str] = ()) -> Record:
     """The document in one parsed object: its text, and the fields to keep where it has them."""
     if not isinstance(value, dict):
         return Rejected(row, "not_an_object", f"found {type(value).__name__}")
-    if text_field not in value:
+    text = find(value, text_field)
+    if text is MISSING:
         return Rejected(row, "missing_field", f"no field {text_field!r} among {list(value)[:8]}"[:300])
-    text = value[text_field]
-    if not isinstance(text, str):
-        return Rejected(row, "field_not_text", f"{text_field!r} holds {type(text).__name__}")
-    return whole(row, text, kept(value, meta_fields) if meta_fields else None)
+    return document(row, text, text_field, kept(value, meta_fields) if meta_fields else None)
 
 
 def kept(values: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any] | None:
-    """The fields that are there, as JSON has them: numbers stay numbers, times become ISO text, bytes are left out."""
-    found = {name: plain(values[name]) for name in fields if name in values}
-    return {name: value for name, value in found.items() if value is not None} or None
+    """The fields that are there, as JSON has them: numbers stay numbers, times become ISO text, bytes text if they
+    are UTF-8."""
+    found = {name: find(values, name) for name in fields}
+    return {
+        name: said
+        for name, value in found.items()
+        if value is not MISSING and (said := plain(value)) is not None
+    } or None
 
 
 def plain(value: Any) -> Any:
@@ -92,6 +133,11 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value]
     if isinstance(value, dict):
         return {str(key): plain(one) for key, one in value.items()}
-    if value is None or isinstance(value, bytes | UnicodeDecodeError):
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
+    if value is None or isinstance(value, UnicodeDecodeError):
         return None
     return value.isoformat() if hasattr(value, "isoformat") else str(value)

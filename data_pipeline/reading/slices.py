@@ -21,6 +21,8 @@ from data_pipeline.reading.sources import Listed, LocalSource, Source
 
 SLICE_BYTES = 1 << 26
 BLOCK_BYTES = 1 << 20
+PARQUET_SEAM = b"PAR1PAR1"
+"""Where one Parquet file ends and another begins."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Slice:
 def slice_count(source: Source, listed: Listed, shard_bytes: int) -> int:
     """Into how many slices a file is cut; 1 where it stays whole."""
     suffix, compression = split_suffix(listed.name)
+    if getattr(source, "format", None) == "jsonl":
+        suffix, compression = split_suffix(listed.name, "jsonl")
     sliceable = suffix == ".parquet" or (suffix == ".jsonl" and getattr(source, "encoding", "") == "utf-8")
     if not isinstance(source, LocalSource) or compression or not sliceable:
         return 1
@@ -49,7 +53,8 @@ def slice_count(source: Source, listed: Listed, shard_bytes: int) -> int:
 
 
 def survey(item: tuple[Listed, int, Path]) -> list[Slice]:
-    """The slices of a file: (what is listed, how many slices, the marker that keeps the result).
+    """The slices of a file: (what is listed, how many slices, the marker that keeps the result). One where it can't be
+    cut.
 
     Raises:
         UserError: the file is not what was listed.
@@ -57,18 +62,21 @@ def survey(item: tuple[Listed, int, Path]) -> list[Slice]:
     listed, count, marker = item
     kept = once(marker, partial(look_through, listed, count))
     stamp = (kept["stamp"][0], kept["stamp"][1])
-    return [Slice(index=index, count=count, row=row, stamp=stamp) for index, row in enumerate(kept["rows"])]
+    return [
+        Slice(index=index, count=len(kept["rows"]), row=row, stamp=stamp)
+        for index, row in enumerate(kept["rows"])
+    ]
 
 
 def look_through(listed: Listed, count: int) -> dict[str, Any]:
     """Check a file's hash and find the first row of each of ``count`` slices."""
-    by_line = split_suffix(listed.name)[0] == ".jsonl"
+    by_line = split_suffix(listed.name)[0] != ".parquet"
     bounds = [index * listed.size // count for index in range(count)] if by_line else []
     found = stamp_of(Path(listed.location))
     digest = hashlib.sha256()
     rows: list[int] = []
     start = lines = 0
-    last = b"\n"
+    last, is_one = b"\n", True
     with open(listed.location, "rb") as file:
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
@@ -77,13 +85,16 @@ def look_through(listed: Listed, count: int) -> dict[str, Any]:
                 cut = bounds[len(rows)] - start
                 lines += block.count(b"\n", counted, cut)
                 counted = cut
-                begins = (block[cut - 1 : cut] or last) == b"\n"
+                begins = (block[cut - 1 : cut] or last[-1:]) == b"\n"
                 rows.append(lines + (0 if begins else 1))
             lines += block.count(b"\n", counted) if by_line else 0
+            is_one &= by_line or PARQUET_SEAM not in last + block
             start += len(block)
-            last = block[-1:]
+            last = block[-len(PARQUET_SEAM) :]
     if f"sha256:{digest.hexdigest()}" != listed.version:
         raise UserError(f"{listed.location} changed since the run was planned; run again")
+    if not (lines if by_line else is_one):  # old line ends, or files that were joined: read as a whole
+        return {"stamp": found, "rows": [0]}
     return {"stamp": found, "rows": rows if by_line else [0] * count}
 
 

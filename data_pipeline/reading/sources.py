@@ -15,13 +15,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, StringConstraints, field_validator, model_validator
 
 from data_pipeline.context import Config
-from data_pipeline.reading.formats import has_known_suffix, known_suffixes
+from data_pipeline.reading.formats import Format, has_known_suffix, known_suffixes
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -91,15 +91,30 @@ def text_encoding(name: str) -> str:
 class FileSource(TextSource):
     """What sources that consist of files share: how these are read."""
 
+    split: Literal["none", "paragraphs", "lines"] = "none"
+    """Which part of a ``.txt`` is a document: all of it, each paragraph (blank lines lie between), or each line."""
     split_chars: int | None = Field(default=None, gt=0)
     """Cut each ``.txt`` at ends of paragraphs into documents of at least this many characters (books)."""
+    format: Format | None = None
+    """Of files whose names don't end with a known suffix (``part-00000``)."""
+    delimiter: str | None = Field(default=None, min_length=1, max_length=1)
+    """Between the fields of ``.csv`` (by default a comma) and ``.tsv`` (a tab)."""
+    quotes: bool = True
+    """Whether a field of ``.csv`` and ``.tsv`` may stand in double quotes; false where these are part of the text."""
     encoding: Annotated[str, AfterValidator(text_encoding)] = "utf-8"
-    """Of ``.txt`` and JSON. It is never guessed: what isn't in this encoding is rejected."""
+    """Of ``.txt``, JSON, CSV, and of web archives where these name none. It is never guessed: what isn't in this
+    encoding is rejected."""
     max_expansion: float = Field(default=200, gt=0)
     """A compressed file or an archive is read until it held this many times its own size (or 100 MB, if that is
     more). Beyond is a decompression bomb: text shrinks to a tenth or so."""
     max_unpacked_bytes: int = Field(default=1_000_000_000_000, gt=0)
     """The same, in bytes."""
+
+    @model_validator(mode="after")
+    def _split_one_way(self) -> Self:
+        if self.split_chars and self.split == "lines":
+            raise ValueError("split_chars cuts at paragraphs, split: lines at lines: leave one of them away")
+        return self
 
 
 class LocalSource(FileSource):
@@ -161,16 +176,24 @@ class HttpSource(FileSource):
 
     @field_validator("urls")
     @classmethod
-    def _readable(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _told_apart(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         seen: set[str] = set()
         for url in urls:
             name = url_name(url)
-            if not has_known_suffix(urlsplit(url).path):
-                raise ValueError(f"{name}: the address's path must end with {known_suffixes()}")
             if name in seen:
                 raise ValueError(f"two addresses stand for {name}; a document's id is made of host and path")
             seen.add(name)
         return urls
+
+    @model_validator(mode="after")
+    def _readable(self) -> HttpSource:
+        for url in self.urls:
+            if not has_known_suffix(urlsplit(url).path, self.format):
+                raise ValueError(
+                    f"{url_name(url)}: the address's path must end with {known_suffixes()}, or the source say its "
+                    "format"
+                )
+        return self
 
     @model_validator(mode="after")
     def _hashes_of_urls(self) -> HttpSource:

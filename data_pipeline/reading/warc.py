@@ -1,14 +1,15 @@
 """Web archives (WARC, and the WET files of extracted text), read with `warcio`.
 
 Documents are records that are text already: ``conversion`` records (what a WET file holds) and fetched pages of
-type ``text/plain``. HTML is not turned into text here, as no extractor is part of llmill: such a record is
-rejected as ``not_plain_text``, so that it is counted. Records about the crawl itself (requests, metadata) are
-passed over.
+type ``text/plain`` or ``text/markdown``. HTML is not turned into text here, as no extractor is part of llmill: such
+a record is rejected as ``not_plain_text``, so that it is counted. Records about the crawl itself (requests,
+metadata) are passed over.
 """
 
 from __future__ import annotations
 
 import logging
+import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from typing import Any
@@ -16,10 +17,20 @@ from typing import Any
 from warcio.archiveiterator import ArchiveIterator
 
 from data_pipeline.documents import MAX_DOCUMENT_BYTES, first_line
-from data_pipeline.reading.records import Record, Rejected, whole
-from data_pipeline.reading.streams import CODEC_FAULTS, ExpandsTooFar
+from data_pipeline.reading.records import Record, Rejected, not_in, whole
+from data_pipeline.reading.streams import (
+    CODEC_FAULTS,
+    ExpandsTooFar,
+    Limit,
+    Limited,
+    Limits,
+    Unpacked,
+    advice,
+    buffered,
+)
 
 logging.getLogger("warcio").setLevel(logging.ERROR)  # it warns of spaces in addresses
+TEXTS = ("text/plain", "text/markdown")
 WITH_CONTENT = ("conversion", "resource", "response")
 
 
@@ -29,8 +40,27 @@ class QuietIterator(ArchiveIterator):
     INC_RECORD = ""
 
 
-def read_warc(stream: BufferedReader) -> Iterator[Record]:
-    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file."""
+BLOCK_BYTES = 1 << 20
+GZIP = b"\x1f\x8b"
+
+
+def unpacked(stream: BufferedReader, limit: Limit) -> BufferedReader:
+    """``stream``, unpacked if it is gzip although its name doesn't say so: `warcio` would do it without a limit."""
+    if not stream.peek(2).startswith(GZIP):
+        return stream
+    stream = buffered(Limited(Unpacked(stream, "gzip"), limit))
+    if stream.peek(2).startswith(GZIP):
+        raise zlib.error("gzip within gzip")
+    return stream
+
+
+def read_warc(stream: BufferedReader, encoding: str, limits: Limits) -> Iterator[Record]:
+    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file.
+
+    Args:
+        encoding: of texts whose headers name none.
+    """
+    stream = unpacked(stream, limits.of("records"))
     row = -1
     errors = 0
     try:
@@ -40,14 +70,14 @@ def read_warc(stream: BufferedReader) -> Iterator[Record]:
                 yield Rejected(row - 1, "bad_warc", "its Content-Length is not where it ends")
                 errors = records.err_count
             if record.rec_type in WITH_CONTENT:
-                yield read_record(row, record)
+                yield read_record(row, record, encoding, limits.of("bodies"))
     except (ExpandsTooFar, *CODEC_FAULTS):
         raise
     except Exception as error:  # warcio trusts its input: damaged headers end in errors of any type
         yield Rejected(row + 1, "bad_warc", first_line(error))
 
 
-def read_record(row: int, record: Any) -> Record:
+def read_record(row: int, record: Any, encoding: str, limit: Limit) -> Record:
     """One record with content."""
     headers = record.rec_headers
     answer = record.http_headers
@@ -55,19 +85,33 @@ def read_record(row: int, record: Any) -> Record:
     media, _, parameters = kind.partition(";")
     if answer is not None and answer.get_statuscode() != "200":
         return Rejected(row, "http_status", f"the page answered {answer.get_statuscode()}")
-    if media.strip().lower() != "text/plain":
+    if media.strip().lower() not in TEXTS:
         return Rejected(row, "not_plain_text", f"a record of type {media.strip()[:80] or 'unknown'}")
-    data = record.content_stream().read(MAX_DOCUMENT_BYTES + 1)
+    was_packed = answer is not None and answer.get_header("Content-Encoding")
+    content = record.content_stream()
+    data = unpacked_body(content, limit) if was_packed else content.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         return Rejected(row, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
-    charset = parameters.partition("charset=")[2].partition(";")[0].strip(" \"'") or "utf-8"
+    charset = parameters.partition("charset=")[2].partition(";")[0].strip(" \"'")
     try:
-        text = data.decode(charset)
+        text = data.decode(charset or encoding)
     except UnicodeDecodeError as error:
-        return Rejected(
-            row, "not_utf8", f"byte 0x{data[error.start]:02x} at offset {error.start} of the record"
+        where = f"byte 0x{data[error.start]:02x} at offset {error.start} of the record"
+        known = (
+            f"which says that it is {charset[:80]}" if charset else f"which names no charset; {advice(data)}"
         )
+        return Rejected(row, not_in(charset or encoding), f"{where}, {known}")
     except (LookupError, ValueError):  # no such name, or one that is no name at all
         return Rejected(row, "unknown_charset", charset[:80])
     url, date = headers.get_header("WARC-Target-URI"), headers.get_header("WARC-Date")
     return whole(row, text, {key: value for key, value in (("url", url), ("date", date)) if value})
+
+
+def unpacked_body(content: Any, limit: Limit) -> bytes:
+    """The content of a page that was sent packed, as far as a little more than a document's size."""
+    blocks, size = [], 0
+    while size <= MAX_DOCUMENT_BYTES and (block := content.read(BLOCK_BYTES)):
+        limit.take(len(block))
+        blocks.append(block)
+        size += len(block)
+    return b"".join(blocks)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 from corpora import prose, read_documents
-from text_files import FORMATS, TEXTS, jsonl
+from text_files import FORMATS, TAR, TEXTS, jsonl, tar, zipped
 
 from data_pipeline.context import LocalContext
 from data_pipeline.download import DownloadConfig, download
@@ -28,28 +28,6 @@ from data_pipeline.reading.readers import Reading, read_file
 from data_pipeline.reading.records import Rejected, Text
 
 READING = Reading("text")
-TAR = tarfile.TarInfo
-
-
-def tar(entries: Mapping[str, bytes] | list[tuple[TAR, bytes]]) -> bytes:
-    """A tar of files, or of headers made by hand with their contents."""
-    sink = io.BytesIO()
-    pairs = entries if isinstance(entries, list) else [(TAR(name), data) for name, data in entries.items()]
-    with tarfile.open(fileobj=sink, mode="w") as archive:
-        for header, data in pairs:
-            header.size = len(data)
-            archive.addfile(header, io.BytesIO(data))
-    return sink.getvalue()
-
-
-def zipped(entries: Mapping[str, bytes]) -> bytes:
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in entries.items():
-            archive.writestr(name, data)
-    return sink.getvalue()
-
-
 ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {
     "a.zip": zipped,
     "a.tar": tar,
@@ -77,7 +55,7 @@ def test_members_of_every_format_are_documents_named_by_archive_path_and_row(
     folder = tmp_path / "in"
     folder.mkdir()
     content = {f"deep/{suffix[1:]}/file{suffix}": make(TEXTS) for suffix, make in FORMATS.items()}
-    content |= {"plain.txt": b"one", "small.txt.gz": gzip.compress(b"two"), "table.csv": b"a,b"}
+    content |= {"plain.txt": b"one", "small.txt.gz": gzip.compress(b"two"), "table.pdf": b"a,b"}
     content |= {".hidden.txt": b"x", "__MACOSX/._plain.txt": b"x"}
     (folder / name).write_bytes(ARCHIVES[name](content))
     config = DownloadConfig.model_validate(

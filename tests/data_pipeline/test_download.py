@@ -30,7 +30,7 @@ def write_files(folder: Path, count: int = 12) -> Path:
     lines[7] = '{"text": 3}'
     (folder / "lines.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode(), mtime=0))
     (folder / "latin.txt").write_bytes(b"caf\xe9")
-    (folder / "ignored.csv").write_text("a,b")
+    (folder / "ignored.pdf").write_text("a,b")
     return folder
 
 
@@ -51,7 +51,7 @@ def test_documents_have_the_names_of_their_files_and_rows(tmp_path: Path) -> Non
         "rejected": 2,
         "rejected/field_not_text": 1,
         "rejected/not_utf8": 1,
-        "left_out/.csv": 1,
+        "left_out/.pdf": 1,
     }
     assert documents["texts/part-1/text-04.txt"] == prose(4, 400)
     assert documents["texts/lines.jsonl.gz#29"] == prose(129)
@@ -102,7 +102,7 @@ def test_a_file_changed_added_or_renamed_is_another_artifact(tmp_path: Path) -> 
     (folder / "new.txt").rename(folder / "newer.txt")
     seen.add(identity())
     assert len(seen) == 4
-    (folder / "ignored.csv").write_text("not text of ours")
+    (folder / "ignored.pdf").write_text("not text of ours")
     assert identity() in seen
 
 
@@ -163,7 +163,7 @@ def test_a_file_name_that_is_not_utf8_is_escaped_in_ids(tmp_path: Path) -> None:
 )
 def test_a_source_without_files_names_itself_and_its_path(tmp_path: Path, path: str, message: str) -> None:
     (tmp_path / "folder").mkdir()
-    (tmp_path / "folder" / "table.csv").write_text("a")
+    (tmp_path / "folder" / "table.pdf").write_text("a")
     with pytest.raises(UserError, match=message):
         config(tmp_path / path).resolve()
 

@@ -58,7 +58,7 @@ def bucket(address: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Ite
         "texts/a.jsonl": jsonl(TEXTS),
         "texts/deep/b.parquet": parquet(TEXTS),
         "texts/deep/c.txt.gz": gzip.compress(b"compressed"),
-        "texts/notes.csv": b"a,b",
+        "texts/notes.pdf": b"a,b",
         "other/d.txt": b"other",
     }.items():
         bucket.put_object(Key=name, Body=data)
@@ -134,7 +134,7 @@ def test_a_part_that_is_here_is_not_fetched_again(tmp_path: Path, monkeypatch: p
     [
         ("s3://corpus/nothing", "source store: nothing to read at s3://corpus/nothing"),
         ("s3://nobucket/x", "source store: .*s3://nobucket/x"),
-        ("s3://corpus/texts/notes.csv", r"1 files, none ending with \.txt"),
+        ("s3://corpus/texts/notes.pdf", r"1 files, none ending with \.txt"),
         ("klingon://corpus/x", "klingon:// is not known to fsspec"),
     ],
 )

@@ -91,7 +91,11 @@ def test_a_bad_line_is_rejected_with_its_reason_and_its_neighbours_survive(
 def test_bytes_that_are_not_utf8_reject_a_text_file_and_say_where(tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("Caf\xe9".encode("latin-1"))
     assert list(read_file(tmp_path / "latin.txt", Reading("text"))) == [
-        Rejected(None, "not_utf8", "byte 0xe9 at offset 3")
+        Rejected(
+            None,
+            "not_utf8",
+            "byte 0xe9 at offset 3; set the source's encoding to what it is in: cp1252, latin-1, ...",
+        )
     ]
 
 
@@ -119,7 +123,9 @@ def test_a_text_above_the_size_limit_is_rejected_with_a_way_out_which_streams_it
     *parts, fault = read_file(path, Reading("text", split_chars=60))
     assert len(parts) >= 48
     size = len("".join(paragraphs).encode())
-    assert fault == Rejected(None, "not_utf8", f"byte 0xff at offset {size}")
+    assert isinstance(fault, Rejected)
+    assert (fault.row, fault.reason) == (None, "not_utf8")
+    assert fault.detail.startswith(f"byte 0xff at offset {size};")
 
 
 def test_a_fault_of_the_disk_is_raised_and_never_taken_for_a_bad_record(tmp_path: Path) -> None:
@@ -181,7 +187,7 @@ def test_the_parts_of_a_split_text_add_up_to_it_are_long_enough_and_do_not_depen
     assert "".join(parts) == text
     assert all(len(part) >= characters for part in parts[:-1])
     start, ends = 0, []
-    for gap in re.finditer(r"\n[ \t\r]*\n\s*", text):
+    for gap in re.finditer(r"(?>\r\n|\r|\n)[ \t]*(?>\r\n|\r|\n)\s*", text):
         if gap.end() - start >= characters and gap.end() < len(text):
             start = gap.end()
             ends.append(start)

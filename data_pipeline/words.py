@@ -61,6 +61,8 @@ UNSPACED_BLOCKS = (
 """Scripts that are written without spaces between words. Of their characters the digits are as all digits are."""
 SOUND_MARKS = "\uff9e\uff9f"
 """Marks of sound by their use, letters by Unicode: those of half-width kana."""
+DASHES = "\u2013\u2014\u2015\u2e3a\u2e3b"
+"""Punctuation that parts words even where other punctuation is as if it were not there: ``noon—and``."""
 ZERO_WIDTH_SPACE = "\u200b"
 """Parts words where it stands, unlike the other format characters: Khmer and Thai have it between words."""
 
@@ -149,6 +151,7 @@ class Translation(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         kind = int(character_classes()[code]) if code < TABLE_SIZE else OTHER
+        kind = SPACE if chr(code) in DASHES else kind
         self[code] = self._by_class[kind] if kind in self._by_class else chr(lower_case()[code])
         return self[code]
 
@@ -176,6 +179,7 @@ def words_of(text: str, joined: bool = False) -> list[str]:
     """The lower-cased words of a text, without format characters.
 
     Args:
-        joined: whether punctuation is as if it were not there (``don't`` is ``dont``); else it parts words.
+        joined: whether punctuation but `DASHES` is as if it were not there (``don't`` is ``dont``); else it parts
+            words.
     """
     return word_pattern().findall(text.translate(TRANSLATIONS[joined]))

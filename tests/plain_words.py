@@ -31,7 +31,7 @@ def plain_words(text: str, *, letters: str = "", joined: bool = False) -> list[t
             else:
                 words.append((at, lowered))
             word = "one" if unspaced else "run"
-        elif character.isspace() or not joined:
+        elif character.isspace() or not joined or character in "–—―":
             word = ""
     return words
 

@@ -7,7 +7,7 @@ is compared word by word before it counts, so no collision of hashes is ever tak
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline.documents import buffers
 from data_pipeline.kernels import MULTIPLIER, code_point, kernel, mix
 from data_pipeline.words import (
+    DASHES,
     IGNORED,
     LETTER,
     MARK,
@@ -46,8 +47,8 @@ class Sequences:
     Args:
         items: the texts that hold them.
         ngram: every window of so many words is sought; None: each item as a whole.
-        joined: punctuation inside a word is removed (``don't`` is ``dont``), as for evaluation sets; else it
-            separates words, as for phrases. What a word is else, `data_pipeline.words` says.
+        joined: punctuation inside a word is removed (``don't`` is ``dont``), but for dashes, as for evaluation sets;
+            else it separates words, as for phrases. What a word is else, `data_pipeline.words` says.
         groups: to which group each item belongs, where a window is sought in each group; None: all to one.
     """
 
@@ -113,9 +114,12 @@ class Sequences:
         return [*items.values()]
 
 
+@cache
 def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
     """Class and lower case of each code point."""
-    return character_classes(), lower_case()
+    classes = character_classes().copy()
+    classes[[ord(dash) for dash in DASHES]] = SPACE
+    return classes, lower_case()
 
 
 def room_for(entries: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:

@@ -19,6 +19,7 @@ def column(texts: list[str]) -> pa.Array:
     [
         ("Don't STOP-me; 3.5 ok", "dont stopme 35 ok", "don t stop me 3 5 ok"),
         ("naïve ÉTÉ\tmañana", "naïve été mañana", "naïve été mañana"),
+        ("At noon—and then", "at noon and then", "at noon and then"),
         ("a - b … “c”", "a b c", "a b c"),
         ("日本語 text漢字", "日 本 語 text 漢 字", "日 本 語 text 漢 字"),
         ("snake_case 👍 x\u0301", "snakecase x\u0301", "snake case x\u0301"),

@@ -41,7 +41,7 @@ SENTENCES = {
     "hindi": "आज मौसम बहुत अच्छा है, हम बगीचे में घूमने जाएँगे।",
     "arabic": "اَلطَّقْسُ جَمِيلٌ اليوم، سنذهب إلى الحديقة",
     "persian": "می‌خواهم به خانه‌ها بروم",
-    "english": "Naïve co\u00adoperation, don't snake_case; x\u0301 = 3.5!",
+    "english": "Naïve—co\u00adoperation, don't snake_case; x\u0301 = 3.5!",
     "emoji": "good 👍🏽 bad ❤️ 1️⃣ 👩‍👩‍👧",
     "code": "if a<b: c[1] = d->e // ŞK_9",
 }

@@ -112,7 +112,7 @@ STAGES: tuple[Stage, ...] = (
         body_at="llm.evaluate:evaluate",
         config_at="llm.config:EvaluateConfig",
         inputs=("pretrain", "tokenize", "train_tokenizer"),
-        version=1,
+        version=2,
         headline=("bits_per_byte", "perplexity"),
         trains=True,
     ),

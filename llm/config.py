@@ -46,6 +46,9 @@ class OptimizerConfig(Config):
     """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
 
 
+LARGEST_SEED = 2**63 - 1
+"""Torch's generators take twice as large ones; what is counted on from a seed must fit, too."""
+
 MOVED = {
     "validation": "runtime.validation",
     "recovery.max_nonfinite": "runtime.max_nonfinite",
@@ -177,7 +180,7 @@ class PretrainConfig(StageConfig):
     """Largest norm of the gradient; longer ones are scaled down to it."""
     z_loss: float = Field(default=0.0, ge=0)
     """Weight in the training loss of log(Z)^2, Z the sum of the exponentials of the logits; 1e-4 in PaLM."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     recovery: Recovery = Recovery()
@@ -429,8 +432,16 @@ class EvaluateConfig(StageConfig):
     temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token."""
     top_p: float = Field(default=0.95, gt=0, le=1)
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     runtime: Runtime = Runtime()
+
+    @field_validator("prompts")
+    @classmethod
+    def _are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError(f"prompt {prompt!r} holds half of a surrogate pair, which is no text")
+        return prompts
 
 
 class ExportConfig(StageConfig):

@@ -5,7 +5,7 @@ so that a token costs one position. Each prompt has a seed, which fixes its draw
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,9 +13,13 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from data_pipeline.tokenizer import end_of_text, load_tokenizer
+from data_pipeline.context import UserError
+from data_pipeline.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
 from llm.attention import Attend, Documents
 from llm.model import Transformer
+
+UNFINISHED = "\ufffd"
+"""What a decoder puts for bytes that are no character, or the beginning of one."""
 
 
 def generate(
@@ -48,6 +52,57 @@ def generate(
     return [tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
 
 
+def stream(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompt: str,
+    *,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
+) -> Iterator[str]:
+    """The continuation that `generate` gives, piece by piece as it is drawn; pieces end with whole characters."""
+    end = end_of_text(tokenizer)
+    unsaid: list[int] = []
+    for _, token in draws(
+        model,
+        [[end, *tokenizer.encode(prompt).ids]],
+        most=max_new_tokens,
+        end=end,
+        temperature=temperature,
+        top_p=top_p,
+        seeds=[seed],
+    ):
+        unsaid.append(token)
+        piece = tokenizer.decode(unsaid, skip_special_tokens=True)
+        if not piece.endswith(UNFINISHED):
+            unsaid.clear()
+            yield piece
+    if unsaid:
+        yield tokenizer.decode(unsaid, skip_special_tokens=True)
+
+
+def open_folder(folder: Path) -> tuple[Transformer, Tokenizer]:
+    """Load the model and the tokenizer of an exported folder.
+
+    Raises:
+        UserError: it holds none, or one that llmill did not export.
+    """
+    from llm.layouts import load_folder, read_config
+
+    vocab_size = read_config(folder).vocab_size
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder} has no tokenizer.json: name a folder that llmill exported")
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.token_to_id(END_OF_TEXT) is None or tokenizer.get_vocab_size() > vocab_size:
+        raise UserError(
+            f"{folder} holds a model that llmill did not export: its tokenizer has no {END_OF_TEXT}, or more "
+            f"entries than the model ({vocab_size});\nuse it with transformers"
+        )
+    return load_folder(folder), tokenizer
+
+
 def generate_from_folder(
     folder: Path,
     prompt: str,
@@ -58,11 +113,8 @@ def generate_from_folder(
     seed: int = 0,
 ) -> str:
     """`generate` for one prompt with the model and the tokenizer of an exported folder."""
-    from llm.layouts import load_folder
-
     return generate(
-        load_folder(folder),
-        load_tokenizer(folder),
+        *open_folder(folder),
         [prompt],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
@@ -71,7 +123,6 @@ def generate_from_folder(
     )[0]
 
 
-@torch.inference_mode()
 def draw(
     model: Transformer,
     sequences: Sequence[Sequence[int]],
@@ -82,14 +133,33 @@ def draw(
     top_p: float,
     seeds: Sequence[int],
 ) -> list[list[int]]:
-    """At most ``most`` tokens after each of ``sequences``, less where ``end`` is drawn, which is left out.
+    """At most ``most`` tokens after each of ``sequences``, less where ``end`` is drawn, which is left out."""
+    new: list[list[int]] = [[] for _ in sequences]
+    for row, token in draws(
+        model, sequences, most=most, end=end, temperature=temperature, top_p=top_p, seeds=seeds
+    ):
+        new[row].append(token)
+    return new
+
+
+@torch.inference_mode()
+def draws(
+    model: Transformer,
+    sequences: Sequence[Sequence[int]],
+    *,
+    most: int,
+    end: int | None,
+    temperature: float,
+    top_p: float,
+    seeds: Sequence[int],
+) -> Iterator[tuple[int, int]]:
+    """The tokens of `draw` as they are drawn, each with the number of its sequence.
 
     The model sees the last ``context`` tokens of a sequence. When it has more, positions shift with every token, so
     nothing that was kept holds any longer, and the window is read anew for each.
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     tokens = [list(sequence) for sequence in sequences]
-    new: list[list[int]] = [[] for _ in tokens]
     reader = Reader(model, longest=max(map(len, tokens)) + most)
     open_rows = list(range(len(tokens)))
     for _ in range(most):
@@ -100,10 +170,9 @@ def draw(
                 open_rows.remove(row)
             else:
                 tokens[row].append(token)
-                new[row].append(token)
+                yield row, token
         if not open_rows:
             break
-    return new
 
 
 class Reader:
@@ -196,10 +265,14 @@ class Cache:
 
 
 def pick(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
-    """One token id: the likeliest at temperature 0, else a draw from the nucleus of mass ``top_p``."""
+    """One token id: the likeliest at temperature 0, else a draw from the nucleus of mass ``top_p``.
+
+    Logits count from the highest one, so that no temperature is too low to divide by.
+    """
     if temperature == 0:
         return int(logits_V.argmax())
-    return int(torch.multinomial(nucleus(logits_V / temperature, top_p), 1, generator=generator))
+    below_V = logits_V.double() - logits_V.max()
+    return int(torch.multinomial(nucleus(below_V / temperature, top_p), 1, generator=generator))
 
 
 def nucleus(logits_V: Tensor, top_p: float) -> Tensor:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from data_pipeline.context import UserError
@@ -167,15 +168,43 @@ def read_config(folder: Path) -> ModelConfig:
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
-    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if raw.get("model_type") not in ARCHITECTURES:
-        raise UserError(
-            f"{folder} holds a model of type {raw.get('model_type')!r}; we have {', '.join(ARCHITECTURES)}"
-        )
+    kind = read_type(folder / "config.json")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{folder} holds a model of type {kind!r}; we have {', '.join(ARCHITECTURES)}")
     from transformers import AutoConfig
 
-    theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its classes check their fields, each in its own way
+        raise UserError(
+            f"transformers can't read {folder / 'config.json'}: {' '.join(str(error).split())}"
+        ) from None
     require_supported(theirs, folder)
+    try:
+        return our_config(theirs)
+    except (ValidationError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} asks for what our model does not compute: {' '.join(str(error).split())}"
+        ) from None
+
+
+def read_type(path: Path) -> str | None:
+    """What a ``config.json`` says that the model is.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return raw.get("model_type")
+
+
+def our_config(theirs: Any) -> ModelConfig:
+    """Our config of what one of `transformers`' describes, which must be supported."""
     if theirs.model_type == "gpt2":
         return ModelConfig(
             positions="learned",
@@ -249,18 +278,25 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Our names and the weights of a model in one of the layouts, a tensor at a time."""
-    from safetensors import safe_open
+    """Our names and the weights of a model in one of the layouts, a tensor at a time.
+
+    Raises:
+        UserError: a file is missing, or can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
 
     for path in weight_files(folder):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 (not a dict)
-                if name.endswith(BUFFERS):
-                    continue
-                if layout == "gpt2":
-                    yield from from_gpt2(name, file.get_tensor(name))
-                else:
-                    yield name.removeprefix("model."), file.get_tensor(name)
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name.endswith(BUFFERS):
+                        continue
+                    if layout == "gpt2":
+                        yield from from_gpt2(name, file.get_tensor(name))
+                    else:
+                        yield name.removeprefix("model."), file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} can't be read: {error}") from None
 
 
 @torch.no_grad()

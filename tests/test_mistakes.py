@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -96,3 +97,41 @@ def test_a_full_disk_is_an_error_and_what_was_sealed_stays(finished: Llmill, tmp
     assert "Traceback" not in result.stdout + result.stderr
     assert "✓ download" in result.stdout
     assert "2 sealed" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["--prompt", "x", "--seed", "99999999999999999999"], "--seed"),
+        (["--prompt", "x", "--seed=-1"], "--seed"),
+        (["--prompt", "x", "--temperature", "nan"], "--temperature"),
+        (["--prompt", "x", "--temperature", "inf"], "--temperature"),
+        (["--prompt", "x", "--top-p", "nan"], "--top-p"),
+        (["--prompt", "x", "-n", "0"], "samples"),
+        (["--prompt", "a\udcff"], "the prompt is not UTF-8: byte 0xff after 1 characters"),
+        (["--prompt", "x", "--model", "{empty}"], "holds no model: it has no config.json"),
+        (["--prompt", "x", "--model", "no-such"], "no exported model no-such"),
+    ],
+)
+def test_a_mistake_of_generate_is_told_with_what_is_wrong(finished: Llmill, tmp_path, arguments, told):
+    result = finished("generate", *(word.replace("{empty}", str(tmp_path)) for word in arguments), code=2)
+    assert told in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
+    assert not result.stdout
+
+
+def test_generate_writes_samples_of_a_prompt_on_standard_input(finished: Llmill):
+    command = [sys.executable, "-m", "flows.cli", "generate", "-n", "2", "--seed", "3", "--max-tokens", "8"]
+    made = subprocess.run(
+        command, input="def ä(\n".encode(), env=finished.environment(), capture_output=True, timeout=300
+    )
+    assert made.returncode == 0, made.stderr.decode()
+    assert made.stderr.decode().startswith("model ")
+    said = made.stdout.decode()
+    assert said.startswith("--- 1 of 2, seed 3\ndef ä(")
+    assert "--- 2 of 2, seed 4\ndef ä(" in said
+    prompt = ["--prompt", "def ä(", "--max-tokens", "8", "--json"]
+    lines = finished("generate", *prompt, "-n", "2", "--seed", "3").stdout.splitlines()
+    both = [json.loads(line) for line in lines]
+    assert [(one["seed"], one["prompt"]) for one in both] == [(3, "def ä("), (4, "def ä(")]
+    assert all(one["prompt"] + one["text"] in said for one in both)

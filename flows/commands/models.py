@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,33 +17,88 @@ from flows.commands.options import HOME, AsJson, Home
 from flows.process import quiet_libraries
 
 
+def finite(value: float) -> float:
+    """Refuse infinity and what is no number, which typer lets pass any bounds."""
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is not a finite number")
+    return value
+
+
 def generate(
-    prompt: Annotated[str, typer.Option(help="The text to continue.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="The text to continue; without it, what standard input holds.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(help="A fingerprint or an exported folder; else the newest model.")
     ] = None,
+    samples: Annotated[
+        int, typer.Option("--samples", "-n", min=1, help="Texts to write, each with the seed after the last.")
+    ] = 1,
     max_tokens: Annotated[int, typer.Option(min=1)] = 120,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.01, max=1)] = 0.95,
-    seed: int = 0,
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 takes the likeliest token each time.")
+    ] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, callback=finite)] = 0.95,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
     home: Home = HOME,
+    as_json: AsJson = False,
 ) -> None:
     """Continue a prompt with a trained model."""
     quiet_libraries()
     from flows.store import Store
+    from flows.terminal import Screen
 
     folder = exported_model(Store(home), model)
-    from llm.generate import generate_from_folder
+    Screen(stderr=True).print(f"model {folder}")  # torch takes seconds to import
+    text = read_prompt(prompt)
+    from llm.generate import open_folder, stream
 
-    try:
-        text = generate_from_folder(
-            folder, prompt, max_new_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed
+    opened = open_folder(folder)
+    for number in range(samples):
+        pieces = stream(
+            *opened,
+            text,
+            max_new_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            seed=seed + number,
         )
-    except (KeyError, ValueError, OSError) as error:
-        raise UserError(
-            f"{folder} holds no model that llmill exported: {type(error).__name__}: {error}"
-        ) from None
-    typer.echo(prompt + text)
+        if as_json:
+            print(
+                json.dumps({"seed": seed + number, "prompt": text, "text": "".join(pieces)}, allow_nan=False)
+            )
+        else:
+            if samples > 1:
+                print(f"--- {number + 1} of {samples}, seed {seed + number}")
+            write_pieces(chain([text], pieces))
+
+
+def write_pieces(pieces: Iterable[str]) -> None:
+    """Write a text as it comes; a terminal is shown what it would obey (`flows.terminal.visible`)."""
+    from flows.terminal import visible
+
+    show = visible if sys.stdout.isatty() else str
+    for piece in chain(pieces, ["\n"]):
+        sys.stdout.write(show(piece))
+        sys.stdout.flush()
+
+
+def read_prompt(given: str | None) -> str:
+    """The prompt: as given, or standard input less the end of its last line.
+
+    Raises:
+        UserError: there is none, or it is not UTF-8.
+    """
+    if given is None:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise UserError("nothing to continue: give --prompt TEXT, or the text on standard input")
+        given = sys.stdin.buffer.read().decode("utf-8", "surrogateescape").removesuffix("\n")
+    try:
+        given.encode()
+    except UnicodeEncodeError as error:
+        byte = ord(given[error.start]) & 0xFF
+        raise UserError(f"the prompt is not UTF-8: byte {byte:#04x} after {error.start} characters") from None
+    return given
 
 
 def promote(
@@ -80,12 +139,22 @@ def promote(
 
 
 def exported_model(store: Any, model: str | None) -> Path:
-    """The folder of an exported model: one given as a path, by fingerprint, or the newest sealed one."""
+    """The folder of an exported model: one given as a path, by fingerprint, or the newest sealed one.
+
+    Raises:
+        UserError: there is none, or a fingerprint's beginning stands for several.
+    """
     if model and (Path(model) / "config.json").exists():
         return Path(model)
-    exports = [a for a in store.artifacts("export") if model is None or a.fingerprint.startswith(model)]
+    sealed = store.artifacts("export")
+    exports = [one for one in sealed if model is None or one.fingerprint.startswith(model)]
+    known = ", ".join(one.fingerprint for one in sealed) or "none"
+    if not exports and model and Path(model).is_dir():
+        raise UserError(f"{model} holds no model: it has no config.json")
     if not exports:
-        known = ", ".join(a.fingerprint for a in store.artifacts("export")) or "none"
         what = f"no exported model {model}" if model else "no exported model"
         raise UserError(f"{what} in {store.root} (there: {known}); make one with: llmill run RECIPE")
+    if model and len(exports) > 1:
+        names = ", ".join(one.fingerprint for one in exports)
+        raise UserError(f"{model} may be any of {names}: give more digits")
     return exports[-1].path

@@ -13,14 +13,14 @@ from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
-    "download": "10132a85c3acfb58",
-    "clean": "b06d62de1991e2af",
-    "dedup": "4a7d60a3cf492d6a",
-    "train_tokenizer": "84e731316e12ec29",
-    "tokenize": "f7aed6cf36dc9d7e",
-    "pretrain": "848f2059f6f302f6",
-    "evaluate": "94915c6754861283",
-    "export": "32bb4eb26a85508c",
+    "download": "64a56af44986d737",
+    "clean": "009ea19df42acd26",
+    "dedup": "891853b1edd40d08",
+    "train_tokenizer": "104df9e1071e72c4",
+    "tokenize": "0eb8d60a663cc2c7",
+    "pretrain": "0a56ce7e52469290",
+    "evaluate": "2178c03d546b98fc",
+    "export": "7abea31821e7716a",
 }
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from data_pipeline.context import UserError
 from data_pipeline.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
-from llm.generate import draw, generate, nucleus, pick
+from llm.generate import draw, generate, nucleus, open_folder, pick, stream
 from llm.model import ModelConfig, Transformer
 
 Make = Callable[..., ModelConfig]
@@ -124,3 +127,67 @@ def test_draws_follow_the_probabilities_and_never_pad(tiny: Make) -> None:
     counts = torch.bincount(drawn, minlength=4).tolist()
     assert counts[3] == 0
     assert counts[:3] == pytest.approx([2000, 1200, 800], abs=4 * 32)  # 4 standard deviations
+
+
+def test_a_stream_gives_the_text_in_whole_characters_as_it_is_drawn(
+    tiny: Make, corpus: dict[str, Path]
+) -> None:
+    """From a model with random weights: most bytes are no characters, or parts of some."""
+    model, tokenizer = Transformer(tiny(init_std=0.3)).eval(), load_tokenizer(corpus["train_tokenizer"])
+    settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.5, "top_p": 1.0}
+    for seed in range(6):
+        [expected] = generate(model, tokenizer, ["ö def "], seeds=[seed], **settings)
+        pieces = stream(model, tokenizer, "ö def ", seed=seed, **settings)
+        read = list(pieces)
+        assert "".join(read) == expected
+        assert len(read) > 1
+    few = {**settings, "max_new_tokens": 10**9}
+    assert next(stream(model, tokenizer, "def ", seed=0, **few)), "the rest is not drawn first"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-40, 5e-324])
+def test_the_lower_the_temperature_the_likelier_the_token(tiny: Make, temperature: float) -> None:
+    model = Transformer(tiny(init_std=0.3)).eval()
+    likeliest = draw(model, [[1, 2]], most=8, end=None, temperature=0, top_p=1.0, seeds=[0])
+    assert draw(model, [[1, 2]], most=8, end=None, temperature=temperature, top_p=0.9, seeds=[7]) == likeliest
+    assert pick(torch.tensor([1.0, 2.0, -torch.inf]), 1e300, 1.0, torch.Generator()) in (0, 1)
+
+
+def foreign(folder: Path, tokenizer: Path, change: str) -> None:
+    """A folder of a Llama as `transformers` saves one, in which one thing is not as in an export of ours."""
+    config = LlamaConfig(
+        vocab_size=400 if change == "vocabulary" else 500, hidden_size=32, intermediate_size=40,
+        num_hidden_layers=1, num_attention_heads=4, attention_bias=change == "bias",
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    if change != "tokenizer":
+        text = (tokenizer / "tokenizer.json").read_text()
+        text = text.replace(END_OF_TEXT, "</s>") if change == "end" else text
+        (folder / "tokenizer.json").write_text(text)
+    if change == "weights":
+        (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    if change in ("config", "heads", "list"):
+        raw = json.loads((folder / "config.json").read_text()) | {"num_attention_heads": 5}
+        text = {"config": "{", "heads": json.dumps(raw), "list": "[]"}[change]
+        (folder / "config.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("tokenizer", "has no tokenizer.json: name a folder that llmill exported"),
+        ("end", "did not export: its tokenizer has no"),
+        ("vocabulary", r"or more entries than the model \(400\)"),
+        ("bias", "asks for what our model does not compute: attention_bias = True"),
+        ("weights", r"model\.safetensors can't be read"),
+        ("config", r"config\.json can't be read"),
+        ("list", r"config\.json holds no JSON object"),
+        ("heads", "transformers can't read .*multiple of the number of attention heads"),
+    ],
+)
+def test_a_folder_that_is_no_export_of_ours_is_refused_with_the_reason(
+    corpus: dict[str, Path], tmp_path: Path, change: str, said: str
+) -> None:
+    foreign(tmp_path, corpus["train_tokenizer"], change)
+    with pytest.raises(UserError, match=said):
+        open_folder(tmp_path)

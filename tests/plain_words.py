@@ -5,6 +5,9 @@ from __future__ import annotations
 import random
 import unicodedata
 
+from data_pipeline.words import LETTER, OTHER, character_classes
+from data_pipeline.words import UNSPACED as UNSPACED_LETTER
+
 UNSPACED = ("CJK UNIFIED", "CJK COMPAT", "IDEOGRAPHIC IT", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "THAI", "LAO",
             "KHMER", "MYANMAR", "TIBETAN", "YI ", "BOPOMOFO", "TAI ", "NEW TAI")  # fmt: skip
 """How the names of characters begin whose scripts are written without spaces."""
@@ -33,6 +36,27 @@ def plain_words(text: str, *, letters: str = "", joined: bool = False) -> list[t
             word = "one" if unspaced else "run"
         elif character.isspace() or not joined or character in "–—―":
             word = ""
+    return words
+
+
+def cut_words(text: str) -> list[str]:
+    """What stands between white space, cut where an unspaced letter and another letter or digit meet."""
+    classes = character_classes()
+    words = []
+    for token in text.split():
+        piece, seen = "", set()
+        for character in token:
+            kind = int(classes[ord(character)]) if ord(character) < len(classes) else OTHER
+            if (
+                kind in (LETTER, UNSPACED_LETTER)
+                and UNSPACED_LETTER in {kind, *seen}
+                and seen & {LETTER, UNSPACED_LETTER}
+            ):
+                words.append(piece)
+                piece, seen = "", set()
+            piece += character
+            seen.add(kind)
+        words.append(piece)
     return words
 
 

@@ -82,7 +82,7 @@ def apply_language(rules: LanguageRules, cleaned: Cleaned) -> None:
 
 
 def apply_gopher(rules: GopherRules, cleaned: Cleaned) -> None:
-    for reason, broken in rules.broken(cleaned.stats):
+    for reason, broken in rules.broken(cleaned.texts, cleaned.stats):
         cleaned.verdicts.drop(broken, reason)
     rows, texts = cleaned.alive()
     for reason, broken in rules.broken_by_ngrams(texts, cleaned.stats.take(rows)):
@@ -96,7 +96,9 @@ def apply_c4(rules: C4Rules, min_chars: int, cleaned: Cleaned) -> None:
     rows, texts = cleaned.alive()
     left, removed, sentences = rules.remove_lines(texts)
     too_short = pc.utf8_length(left).to_numpy(zero_copy_only=False) < min_chars
-    cleaned.verdicts.drop(too_short, "min_chars", rows)
+    most = removed.argmax(axis=1)
+    for rule, reason in enumerate((*LINE_REASONS, "citations")):
+        cleaned.verdicts.drop(too_short & (most == rule), f"c4_{reason}", rows)
     if rules.min_sentences is not None:
         cleaned.verdicts.drop(sentences < rules.min_sentences, "c4_min_sentences", rows)
     changed = removed.any(axis=1) & (cleaned.verdicts.codes[rows] == 0)

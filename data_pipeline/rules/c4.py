@@ -6,7 +6,8 @@ with ``...`` is cut short and goes; so does one with a word of over 1000 charact
 phrase list (see `data_pipeline.rules.blocklists`), its three-sentence spans are a matter for deduplication. Ours differ
 so: "lorem ipsum" and curly brackets are sought in the whole document and not only in lines that would stay; blank lines
 between lines that stay are kept, one at most, as paragraphs are worth keeping; and sentences are counted by a plain
-rule (`count_sentences`) in place of NLTK's trained one. A line is a paragraph on the web; books with wrapped lines
+rule (`count_sentences`) in place of NLTK's trained one. Words are those of `data_pipeline.words`, and sentences end as
+they do in each script (`data_pipeline.rules.sentences`). A line is a paragraph on the web; books with wrapped lines
 would lose most of theirs.
 """
 
@@ -23,8 +24,10 @@ from data_pipeline.context import Config
 from data_pipeline.documents import buffers
 from data_pipeline.kernels import code_point, kernel
 from data_pipeline.rules.quality import Broken, Count
+from data_pipeline.rules.sentences import ASCII_ENDS, CLOSING_QUOTES, OTHER_ENDS, unended_letters
 from data_pipeline.rules.text_columns import from_buffers, replace_rows
-from data_pipeline.words import TABLE_SIZE
+from data_pipeline.words import MARK, TABLE_SIZE, character_classes
+from data_pipeline.words import UNSPACED as WORD_UNSPACED
 
 CITATIONS = r"\[\d*\]|\[edit\]|\[citation needed\]"
 POLICIES = (
@@ -39,7 +42,7 @@ PHRASES = "(?i)javascript|" + "|".join(POLICIES)
 LINE_REASONS = ("long_word", "no_terminal_mark", "few_words", "javascript", "policy")
 LONG_WORD, NO_TERMINAL_MARK, FEW_WORDS, JAVASCRIPT, POLICY = range(5)
 
-SPACE, WORD, TERMINAL, END, IDEOGRAPHIC_END, CLOSER = (np.uint8(1 << bit) for bit in range(6))
+SPACE, WORD, TERMINAL, END, OTHER_END, CLOSER, UNSPACED, UNENDED = (np.uint8(1 << bit) for bit in range(8))
 
 
 class C4Rules(Config):
@@ -48,7 +51,8 @@ class C4Rules(Config):
     remove_citations: bool = True
     """``[1]``, ``[]``, ``[edit]`` and ``[citation needed]``, as in Wikipedia."""
     terminal_mark: bool = True
-    """Remove lines that don't end with a full stop, question mark, exclamation mark or end quotation mark."""
+    """Remove lines that don't end with a full stop, question mark, exclamation mark or end quotation mark, of whatever
+    script; lines that end in Thai or Lao, which have none, stay."""
     min_words_per_line: Count | None = 5
     """Remove lines of fewer words."""
     max_word_length: Count | None = 1000
@@ -124,13 +128,17 @@ def character_kinds() -> NDArray[np.uint8]:
         one = chr(code)
         table[code] = (SPACE if one.isspace() else 0) | (WORD if one.isalnum() else 0)
     for flag, characters in (
-        (TERMINAL, '.?!"”'),
-        (END, ".?!"),
-        (IDEOGRAPHIC_END, "。！？"),
-        (CLOSER, ")]}\"'”’»"),
+        (TERMINAL, ASCII_ENDS + OTHER_ENDS + CLOSING_QUOTES),
+        (END, ASCII_ENDS),
+        (OTHER_END, OTHER_ENDS),
+        (CLOSER, ")]}'’）】" + CLOSING_QUOTES),
+        (UNENDED, unended_letters()),
     ):
         for one in characters:
             table[ord(one)] |= flag
+    classes = character_classes()
+    table[classes == WORD_UNSPACED] |= UNSPACED | WORD
+    table[classes == MARK] &= ~WORD
     return table
 
 
@@ -155,13 +163,18 @@ def scan_line(
     """Where a line begins and ends without white space, its words, its longest one, its last character's kind."""
     first, last = end, start
     words = longest = letters = 0
-    tail = np.uint8(0)
+    tail = seen = np.uint8(0)
     at = start
     while at < end:
         kind, length = kind_at(data, at, kinds)
         if kind & SPACE:
             letters = 0
+            seen = np.uint8(0)
         else:
+            if (kind | seen) & UNSPACED and kind & seen & WORD:
+                letters = 0
+                seen = np.uint8(0)
+            seen |= kind
             words += letters == 0
             letters += 1
             longest = max(longest, letters)
@@ -176,10 +189,11 @@ def scan_line(
 def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArray[np.uint8]) -> int:
     """Sentences of a line: each ends with one of ``.?!``, maybe a closing bracket or quotation mark, and white space.
 
-    What follows the last one is a sentence too, and none is without a letter or digit. ``Mr. Hyde`` makes two.
+    Other marks need no space, and of Thai and Lao, which have no marks, a space is the end. What follows the last one
+    is a sentence too, and none is without a letter or digit. ``Mr. Hyde`` makes two.
     """
     sentences = 0
-    open_sentence = ending = False
+    open_sentence = ending = unended = False
     at = start
     while at < end:
         kind, length = kind_at(data, at, kinds)
@@ -187,11 +201,14 @@ def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArra
         if kind & WORD:
             open_sentence = True
             ending = False
+            unended = kind & UNENDED != 0
+        elif kind & UNENDED:  # a vowel sign
+            unended = True
         elif kind & END:
             ending = True
-        elif kind & IDEOGRAPHIC_END or (ending and kind & SPACE):
+        elif kind & OTHER_END or (kind & SPACE and (ending or unended)):
             sentences += open_sentence
-            open_sentence = ending = False
+            open_sentence = ending = unended = False
         elif not kind & CLOSER:
             ending = False
     return sentences + open_sentence
@@ -241,7 +258,7 @@ def judge(
         return LONG_WORD
     if rules[NO_TERMINAL_MARK]:
         dots = last - first >= 3 and data[last - 1] == 46 and data[last - 2] == 46 and data[last - 3] == 46
-        if dots or not tail & TERMINAL:
+        if dots or not tail & (TERMINAL | UNENDED):
             return NO_TERMINAL_MARK
     if words < rules[FEW_WORDS]:
         return FEW_WORDS

@@ -20,7 +20,9 @@ from __future__ import annotations
 import ipaddress
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from typing import Annotated
 
 import numpy as np
@@ -32,22 +34,9 @@ from pydantic import AfterValidator
 from data_pipeline.context import Config
 from data_pipeline.rules.normalise import normalise
 
-ASCII_KIN = (
-    {0xFF01 + at: chr(0x21 + at) for at in range(94)}  # full-width forms
-    | {
-        code: str(digit)
-        for code in range(0x80, 0x20000)  # no digit lies beyond
-        if (digit := unicodedata.decimal(chr(code), None)) is not None
-    }
-    | dict.fromkeys((0xA0, 0x2007, 0x202F, 0x3000), " ")
-    | dict.fromkeys((0x2010, 0x2011), "-")
-)
-"""By code point: the ASCII character as which the patterns read it."""
-HAS_KIN = re.compile(f"[{''.join(map(chr, sorted(ASCII_KIN)))}]")
-
-# The patterns are ASCII's: ``[^\W_]`` is a letter or digit. An underscore around a whole is Markdown's.
-BEFORE = r"(?<![^\W_])(?<![^\W_]_)"
-AFTER = r"(?![^\W_]|_[^\W_])"
+# The patterns are ASCII's: ``[A-Za-z0-9]`` is a letter or digit. An underscore around a whole is Markdown's.
+BEFORE = r"(?<![A-Za-z0-9])(?<![A-Za-z0-9]_)"
+AFTER = r"(?![A-Za-z0-9]|_[A-Za-z0-9])"
 LETTER = "À-ÖØ-öø-ɏͰ-ϿЀ-ԯ"
 """Letters beyond ASCII that addresses have: Latin, Greek, Cyrillic."""
 EMAIL = re.compile(
@@ -59,9 +48,9 @@ EMAIL = re.compile(
 )
 IN_ADDRESS = "".join(rf"(?<!\b[0-9A-Fa-f]{{{digits}}}:)" for digits in range(1, 5)) + "(?<!::)"
 IP = re.compile(
-    rf"{BEFORE}(?<![^\W_]\.)(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}"
+    rf"{BEFORE}(?<![A-Za-z0-9]\.)(?:(?:\d{{1,3}}\.){{3}}\d{{1,3}}"
     rf"|{IN_ADDRESS}[23][0-9A-Fa-f]{{3}}:[0-9A-Fa-f:]{{1,34}}(?:(?<=[0-9A-Fa-f])|(?<=::))(?!:[0-9A-Fa-f:]))"
-    rf"{AFTER}(?!\.[^\W_])",
+    rf"{AFTER}(?!\.[A-Za-z0-9])",
     re.ASCII,
 )
 COUNTRY = (
@@ -79,7 +68,7 @@ LABEL = (
 # Possessive quantifiers: a long run of digits is read once, and a number is masked whole or not at all.
 GAP = r"[ .\-/\u2012\u2013]"
 PHONE = re.compile(
-    r"(?<![^\W_])(?:"
+    r"(?<![A-Za-z0-9])(?:"
     rf"(?P<label>{LABEL})\d{{8,15}}+"
     rf"|{BEFORE}(?<!\+)(?:\+{COUNTRY}(?:{GAP}?\(\d{{1,5}}\))?(?:{GAP}?\d{{2,}}+|{GAP}\d(?={GAP}\d\d))++"
     r"|\+1[ .-]?(?:\([2-9]\d\d\)|[2-9]\d\d)[ .-]?[2-9]\d\d[ .-]?\d{4}"
@@ -120,27 +109,74 @@ class Masking(Config):
 
     def mask(self, kind: str, text: str) -> tuple[str, int]:
         """The text with placeholders for one kind, and how many were put in."""
-        _, pattern, accept = KINDS[kind]
-        return replace(pattern, text, getattr(self, kind), accept)
+        return replace(KINDS[kind], text, getattr(self, kind))
 
     def candidates(self, kind: str, texts: pa.Array) -> NDArray[np.int64]:
         """The rows that may hold something of a kind."""
-        hint, _, _ = KINDS[kind]
-        return np.flatnonzero(pc.match_substring_regex(texts, hint).to_numpy(zero_copy_only=False))
+        found = pc.match_substring_regex(texts, KINDS[kind].hint)
+        return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
 
-def replace(
-    pattern: re.Pattern[str], text: str, placeholder: str, accept: Callable[[str], bool]
-) -> tuple[str, int]:
-    """Replace the matches that are accepted, but for what is their ``label``; returns how many too."""
-    read = text.translate(ASCII_KIN) if HAS_KIN.search(text) else text  # a character for a character
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of personal data is found."""
+
+    hint: str
+    """Where RE2 finds nothing of this there is nothing to mask, and most texts have nothing."""
+    anchor: re.Pattern[str]
+    """Stands in all that is found, and is searched quickly, for it begins with one of a few characters."""
+    before: int
+    """How many characters before an anchor a match begins at most."""
+    after: int
+    """How many characters after the anchor's end it may depend on."""
+    pattern: re.Pattern[str]
+    accept: Callable[[str], bool]
+    """Whether to mask what `pattern` has found."""
+
+    def find(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where each begins and ends that is to be masked; what `pattern` calls ``label`` is not."""
+        done = at = 0
+        while anchor := self.anchor.search(text, at):
+            begin = max(done, anchor.start() - self.before)
+            match = self.pattern.search(text, begin, anchor.end() + self.after)
+            if not match:
+                at = anchor.end()
+                continue
+            done = at = match.end()
+            begin = max(match.start(), match.end("label") if "label" in self.pattern.groupindex else 0)
+            if self.accept(text[begin:done]):
+                yield begin, done
+
+
+@cache
+def ascii_kin() -> NDArray[np.uint32]:
+    """By code point: the ASCII character as which the patterns read it; itself where there is none."""
+    table = np.arange(0x20000, dtype=np.uint32)  # no digit lies beyond
+    for code in range(0x80, len(table)):
+        if (digit := unicodedata.decimal(chr(code), None)) is not None:
+            table[code] = ord("0") + digit
+    table[0xFF01:0xFF5F] = range(0x21, 0x7F)  # full-width forms
+    table[[0xA0, 0x2007, 0x202F, 0x3000]] = ord(" ")
+    table[[0x2010, 0x2011]] = ord("-")
+    return table
+
+
+def with_ascii_kin(text: str) -> str:
+    """A text as the patterns read it, a character for a character."""
+    if text.isascii():
+        return text
+    codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    table = ascii_kin()
+    return table[np.minimum(codes, len(table) - 1)].tobytes().decode("utf-32-le")
+
+
+def replace(kind: Kind, text: str, placeholder: str) -> tuple[str, int]:
+    """Replace what is found of a kind; returns how many too."""
     parts, done, replaced = [], 0, 0
-    for match in pattern.finditer(read):
-        begin = max(match.start(), match.end("label") if "label" in pattern.groupindex else 0)
-        if accept(read[begin : match.end()]):
-            parts += [text[done:begin], placeholder]
-            done = match.end()
-            replaced += 1
+    for begin, end in kind.find(with_ascii_kin(text)):
+        parts += [text[done:begin], placeholder]
+        done = end
+        replaced += 1
     return "".join([*parts, text[done:]]), replaced
 
 
@@ -165,30 +201,38 @@ def has_phone_digits(found: str) -> bool:
     return 8 <= digits <= 15 if found.startswith("+") or found.isdecimal() else 10 <= digits <= 11
 
 
-# Classes that RE2 reads as `ASCII_KIN` does.
+# Classes that RE2 reads as `with_ascii_kin` does.
 DIGIT, DOT, PLUS, COLON = r"\p{Nd}", "[.．]", "[+＋]", "[:：]"
 BREAK = r"[ .\-/．－／\x{a0}\x{2007}\x{202f}\x{3000}\x{2010}-\x{2013}]"
 BRACKET = "[)）]"
 WIDE = r"A-Za-z0-9Ａ-Ｚａ-ｚ\p{Nd}"
-KINDS: dict[str, tuple[str, re.Pattern[str], Callable[[str], bool]]] = {
-    "email": (
+KINDS: dict[str, Kind] = {
+    "email": Kind(
         rf"[{WIDE}{LETTER}_%+＿％＋－-][@＠][{WIDE}{LETTER}－\x{{2010}}\x{{2011}}-]+{DOT}[A-Za-zＡ-Ｚａ-ｚ]",
+        re.compile(rf"@(?=[A-Za-z0-9{LETTER}-]+\.[A-Za-z0-9{LETTER}])"),
+        66,
+        640,
         EMAIL,
         any_match,
     ),
-    "ip": (
+    "ip": Kind(
         rf"{DIGIT}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}"
         rf"|(?:[23]|[^\x00-\x7f])[0-9A-Fa-fＡ-Ｆａ-ｆ\p{{Nd}}]{{3}}{COLON}",
+        re.compile(
+            r"[0-9](?:\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|(?<=[23])[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34})"
+        ),
+        3,
+        3,
         IP,
         is_public,
     ),
-    "phone": (
+    "phone": Kind(
         rf"{PLUS}{DIGIT}[^0-9A-Za-z]{{0,2}}{DIGIT}|{DIGIT}{BRACKET}?{BREAK}{DIGIT}{{3,4}}{BREAK}{DIGIT}{{3}}"
         rf"|{DIGIT}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}|(?:{LABEL}){DIGIT}{{8}}",
+        re.compile(rf"[0-9](?:[0-9()]|{GAP}){{7,}}+"),
+        40,
+        4,
         PHONE,
         has_phone_digits,
     ),
 }
-"""By kind: where RE2 finds nothing of this first there is nothing to mask, and most texts have nothing; what is found;
-and which of that is masked.
-"""

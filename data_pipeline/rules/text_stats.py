@@ -1,6 +1,8 @@
 """What the quality rules ask of a text, counted for a whole column at once by one numba kernel over Arrow's buffers.
 
-Words are what `str.split` gives, lines what stands between line feeds; a line counts without the white space around
+Words are what `str.split` gives, each cut where `data_pipeline.words` has words meet that nothing parts: of scripts
+that are written without spaces every letter is one (with what follows it), and lines are what stands between line
+feeds; a line counts without the white space around
 it, and not at all where nothing else is in it. A paragraph is a run of such lines. Texts are normal (see
 `data_pipeline.rules.normalise`), so a line feed alone ends a line.
 """
@@ -16,17 +18,24 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import blocks, buffers
 from data_pipeline.kernels import MULTIPLIER, code_point, kernel
-from data_pipeline.words import TABLE_SIZE
+from data_pipeline.rules.sentences import ASCII_ENDS, CLOSING_QUOTES, OTHER_ENDS, unended_letters
+from data_pipeline.rules.stop_words import STOP_WORDS as ALL_STOP_WORDS
+from data_pipeline.words import LETTER as WORD_LETTER
+from data_pipeline.words import MARK, TABLE_SIZE, character_classes
+from data_pipeline.words import UNSPACED as WORD_UNSPACED
 
 Counts = NDArray[np.int64]
 
-STOP_WORDS = frozenset(("the", "be", "to", "of", "and", "that", "have", "with"))
-BULLETS = ("•", "‣", "●", "-", "*", "–")
+STOP_WORDS = frozenset(ALL_STOP_WORDS["en"].split())
+BULLETS = ("•", "‣", "●", "-", "*", "–", "・", "·", "◦", "■", "◆", "▪")
 ELLIPSES = ("...", "…")
-TERMINAL = (".", "!", "?", '"', "'", "”", "’", "…", "。", "！", "？")
-"""What ends a line for FineWeb's rule: its first code has the five of ASCII; these are their kin."""
+TERMINAL = (*ASCII_ENDS, *OTHER_ENDS, *CLOSING_QUOTES, "'", "’", "…", *unended_letters())
+"""What ends a line for FineWeb's rule: its first code has the five of ASCII; these are their kin in all scripts, and
+the letters of those that mark no end."""
+FIRST_WIDE = 0x2E80
+"""Characters from here on (Chinese, Japanese, Korean) are as wide as two, and say as much."""
 
-SPACE, LETTER, HASH, DOT, DOTS, BULLET, TERMINATOR = (np.uint8(1 << bit) for bit in range(7))
+SPACE, LETTER, NUMBER, UNSPACED, SIGN, DOTS, BULLET, TERMINATOR = (np.uint8(1 << bit) for bit in range(8))
 PACKED = tuple(np.uint64(int.from_bytes(word.rjust(4).encode(), "little")) for word in sorted(STOP_WORDS))
 """In the last of four bytes, after spaces; the order is that of `LENGTHS`."""
 LENGTHS = tuple(len(word) for word in sorted(STOP_WORDS))
@@ -64,7 +73,11 @@ class TextStats:
     duplicate_paragraph_characters: Counts
     """Characters of the lines of repeated paragraphs."""
     short_lines: Counts
-    """Lines with fewer characters than `measure` was told."""
+    """Lines with fewer characters than `measure` was told; those from `FIRST_WIDE` on count twice."""
+    unspaced_words: Counts
+    """Words of scripts that are written without spaces."""
+    spaced_length: Counts
+    """Characters of all other words; those from `FIRST_WIDE` on count twice."""
 
     def take(self, rows: NDArray[np.int64]) -> TextStats:
         """The counts of some texts."""
@@ -103,10 +116,20 @@ def character_kinds() -> NDArray[np.uint8]:
     for code in range(TABLE_SIZE):
         one = chr(code)
         table[code] = (SPACE if one.isspace() else 0) | (LETTER if one.isalpha() else 0)
-    for flag, characters in ((HASH, "#"), (DOT, "."), (DOTS, "…"), (BULLET, BULLETS), (TERMINATOR, TERMINAL)):
+    classes = character_classes()
+    table[classes == MARK] &= ~LETTER
+    table[(classes == WORD_LETTER) & (table & LETTER == 0)] |= NUMBER
+    table[classes == WORD_UNSPACED] |= UNSPACED | LETTER
+    for flag, characters in ((SIGN, "#.…"), (DOTS, "…"), (BULLET, BULLETS), (TERMINATOR, TERMINAL)):
         for one in characters:
             table[ord(one)] |= flag
     return table
+
+
+@kernel(inline="always")
+def seen_letter(seen: np.uint8) -> np.uint8:
+    """The kinds that begin another word, where one of two words is of a script without spaces."""
+    return LETTER | NUMBER if seen & (LETTER | NUMBER) else np.uint8(0)
 
 
 @kernel
@@ -207,9 +230,12 @@ def count_text(
 ) -> None:
     """Count one text into ``counts``; the hash and the characters of its lines and paragraphs into the arrays."""
     words = word_characters = alphabetic = found = number_signs = ellipses = spaces = 0
+    unspaced_words = spaced_length = 0
     lines = line_characters = bullets = dotted = terminated = shorts = paragraphs = 0
     first = last = -1  # bytes of the line, without the space around it
-    width = gap = 0  # its characters up to the last word; those of the space since
+    width = gap = wide = (
+        0  # its characters up to the last word; those of the space since; those of twice the width
+    )
     head = tail = np.uint8(0)  # kinds of its first and its last character
     block_hash, block_size, in_block = np.uint64(0), 0, False
     at = start
@@ -231,7 +257,7 @@ def count_text(
                 line_characters += width
                 bullets += (head & BULLET) != 0
                 terminated += (tail & TERMINATOR) != 0
-                shorts += width < short
+                shorts += width + wide < short
                 three = (
                     last - first >= 3
                     and data[last - 3] == 46
@@ -248,7 +274,7 @@ def count_text(
                 paragraphs += 1
                 block_hash, block_size, in_block = np.uint64(0), 0, False
             continue
-        begin, seen, letters = at, np.uint8(0), 0
+        begin, seen, letters, of_two = at, np.uint8(0), 0, int(code >= FIRST_WIDE)
         head_kind = kind
         while True:
             seen |= kind
@@ -262,21 +288,28 @@ def count_text(
             if code >= 0x80:
                 code, length = code_point(data, at)
             kind = kinds[code] if code < len(kinds) else np.uint8(0)
-            if kind & SPACE:
+            if kind & SPACE or ((kind | seen) & UNSPACED and kind & seen_letter(seen)):
                 break
+            if code >= FIRST_WIDE:
+                of_two += 1
         words += 1
         word_characters += letters
+        if seen & UNSPACED:
+            unspaced_words += 1
+        else:
+            spaced_length += letters + of_two
         alphabetic += (seen & LETTER) != 0
         found |= stop_word(blocks, begin, at)
-        if seen & (HASH | DOT | DOTS):
+        if seen & SIGN:
             signs, dots = count_symbols(data, begin, at)
             number_signs += signs
             ellipses += dots
         if first < 0:
-            first, width, head = begin, 0, head_kind
+            first, width, wide, head = begin, 0, 0, head_kind
         else:
             width += gap
         width += letters
+        wide += of_two
         gap = 0
         last = at
     if in_block:
@@ -296,7 +329,7 @@ def count_text(
         dotted,
         terminated,
     )
-    counts[15], counts[18] = paragraphs, shorts
+    counts[15], counts[18], counts[19], counts[20] = paragraphs, shorts, unspaced_words, spaced_length
 
 
 @kernel
@@ -328,16 +361,22 @@ def hash_words(
     to = 0
     for row in range(len(offsets) - 1):
         at, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
-        begin, letters = at, 0
+        begin, letters, seen = at, 0, np.uint8(0)
         while at < end:
             code, length = code_point(data, at)
-            if code < len(kinds) and kinds[code] & SPACE:
+            kind = kinds[code] if code < len(kinds) else np.uint8(0)
+            if kind & SPACE:
                 if letters:
                     keys[to], sizes[to] = hash_bytes(blocks, begin, at), letters
                     to += 1
-                begin, letters = at + length, 0
+                begin, letters, seen = at + length, 0, np.uint8(0)
+            elif (kind | seen) & UNSPACED and kind & seen_letter(seen):
+                keys[to], sizes[to] = hash_bytes(blocks, begin, at), letters
+                to += 1
+                begin, letters, seen = at, 1, kind
             else:
                 letters += 1
+                seen |= kind
             at += length
         if letters:
             keys[to], sizes[to] = hash_bytes(blocks, begin, end), letters

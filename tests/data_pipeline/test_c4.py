@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_words import cut_words
 
 from data_pipeline.clean import CleanConfig, clean_batch
 from data_pipeline.documents import SCHEMA
@@ -92,7 +93,44 @@ def test_paragraphs_stay_apart_and_removed_lines_are_counted() -> None:
 
 
 def test_a_document_of_which_no_line_is_left_is_dropped() -> None:
-    assert cleaned(c4(terminal_mark=True), "Menu\nHome")[0] == "min_chars"
+    assert cleaned(c4(terminal_mark=True), "Menu\nHome")[0] == "c4_no_terminal_mark"
+
+
+@pytest.mark.parametrize(
+    ("rules", "text", "reason"),
+    [
+        ({"min_words_per_line": 5}, "One two.\nThree four.", "few_words"),
+        ({"max_word_length": 3}, "abcd\nefgh", "long_word"),
+        ({"javascript": True}, "Enable JavaScript.", "javascript"),
+        ({"policy": True}, "Our privacy policy", "policy"),
+        ({"remove_citations": True}, "[1] [edit]", "citations"),
+        ({"terminal_mark": True, "min_words_per_line": 2}, "a b\nc d\ne.", "no_terminal_mark"),
+    ],
+)
+def test_the_reason_of_a_document_that_is_gone_is_the_rule_that_took_most_of_it(
+    rules: dict[str, object], text: str, reason: str
+) -> None:
+    assert cleaned(c4(**rules), text)[0] == f"c4_{reason}"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentences"),
+    [
+        ("他去了。她「来了！」我们走吧？", 3),
+        ("هل ذهبت؟ نعم. حسنا۔", 3),
+        ("वह गया। वह आई॥ कौन है?", 3),
+        ("ខ្ញុំទៅ។ គាត់មក។", 2),
+        ("သူသွားသည်။ သူလာသည်။", 2),
+        ("ང་འགྲོ། ཁོང་ཡོང་།", 2),
+        ("Նա եկավ։ Գնաց։", 2),
+        ("እሱ ሄደ። እሷ መጣች።", 2),
+        ("เขาไปแล้ว เธอมาแล้ว เราไปกัน", 3),
+        ("ລາວໄປແລ້ວ ເຮົາມາແລ້ວ", 2),
+    ],
+)
+def test_sentences_end_as_they_do_in_each_script(text: str, sentences: int) -> None:
+    for least, reason in ((sentences, "kept"), (sentences + 1, "c4_min_sentences")):
+        assert cleaned(c4(min_sentences=least, terminal_mark=True), text) == (reason, text, {})
 
 
 def reference(rules: C4Rules, text: str) -> tuple[str, list[int]]:
@@ -111,10 +149,12 @@ def reference(rules: C4Rules, text: str) -> tuple[str, list[int]]:
 
 
 def reference_reason(rules: C4Rules, line: str) -> str | None:
-    words = line.split()
+    words = cut_words(line)
     if rules.max_word_length is not None and max(map(len, words)) > rules.max_word_length:
         return "long_word"
-    if rules.terminal_mark and (not line.endswith((".", "?", "!", '"', "”")) or line.endswith("...")):
+    if rules.terminal_mark and (
+        not line.endswith((".", "?", "!", '"', "”", "。", "ย", "؟")) or line.endswith("...")
+    ):
         return "no_terminal_mark"
     if rules.min_words_per_line and len(words) < rules.min_words_per_line:
         return "few_words"
@@ -137,7 +177,10 @@ PIECES = [
     "\n\n",
     "\n \n",
 ]
-TEXTS = st.lists(st.sampled_from([*PIECES, "\u2003", "é", "日本。", "👍 ", ".\n"]), max_size=30).map("".join)
+TEXTS = st.lists(
+    st.sampled_from([*PIECES, "\u2003", "é", "日本。", "日本語です", "ไทย", "؟", "x1", "👍 ", ".\n"]),
+    max_size=30,
+).map("".join)
 
 
 @given(

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
 from corpora import prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_words import cut_words
+from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean_batch
 from data_pipeline.documents import SCHEMA
+from data_pipeline.rules.c4 import C4Rules
 from data_pipeline.rules.fineweb import FineWebRules
 from data_pipeline.rules.quality import GopherRules
 from data_pipeline.rules.repetition import ngram_characters
+from data_pipeline.rules.stop_words import STOP_WORDS as ALL_STOP_WORDS
+from data_pipeline.rules.stop_words import of_languages
 from data_pipeline.rules.text_stats import BULLETS, ELLIPSES, STOP_WORDS, TERMINAL, TextStats, measure
-from data_pipeline.words import TABLE_SIZE
+from data_pipeline.words import TABLE_SIZE, UNSPACED, character_classes, words_of
 
 GOPHER_OFF = dict.fromkeys(GopherRules.model_fields)
 FINEWEB_OFF = dict.fromkeys(FineWebRules.model_fields.keys() - {"short_line_characters"})
@@ -89,6 +96,55 @@ def test_finewebs_rules_drop_what_is_at_the_limit(rule: str, limit: float, kept:
     assert verdict(fineweb(), dropped) == "kept"
 
 
+ORDINARY: dict[str, str] = json.loads((Path(__file__).parents[1] / "ordinary_texts.json").read_text("utf-8"))
+"""By language: a few sentences such as stand in any book."""
+
+
+@pytest.mark.parametrize("language", ORDINARY)
+def test_ordinary_texts_of_any_language_pass_by_default_and_with_c4_and_fineweb(language: str) -> None:
+    text = ORDINARY[language]
+    # Fifty words of Tamil and others with long ones are more than a few sentences.
+    everything = {"c4": C4Rules(), "fineweb": FineWebRules(), "gopher": GopherRules(min_words=25)}
+    assert verdict(CleanConfig(**everything), text) == "kept"
+    assert verdict(CleanConfig(), text) == ("kept" if len(cut_words(text)) >= 50 else "min_words")
+    assert verdict(CleanConfig(gopher=GopherRules(min_words=25)), "\n".join([text] * 4)).startswith("max_dup")
+
+
+def test_stop_words_are_those_of_the_languages_or_of_the_list_that_the_recipe_names() -> None:
+    german = ORDINARY["de"]
+    assert verdict(gopher(min_stop_words=2, languages=("de",)), german) == "kept"
+    assert verdict(gopher(min_stop_words=2, languages=("en", "ru")), german) == "min_stop_words"
+    assert verdict(gopher(min_stop_words=2, languages=("de",)), ORDINARY["en"]) == "min_stop_words"
+    own = {"min_stop_words": 2, "stop_words": ("Markt", "Brot", "Auto")}
+    assert verdict(gopher(**own), german) == "kept"
+    assert verdict(gopher(**own), "The markt of that and the brotlaib") == "min_stop_words"
+    assert (
+        verdict(gopher(min_stop_words=2), "x = foo(a, b)\nfor i in range(9): a is i or e") == "min_stop_words"
+    )
+
+
+@pytest.mark.parametrize(
+    ("rules", "fault"),
+    [
+        ({"languages": ("english",)}, "no stop words are known"),
+        ({"languages": ()}, "languages"),
+        ({"stop_words": ("of the",)}, "one word"),
+        ({"stop_words": ("--",)}, "one word"),
+        ({"stop_words": ("the",)}, "min_stop_words 2 is above"),
+        ({"stop_words": ("the", "of"), "languages": ("en",)}, "takes the place"),
+    ],
+)
+def test_stop_words_that_could_never_be_found_are_refused(rules: dict, fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        GopherRules(**rules)
+
+
+def test_every_stop_word_is_a_word_that_is_found() -> None:
+    for code, words in ALL_STOP_WORDS.items():
+        found = of_languages((code,)).most(pa.array([f"({words})", words.split()[0], ""]), 99)
+        assert found.tolist() == [len({*words_of(words)}), 1, 0], code
+
+
 def test_what_stands_exactly_at_a_decimal_limit_is_at_it() -> None:
     """As floating-point numbers 0.67 * 1500 > 1005 and 0.29 * 100 < 29, but the quotients are equal."""
     lines = [LONG] * 495 + ["short"] * 1005
@@ -113,9 +169,18 @@ def test_the_papers_thresholds_are_the_defaults_and_keep_prose() -> None:
     assert verdict(everything, numbers) == "min_mean_word_length"
 
 
+def is_unspaced(character: str) -> bool:
+    return ord(character) < TABLE_SIZE and character_classes()[ord(character)] == UNSPACED
+
+
+def width(text: str) -> int:
+    return len(text) + sum(one >= "\u2e80" for one in text)
+
+
 def reference(text: str, short: int) -> dict[str, int]:
     """`TextStats` of one text, by the book."""
-    words = text.split()
+    words = cut_words(text)
+    unspaced = [word for word in words if any(is_unspaced(one) for one in word)]
     lines = [line for line in (line.strip() for line in text.split("\n")) if line]
     paragraphs: list[list[str]] = [[]]
     for line in text.split("\n"):
@@ -147,7 +212,9 @@ def reference(text: str, short: int) -> dict[str, int]:
         "paragraphs": len(blocks),
         "duplicate_paragraphs": len(repeated(blocks)),
         "duplicate_paragraph_characters": sum(len("".join(block)) for block in repeated(blocks)),
-        "short_lines": sum(len(line) < short for line in lines),
+        "short_lines": sum(width(line) < short for line in lines),
+        "unspaced_words": len(unspaced),
+        "spaced_length": sum(map(width, words)) - sum(map(width, unspaced)),
     }
 
 
@@ -162,6 +229,11 @@ VISIBLE = [
     "a",
     "é",
     "日",
+    "本語",
+    "ที่นี่",
+    "가나",
+    "हिन्दी",
+    "3",
     "²",
     "b.",
     "wi",
@@ -221,7 +293,7 @@ def test_the_kernel_counts_ngrams_as_plain_python_does(texts: list[list[str]]) -
     top, duplicate = ngram_characters(column, measure(column).words, range(1, 8), range(1, 8))
     for row, text in enumerate(column.to_pylist()):
         for n in range(1, 8):
-            assert (top[n - 1, row], duplicate[n - 1, row]) == reference_ngrams(text.split(), n)
+            assert (top[n - 1, row], duplicate[n - 1, row]) == reference_ngrams(cut_words(text), n)
 
 
 def test_counts_of_ngrams_by_hand() -> None:

@@ -5,6 +5,7 @@ reads from its cache on disk, instead of each doing so again. What stands here m
 OpenBLAS do.
 """
 
+import gigatoken  # noqa: F401
 import pyarrow as pa
 
 import data_pipeline.clean

@@ -8,11 +8,13 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 
 import typer
 
 from data_pipeline.context import UserError
 from flows.commands import artifacts, comparison, models, runs, schedule, servers, tracking
+from flows.start import heed_signals
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run a recipe": (runs.run, runs.plan, comparison.sweep, runs.join),
@@ -43,6 +45,10 @@ def main() -> None:
     """Entry point: run the command; turn what went wrong into a few lines and an exit code."""
     from flows.terminal import fail
 
+    heed_signals()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal's encoding must not end a command
     try:
         make_app()()
     except Exception as error:

@@ -42,7 +42,7 @@ from flows.flow_runs import at_work, in_flow, settle
 from flows.manifest import describe_making
 from flows.markdown import code
 from flows.notices import LAST_LINES, Notice, check_receivers, send_notice
-from flows.plan import Selection, Step, plan_and_hold
+from flows.plan import Planned, Selection, Step, plan_and_hold
 from flows.recipe import Recipe
 from flows.run_note import run_note, summary_table
 from flows.runners import Workers, reach, start_workers
@@ -93,16 +93,17 @@ class Run:
         command: str,
         dispatcher: Dispatcher | None = None,
         sweep: str = "",
+        planned: Planned | None = None,
     ) -> None:
         self.recipe, self.selection, self.terminal = recipe, selection, terminal
         self.command = command
         """What a person types to run this again; said when a stage fails."""
-        if recipe.runtime.task_runner in ("dask", "ray"):
+        if recipe.runtime.elsewhere:
             home = home.resolve()  # a worker elsewhere has another current folder
         self.store = Store(home)
         self.tracker = Tracker(home, recipe.name, self._warn)
-        self._uses = Uses(self.store)
-        self.steps: list[Step] = []
+        self._uses = planned.uses if planned else Uses(self.store)
+        self.steps: list[Step] = planned.steps if planned else []
         self.results: dict[str, Result] = {}
         self._dispatcher = dispatcher or Dispatcher()
         self._sweep = sweep  # the key of the run in MLflow that this one is a part of
@@ -123,8 +124,9 @@ class Run:
             UserError: the plan can't be made, a stage can't be resolved from here, or no cluster answers.
         """
         check_receivers(self.recipe.runtime.notify)
-        recover(self.store)
-        self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
+        if not self.steps:
+            recover(self.store)
+            self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
         for step in self.steps:
             if step.action == "unknown":
                 raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")

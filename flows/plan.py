@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, Self
 
 from data_pipeline.context import StageConfig, Unresolved, UserError
 from data_pipeline.discards import describe
@@ -118,6 +119,28 @@ def check_inputs(step: Step, steps: Mapping[str, Step]) -> None:
     configs = {one.stage.name: one.config for one in inputs if one.config}
     made = {one.stage.name: one.artifact.path for one in inputs if one.action == "reuse" and one.artifact}
     step.config.check_inputs(configs, made)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A recipe with its plan, whose artifacts are held."""
+
+    recipe: Recipe
+    selection: Selection
+    steps: list[Step]
+    uses: Uses
+
+    @classmethod
+    def of(cls, recipe: Recipe, home: Path, selection: Selection) -> Self:
+        """Make the plan, and hold what it names."""
+        store = Store(home.resolve() if recipe.runtime.elsewhere else home)
+        uses = Uses(store)
+        return cls(recipe, selection, plan_and_hold(recipe, store, selection, uses), uses)
+
+    @property
+    def builds(self) -> bool:
+        """Whether there is anything to build."""
+        return any(step.action != "reuse" for step in self.steps)
 
 
 def plan_and_hold(recipe: Recipe, store: Store, selection: Selection, uses: Uses) -> list[Step]:

@@ -25,13 +25,17 @@ def lives(pid: int, created: float) -> bool:
 
 
 def end_like_ctrl_c() -> None:
-    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that ranks, workers and our server end with us."""
+    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that ranks, workers and our server end with us.
+
+    What the parent of this process has it ignore (``nohup``, a shell's background) stays ignored.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, interrupt)
 
 
 def save_when_asked() -> None:

@@ -75,13 +75,18 @@ class RecipeRuntime(Runtime):
         return {"left_out": rejected, "rejected": rejected, "dropped": dropped, "removed": dropped}
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether work over shards may run on other machines, in other folders than the current one."""
+        return self.task_runner in ("dask", "ray")
+
+    @property
     def worker_count(self) -> int:
         """Of workers on this machine."""
         return cores() if self.workers == "auto" else self.workers
 
     @model_validator(mode="after")
     def _address_of_a_cluster(self) -> Self:
-        if self.address and self.task_runner not in ("dask", "ray"):
+        if self.address and not self.elsewhere:
             raise ValueError("an address needs task_runner: dask or ray")
         return self
 

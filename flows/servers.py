@@ -54,7 +54,9 @@ def client_settings(api: str) -> dict[str, str]:
 class PrefectServer:
     """A Prefect API for as long as the ``with`` block lasts. `wait` before the first flow."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *, wanted: bool = True) -> None:
+        """Where none is ``wanted``, one that there is is used all the same, but none is started."""
+        self.wanted = wanted
         self.folder = home / "prefect"
         self.state = self.folder / "server.json"
         self.log = self.folder / "server.log"
@@ -73,6 +75,10 @@ class PrefectServer:
         self.absent, self.given = self.given, ""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.environ |= prefect_home(self.folder)
+        if not self.wanted:
+            os.environ.pop("PREFECT_API_URL", None)
+            os.environ.update(CLIENT_SETTINGS)
+            return self
         with FileLock(self.folder / "start.lock"):
             # Every user holds this lock shared: who can take it alone knows that nobody else uses the server.
             self._users = os.open(self.folder / "users.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -88,7 +94,7 @@ class PrefectServer:
         os.environ["PREFECT_API_URL"] = api
 
     def __exit__(self, *_: object) -> None:
-        if self.given:
+        if self.given or not self._url:
             return
         os.environ.pop("PREFECT_API_URL", None)
         with FileLock(self.folder / "start.lock"):
@@ -100,12 +106,19 @@ class PrefectServer:
             finally:
                 os.close(self._users)
 
+    @property
+    def there(self) -> bool:
+        """Whether there is a server to tell."""
+        return bool(self.given or self._url)
+
     def wait(self) -> None:
         """Return when the API answers.
 
         Raises:
             RuntimeError: ours did not come up; the message holds the end of its log.
         """
+        if not self.there:
+            return
         deadline = time.monotonic() + START_SECONDS
         while not answers(self.given or self._url):
             ended = self._process is not None and self._process.poll() is not None
@@ -163,8 +176,10 @@ def answers_soon(url: str) -> bool:
     return True
 
 
-def answers(url: str) -> bool:
-    """Whether something speaks HTTP at this address; it may well ask who we are first."""
+def answers(url: str | None) -> bool:
+    """Whether something speaks HTTP at this address, if there is one; it may well ask who we are first."""
+    if not url:
+        return False
     try:
         with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):
             return True

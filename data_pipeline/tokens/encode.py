@@ -11,10 +11,8 @@ import json
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import awkward
-import gigatoken
 import numpy as np
 import psutil
 import pyarrow as pa
@@ -23,6 +21,9 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import first_line
 from data_pipeline.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    import awkward
 
 Encoded = tuple[NDArray[np.int64], NDArray[np.uint32]]
 """Offsets (documents + 1) into ids (tokens): document i is ``ids[offsets[i] : offsets[i + 1]]``."""
@@ -56,6 +57,8 @@ class Unsupported(Exception):
 
 
 def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
+    import awkward  # half a second, which plans and most stages need not wait for
+
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"] = []  # else "<|endoftext|>" written in a text would become the special token
     tokenizer = Renewed(json.dumps(description))
@@ -87,6 +90,8 @@ class Renewed:
         self._load()
 
     def _load(self) -> None:
+        import gigatoken
+
         try:
             self._tokenizer: Any = gigatoken.Tokenizer.from_json(self._description)
         except (RuntimeError, ValueError) as error:
@@ -105,6 +110,8 @@ def in_place(texts: pa.Array) -> awkward.Array:
     """Arrow's strings as awkward's, sharing the buffers. (`awkward.from_arrow` makes them nullable at times,
     which `gigatoken` refuses.)
     """
+    import awkward
+
     _, offsets, data = texts.buffers()
     characters = np.frombuffer(data or b"", np.uint8)
     starts = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1]

@@ -9,8 +9,18 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, AsJson, Home, Overrides, RecipePath, typed, writable
-from flows.process import end_like_ctrl_c, quiet_libraries, save_when_asked
+from flows.commands.options import (
+    HOME,
+    AsJson,
+    Home,
+    Overrides,
+    RecipePath,
+    announce,
+    stoppable,
+    typed,
+    writable,
+)
+from flows.process import quiet_libraries, save_when_asked
 
 
 def compare(
@@ -80,8 +90,8 @@ def sweep(
     home: Home = HOME,
 ) -> None:
     """Run a recipe with all combinations of some settings, and compare what comes out."""
+    announce(f"reading {recipe}")
     quiet_libraries()
-    end_like_ctrl_c()
     save_when_asked()
     from flows.comparison.show import show
     from flows.servers import PrefectServer
@@ -90,7 +100,7 @@ def sweep(
 
     writable(home)
     terminal = Terminal()
-    with PrefectServer(home) as server:
+    with stoppable(f"stopped; the same command goes on from here: {typed()}"), PrefectServer(home) as server:
         from flows.sweep import Sweep, read_grid, read_members
 
         members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
@@ -101,8 +111,7 @@ def sweep(
             ended = runs.run(recipe)
         except KeyboardInterrupt:
             runs.stop()
-            fail(f"stopped; the same command goes on from here: {typed()}")
-            raise typer.Exit(130) from None
+            raise
         comparison = runs.finish(ended)
     if comparison:
         show(comparison, terminal.console)

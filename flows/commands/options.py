@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from data_pipeline.context import UserError
+from flows.process import end_like_ctrl_c
+from flows.start import STOPPED
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as flows/recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -48,6 +52,24 @@ def writable(home: Path) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UserError(f"--home {home}: {reason}; name another folder with --home or LLMILL_HOME") from None
+
+
+def announce(what: str) -> None:
+    """Show what a command begins with, before it imports libraries for seconds."""
+    print(f"{what} ...", flush=True)
+
+
+@contextmanager
+def stoppable(said: str) -> Iterator[None]:
+    """Let signals unwind what the block does; then say so, and end as a stopped process does."""
+    from flows.terminal import fail
+
+    end_like_ctrl_c()
+    try:
+        yield
+    except KeyboardInterrupt:
+        fail(said)
+        raise typer.Exit(STOPPED) from None
 
 
 def typed() -> str:

@@ -5,13 +5,27 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, AsJson, Home, Overrides, RecipePath, at_home, typed, writable
-from flows.process import end_like_ctrl_c, quiet_libraries, save_when_asked
+from flows.commands.options import (
+    HOME,
+    AsJson,
+    Home,
+    Overrides,
+    RecipePath,
+    announce,
+    at_home,
+    stoppable,
+    typed,
+    writable,
+)
+from flows.process import quiet_libraries, save_when_asked
+
+if TYPE_CHECKING:
+    from flows.plan import Planned
 
 
 def run(
@@ -27,45 +41,54 @@ def run(
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
 ) -> None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
+    announce(f"reading {recipe}")
     quiet_libraries()
-    from flows.plan import Selection
+    from flows.plan import Planned, Selection
     from flows.recipe import load_recipe, shown
-    from flows.servers import PrefectServer
-    from flows.terminal import Terminal, fail
 
     selection, loaded = (
         Selection(start=start, stop=stop, only=only, force=force),
         load_recipe(recipe, set_ or ()),
     )
     writable(home)
-    end_like_ctrl_c()
-    save_when_asked()
+    with stoppable(f"stopped; the same command goes on from here: {typed()}"):
+        save_when_asked()
+        planned = Planned.of(loaded, home, selection)
+        chosen = {"start": start, "stop": stop, "only": only, "force": force}
+        parameters = {
+            "recipe": str(recipe.resolve()),
+            "settings": [shown(setting) for setting in set_ or ()],
+            "stages": {name: stage for name, stage in chosen.items() if stage},
+            "home": str(home.resolve()),
+        }
+        carry_out(planned, home, f"{loaded.name}  ·  {recipe}  ·  {home}", parameters)
+
+
+def carry_out(planned: Planned, home: Path, title: str, parameters: dict[str, Any]) -> None:
+    """Run what was planned, told to Prefect: to a server of this home or of the environment, else to one of our own.
+
+    A run that builds nothing needs none of our own.
+    """
+    from flows.servers import PrefectServer
+    from flows.terminal import Terminal
+
     terminal = Terminal()
-    terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
-    with PrefectServer(home) as server:
+    terminal.title(title)
+    with PrefectServer(home, wanted=planned.builds or bool(planned.recipe.runtime.notify)) as server:
         from flows.pipeline import Run  # Prefect reads its settings when it is imported
 
-        pipeline = Run(loaded, home, selection, terminal, typed())
-        try:
-            pipeline.prepare()
-            server.wait()
-            if server.absent:
-                terminal.note(
-                    f"Prefect at {server.absent} does not answer; this run is told to a server of its own",
-                    warning=True,
-                )
-            chosen = {"start": start, "stop": stop, "only": only, "force": force}
-            pipeline.execute(
-                {
-                    "recipe": str(recipe.resolve()),
-                    "settings": [shown(setting) for setting in set_ or ()],
-                    "stages": {name: stage for name, stage in chosen.items() if stage},
-                    "home": str(home.resolve()),
-                }
+        pipeline = Run(planned.recipe, home, planned.selection, terminal, typed(), planned=planned)
+        pipeline.prepare()
+        server.wait()
+        if server.absent:
+            instead = "to a server of its own" if server.there else "nobody, for it builds nothing"
+            terminal.note(
+                f"Prefect at {server.absent} does not answer; this run is told {instead}", warning=True
             )
-        except KeyboardInterrupt:
-            fail(f"stopped; the same command goes on from here: {typed()}")
-            raise typer.Exit(130) from None
+        if server.there:
+            pipeline.execute(parameters)
+        else:
+            pipeline.work()
         report(pipeline, home)
 
 
@@ -128,4 +151,5 @@ def join(
     if not job.is_file():
         raise UserError(f"{job}: there is no such file; the machines must see the store under one path")
     ranks = Job.model_validate_json(job.read_text(encoding="utf-8")).config.runtime.ranks
-    sys.exit(launch.join("llm.trainer", job, ranks))
+    with stoppable("stopped"):
+        sys.exit(launch.join("llm.trainer", job, ranks))

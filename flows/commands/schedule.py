@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, Home, Overrides, RecipePath
+from flows.commands.options import HOME, Home, Overrides, RecipePath, announce
 from flows.process import quiet_libraries
 from flows.servers import CLIENT_SETTINGS, answers
 from flows.services import prefect_api
@@ -50,6 +50,7 @@ def deploy(
     home: Home = HOME,
 ) -> None:
     """Register a recipe with Prefect: one deployment for the pipeline, and one for each stage."""
+    announce(f"reading {recipe}")
     quiet_libraries()
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)

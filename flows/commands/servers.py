@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, Home, at_home, writable
+from flows.commands.options import HOME, Home, announce, at_home, stoppable, writable
 from flows.servers import CLIENT_SETTINGS
 
 
@@ -37,6 +37,7 @@ def up(
     mlflow_port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Start Prefect, MLflow and a worker for this home, to stay; llmill down ends them."""
+    announce("looking what is up")
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
     from flows.services import POOL, Up, Wanted, described
@@ -54,7 +55,8 @@ def up(
         postgres=postgres,
         allow_hosts=tuple(allow_host or ()),
     )
-    services = Up(home, wanted, terminal.note).start()
+    with stoppable("stopped; what was started is ended again"):
+        services = Up(home, wanted, terminal.note).start()
     show_servers(terminal.console, described(services), services.database)
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.note(

@@ -7,7 +7,6 @@ from pathlib import PurePosixPath
 
 from mlflow import MlflowClient
 
-from flows.plots import plots
 from flows.store import Artifact
 from flows.tracking.models import log_checkpoints, register, register_reference
 
@@ -34,6 +33,8 @@ def log_about(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
 
 
 def log_plots(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
+    from flows.plots import plots  # half a second, which runs that upload nothing need not wait for
+
     try:
         figures = plots(artifact)
     except FileNotFoundError:

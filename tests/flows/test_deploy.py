@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import yaml
 from operator_api import Prefect
+from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.utilities.schema_tools.validation import validate
 
 from data_pipeline.context import UserError
 from flows.deploy import Options, pools_of, register, write_deployments
-from flows.deployed import ALL, StageName
+from flows.deployed import ALL, StageName, pipeline
 from flows.page_edits import remember
 from flows.pools import deployments_of, make_ready
-from flows.recipe import load_recipe
+from flows.recipe import apply_override, load_recipe
 from flows.stages import BY_NAME
 
 RECIPE = """
@@ -189,3 +191,19 @@ def test_a_new_file_does_not_take_the_schedule_of_a_deployment_that_the_server_h
     (tmp_path / "home/servers/deployments.json").unlink()
     assert registered()["tiny"]["schedules"][0]["schedule"]["cron"] == "0 2 * * *"
     assert ("tiny", "schedules") in [(edit.deployment, edit.field) for edit in write.last.kept]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["pretrain.mixture.web-text=2", "clean.decontamination.sets.mmlu-pro.path=a=b.txt", "download.sources.0.path=a\nb",
+     "name=x", "clean.decontamination.sets.日本語.path=x.txt"],
+)  # fmt: skip
+def test_a_deployment_takes_every_setting_that_the_command_line_takes(setting):
+    """The pattern is checked by Prefect's server too, by the flow's schema."""
+    apply_override({"download": {"sources": [{}]}}, setting)
+    pipeline.validate_parameters({"recipe": "", "settings": [setting]})
+    validate({"recipe": "", "settings": [setting]}, pipeline.parameters.model_dump_for_openapi())
+    with pytest.raises(UserError, match="write it as"):
+        apply_override({}, "no setting")
+    with pytest.raises(ParameterTypeError):
+        pipeline.validate_parameters({"recipe": "", "settings": ["no setting"]})

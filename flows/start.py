@@ -1,0 +1,37 @@
+"""The first lines of ``llmill``, which import next to nothing: from here on, a signal ends it with one line.
+
+Libraries are imported for seconds, and an interrupt within an import is a trace at best, and swallowed at worst. What
+has something to undo calls `flows.process.end_like_ctrl_c` before it begins.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+STOPPED = 130
+
+
+def main() -> None:
+    """Entry point: heed signals, then import the command line and call it."""
+    heed_signals()
+    from flows.cli import main as run
+
+    run()
+
+
+def heed_signals() -> None:
+    """Let Ctrl-C, SIGTERM and SIGHUP end this process at once, but for those that its parent has it ignore."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, leave)
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, b"error: stopped\n")
+    os._exit(STOPPED)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""How fast a command begins, told by what it imports, and how it ends when a signal comes meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command_line import Llmill
+from typer.main import get_command
+
+from flows.cli import make_app
+from flows.stages import STAGES
+
+HEAVY = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "awkward",
+    "gigatoken",
+    "matplotlib",
+    "mlflow",
+    "prefect",
+)
+LIGHTER = (*HEAVY, "numba", "pyarrow", "numpy", "scipy", "tokenizers", "httpx", "fsspec")
+WATCH = """
+import atexit, importlib.abc, json, os, pathlib, signal, sys
+
+class Trigger(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ.get("TRIGGER"):
+            os.environ.pop("TRIGGER")  # children need none
+            os.kill(os.getpid(), int(os.environ["SIGNAL"]))
+
+if os.environ.get("TRIGGER"):
+    sys.meta_path.insert(0, Trigger())
+if report := os.environ.pop("IMPORTED", ""):
+    atexit.register(lambda: pathlib.Path(report).write_text(json.dumps(sorted(sys.modules))))
+"""
+"""Run by Python before all else: sends this process a signal as a module is about to be imported, and tells at the end
+which were."""
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("watched")
+    (folder / "sitecustomize.py").write_text(WATCH)
+    return folder
+
+
+@pytest.fixture
+def llmill(make_llmill) -> Llmill:
+    return make_llmill()
+
+
+def start(watched: Path, llmill: Llmill, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(watched), str(Path.cwd())])
+    return subprocess.Popen(
+        [sys.executable, "-m", "flows.start", *arguments],
+        env=llmill.environment(PYTHONPATH=path, **changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def imported(watched: Path, llmill: Llmill, *arguments: str, **changes: str) -> set[str]:
+    """The modules that a command had when it ended well."""
+    report = watched / "imported.json"
+    process = start(watched, llmill, *arguments, IMPORTED=str(report), **changes)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, out + err
+    return set(json.loads(report.read_text()))
+
+
+def test_help_of_every_command_imports_no_heavy_library(watched, llmill):
+    """All in one process, for what one imports the next would."""
+    names = ["", *get_command(make_app()).commands]
+    calls = f"import sys, typer.testing, flows.cli as cli\nfor name in {names}:\n"
+    calls += "    done = typer.testing.CliRunner().invoke(cli.make_app(), [*name.split(), '--help'])\n"
+    calls += "    assert not done.exit_code, done\n"
+    calls += f"print([name for name in {LIGHTER} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", calls], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_status_imports_no_heavy_library(watched, finished):
+    assert not imported(watched, finished, "status") & set(LIGHTER)
+
+
+def test_a_plan_imports_no_heavy_library_and_no_body_that_needs_one(watched, finished):
+    found = imported(watched, finished, "plan", str(finished.recipe))
+    assert not found & set(HEAVY)
+    assert not found & {"llm.pretrain", "llm.evaluate", "llm.export", "llm.model"}
+
+
+def test_a_run_that_reuses_all_imports_no_stage_starts_no_server_and_is_tracked(watched, finished):
+    """Prefect is told where there is a server; here there is none."""
+    logs = finished.home / "prefect" / "server.log"
+    before = logs.stat().st_mtime_ns if logs.exists() else 0
+    found = imported(watched, finished, "run", str(finished.recipe), PREFECT_API_URL="")
+    assert not found & (set(HEAVY) - {"mlflow", "prefect"})
+    assert (logs.stat().st_mtime_ns if logs.exists() else 0) == before
+    assert not (finished.home / "prefect" / "server.json").exists()
+    said = finished("status").stdout
+    assert "unfinished" not in said
+
+
+@pytest.mark.parametrize(
+    ("trigger", "number"),
+    [
+        ("flows.cli", signal.SIGINT),
+        ("typer", signal.SIGTERM),
+        ("flows.commands.runs", signal.SIGHUP),
+        ("flows.recipe", signal.SIGINT),
+        ("pyarrow", signal.SIGTERM),
+        ("prefect", signal.SIGINT),
+        ("mlflow", signal.SIGTERM),
+    ],
+)
+def test_a_signal_while_importing_ends_a_run_with_one_line(watched, llmill, trigger, number):
+    process = start(watched, llmill, "run", str(llmill.recipe), TRIGGER=trigger, SIGNAL=str(int(number)))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, out + err
+    assert err.startswith("error: stopped"), err
+    assert len(err.splitlines()) == 1, err
+    assert "Traceback" not in out
+
+
+@pytest.mark.parametrize("command", ["run", "sweep", "deploy", "up"])
+def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, command):
+    """By the time of a heavy import it stands on the screen: the process ends there."""
+    arguments = [] if command == "up" else [str(llmill.recipe)]
+    trigger = {"up": "flows.tracking.moved"}.get(command, "flows.recipe")
+    process = start(watched, llmill, command, *arguments, TRIGGER=trigger, SIGNAL=str(int(signal.SIGKILL)))
+    out, _ = process.communicate(timeout=120)
+    assert process.returncode in (-signal.SIGKILL, 2)
+    assert out.startswith("looking what is up ..." if command == "up" else f"reading {llmill.recipe} ...")
+
+
+def test_every_row_of_the_table_names_a_body_and_a_config():
+    for stage in STAGES:
+        assert callable(stage.body)
+        assert stage.config.__name__.endswith("Config")
+
+
+def test_all_that_names_stages_is_made_from_the_table(tmp_path):
+    """A row that is added to it is a key of recipes, a step of plans, and a choice of deployments' forms."""
+    (tmp_path / "counting.py").write_text(
+        "from data_pipeline.context import StageConfig\n"
+        "class CountConfig(StageConfig):\n    least: int = 1\n"
+        "def count(config, inputs, out, context):\n    return {}\n"
+    )
+    script = """
+import pathlib
+from flows import stages
+row = stages.Stage("count", "counting:count", "counting:CountConfig", ("download",), 1, ("words",), trains=True)
+stages.STAGES = (*stages.STAGES, row)
+stages.BY_NAME["count"] = row
+from flows.deploy import GPU_STAGES
+from flows.deployed import StageName
+from flows.plan import Selection, make_plan
+from flows.recipe import load_recipe
+from flows.store import Store
+recipe = load_recipe(pathlib.Path("flows/recipes/quickstart.yaml"), ["count.least=3"])
+step = make_plan(recipe, Store(pathlib.Path("none")))[-1]
+assert (recipe.count.least, step.stage.name, step.inputs.keys()) == (3, "count", {"download"})
+assert StageName("count") == "count" and "count" in GPU_STAGES
+Selection(only="count")
+"""
+    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr

@@ -135,7 +135,8 @@ class Planned:
         """Make the plan, and hold what it names."""
         store = Store(home.resolve() if recipe.runtime.elsewhere else home)
         uses = Uses(store)
-        return cls(recipe, selection, plan_and_hold(recipe, store, selection, uses), uses)
+        steps = plan_and_hold(recipe, store, selection, uses)
+        return cls(recipe=recipe, selection=selection, steps=steps, uses=uses)
 
     @property
     def builds(self) -> bool:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ast
 import io
+import os
 import socket
+import warnings
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
@@ -51,6 +53,7 @@ CALLS: dict[str, list[list[str]]] = {
     "status": [],
     "verify": [[LINE]],
     "trace": [[LINE]],
+    "find": [["--file", LINE]],
     "gc": [["--artifact", LINE]],
     "compare": [[LINE, "latest"]],
     "generate": [["--prompt", "x", "--model", LINE]],
@@ -71,6 +74,7 @@ AT_HOME: dict[str, list[list[str]]] = {
     "status": [[]],
     "verify": [[]],
     "trace": [["{export}"]],
+    "find": [["no words of that home"]],
     "gc": [[]],
     "compare": [["latest", "latest"]],
     "generate": [["--prompt", "[/INST] :smile: \x1b[31m [bold]"]],
@@ -152,10 +156,14 @@ def test_what_people_type_is_shown_as_they_typed_it(finished: Llmill, command: s
     """Each call fails early, so it may do so in this process."""
     monkeypatch.setenv("LLMILL_HOME", str(finished.home))
     monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr("flows.cli.heed_signals", lambda: None)  # they are pytest's here
     for arguments in CALLS[command]:
         monkeypatch.setattr("sys.argv", ["llmill", command, *filled(arguments, recipe=str(finished.recipe))])
-        with pytest.raises(SystemExit) as ended:
+        before = dict(os.environ)
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
             main()
+        os.environ.clear()
+        os.environ.update(before)
         said = capsys.readouterr().err
         assert ended.value.code == 2, said
         assert SEEN in said

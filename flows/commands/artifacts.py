@@ -143,12 +143,12 @@ def find(
     else:
         console = Terminal().console
         for place in found.places:
-            console.print(place, markup=False)
+            console.print(place)
         for place in found.unread:
-            console.print(f"not looked into: {place}", markup=False)
+            console.print(f"not looked into: {place}")
         what = f"it is in {len(found.places)} places" if found.places else "it is nowhere"
         where = f"{found.files:,} files ({human_bytes(found.bytes)}) of {home}"
-        console.print(f"{what}; looked through {where}", markup=False)
+        console.print(f"{what}; looked through {where}")
     if found.places or found.unread:
         raise typer.Exit(1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 import os
+import signal
 import socket
 import warnings
 from collections.abc import Iterator
@@ -151,6 +152,17 @@ def filled(arguments: list[str], **values: str) -> list[str]:
     return [values.get(one.strip("{}"), one) if one.startswith("{") else one for one in arguments]
 
 
+@pytest.fixture
+def signals_kept() -> Iterator[None]:
+    """What signals mean to pytest, after a command that said otherwise."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+    before = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.usefixtures("signals_kept")
 @pytest.mark.parametrize("command", CALLS)
 def test_what_people_type_is_shown_as_they_typed_it(finished: Llmill, command: str, monkeypatch, capsys):
     """Each call fails early, so it may do so in this process."""

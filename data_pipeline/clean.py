@@ -7,7 +7,7 @@ changed become Python strings.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ from data_pipeline.rules.decontaminate import Decontamination, contamination
 from data_pipeline.rules.fineweb import FineWebRules
 from data_pipeline.rules.language import LanguageRules
 from data_pipeline.rules.masking import Masking
+from data_pipeline.rules.matchless import empty_lists, foreign_ids, short_items, without_addresses
 from data_pipeline.rules.normalise import Form
 from data_pipeline.rules.pinned_files import PinnedFile, pin
 from data_pipeline.rules.quality import GopherRules
@@ -143,13 +144,14 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
         UserError: a file of the config is broken or was changed, or no document is left.
     """
     config = config.resolve()
-    notes = read_files(config)
+    notes = read_files(config, context)
     shards = shard_paths(inputs["download"])
     context.progress(0, len(shards), "shards")
     work = partial(clean_shard, config.model_copy(update={"runtime": Runtime()}), out)
     tallies = context.map(work, shards, names=[path.stem for path in shards])
     context.progress(len(shards), len(shards), "shards")
     metrics = summarise(tallies, out, notes)
+    warn_of_matchless(config, tallies, metrics, shards, context)
     if not metrics["kept"]:
         found = ", ".join(
             f"{name} {count:.0f}" for name, count in metrics.items() if name.startswith("dropped/")
@@ -158,8 +160,28 @@ def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: S
     return metrics
 
 
-def read_files(config: CleanConfig) -> list[str]:
+def warn_of_matchless(
+    config: CleanConfig,
+    tallies: Sequence[Mapping[str, Any]],
+    metrics: Metrics,
+    shards: Sequence[Path],
+    context: StageContext,
+) -> None:
+    """Tell of lists that matched nothing because they could not."""
+    found: list[str] = []
+    if config.files.urls and "dropped/blocked_url" not in metrics:
+        found += without_addresses(shards, context)
+    if config.files.ids and f"dropped/{BLOCKED_ID}" not in metrics:
+        found += foreign_ids(config.files.ids, {source for tally in tallies for source in tally["groups"]})
+    for warning in found:
+        context.note(warning, warning=True)
+
+
+def read_files(config: CleanConfig, context: StageContext) -> list[str]:
     """Read the files that the config names, so that a mistake in one shows before any work; notes for the report."""
+    kinds = {"urls": config.files.urls, "phrases": config.files.phrases, "ids": config.files.ids}
+    for warning in empty_lists(kinds):
+        context.note(warning, warning=True)
     if config.files.ids:
         id_blocklist(config.files.ids)
     if config.files.urls:
@@ -170,6 +192,8 @@ def read_files(config: CleanConfig) -> list[str]:
         return []
     sets = contamination(config.decontamination, config.files.sets, config.unicode).describe()
     n = config.decontamination.ngram
+    for warning in short_items(sets, n):
+        context.note(warning, warning=True)
     header = ("evaluation set", "items", f"of fewer than {n} words, not looked for", f"{n}-grams")
     return [table(header, sets).rstrip("\n")]
 

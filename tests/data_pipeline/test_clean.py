@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import LocalContext, UserError
+from data_pipeline.documents import write_shard
 from data_pipeline.rules.blocklists import Blocklists
 from data_pipeline.rules.c4 import C4Rules
 from data_pipeline.rules.decontaminate import Decontamination, EvaluationSet
@@ -148,3 +149,44 @@ def test_a_text_with_markup_shows_in_the_report_and_hides_nothing_of_it(tmp_path
     source = write_documents(tmp_path / "in", {"s/1": "<!-- a | b", "s/2": prose(1)})
     clean(CleanConfig(gopher=None), {"download": source}, tmp_path / "out", LocalContext())
     assert "| s/1 | \\<!-- a \\| b |" in (tmp_path / "out/report.md").read_text()
+
+
+def notes_of(tmp_path: Path, config: CleanConfig, metas: dict[str, str]) -> list[str]:
+    """The notes of a run over documents with these metas, by id."""
+    context = LocalContext()
+    with write_shard(tmp_path / "in/documents-00000.parquet") as writer:
+        for id, meta in metas.items():
+            writer.add(id, prose(len(id)), id.split("/")[0], meta)
+    clean(config, {"download": tmp_path / "in"}, tmp_path / "out", context)
+    return context.notes
+
+
+def test_rules_that_can_match_nothing_in_a_run_say_so(tmp_path: Path) -> None:
+    for name, content in {
+        "hosts.txt": "bad.example\n",
+        "ids.txt": "books/old.txt#3\n",
+        "empty.txt": "# nothing yet\n",
+        "quiz.txt": "too short",
+    }.items():
+        (tmp_path / name).write_text(content)
+    lists = Blocklists(
+        urls=(tmp_path / "hosts.txt",), ids=(tmp_path / "ids.txt",), phrases=(tmp_path / "empty.txt",)
+    )
+    sets = Decontamination(sets={"quiz": EvaluationSet(path=tmp_path / "quiz.txt")})
+    rules = CleanConfig(gopher=None, blocklists=lists, decontamination=sets)
+    notes = notes_of(tmp_path, rules, {"s/1": '{"title": "x"}', "s/12": "{}"})
+    assert [note.split(" can match nothing: ")[0] for note in notes] == [
+        "clean.blocklists.phrases",
+        "clean.decontamination.sets.quiz",
+        "clean.blocklists.urls",
+        "clean.blocklists.ids",
+    ]
+    assert "meta_fields" in notes[2]
+
+
+def test_rules_that_could_have_matched_are_silent(tmp_path: Path) -> None:
+    (tmp_path / "hosts.txt").write_text("bad.example\n")
+    (tmp_path / "ids.txt").write_text("s/9\n")
+    lists = Blocklists(urls=(tmp_path / "hosts.txt",), ids=(tmp_path / "ids.txt",))
+    rules = CleanConfig(gopher=None, blocklists=lists)
+    assert not notes_of(tmp_path, rules, {"s/1": "{}", "s/12": '{"url": "https://good.example/"}'})

@@ -27,6 +27,7 @@ LIBRARIES = (
     "tokenizers",
     "gigatoken",
     "datasets",
+    "resiliparse",
     "prefect",
     "mlflow",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal, get_args
 
-Format = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "warc", "wet"]
+Format = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "warc", "wet", "html"]
 """What a source may say of files whose names say nothing."""
 
 SUFFIXES = tuple(f".{name}" for name in get_args(Format))
@@ -16,6 +16,8 @@ ALIASES = {
     ".md": ".txt",
     ".markdown": ".txt",
     ".tab": ".tsv",
+    ".htm": ".html",
+    ".xhtml": ".html",
 }
 COMPRESSIONS = {
     ".gz": "gzip",

@@ -16,6 +16,7 @@ from typing import Any, Self
 
 from data_pipeline.documents import once
 from data_pipeline.reading import readers
+from data_pipeline.reading.html import HtmlRules, as_main_text
 from data_pipeline.reading.hub import HubRows
 from data_pipeline.reading.local import check_unchanged
 from data_pipeline.reading.objects import fetch_object
@@ -76,7 +77,8 @@ def write_group(settings: Settings, group: Group, stem: Path, fetched: Path) -> 
 def open_piece(piece: Piece, files: Files, number: int, place: Any) -> HubRecords | FileRecords:
     """The records of a piece from ``place`` on; it must still be what it was when the run was planned."""
     if isinstance(piece.source, HuggingFaceSource):
-        return HubRecords(HubRows(piece.source, piece.listed, piece.first, piece.end, place))
+        rows = HubRows(piece.source, piece.listed, piece.first, piece.end, place)
+        return HubRecords(rows, piece.source.html if piece.source.text_format == "html" else None)
     passed_over = Counter[str]()
     reading = reader_of(piece.source, files.folder)
     records = readers.read_file(files.path(number), reading, piece.part, passed_over)
@@ -98,7 +100,13 @@ OF_FILES = (
 
 def reader_of(source: Source, folder: Path) -> readers.Reading:
     """How a source's files are read; what needs a temporary copy has it in ``folder``."""
-    reading = readers.Reading(source.text_field, source.meta_fields, spool=folder)
+    reading = readers.Reading(
+        source.text_field,
+        source.meta_fields,
+        text_format=source.text_format,
+        html=source.html,
+        spool=folder,
+    )
     if isinstance(source, FileSource):
         reading = replace(reading, **{name: getattr(source, name) for name in OF_FILES})
     return reading
@@ -124,13 +132,13 @@ class FileRecords:
 class HubRecords:
     """The same of a data set's rows."""
 
-    def __init__(self, rows: HubRows) -> None:
-        self._rows = rows
+    def __init__(self, rows: HubRows, html: HtmlRules | None) -> None:
+        self._rows, self._html = rows, html
         self.passed_over = Counter[str]()
 
     def __iter__(self) -> Iterator[tuple[str, Record]]:
         for shard, record in self._rows:
-            yield f"/{shard:05d}", record
+            yield f"/{shard:05d}", as_main_text(record, self._html) if self._html else record
 
     def place(self) -> dict[str, Any]:
         return self._rows.place()

@@ -1,4 +1,4 @@
-"""Files of text, JSON lines, JSON, CSV, Parquet and WARC, plain, compressed or in archives, as a stream of records.
+"""Files of text, JSON lines, JSON, CSV, Parquet, HTML and WARC, plain, packed or in archives, as a stream of records.
 
 A record that can't be used never ends the reading: it comes out as `Rejected` with a reason. So does the fault of
 a whole file (a cut gzip, an unreadable Parquet, a decompression bomb), after the good records that stand before it.
@@ -14,7 +14,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from data_pipeline.documents import MAX_DOCUMENT_BYTES, excerpt, first_line
 from data_pipeline.reading.archives import Member, members
 from data_pipeline.reading.columns import read_parquet
 from data_pipeline.reading.formats import is_archive, split_suffix
+from data_pipeline.reading.html import MAX_PAGE_BYTES, HtmlRules, read_page, with_main_text
 from data_pipeline.reading.json_values import json_values, not_utf8
 from data_pipeline.reading.lines import TextLines, TooLong
 from data_pipeline.reading.paragraphs import split_paragraphs
@@ -43,6 +44,8 @@ from data_pipeline.reading.tables import read_table
 from data_pipeline.reading.warc import read_warc
 
 BLOCK_BYTES = 1 << 20
+FIELDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+"""Formats whose texts are fields of records."""
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
@@ -64,6 +67,10 @@ class Reading:
     """Whether a field of CSV and TSV may stand in double quotes."""
     format: str | None = None
     """Of files whose names say none."""
+    text_format: str = "plain"
+    """``html`` where fields and columns hold pages."""
+    html: HtmlRules = field(default_factory=HtmlRules)
+    """How the main text of pages is taken out."""
     encoding: str = "utf-8"
     max_expansion: float = 200
     max_unpacked_bytes: int = 1 << 40
@@ -127,12 +134,17 @@ def read_stream(
     stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, part: Slice | None = None
 ) -> Iterator[Record]:
     """The documents in a stream of one format."""
-    if suffix == ".parquet":
+    if suffix in FIELDS and reading.text_format == "html":
+        plain = replace(reading, text_format="plain")
+        yield from with_main_text(read_stream(stream, suffix, plain, limits, part), reading.html)
+    elif suffix == ".parquet":
         yield from read_parquet(
             stream, reading.text_field, reading.meta_fields, limits.of("rows"), reading.spool, part
         )
     elif suffix in (".warc", ".wet"):
-        yield from read_warc(stream, reading.encoding, limits)
+        yield from read_warc(stream, reading.encoding, limits, reading.html)
+    elif suffix == ".html":
+        yield read_page(None, stream.read(MAX_PAGE_BYTES + 1), reading.html, fallback=reading.encoding)
     else:
         if codecs.lookup(reading.encoding).name != "utf-8":
             stream = buffered(Recoded(stream, reading.encoding))

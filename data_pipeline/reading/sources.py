@@ -22,6 +22,7 @@ from pydantic import AfterValidator, Field, StringConstraints, field_validator, 
 
 from data_pipeline.context import Config
 from data_pipeline.reading.formats import Format, has_known_suffix, known_suffixes
+from data_pipeline.reading.html import HtmlRules
 
 SourceName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]*$")]
 
@@ -60,6 +61,10 @@ class TextSource(Config):
     name: SourceName
     text_field: str = "text"
     """Field or column that holds the text, in JSON and Parquet."""
+    text_format: Literal["plain", "html"] = "plain"
+    """Whether fields and columns hold texts, or pages of HTML whose main text is to be taken out."""
+    html: HtmlRules = HtmlRules()
+    """How it is taken out, of fields, files and records of web archives."""
     meta_fields: tuple[str, ...] = ()
     """Fields or columns kept in each document's ``meta``, where it has them: a URL, a date, a quality score."""
     license: str | None = None

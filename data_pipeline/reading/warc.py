@@ -1,14 +1,14 @@
 """Web archives (WARC, and the WET files of extracted text), read with `warcio`.
 
-Documents are records that are text already: ``conversion`` records (what a WET file holds) and fetched pages of
-type ``text/plain`` or ``text/markdown``. HTML is not turned into text here, as no extractor is part of llmill: such
-a record is rejected as ``not_plain_text``, so that it is counted. Records about the crawl itself (requests,
-metadata) are passed over.
+Documents are records that are text already (``conversion``, what a WET file holds, and fetched pages of type
+``text/plain`` or ``text/markdown``) and the main texts of fetched pages of HTML. Other types are rejected as
+``not_plain_text``. Records about the crawl itself (requests, metadata) are passed over.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import zlib
 from collections.abc import Iterator
 from io import BufferedReader
@@ -17,6 +17,7 @@ from typing import Any
 from warcio.archiveiterator import ArchiveIterator
 
 from data_pipeline.documents import MAX_DOCUMENT_BYTES, first_line
+from data_pipeline.reading.html import HTML_TYPES, ExtractorGone, HtmlRules, read_page
 from data_pipeline.reading.records import Record, Rejected, not_in, whole
 from data_pipeline.reading.streams import (
     CODEC_FAULTS,
@@ -30,6 +31,7 @@ from data_pipeline.reading.streams import (
 )
 
 logging.getLogger("warcio").setLevel(logging.ERROR)  # it warns of spaces in addresses
+CHARSET = re.compile(r"\bcharset\s*=\s*[\"']?([^;\"'\s]+)", re.IGNORECASE)
 TEXTS = ("text/plain", "text/markdown")
 WITH_CONTENT = ("conversion", "resource", "response")
 
@@ -54,11 +56,12 @@ def unpacked(stream: BufferedReader, limit: Limit) -> BufferedReader:
     return stream
 
 
-def read_warc(stream: BufferedReader, encoding: str, limits: Limits) -> Iterator[Record]:
+def read_warc(stream: BufferedReader, encoding: str, limits: Limits, html: HtmlRules) -> Iterator[Record]:
     """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file.
 
     Args:
         encoding: of texts whose headers name none.
+        html: how the main text of pages is taken out.
     """
     stream = unpacked(stream, limits.of("records"))
     row = -1
@@ -70,14 +73,14 @@ def read_warc(stream: BufferedReader, encoding: str, limits: Limits) -> Iterator
                 yield Rejected(row - 1, "bad_warc", "its Content-Length is not where it ends")
                 errors = records.err_count
             if record.rec_type in WITH_CONTENT:
-                yield read_record(row, record, encoding, limits.of("bodies"))
-    except (ExpandsTooFar, *CODEC_FAULTS):
+                yield read_record(row, record, encoding, limits.of("bodies"), html=html)
+    except (ExpandsTooFar, ExtractorGone, *CODEC_FAULTS):
         raise
     except Exception as error:  # warcio trusts its input: damaged headers end in errors of any type
         yield Rejected(row + 1, "bad_warc", first_line(error))
 
 
-def read_record(row: int, record: Any, encoding: str, limit: Limit) -> Record:
+def read_record(row: int, record: Any, encoding: str, limit: Limit, *, html: HtmlRules) -> Record:
     """One record with content."""
     headers = record.rec_headers
     answer = record.http_headers
@@ -85,14 +88,20 @@ def read_record(row: int, record: Any, encoding: str, limit: Limit) -> Record:
     media, _, parameters = kind.partition(";")
     if answer is not None and answer.get_statuscode() != "200":
         return Rejected(row, "http_status", f"the page answered {answer.get_statuscode()}")
-    if media.strip().lower() not in TEXTS:
-        return Rejected(row, "not_plain_text", f"a record of type {media.strip()[:80] or 'unknown'}")
+    media = media.strip().lower()
+    if media not in TEXTS and media not in HTML_TYPES:
+        return Rejected(row, "not_plain_text", f"a record of type {media[:80] or 'unknown'}")
     was_packed = answer is not None and answer.get_header("Content-Encoding")
     content = record.content_stream()
     data = unpacked_body(content, limit) if was_packed else content.read(MAX_DOCUMENT_BYTES + 1)
     if len(data) > MAX_DOCUMENT_BYTES:
         return Rejected(row, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
-    charset = parameters.partition("charset=")[2].partition(";")[0].strip(" \"'")
+    match = CHARSET.search(parameters)
+    charset = match[1] if match else ""
+    pairs = (("url", headers.get_header("WARC-Target-URI")), ("date", headers.get_header("WARC-Date")))
+    meta = {key: value for key, value in pairs if value}
+    if media in HTML_TYPES:
+        return read_page(row, data, html, served=charset, fallback=encoding, meta=meta)
     try:
         text = data.decode(charset or encoding)
     except UnicodeDecodeError as error:
@@ -103,8 +112,7 @@ def read_record(row: int, record: Any, encoding: str, limit: Limit) -> Record:
         return Rejected(row, not_in(charset or encoding), f"{where}, {known}")
     except (LookupError, ValueError):  # no such name, or one that is no name at all
         return Rejected(row, "unknown_charset", charset[:80])
-    url, date = headers.get_header("WARC-Target-URI"), headers.get_header("WARC-Date")
-    return whole(row, text, {key: value for key, value in (("url", url), ("date", date)) if value})
+    return whole(row, text, meta)
 
 
 def unpacked_body(content: Any, limit: Limit) -> bytes:

@@ -2,42 +2,14 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import pytest
-from warcio.statusandheaders import StatusAndHeaders
-from warcio.warcwriter import WARCWriter
+from web_archives import DATE, web_archive
 
 from data_pipeline.reading.readers import Reading, read_file
 from data_pipeline.reading.records import Rejected, Text
-
-DATE = "2024-03-01T12:00:00Z"
-
-
-def web_archive(gzip: bool, records: list[tuple[str, str, bytes, dict[str, Any]]]) -> bytes:
-    """A WARC file of (type, content type, content, more) records."""
-    sink = io.BytesIO()
-    writer = WARCWriter(sink, gzip=gzip)
-    writer.write_record(writer.create_warcinfo_record("x.warc", {"software": "test"}))
-    for n, (kind, media, content, more) in enumerate(records):
-        http = None
-        if kind == "response":
-            status = more.get("status", "200 OK")
-            http = StatusAndHeaders(status, [("Content-Type", media), *more.get("http", [])], "HTTP/1.1")
-        writer.write_record(
-            writer.create_warc_record(
-                f"http://example.org/{n}",
-                kind,
-                payload=io.BytesIO(content),
-                http_headers=http,
-                warc_content_type="application/http; msgtype=response" if http else media,
-                warc_headers_dict={"WARC-Date": DATE},
-            )
-        )
-    return sink.getvalue()
-
 
 RECORDS: list[tuple[str, str, bytes, dict[str, Any]]] = [
     ("conversion", "text/plain", "Zürich".encode(), {}),
@@ -50,6 +22,7 @@ RECORDS: list[tuple[str, str, bytes, dict[str, Any]]] = [
     ("metadata", "text/plain", b"about", {}),
     ("conversion", "text/plain", b"", {}),
     ("resource", "text/plain", b"a resource", {}),
+    ("response", "application/pdf", b"%PDF-1.7", {}),
 ]
 
 
@@ -61,7 +34,7 @@ def test_texts_of_a_web_archive_keep_their_address_and_date(tmp_path: Path, name
     said = [(one.row, one.text if isinstance(one, Text) else one.reason) for one in records]
     assert said == [
         (1, "Zürich"),
-        (2, "not_plain_text"),
+        (2, "page"),
         (3, "café"),
         (4, "not_utf8"),
         (5, "http_status"),
@@ -69,6 +42,7 @@ def test_texts_of_a_web_archive_keep_their_address_and_date(tmp_path: Path, name
         (7, "unknown_charset"),
         (9, "empty"),
         (10, "a resource"),
+        (11, "not_plain_text"),
     ]
     assert isinstance(records[0], Text)
     assert records[0].meta == {"url": "http://example.org/0", "date": DATE}

@@ -13,14 +13,14 @@ from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = {
-    "download": "64a56af44986d737",
-    "clean": "009ea19df42acd26",
-    "dedup": "891853b1edd40d08",
-    "train_tokenizer": "104df9e1071e72c4",
-    "tokenize": "0eb8d60a663cc2c7",
-    "pretrain": "0a56ce7e52469290",
-    "evaluate": "2178c03d546b98fc",
-    "export": "7abea31821e7716a",
+    "download": "c7bae66c7e00ee2a",
+    "clean": "5bcd211ef61787c8",
+    "dedup": "55c98f8390563889",
+    "train_tokenizer": "adfbff0f2d2ea38b",
+    "tokenize": "0e214c8d67770921",
+    "pretrain": "3c34b464fb16e75c",
+    "evaluate": "18e4f689351ce56d",
+    "export": "a8271e3e4eae8cc0",
 }
 
 

@@ -107,6 +107,8 @@ class Run:
         self.results: dict[str, Result] = {}
         self._dispatcher = dispatcher or Dispatcher()
         self._sweep = sweep  # the key of the run in MLflow that this one is a part of
+        self.look: Callable[[Artifact], None] = lambda artifact: None
+        """Sees each stage's artifact before the next one begins; what it raises ends the run."""
         self._started = time.monotonic()
         self._workers: Workers
         self._page: FlowPage
@@ -245,6 +247,7 @@ class Run:
             self.terminal.stage_reused(name, f"{headline(result.artifact)}  (reused)")
         log(f"{name} {result.how}: {headline(result.artifact)} · {duration(result.seconds)}")
         self._warn_of_discards(result.artifact)
+        self.look(result.artifact)
         return result
 
     def _warn_of_discards(self, artifact: Artifact) -> None:

@@ -12,15 +12,17 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from data_pipeline.context import UserError
+from data_pipeline.token_shards import count_rows
 from flows.comparison.compare import Comparison, compare
 from flows.comparison.log import files, note
+from flows.comparison.statistics import MIN_DOCUMENTS
 from flows.comparison.subjects import Finder, Subject, label
 from flows.plan import Selection, Step, make_plan
 from flows.recipe import Recipe, load_recipe, shown
-from flows.store import Store, canonical_json, write_durably
+from flows.store import Artifact, Store, canonical_json, write_durably
 from flows.terminal import Terminal
 from flows.tracking.findings import Finding
 from flows.tracking.tracker import read_record
@@ -126,6 +128,66 @@ def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list
         yield member, len(member.steps) - len(waiting), len(waiting) - len(builds), builds
 
 
+class NoVerdict(UserError):
+    """A sweep that could not tell anything when all of it was trained."""
+
+
+def require_documents(artifact: Artifact) -> None:
+    """Refuse token shards that hold out too few documents for a comparison.
+
+    Raises:
+        NoVerdict: they do.
+    """
+    if artifact.stage == "tokenize":
+        held_out = sum(count_rows(path) for path in artifact.path.glob("val-*.parquet"))
+        if held_out < MIN_DOCUMENTS:
+            raise NoVerdict(
+                f"{held_out} held-out documents are too few to compare models by, {MIN_DOCUMENTS} are needed: nothing "
+                "was trained;\nraise tokenize.val_fraction, or cut the text into more documents (split_chars)"
+            )
+
+
+def foresee(members: Sequence[Member]) -> list[str]:
+    """Tell what the comparison at the end will not be able to say, as far as that is known before anything runs.
+
+    Raises:
+        NoVerdict: it will not be able to say anything.
+    """
+    for member in members:
+        most = member.recipe.evaluate.max_documents
+        if most is not None and most < MIN_DOCUMENTS:
+            raise NoVerdict(
+                f"evaluate.max_documents is {most}, and {MIN_DOCUMENTS} are needed to compare models:\nraise it"
+            )
+        for step in member.steps:
+            if step.action == "reuse" and step.artifact:
+                require_documents(step.artifact)
+    warnings = []
+    models: dict[str, list[str]] = {}
+    for member in members:
+        made = next(str(step.fingerprint) for step in member.steps if step.stage.name == "pretrain")
+        models.setdefault(made, []).append(member.name)
+    warnings += [f"{' and '.join(names)} make the same model" for names in models.values() if len(names) > 1]
+    if len({held_out_by(member) for member in members}) > 1:
+        warnings.append(
+            "the runs differ in settings that decide which documents are held out: models can be compared only where "
+            "these come out the same"
+        )
+    settings = {tuple(one for one in member.chosen if not one.startswith(f"{SEED}=")) for member in members}
+    if len(settings) == len(members):
+        warnings.append(
+            "one seed of each: this tells which model is better, not which setting; --seeds 3 would tell"
+        )
+    return warnings
+
+
+def held_out_by(member: Member) -> tuple[Any, ...]:
+    """What decides which documents a run holds out and evaluates."""
+    documents = next(step.fingerprint for step in member.steps if step.stage.name == "dedup")
+    split, evaluated = member.recipe.tokenize, member.recipe.evaluate
+    return documents, split.val_fraction, split.seed, evaluated.max_documents
+
+
 class Sweep:
     """The runs of a sweep, and their parent in MLflow."""
 
@@ -181,6 +243,9 @@ class Sweep:
             return Ended(member, evaluation, self._done[member.key])
         try:
             run = self._run(member, recipe)
+        except NoVerdict as error:
+            self._tell(text=str(error), status="FAILED")
+            raise
         except Exception as error:
             return Ended(member, failure=str(error) or type(error).__name__)
         self._done[member.key] = run.tracker.parent_key
@@ -191,6 +256,7 @@ class Sweep:
         from flows.pipeline import Run  # Prefect reads its settings when it is imported
 
         run = Run(member.recipe, self.home, Selection(), self.terminal, self.command, sweep=self._finding.key)
+        run.look = require_documents
         run.prepare()
         run.execute(
             {

@@ -14,7 +14,7 @@ from mlflow.entities import Run
 
 from data_pipeline.context import UserError
 from flows.store import Store
-from flows.sweep import read_grid
+from flows.sweep import foresee, read_grid, read_members
 
 PARENT = "mlflow.parentRunId"
 
@@ -97,6 +97,42 @@ def test_a_run_that_fails_leaves_the_others_going_and_says_so_at_the_end(swept, 
     assert "min_chars" in newest.info.run_name
 
 
+def test_too_few_held_out_documents_end_a_sweep_before_it_trains(swept, tmp_path):
+    home = tmp_path / "home"
+    shutil.copytree(swept.home, home)
+    llmill = replace(swept, home=home)
+    before = Counter(path.parent.name for path in home.glob("store/*/*/"))
+    grid = ("--grid", "pretrain.lr=0.003,0.001", "--set", "tokenize.val_fraction=0.02")
+    for _ in range(2):  # the token shards are not there yet, and then they are sealed
+        ended = llmill("sweep", str(llmill.recipe), *grid, code=2)
+        assert "held-out documents are too few to compare models by, 10 are needed" in ended.stderr
+    made = Counter(path.parent.name for path in home.glob("store/*/*/")) - before
+    assert set(made) == {"tokenize"}
+
+
+def planned(tmp_path, grid, seeds=1, *changes):
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"name: small\ndownload: {{sources: [{{name: a, kind: local, path: {tmp_path / 'a.txt'}}}]}}\n"
+        "pretrain: {tokens: 1024, batch_tokens: 1024, precision: fp32}\n"
+    )
+    return foresee(read_members(path, changes, read_grid(grid), seeds, Store(tmp_path / "home")))
+
+
+def test_what_the_comparison_will_not_be_able_to_say_is_said_before_it_runs(tmp_path):
+    (one_seed,) = planned(tmp_path, ["pretrain.lr=1e-3,1e-4"])
+    assert "not which setting; --seeds 3 would tell" in one_seed
+    assert planned(tmp_path, ["pretrain.lr=1e-3,1e-4"], 2) == []
+    assert planned(tmp_path, ["pretrain.seed=1,2"]) == []
+    same, _ = planned(tmp_path, ["pretrain.lr=1e-3,0.001"])
+    assert same == "lr 1e-3, seed 0 and lr 0.001, seed 0 make the same model"
+    (held_out,) = planned(tmp_path, ["clean.min_chars=1,2"], 2)
+    assert "which documents are held out" in held_out
+    with pytest.raises(UserError, match="max_documents is 9, and 10 are needed"):
+        planned(tmp_path, ["evaluate.max_documents=100,9"])
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
@@ -106,6 +142,10 @@ def test_a_run_that_fails_leaves_the_others_going_and_says_so_at_the_end(swept, 
         (("--grid", "pretrain.lr=1e-3"), "a sweep is of two runs at least"),
         (("--grid", "pretrain.seed=1,2", "--seeds", "2"), "excludes --seeds"),
         (("--grid", "pretrain.lr=1e-3,fast"), "pretrain.lr"),
+        (
+            ("--grid", "pretrain.lr=1e-3,1e-4", "--set", "evaluate.max_documents=5"),
+            "evaluate.max_documents is 5, and 10 are needed",
+        ),
     ],
 )
 def test_a_wrong_grid_is_refused_before_anything_runs(swept, options, said):

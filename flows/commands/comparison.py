@@ -101,10 +101,12 @@ def sweep(
     writable(home)
     terminal = Terminal()
     with stoppable(f"stopped; the same command goes on from here: {typed()}"), PrefectServer(home) as server:
-        from flows.sweep import Sweep, read_grid, read_members
+        from flows.sweep import Sweep, foresee, read_grid, read_members
 
         members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
         show_forecast(members, terminal)
+        for warning in foresee(members):
+            terminal.note(warning, warning=True)
         server.wait()
         runs = Sweep(members, home, terminal, typed())
         try:

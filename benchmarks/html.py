@@ -33,7 +33,7 @@ def main() -> None:
     size = sum(len(page.source.encode()) for page in made)
     contestants = [
         Contestant(name, prepare, {"extractor": name, "of_each": options.of_each}, size, 1)
-        for name in EXTRACTORS
+        for name in (["resiliparse"] if options.no_peers else EXTRACTORS)
     ]
     all_runs = alternate(contestants, options.repeats, options.work / "logs")
     report = Report("html", "Main text of pages", {"pages": len(made), "bytes": size})

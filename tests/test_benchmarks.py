@@ -50,6 +50,13 @@ def test_the_line_is_timed_by_stage(tmp_path: Path) -> None:
     assert not (tmp_path / "work" / "pipeline").exists()
 
 
+def test_the_main_text_of_pages_is_timed_and_compared_with_what_is_known(tmp_path: Path) -> None:
+    found = run("html", tmp_path, "--of-each", "1")
+    assert found["settings"]["pages"] == 9 * 7
+    assert found["quality"][0]["F"] > 0.9
+    assert found["speed"][0]["pages/s"] > 0
+
+
 def test_the_loader_is_timed_by_tokens(tmp_path: Path) -> None:
     found = run("loader", tmp_path, "--megabytes", "8", "--tokens", "1000000", "--vocab-size", "4096")
     for key, batch in (("context_256", 256 * 32), ("context_1024", 1024 * 512)):

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ from typing import Any
 from data_pipeline.context import Unresolved, UserError
 from data_pipeline.documents import first_line
 from data_pipeline.reading.local import pin, walk
-from data_pipeline.reading.records import Record, Text, pick
+from data_pipeline.reading.records import Record, Rejected, Text, pick
 from data_pipeline.reading.redaction import without_secrets
 from data_pipeline.reading.sources import HuggingFaceSource, Listed
+from data_pipeline.reading.streams import Limit
 
 
 def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed, ...]:
@@ -121,6 +123,7 @@ class HubRows:
         self._source, self._listed, self._end = source, listed, end
         self._place = Place(**place) if place else Place(first)
         self._reading: Any = None
+        self._limit = Limit(listed.size, source.max_expansion, sys.maxsize) if listed.size else None
 
     def place(self) -> dict[str, Any]:
         if self._reading is not None:
@@ -145,6 +148,9 @@ class HubRows:
                     place.row += 1
                     place.rows += 1
                     place.size += record.size if isinstance(record, Text) else 0
+                    if self._limit and place.size > self._limit.most:
+                        yield place.shard, Rejected(None, "expands_too_far", self._limit.explanation)
+                        return
                     yield place.shard, record
                 self._reading = None
                 place.shard, place.row, place.state = place.shard + 1, 0, None
@@ -178,20 +184,63 @@ def split_of(source: HuggingFaceSource, listed: Listed) -> Any:
 
     kind, _, pinned = listed.version.partition(":")
     revision = pinned.rpartition("@")[2] if kind == "commit" else None
+    if kind != "commit" and any(Path(listed.location, name).is_file() for name in SAVED):
+        return saved_split(source, listed.location)
     builder = datasets.load_dataset_builder(listed.location, source.config, revision=revision)
-    wanted = list(dict.fromkeys([source.text_field, *source.meta_fields]))
-    known = builder.info.features
-    missing = [name for name in wanted if known is not None and name not in known]
-    if missing:
-        key = "text_field" if source.text_field in missing else "meta_fields"
-        raise UserError(
-            f"source {source.name}: {source.dataset} has no column {missing[0]!r} among "
-            f"{list(known)[:8]}; set {key}"
-        )
+    wanted = columns_of(source, builder.info.features)
     options = {"columns": wanted} if hasattr(builder.config, "columns") else {}
     return datasets.load_dataset(
         listed.location, source.config, split=source.split, revision=revision, streaming=True, **options
     )
+
+
+SAVED = ("state.json", "dataset_dict.json")
+"""Files of which `save_to_disk` of `datasets` writes one."""
+
+
+def saved_split(source: HuggingFaceSource, folder: str) -> Any:
+    """The split of a folder that `save_to_disk` wrote, as a stream of as many shards as it has files."""
+    import datasets
+
+    saved = datasets.load_from_disk(folder)
+    splits = (
+        dict(saved) if isinstance(saved, datasets.DatasetDict) else {str(saved.split or source.split): saved}
+    )
+    if source.split not in splits:
+        raise UserError(
+            f"source {source.name}: {source.dataset} has no split {source.split!r} among {list(splits)}"
+        )
+    split = splits[source.split]
+    split = split.select_columns(columns_of(source, split.features))
+    return split.to_iterable_dataset(num_shards=max(1, min(len(split), len(split.cache_files))))
+
+
+def columns_of(source: HuggingFaceSource, known: Mapping[str, Any] | None) -> list[str]:
+    """The columns that hold what is kept, among those that are ``known``; None: it isn't known which there are.
+
+    Raises:
+        UserError: one is not there.
+    """
+    columns = []
+    for name in dict.fromkeys([source.text_field, *source.meta_fields]):
+        column = name if known is None or name in known else column_above(name, known)
+        if column is None:
+            key = "text_field" if name == source.text_field else "meta_fields"
+            raise UserError(
+                f"source {source.name}: {source.dataset} has no column {name!r} among "
+                f"{list(known or ())[:8]}; set {key}"
+            )
+        columns.append(column)
+    return list(dict.fromkeys(columns))
+
+
+def column_above(path: str, known: Mapping[str, Any]) -> str | None:
+    """The column in which a dotted path goes on; None if there is none."""
+    while "." in path:
+        path = path.rpartition(".")[0]
+        if path in known:
+            return path
+    return None
 
 
 def explained(source: HuggingFaceSource, error: Exception, rows: int) -> Exception:
@@ -200,6 +249,10 @@ def explained(source: HuggingFaceSource, error: Exception, rows: int) -> Excepti
         f"source {source.name}: can't read the data set {source.dataset} beyond {rows} rows "
         f"({type(error).__name__}: {without_secrets(first_line(error))})"
     )
+    if names := re.search(r"available configs: (\[.*\])", str(error)):
+        return UserError(
+            f"source {source.name}: the data set {source.dataset} has several configs: set config to one of {names[1]}"
+        )
     status = getattr(getattr(error, "response", None), "status_code", None)
     refused = status is not None and 400 <= status < 500 and status not in (408, 429)
     if refused or isinstance(error, ValueError | TypeError | KeyError | FileNotFoundError):

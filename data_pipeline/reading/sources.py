@@ -267,6 +267,9 @@ class HuggingFaceSource(TextSource):
     max_rows: int | None = Field(default=None, gt=0)
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the row that reaches this many bytes of text."""
+    max_expansion: float = Field(default=200, gt=0)
+    """Of a local folder, each part that is read by itself ends where its text is this many times as large as the folder
+    (or 100 MB)."""
 
 
 AnySource = LocalSource | InstalledPythonSource | HttpSource | ObjectSource | HuggingFaceSource

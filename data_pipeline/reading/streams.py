@@ -77,9 +77,12 @@ class Limit:
         """
         self.left -= count
         if self.left < 0:
-            raise ExpandsTooFar(
-                f"holds more than {human_bytes(self.most)}; {self._setting} of its source allows more"
-            )
+            raise ExpandsTooFar(self.explanation)
+
+    @property
+    def explanation(self) -> str:
+        """The message for a file that passes the limit."""
+        return f"holds more than {human_bytes(self.most)}; {self._setting} of its source allows more"
 
 
 class Limits:

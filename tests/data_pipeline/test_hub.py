@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import httpx
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +15,7 @@ from corpora import check_kills, digests, prose, read_documents
 
 from data_pipeline.context import LocalContext, Unresolved, UserError
 from data_pipeline.download import DownloadConfig, download
+from data_pipeline.reading import streams
 from data_pipeline.reading.hub import HubRows, explained, split_of
 from data_pipeline.reading.sources import HuggingFaceSource
 
@@ -188,3 +190,56 @@ def test_a_data_set_goes_on_at_any_row_where_it_stopped(sharded: Path, limit: di
 def test_a_killed_data_set_keeps_its_whole_parts_and_ends_the_same(sharded: Path, tmp_path: Path) -> None:
     config = hugging_face(sharded, max_rows=110).model_dump() | {"shard_bytes": 5000}
     check_kills(config, tmp_path)
+
+
+def test_a_folder_that_save_to_disk_wrote_is_read_by_split_and_goes_on_at_any_row(tmp_path: Path) -> None:
+    rows = {"about": [{"text": prose(n), "n": n} for n in range(20)], "other": list(range(20))}
+    split = datasets.Dataset.from_dict(rows)
+    split.save_to_disk(tmp_path / "one", num_shards=3)
+    datasets.DatasetDict({"train": split, "test": split.select(range(5))}).save_to_disk(tmp_path / "both")
+    wanted: list[tuple[str, dict[str, Any], int]] = [
+        ("one", {}, 20),
+        ("both", {"split": "test"}, 5),
+        ("one", {"max_rows": 7}, 7),
+    ]
+    for folder, options, count in wanted:
+        config = hugging_face(tmp_path / folder, text_field="about.text", meta_fields=["about.n"], **options)
+        out = tmp_path / f"out-{folder}-{count}"
+        assert download(config, {}, out, LocalContext())["documents"] == count
+        assert list(read_documents(out).values()) == [prose(n) for n in range(count)]
+    row = pq.read_table(tmp_path / "out-one-20" / "documents-00001.parquet").to_pylist()[0]
+    assert json.loads(row["meta"]) == {"about.n": 7}
+    resolved = hugging_face(tmp_path / "one", text_field="about.text").resolve()
+    source, listed = resolved.sources[0], resolved.listings[0][0]
+    assert isinstance(source, HuggingFaceSource)
+    whole = list(HubRows(source, listed, 0, 3, None))
+    first = HubRows(source, listed, 0, 3, None)
+    before = list(islice(first, 9))
+    assert before + list(HubRows(source, listed, 0, 3, json.loads(json.dumps(first.place())))) == whole
+    for wrong, message in (
+        ({"split": "dev"}, "no split 'dev' among"),
+        ({"text_field": "body"}, "no column 'body'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            download(hugging_face(tmp_path / "both", **wrong), {}, tmp_path / "none", LocalContext())
+
+
+def test_a_data_set_of_several_configs_names_them(tmp_path: Path) -> None:
+    lines = ["---", "configs:"]
+    for name in ("en", "fr"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        pq.write_table(pa.table({"text": [name]}), tmp_path / "set" / name / "train.parquet")
+        lines += [f"- config_name: {name}", f"  data_files: {name}/*.parquet"]
+    (tmp_path / "set" / "README.md").write_text("\n".join([*lines, "---"]))
+    with pytest.raises(UserError, match=r"set config to one of \['en', 'fr'\]"):
+        download(hugging_face(tmp_path / "set"), {}, tmp_path / "out", LocalContext())
+    with pytest.raises(UserError, match=r"'de' not found. Available: \['en', 'fr'\]"):
+        download(hugging_face(tmp_path / "set", config="de"), {}, tmp_path / "out", LocalContext())
+
+
+def test_the_text_of_a_folder_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(streams, "FREE_BYTES", 100_000)
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table({"text": ["x" * 1000] * 3000}), tmp_path / "set" / "train.parquet")
+    metrics = download(hugging_face(tmp_path / "set", max_expansion=1), {}, tmp_path / "out", LocalContext())
+    assert (metrics["documents"], metrics["rejected/expands_too_far"]) == (100, 1)

@@ -202,7 +202,7 @@ def test_no_text_takes_long_to_split(part: str) -> None:
     assert list(map(len, parts)) == [2_000_000]
 
 
-SUFFIXES = (".txt", ".jsonl", ".json", ".parquet", ".warc", ".wet", ".zip", ".tar")
+SUFFIXES = (".txt", ".jsonl", ".json", ".csv", ".tsv", ".parquet", ".warc", ".wet", ".zip", ".tar")
 SEEDS = {
     ".jsonl": jsonl(TEXTS),
     ".json": json.dumps([{"text": text} for text in TEXTS]).encode(),

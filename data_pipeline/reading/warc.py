@@ -91,9 +91,16 @@ def read_record(row: int, record: Any, encoding: str, limit: Limit, *, html: Htm
     media = media.strip().lower()
     if media not in TEXTS and media not in HTML_TYPES:
         return Rejected(row, "not_plain_text", f"a record of type {media[:80] or 'unknown'}")
-    was_packed = answer is not None and answer.get_header("Content-Encoding")
-    content = record.content_stream()
-    data = unpacked_body(content, limit) if was_packed else content.read(MAX_DOCUMENT_BYTES + 1)
+    packing = answer.get_header("Content-Encoding") if answer is not None else None
+    try:
+        content = record.content_stream()
+        data = unpacked_body(content, limit) if packing else content.read(MAX_DOCUMENT_BYTES + 1)
+    except (ExpandsTooFar, *CODEC_FAULTS):
+        raise
+    except Exception as error:  # of any type: some decompressors that `warcio` finds are not what it expects
+        return Rejected(
+            row, "bad_warc", f"sent as {packing or 'chunks'}, which can't be unpacked: {first_line(error)}"
+        )
     if len(data) > MAX_DOCUMENT_BYTES:
         return Rejected(row, "too_large", f"more than {MAX_DOCUMENT_BYTES} bytes")
     match = CHARSET.search(parameters)

@@ -163,6 +163,8 @@ def test_other_names_of_formats_are_known(tmp_path: Path) -> None:
         ".tsv": lambda texts: b"text\n" + texts[0].encode(),
     }
     for suffix, same in ALIASES.items():
+        if same not in makers:  # HTML has tests of its own
+            continue
         for packed, data in (("", makers[same](["one"])), (".GZIP", gzip.compress(makers[same](["one"])))):
             (record,) = read(tmp_path, f"a{suffix}{packed}", data)
             assert isinstance(record, Text)

@@ -241,3 +241,12 @@ def test_text_in_utf16_is_refused_with_advice_and_never_read_as_other_letters(
     good = read(tmp_path, f"a{suffix}", data, Reading(encoding=encoding))
     assert not reasons(good)
     assert len(texts(good)) == {".txt": 1, ".csv": 1, ".tsv": 1}.get(suffix, 3)
+
+
+def test_a_page_that_cannot_be_unpacked_does_not_end_its_web_archive(tmp_path: Path) -> None:
+    page = b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\nContent-Encoding: br\r\n\r\n" + b"\xff\x80" * 400
+    head = "WARC-Type: response\r\nWARC-Target-URI: http://x.org/\r\nContent-Type: application/http; msgtype=response"
+    record = f"WARC/1.0\r\n{head}\r\nContent-Length: {len(page)}\r\n\r\n".encode() + page + b"\r\n\r\n"
+    records = read(tmp_path, "a.warc", conversion(b"one") + record + conversion(b"two"))
+    assert texts(records) == ["one", "two"]
+    assert len(reasons(records)) == 1

@@ -51,8 +51,10 @@ def calls_by_place(modules: dict[str, ast.Module]) -> Iterator[str]:
         ]
         for scope, names in [(tree, known), *((one, {"cls"}) for one in own)]:
             for node in ast.walk(scope):
-                if isinstance(node, ast.Call) and ast.unparse(node.func) in names and len(node.args) > MOST:
-                    yield f"{name}:{node.lineno} {ast.unparse(node.func)}"
+                if not isinstance(node, ast.Call) or len(node.args) <= MOST:
+                    continue
+                if isinstance(node.func, ast.Name) and node.func.id in names:
+                    yield f"{name}:{node.lineno} {node.func.id}"
 
 
 def test_more_than_three_values_of_a_record_are_given_by_name() -> None:

@@ -208,31 +208,31 @@ BRACKET = "[)）]"
 WIDE = r"A-Za-z0-9Ａ-Ｚａ-ｚ\p{Nd}"
 KINDS: dict[str, Kind] = {
     "email": Kind(
-        rf"[{WIDE}{LETTER}_%+＿％＋－-][@＠][{WIDE}{LETTER}－\x{{2010}}\x{{2011}}-]+{DOT}[A-Za-zＡ-Ｚａ-ｚ]",
-        re.compile(rf"@(?=[A-Za-z0-9{LETTER}-]+\.[A-Za-z0-9{LETTER}])"),
-        66,
-        640,
-        EMAIL,
-        any_match,
+        hint=rf"[{WIDE}{LETTER}_%+＿％＋－-][@＠][{WIDE}{LETTER}－\x{{2010}}\x{{2011}}-]+{DOT}[A-Za-zＡ-Ｚａ-ｚ]",
+        anchor=re.compile(rf"@(?=[A-Za-z0-9{LETTER}-]+\.[A-Za-z0-9{LETTER}])"),
+        before=66,
+        after=640,
+        pattern=EMAIL,
+        accept=any_match,
     ),
     "ip": Kind(
-        rf"{DIGIT}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}"
+        hint=rf"{DIGIT}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}{{1,3}}{DOT}{DIGIT}"
         rf"|(?:[23]|[^\x00-\x7f])[0-9A-Fa-fＡ-Ｆａ-ｆ\p{{Nd}}]{{3}}{COLON}",
-        re.compile(
+        anchor=re.compile(
             r"[0-9](?:\.[0-9]{1,3}\.[0-9]{1,3}\.[0-9]{1,3}|(?<=[23])[0-9A-Fa-f]{3}:[0-9A-Fa-f:]{1,34})"
         ),
-        3,
-        3,
-        IP,
-        is_public,
+        before=3,
+        after=3,
+        pattern=IP,
+        accept=is_public,
     ),
     "phone": Kind(
-        rf"{PLUS}{DIGIT}[^0-9A-Za-z]{{0,2}}{DIGIT}|{DIGIT}{BRACKET}?{BREAK}{DIGIT}{{3,4}}{BREAK}{DIGIT}{{3}}"
+        hint=rf"{PLUS}{DIGIT}[^0-9A-Za-z]{{0,2}}{DIGIT}|{DIGIT}{BRACKET}?{BREAK}{DIGIT}{{3,4}}{BREAK}{DIGIT}{{3}}"
         rf"|{DIGIT}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}{{2}}{BREAK}{DIGIT}|(?:{LABEL}){DIGIT}{{8}}",
-        re.compile(rf"[0-9](?:[0-9()]|{GAP}){{7,}}+"),
-        40,
-        4,
-        PHONE,
-        has_phone_digits,
+        anchor=re.compile(rf"[0-9](?:[0-9()]|{GAP}){{7,}}+"),
+        before=40,
+        after=4,
+        pattern=PHONE,
+        accept=has_phone_digits,
     ),
 }

@@ -32,7 +32,13 @@ def main() -> None:
     made = list(pages(options.of_each, NOISE))
     size = sum(len(page.source.encode()) for page in made)
     contestants = [
-        Contestant(name, prepare, {"extractor": name, "of_each": options.of_each}, size, 1)
+        Contestant(
+            name=name,
+            prepare=prepare,
+            job={"extractor": name, "of_each": options.of_each},
+            text_bytes=size,
+            cores=1,
+        )
         for name in (["resiliparse"] if options.no_peers else EXTRACTORS)
     ]
     all_runs = alternate(contestants, options.repeats, options.work / "logs")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -57,12 +58,26 @@ def up(
     )
     with stoppable("stopped; what was started is ended again"):
         services = Up(home, wanted, terminal.note).start()
+    tell_what_is_left(home, terminal)
     show_servers(terminal.console, described(services), services.database)
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.note(
             f"these servers listen on {host} and ask nobody who he is; see docs/servers.md", warning=True
         )
     terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{at_home(home)}")
+
+
+def tell_what_is_left(home: Path, terminal: Any) -> None:
+    """Send MLflow what runs left, so that one which was killed is not shown as at work."""
+    from flows.tracking.delivery import send_left
+    from flows.tracking.links import tracking_uri
+    from flows.tracking.operations import Away, Mlflow
+
+    try:
+        for _, why in send_left(home, Mlflow(home, tracking_uri(home))):
+            terminal.note(why, warning=True)
+    except Away as error:
+        terminal.note(f"what runs have left for MLflow is not sent: {error}; try llmill sync", warning=True)
 
 
 def down(home: Home = HOME) -> None:

@@ -23,12 +23,12 @@ def sync(
     from flows.terminal import Terminal
     from flows.tracking.delivery import deliver, how_to_send, left_behind, refusal_warning
     from flows.tracking.links import target, tracking_uri, without_user
-    from flows.tracking.operations import Away, Mlflow
+    from flows.tracking.operations import Away, Gone, Mlflow
 
     if not home.exists():
         raise UserError(f"there is no home {home}")
     terminal, mlflow, sent = Terminal(), Mlflow(home, tracking_uri(home)), Counter[str]()
-    place = without_user(mlflow.uri)
+    place, missing = without_user(mlflow.uri), ""
     with left_behind(home) as found:
         for journal in found:
             if journal.head["target"] != target(home) and not here:
@@ -39,10 +39,15 @@ def sync(
                     sent["refused" if why else "sent"] += 1
                     if why:
                         terminal.note(refusal_warning(journal, operation, why), warning=True)
+            except Gone as gone:
+                missing = f"{gone}; what is left stays"
+                continue
             except Away as error:
                 raise UserError(f"MLflow at {place} does not answer: {error}; what is left stays") from None
             journal.remove()
             sent["runs"] += 1
+    if missing and not sent["runs"]:
+        raise UserError(missing)
     if not sent["runs"]:
         terminal.console.print("nothing is left to send")
         return
@@ -50,3 +55,5 @@ def sync(
     terminal.console.print(
         f"sent what {sent['runs']} run(s) had left ({sent['sent']} operations{refused}) to MLflow at {place}"
     )
+    if missing:
+        raise UserError(missing)

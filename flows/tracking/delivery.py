@@ -15,7 +15,7 @@ from pathlib import Path
 from flows.store import shared_lock
 from flows.tracking.journal import Journal, Operation, journals, outbox
 from flows.tracking.links import HOME, target, without_user
-from flows.tracking.operations import ENTRIES, LOG, METRICS, Away, Mlflow
+from flows.tracking.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
 from flows.tracking.uploads import Refused
 
 GATHER_SECONDS = 0.3
@@ -86,11 +86,33 @@ def left_behind(home: Path) -> Iterator[Iterator[Journal]]:
         yield found
 
 
+def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[Journal, str]]:
+    """Send what is left for an MLflow; each journal that it could not have all of, and why.
+
+    Raises:
+        Away: it does not answer.
+    """
+    here = target(home)
+    with left_behind(home) as found:
+        for journal in found:
+            if journal.head["target"] != here:
+                yield journal, f"figures of an earlier run are left: {how_to_send(journal)}"
+                continue
+            try:
+                for operation, why in deliver(journal, mlflow):
+                    if why:
+                        yield journal, refusal_warning(journal, operation, why)
+                journal.remove()
+            except Gone as gone:  # those of other experiments do not wait for it
+                yield journal, str(gone)
+
+
 def claimed(home: Path) -> Generator[Journal]:
     for journal in journals(home):
         if not journal.claim():
             continue  # its run is at work, and sends it
         try:
+            journal.end_killed()
             if journal.path.exists() and next(journal.waiting(), None) is None:
                 journal.remove()
             elif journal.path.exists():
@@ -100,7 +122,9 @@ def claimed(home: Path) -> Generator[Journal]:
 
 
 def refusal_warning(journal: Journal, operation: Operation, why: str) -> str:
-    return f"MLflow refused what a run told it ({operation['op']}): {why}; it is kept in {journal.refused}"
+    return (
+        f"MLflow does not have what a run told it ({operation['op']}): {why}; it is kept in {journal.refused}"
+    )
 
 
 def how_to_send(journal: Journal) -> str:
@@ -198,7 +222,7 @@ class Sender:
                 return
             except Exception as error:  # whatever it is, nothing is lost by another try
                 pauses = iter(RETRY_SECONDS) if self._alive_at > started else pauses
-                self._away(str(error) or type(error).__name__)
+                self._away(str(error) or type(error).__name__, isinstance(error, Gone))
             self._pause(next(pauses, RETRY_SECONDS[-1]))
 
     def _pause(self, seconds: float) -> None:
@@ -214,10 +238,12 @@ class Sender:
             self._alive_at = time.monotonic()
             self._change.notify_all()
 
-    def _away(self, why: str) -> None:
+    def _away(self, why: str, gone: bool) -> None:
         if not self._warned:
-            place = without_user(self.mlflow.uri)
-            self._warn(f"MLflow at {place} does not answer; the run goes on, its figures will follow")
+            where = f"MLflow at {without_user(self.mlflow.uri)} does not answer"
+            self._warn(
+                f"{why}; the run goes on" if gone else f"{where}; the run goes on, its figures will follow"
+            )
         self._warned = True
         with self._change:
             self.failure = why
@@ -228,15 +254,12 @@ class Sender:
         self.mlflow.connect(self._journal.head["experiment"])
 
     def _send_what_is_left(self) -> None:
-        here = target(self.home)
-        with left_behind(self.home) as found:
-            for journal in found:
-                if journal.head["target"] == here:
-                    self._send(journal)
-                    journal.remove()
-                elif not self._elsewhere:
-                    self._elsewhere = True
-                    self._warn(f"figures of an earlier run are left: {how_to_send(journal)}")
+        for journal, why in send_left(self.home, self.mlflow):
+            self._sign()
+            elsewhere = journal.head["target"] != target(self.home)
+            if not (elsewhere and self._elsewhere):  # once, of however many
+                self._warn(why)
+            self._elsewhere = self._elsewhere or elsewhere
 
     def _send(self, journal: Journal) -> None:
         for operation, why in deliver(journal, self.mlflow):

@@ -9,7 +9,7 @@ from uuid import uuid4
 from flows.tracking.delivery import deliver
 from flows.tracking.journal import Journal, Operation, outbox
 from flows.tracking.links import run_url, target, tracking_uri, without_user
-from flows.tracking.operations import Away, Mlflow
+from flows.tracking.operations import Away, Gone, Mlflow
 from flows.tracking.tracker import NOTE, beginning, clipped, now
 
 KIND = "llmill.kind"
@@ -58,6 +58,7 @@ class Finding:
             refused = [why for _, why in deliver(journal, self._mlflow) if why]
         except Away as error:
             journal.release()
-            return f"MLflow at {without_user(self._mlflow.uri)} does not answer: {error}"
+            place = without_user(self._mlflow.uri)
+            return str(error) if isinstance(error, Gone) else f"MLflow at {place} does not answer: {error}"
         journal.remove()
-        return f"MLflow refused it: {refused[0]}" if refused else ""
+        return f"MLflow does not have it: {refused[0]}" if refused else ""

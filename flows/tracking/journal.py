@@ -40,13 +40,13 @@ class Journal:
         self._lock = FileLock(path.with_name(f".{path.stem}.lock"), thread_local=False)
 
     @classmethod
-    def begin(cls, folder: Path, experiment: str, target: str) -> Journal:
-        """A new journal, claimed, behind all that are there."""
+    def begin(cls, folder: Path, experiment: str, target: str, lasts: bool = False) -> Journal:
+        """A new journal, claimed, behind all that are there; ``lasts``: its holder is at work on the runs it begins."""
         folder.mkdir(parents=True, exist_ok=True)
         journal = cls(folder / f"{datetime.now(UTC):%Y%m%dT%H%M%S.%f}-{uuid4().hex[:8]}.jsonl")
         claimed = journal.claim()  # before it is there: nobody should take it for a left one
         assert claimed
-        journal.append([{"experiment": experiment, "target": target}])
+        journal.append([{"experiment": experiment, "target": target, **({"lasts": "yes"} if lasts else {})}])
         fsync_folder(folder)
         return journal
 
@@ -114,6 +114,24 @@ class Journal:
         except Timeout:
             return False
         return True
+
+    def end_killed(self) -> None:
+        """End the runs that a process which is no more began and did not end: it was killed when it last wrote here."""
+        data = self.path.read_bytes() if self.path.exists() else b""
+        whole = data[: data.rfind(b"\n") + 1]
+        operations = [parsed(line) for line in whole.splitlines()]
+        if not operations or not operations[0].get("lasts"):
+            return
+        begun: dict[Any, None] = {}
+        for one in operations:
+            if one.get("op") == "begin":
+                begun[one.get("run")] = None
+            elif one.get("op") == "end":
+                begun.pop(one.get("run"), None)
+        if begun:
+            killed = {"status": "KILLED", "time": int(self.path.stat().st_mtime * 1000)}
+            os.truncate(self.path, len(whole))
+            self.append([{"op": "end", "run": run, **killed} for run in reversed(begun)])
 
     def release(self) -> None:
         self._lock.release()

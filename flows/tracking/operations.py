@@ -8,34 +8,29 @@ from __future__ import annotations
 
 import json
 import logging
-import os
+import shlex
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import zip_longest
 from pathlib import Path
 from typing import TypeVar
 
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException, RestException
 from requests import HTTPError
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # whoever sends tries again himself
-os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+from flows.store import Damaged, Store, shared_lock
+from flows.tracking.events import EVENTS, event_points, read_lines
+from flows.tracking.journal import Operation
+from flows.tracking.lineage import KEY, PARENT
+from flows.tracking.links import HOME, VIEW, saved_view, target, without_secrets, without_user
+from flows.tracking.moved import follow_home
+from flows.tracking.uploads import FILES, UPLOADS, Refused
+
 logging.getLogger("alembic").setLevel(logging.WARNING)
-
-from mlflow import MlflowClient  # noqa: E402  (after the settings that it reads when imported)
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag  # noqa: E402
-from mlflow.exceptions import MlflowException, RestException  # noqa: E402
-
-from flows.store import Damaged, Store, shared_lock  # noqa: E402
-from flows.tracking.events import EVENTS, event_points, read_lines  # noqa: E402
-from flows.tracking.journal import Operation  # noqa: E402
-from flows.tracking.lineage import KEY, PARENT  # noqa: E402
-from flows.tracking.links import HOME, VIEW, saved_view, target, without_secrets  # noqa: E402
-from flows.tracking.moved import follow_home  # noqa: E402
-from flows.tracking.uploads import FILES, UPLOADS, Refused  # noqa: E402
-
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are told by whoever sends
 
 EXPERIMENT_TAGS = {
@@ -53,6 +48,10 @@ Item = TypeVar("Item")
 
 class Away(Exception):
     """MLflow does not answer, or not as MLflow; the message says how."""
+
+
+class Gone(Away):
+    """The experiment was deleted; the message says how to have it again. What it is to be told waits."""
 
 
 class Mlflow:
@@ -79,13 +78,15 @@ class Mlflow:
         for pause in (*DOUBTS, None):
             try:
                 return self._carry_out(experiment, operation)
-            except Refused:
+            except (Refused, Gone):
                 raise
-            except (
-                Exception
-            ) as error:  # MLflow lets errors of its database and its network through as they are
+            except Exception as error:
+                # MLflow lets errors of its database and its network through as they are.
                 said = self._said(error)
+                if is_ours(error):
+                    raise Refused(f"a fault of llmill's own: {type(error).__name__}: {said}") from error
                 if is_refusal(error):
+                    self._see_experiment(experiment)
                     raise Refused(said) from error
                 if not self._is_its_own(error) or not self.answers(experiment):
                     raise Away(said) from error
@@ -106,8 +107,20 @@ class Mlflow:
         """
         try:
             self._experiment(experiment)
+        except Gone:
+            raise
         except Exception as error:
             raise Away(self._said(error)) from error
+
+    def _see_experiment(self, name: str) -> None:
+        """See that an experiment, by whose deletion all its runs are deleted, is still there.
+
+        Raises:
+            Gone: somebody deleted it.
+            Away: it can't be asked now.
+        """
+        self.experiments.pop(name, None)
+        self.connect(name)
 
     def answers(self, experiment: str) -> bool:
         """Whether MLflow answers an easy question."""
@@ -148,6 +161,8 @@ class Mlflow:
             place = (self.home / "mlartifacts").resolve().as_uri() if target(self.home) == HOME else None
             with self._alone():
                 found = client.get_experiment_by_name(name)
+                if found and found.lifecycle_stage != "active":
+                    raise Gone(self._restoring(name, found.experiment_id))
                 tags = EXPERIMENT_TAGS | {
                     f"mlflow.sharedViewState.{VIEW}": saved_view(int(time.time() * 1000))
                 }
@@ -155,6 +170,15 @@ class Mlflow:
                     found.experiment_id if found else client.create_experiment(name, place, tags)
                 )
         return self.experiments[name]
+
+    def _restoring(self, name: str, experiment_id: str) -> str:
+        """What happened to a deleted experiment, and what a person can do."""
+        place = without_user(self.uri)
+        return (
+            f"experiment {name} was deleted in MLflow; have it again with "
+            f"`MLFLOW_TRACKING_URI={shlex.quote(place)} mlflow experiments restore --experiment-id {experiment_id}`, "
+            "then `llmill sync` sends what waits"
+        )
 
     def _run(self, experiment: str, key: str) -> str:
         """The id of a run that was begun.
@@ -334,9 +358,17 @@ def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Whether the same request will be answered so for ever, or the operation is not one as we write them."""
+    """Whether the same request will be answered so for ever."""
     if isinstance(error, HTTPError) and error.response is not None:
         return error.response.status_code in REFUSING
     if isinstance(error, MlflowException):
         return error.error_code in REFUSALS
-    return isinstance(error, KeyError | TypeError)
+    return False
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether it was raised by a line of llmill's: the operation is not one as we write them, or we made a mistake."""
+    if isinstance(error, OSError | MlflowException | HTTPError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("flows.")

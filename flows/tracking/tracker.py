@@ -98,7 +98,7 @@ class Tracker:
     @harmless
     def open(self) -> None:
         """Begin the journal, and to connect: a new database takes seconds to make."""
-        self._journal = Journal.begin(outbox(self.home), self.experiment, target(self.home))
+        self._journal = Journal.begin(outbox(self.home), self.experiment, target(self.home), lasts=True)
         self._sender = Sender(self.home, self._journal, Mlflow(self.home, self._uri), self._warn)
         self._sender.start()
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from forks import ROOT
 from mlflow import MlflowClient
 from postgres import postgres
 
 from flows.store import Store
-from flows.tracking.delivery import deliver
+from flows.tracking.delivery import deliver, send_left
 from flows.tracking.journal import Journal, outbox
-from flows.tracking.operations import Away, Mlflow
+from flows.tracking.operations import Away, Gone, Mlflow
 from flows.tracking.tracker import beginning, description
 from flows.tracking.uploads import Refused
 
@@ -136,13 +139,82 @@ def test_what_is_refused_is_set_aside_and_the_rest_arrives(mlflow: Mlflow) -> No
     assert len(client.get_metric_history(run.info.run_id, "train/loss0")) == len(POINTS) // 3 + 1
 
 
-def test_a_deleted_experiment_refuses_everything_and_nothing_waits_for_it(mlflow: Mlflow) -> None:
+@pytest.mark.parametrize("when", ["before", "amid"])
+def test_what_a_deleted_experiment_is_to_be_told_waits_and_arrives_when_it_is_there_again(
+    mlflow: Mlflow, when: str
+) -> None:
     client = MlflowClient(mlflow.uri)
-    client.delete_experiment(client.create_experiment("small"))
-    journal = journal_of(mlflow.home, *TOLD)
-    assert all(why for _, why in deliver(journal, mlflow))
-    assert list(journal.waiting()) == []
-    assert len(journal.refused.read_text().splitlines()) == len(TOLD)
+    experiment = client.create_experiment("small")
+    journal, other = journal_of(mlflow.home, *TOLD), Journal.begin(outbox(mlflow.home), "other", "home")
+    other.append([{**operation, "run": "2" * 16} for operation in TOLD])
+    if when == "amid":
+        for _ in range(3):
+            next(deliver(journal, mlflow))
+    client.delete_experiment(experiment)
+    began = time.monotonic()
+    with pytest.raises(
+        Gone, match=rf"mlflow experiments restore --experiment-id {experiment}`, then `llmill sync`"
+    ):
+        list(deliver(journal, mlflow))
+    assert not journal.refused.exists()
+    journal.release()
+    other.release()
+    said = [why for _, why in send_left(mlflow.home, mlflow)]
+    assert len(said) == 1
+    assert "experiment small was deleted in MLflow" in said[0]
+    assert not other.path.exists(), "another experiment's figures do not wait for it"
+    assert time.monotonic() - began < 20
+    client.restore_experiment(experiment)
+    assert list(send_left(mlflow.home, mlflow)) == []
+    assert_there_once(mlflow)
+    assert not journal.path.exists()
+
+
+def test_a_mistake_of_ours_is_not_said_to_be_mlflows_and_holds_nothing_up(mlflow: Mlflow) -> None:
+    wrong = [
+        {"op": "end"},
+        {"op": "metrics", **RUN, "points": [["a"]]},
+        {"op": "artifact", **RUN, "stage": "clean"},
+    ]
+    journal = journal_of(mlflow.home, *TOLD[:3], *wrong, TOLD[-1])
+    refused = [why for _, why in deliver(journal, mlflow) if why]
+    assert [why.partition(": ")[0] for why in refused] == ["a fault of llmill's own"] * 3
+    assert [why.split(": ")[1] for why in refused] == ["KeyError", "TypeError", "KeyError"]
+    assert [run.info.status for run in runs(mlflow)] == ["FINISHED"]
+    assert len(journal.refused.read_text().splitlines()) == 3
+
+
+def test_runs_that_a_kill_left_open_are_ended_by_whoever_sends_what_is_left(mlflow: Mlflow) -> None:
+    """Also where all that they had told was delivered."""
+    stage = {"op": "begin", **beginning("1" * 16, "clean"), "parent": KEY}
+    journal = Journal.begin(outbox(mlflow.home), "small", "home", lasts=True)
+    journal.append([*TOLD[:3], stage])
+    list(deliver(journal, mlflow))
+    assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}
+    assert list(send_left(mlflow.home, mlflow)) == []
+    assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}, "its process lives"
+    with open(journal.path, "a") as file:
+        file.write('{"op": "tags", "run": "torn')
+    os.utime(journal.path, (1_700_000_005, 1_700_000_005))
+    journal.release()
+    assert list(send_left(mlflow.home, mlflow)) == []
+    assert {(run.info.status, run.info.end_time) for run in runs(mlflow)} == {("KILLED", 1_700_000_005_000)}
+    assert not journal.path.exists()
+    again = Journal.begin(outbox(mlflow.home), "small", "home", lasts=True)
+    again.append([*TOLD[:1], {"op": "end", **RUN, "status": "FINISHED", "time": TOLD[-1]["time"]}])
+    again.release()
+    assert list(send_left(mlflow.home, mlflow)) == []
+    found = {run.data.tags["llmill.key"]: run.info.status for run in runs(mlflow)}
+    assert found == {KEY: "FINISHED", "1" * 16: "KILLED"}
+
+
+def test_what_mlflows_client_reads_of_the_environment_is_set_in_one_place() -> None:
+    places = [
+        path
+        for path in (ROOT / "flows").rglob("*.py")
+        if "MLFLOW_HTTP_REQUEST_MAX_RETRIES" in path.read_text()
+    ]
+    assert places == [ROOT / "flows" / "tracking" / "__init__.py"]
 
 
 def test_a_run_that_was_deleted_is_not_asked_a_thousand_times(mlflow: Mlflow) -> None:

@@ -54,13 +54,16 @@ class Dispatcher:
         """The deployment that builds a stage: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STAGE``."""
         return f"{FLOW}/{this_deployment.name}.{stage}"
 
-    def run(self, stage: str, parent_key: str) -> None:
+    def run(self, stage: str, parent_key: str, force: bool = False) -> None:
         """Start a stage's deployment, and wait until it has ended well. When we are stopped, so is it.
+
+        With ``force`` it builds the stage again although it is sealed.
 
         Raises:
             DispatchedFailed: it ended otherwise.
         """
-        changes = {"parent_key": parent_key, "stages": {"only": stage}}
+        chosen = {"only": stage, **({"force": stage} if force else {})}
+        changes = {"parent_key": parent_key, "stages": chosen}
         mine: dict[str, Any] = flow_run.parameters
         shared = {name: mine[name] for name in ("recipe", "settings", "home")}
         started: Any = run_deployment(self.deployment(stage), parameters={**shared, **changes}, timeout=0)

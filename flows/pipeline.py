@@ -275,7 +275,8 @@ class Run:
         name, clock = step.stage.name, time.monotonic()
         self.terminal.stage_started(name, f"dispatched as {self._dispatcher.deployment(name)}")
         try:
-            self._dispatcher.run(name, self.tracker.parent_key)
+            with self._uses.apart(name, str(step.fingerprint)):  # else it could not replace what is there
+                self._dispatcher.run(name, self.tracker.parent_key, self.selection.force == name)
         except BaseException as error:
             self.terminal.stage_ended(
                 "✗", str(error).splitlines()[0][:120] if str(error) else "stopped", "red"

@@ -1,4 +1,4 @@
-"""The plan: for each stage, whether its artifact is there, and if not, what differs from the newest one.
+"""The plan: for each stage, whether its artifact is there, and if not, what differs from the nearest one.
 
 Fingerprints depend on configs and inputs only, so the whole plan is known before anything runs.
 """
@@ -68,7 +68,7 @@ class Step:
     stage: Stage
     action: Literal["reuse", "run", "resume", "unknown"]
     why: list[str]
-    """For ``run``: what differs from the newest sealed artifact. For ``unknown``: what can't be resolved."""
+    """For ``run``: what differs from the nearest sealed artifact. For ``unknown``: what can't be resolved."""
 
     config: StageConfig | None = None
     """Resolved; None where that was not possible."""
@@ -248,23 +248,29 @@ def rebuilt_inputs(artifact: Artifact, steps: Mapping[str, Step]) -> list[str]:
 
 
 def differences(stage: Stage, config: StageConfig, inputs: Mapping[str, str], store: Store) -> list[str]:
-    """Which fields and inputs differ from the newest sealed artifact of this stage."""
-    siblings = store.artifacts(stage.name)
-    if not siblings:
-        return ["none is sealed yet"]
-    newest = siblings[-1].manifest
+    """Which fields and inputs differ from the nearest sealed artifact of this stage: the newest of those in which
+    the fewest do."""
+    found = [differences_from(one, stage, config, inputs) for one in reversed(store.artifacts(stage.name))]
+    return min(found, key=len, default=["none is sealed yet"])
+
+
+def differences_from(
+    sealed: Artifact, stage: Stage, config: StageConfig, inputs: Mapping[str, str]
+) -> list[str]:
+    """Which fields and inputs differ from a sealed artifact of this stage."""
+    nearest = sealed.manifest
     lines = []
-    if newest["version"] != stage.version:
-        lines.append(f"stage version: {newest['version']} -> {stage.version}")
-    before, after = flatten(newest["config"]), flatten(config.identity())
+    if nearest["version"] != stage.version:
+        lines.append(f"stage version: {nearest['version']} -> {stage.version}")
+    before, after = flatten(nearest["config"]), flatten(config.identity())
     lines += [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
     lines += [
-        f"input {name}: {newest['inputs'].get(name, {}).get('fingerprint')} -> {inputs[name]}"
+        f"input {name}: {nearest['inputs'].get(name, {}).get('fingerprint')} -> {inputs[name]}"
         for name in stage.inputs
-        if newest["inputs"].get(name, {}).get("fingerprint") != inputs[name]
+        if nearest["inputs"].get(name, {}).get("fingerprint") != inputs[name]
     ]
     return lines

@@ -20,12 +20,14 @@ from flows.comparison.compare import Comparison, compare
 from flows.comparison.log import files, note
 from flows.comparison.statistics import MIN_DOCUMENTS
 from flows.comparison.subjects import Finder, Subject, label
+from flows.comparison.verdict import FIRST, SECOND, Verdict
 from flows.plan import Selection, Step, make_plan
 from flows.recipe import Recipe, load_recipe, shown
 from flows.store import Artifact, Store, canonical_json, write_durably
 from flows.terminal import Terminal
 from flows.tracking.findings import Finding
-from flows.tracking.tracker import read_record
+from flows.tracking.journal import Operation
+from flows.tracking.tracker import candidate, read_record
 
 if TYPE_CHECKING:
     from flows.pipeline import Run
@@ -188,6 +190,31 @@ def held_out_by(member: Member) -> tuple[Any, ...]:
     return documents, split.val_fraction, split.seed, evaluated.max_documents
 
 
+def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None, str]:
+    """The member that should be the candidate, and what the tests say of it; None where nothing can be told.
+
+    It is the best seed of the recipe with the least bits per byte, and not for being the last that was made.
+    """
+    if verdict.refused or verdict.scores is None:
+        return None, f"no candidate is named, for which is best can't be told: {verdict.refused}"
+    group = min(verdict.groups, key=lambda one: one.mean)
+    place = min(group.models, key=lambda one: float(verdict.scores.bits_per_byte[one]))  # type: ignore[union-attr]
+    unsure = [
+        claim.second if claim.first == group.name else claim.first
+        for claim in verdict.recipes
+        if group.name in (claim.first, claim.second)
+        and (claim.outcome, group.name) not in ((FIRST, claim.first), (SECOND, claim.second))
+    ]
+    if unsure:
+        why = f"it has the least, but is not shown to be better than {', '.join(unsure)}"
+    elif len(verdict.groups) > 1:
+        why = "its recipe is shown to be better than every other"
+    else:
+        why = "the least among seeds of one recipe, which is chance"
+    figure = float(verdict.scores.bits_per_byte[place])
+    return members[place], f"candidate: {members[place].name}, {figure:.4f} bits per byte: {why}"
+
+
 class Sweep:
     """The runs of a sweep, and their parent in MLflow."""
 
@@ -216,14 +243,24 @@ class Sweep:
         return ended
 
     def finish(self, ended: Sequence[Ended]) -> Comparison | None:
-        """Put what ended well side by side, and end the parent; None where fewer than two did."""
+        """Put what ended well side by side, name the best the candidate, and end the parent; None where fewer than two
+        did.
+        """
         well = [one for one in ended if not one.failure]
         comparison = compare(self._subjects(well)) if len(well) > 1 else None
         if comparison:
             text, evidence = note(comparison), files(comparison)
         else:
             text, evidence = "fewer than two runs ended well", {}
-        self._tell(evidence, text, "FINISHED" if len(well) == len(ended) else "FAILED")
+        best, said = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
+        self._tell(
+            evidence,
+            f"{text}\n\n{said}".strip(),
+            "FINISHED" if len(well) == len(ended) else "FAILED",
+            [candidate(best.recipe.name, best.key, newest=False)] if best else [],
+        )
+        if said:
+            self.terminal.note(said)
         if len(well) == len(ended):
             self._record.unlink(missing_ok=True)
         return comparison
@@ -232,8 +269,14 @@ class Sweep:
         """Say in MLflow that a person stopped it; the same command goes on."""
         self._tell(status="KILLED")
 
-    def _tell(self, evidence: Mapping[str, str] | None = None, text: str = "", status: str = "") -> None:
-        if why_not := self._finding.tell(self._tags, evidence, text, status):
+    def _tell(
+        self,
+        evidence: Mapping[str, str] | None = None,
+        text: str = "",
+        status: str = "",
+        more: Sequence[Operation] = (),
+    ) -> None:
+        if why_not := self._finding.tell(self._tags, evidence, note=text, status=status, more=more):
             self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
 
     def _member(self, member: Member, recipe: Path) -> Ended:

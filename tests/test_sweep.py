@@ -81,6 +81,24 @@ def test_it_says_first_what_will_run_and_at_last_what_came_out(swept, parent, cl
     }
 
 
+def test_the_candidate_is_the_best_of_the_sweep_and_not_its_last(swept, client):
+    version = client.get_model_version_by_alias("small", "candidate")
+    versions = client.search_model_versions("name = 'small'")
+    assert len(versions) == 4
+    made_by = {}
+    for export in Store(swept.home).artifacts("export"):
+        pretrain = Store(swept.home).get("pretrain", export.manifest["inputs"]["pretrain"]["fingerprint"])
+        evaluate = Store(swept.home).get("evaluate", export.manifest["inputs"]["evaluate"]["fingerprint"])
+        made_by[export.fingerprint] = (evaluate.metrics["bits_per_byte"], pretrain.manifest["config"]["lr"])
+    best = min(made_by, key=lambda fingerprint: made_by[fingerprint][0])
+    assert made_by[best][1] == 0.003
+    assert version.tags["llmill.fingerprint"] == best
+    assert int(version.version) < max(int(one.version) for one in versions)
+    said = " ".join((swept.home / "sweep.txt").read_text().split())
+    assert "candidate: lr 0.003, seed" in said
+    assert "its recipe is shown to be better than every other" in said
+
+
 def test_a_run_that_fails_leaves_the_others_going_and_says_so_at_the_end(swept, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(swept.home, home)

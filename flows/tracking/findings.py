@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -29,8 +29,11 @@ class Finding:
         files: Mapping[str, str] | None = None,
         note: str = "",
         status: str = "",
+        more: Sequence[Operation] = (),
     ) -> str:
         """Begin the run or go on with it; give it tags, files and text for its page; end it where there is a status.
+
+        ``more`` is told as well, before the end.
 
         Returns:
             Why MLflow does not have it yet; empty where it has.
@@ -39,7 +42,7 @@ class Finding:
         texts = [{"op": "text", **run, "name": name, "text": text} for name, text in (files or {}).items()]
         end = [{"op": "end", **run, "status": status, "time": now()}] if status else []
         return self._deliver(
-            [*self._begin, self._tags({**tags, **({NOTE: note} if note else {})}), *texts, *end]
+            [*self._begin, self._tags({**tags, **({NOTE: note} if note else {})}), *texts, *more, *end]
         )
 
     @property

@@ -1,7 +1,7 @@
 """Models as MLflow sees them: what training validated, with its figures, and exports that MLflow can load and serve.
 
-An export becomes a version of the registered model named as the recipe, with the alias ``candidate``. Its folder
-is laid out as `mlflow.transformers` does it, from the sealed files and without loading a weight, so that
+An export becomes a version of the registered model named as the recipe, with the alias ``candidate`` where it was not
+one of a sweep, which names its best when it is over. Its folder is laid out as `mlflow.transformers` does it, from the sealed files and without loading a weight, so that
 ``mlflow models serve`` and ``mlflow.transformers.load_model`` take it.
 """
 
@@ -29,7 +29,7 @@ from flows.markdown import code
 from flows.store import LINKED, Artifact
 from flows.tracking.events import EVENTS, event_points, read_lines
 from flows.tracking.lineage import FINGERPRINT, WEIGHTS
-from flows.tracking.registry import CANDIDATE
+from flows.tracking.registry import CANDIDATE, CHAMPION
 
 MOST_CHECKPOINTS = 20
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
@@ -66,7 +66,7 @@ def validations_of(artifact: Artifact) -> dict[int, list[Any]]:
 
 
 def register(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
-    """Register an export, with its files, as the newest version of its recipe's model."""
+    """Register an export, with its files, as a version of its recipe's model."""
     new_version(client, run_id, artifact, "here")
 
 
@@ -76,7 +76,7 @@ def register_reference(client: MlflowClient, run_id: str, artifact: Artifact) ->
 
 
 def new_version(client: MlflowClient, run_id: str, artifact: Artifact, weights: str) -> None:
-    """Make a version of an export, once, and the newest one the candidate."""
+    """Make a version of an export, once."""
     name, tags = artifact.manifest["recipe"], {FINGERPRINT: artifact.fingerprint, WEIGHTS: weights}
     try:
         client.create_registered_model(name)
@@ -92,11 +92,23 @@ def new_version(client: MlflowClient, run_id: str, artifact: Artifact, weights: 
                 client.log_model_artifacts(model.model_id, str(folder))
         finish(client, model)
         place, about = model.artifact_location, description(artifact, weights == "here")
-        versions.append(
-            client.create_model_version(name, place, run_id, tags, None, about, model_id=model.model_id)
-        )
-    newest = max(versions, key=lambda one: int(one.version))
-    client.set_registered_model_alias(name, CANDIDATE, newest.version)
+        client.create_model_version(name, place, run_id, tags, None, about, model_id=model.model_id)
+
+
+def name_candidate(client: MlflowClient, name: str, fingerprint: str, newest: bool) -> bool:
+    """Make the version of an export the candidate of its model; whether there is one.
+
+    With ``newest``, a version that was made later keeps the alias: what is told late does not take it back.
+    """
+    versions = client.search_model_versions(f"name = '{name}'")
+    found = [int(one.version) for one in versions if one.tags.get(FINGERPRINT) == fingerprint]
+    if not found:
+        return False
+    aliases = client.get_registered_model(name).aliases
+    later = newest and int(aliases.get(CANDIDATE, 0)) > max(found)
+    if not later and int(aliases.get(CHAMPION, 0)) != max(found):
+        client.set_registered_model_alias(name, CANDIDATE, str(max(found)))
+    return True
 
 
 def description(artifact: Artifact, upload: bool) -> str:

@@ -27,6 +27,7 @@ from flows.tracking.events import EVENTS, event_points, read_lines
 from flows.tracking.journal import Operation
 from flows.tracking.lineage import KEY, PARENT
 from flows.tracking.links import HOME, VIEW, saved_view, target, without_secrets, without_user
+from flows.tracking.models import name_candidate
 from flows.tracking.moved import follow_home
 from flows.tracking.uploads import FILES, UPLOADS, Refused
 
@@ -329,6 +330,12 @@ class Mlflow:
             self.uploading = False
         self._client.set_tag(run_id, FILES, "not all here: the artifact was removed before MLflow had them")
 
+    def _candidate(self, experiment: str, operation: Operation) -> None:
+        """Make an export's version the candidate of its registered model."""
+        name, fingerprint = operation["model"], operation["fingerprint"]
+        if not name_candidate(self._client, name, fingerprint, operation["newest"]):
+            raise Refused(f"there is no version of models:/{name} with the export {fingerprint}")
+
     def _end(self, experiment: str, operation: Operation) -> None:
         key = operation["run"]
         if key in self._unsure:
@@ -348,6 +355,7 @@ OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
     "inputs": Mlflow._inputs,
     "text": Mlflow._text,
     "artifact": Mlflow._artifact,
+    "candidate": Mlflow._candidate,
     "end": Mlflow._end,
 }
 

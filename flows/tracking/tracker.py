@@ -68,7 +68,7 @@ class Tracker:
         self._offset = 0
         self._record: Path | None = None
         self._lock: FileLock | None = None
-        self._joined = False
+        self._joined = self._of_sweep = False
         self._begun = 0
         self._resumed = False
         self._monitor: SystemMonitor | None = None
@@ -211,10 +211,19 @@ class Tracker:
             },
             *([{"op": "untag", **run, "tag": ERROR}] if self._resumed else []),
             *({"op": "artifact", **run, **name, "what": what} for what in ("plots", *files)),
+            *(self._candidate(artifact) if artifact.stage == "export" else []),
             {"op": "end", **run, "status": "FINISHED", "time": now()},
         )
         self._state.unlink(missing_ok=True)
         self.stage_key = ""
+
+    def _candidate(self, artifact: Artifact) -> list[dict[str, Any]]:
+        """What makes an export the candidate; of a sweep's, the best one is, when all are there."""
+        return (
+            []
+            if self._of_sweep
+            else [candidate(artifact.manifest["recipe"], artifact.fingerprint, newest=True)]
+        )
 
     def unfinished(self, artifact: Artifact) -> bool:
         """Whether a killed run sealed this artifact but did not live to put that into its journal."""
@@ -258,6 +267,7 @@ class Tracker:
     @harmless
     def belong_to(self, key: str) -> None:
         """Make the parent run itself a child: of the run of a sweep."""
+        self._of_sweep = True
         self._tell({"op": "link", "run": self.parent_key, "tag": PARENT, "to": key, "id": ""})
 
     @harmless
@@ -372,6 +382,11 @@ def dataset(artifact: Artifact) -> dict[str, str]:
         "source": canonical_json({"uri": artifact.path.resolve().as_uri()}),
         "profile": json.dumps(artifact.metrics, sort_keys=True),
     }
+
+
+def candidate(model: str, fingerprint: str, newest: bool) -> dict[str, Any]:
+    """The operation that gives an export's version the alias; ``newest``: unless a later one has it."""
+    return {"op": "candidate", "model": model, "fingerprint": fingerprint, "newest": newest}
 
 
 def measured(key: str, points: Sequence[Point]) -> dict[str, Any]:

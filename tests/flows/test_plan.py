@@ -7,8 +7,9 @@ import pytest
 
 from data_pipeline.clean import CleanConfig
 from data_pipeline.context import UserError
-from flows.plan import Selection, make_plan
+from flows.plan import Selection, differences, make_plan
 from flows.recipe import Recipe, load_recipe
+from flows.stages import BY_NAME
 from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
@@ -86,6 +87,22 @@ def test_a_stage_that_will_run_says_what_it_needs_given_what_is_sealed(tmp_path,
     store.seal("download", str(download.fingerprint), manifest)
     _, clean, *_ = make_plan(recipe, store)
     assert clean.as_json()["predicted"] == ["18 bytes, 3 workers"]
+
+
+def test_what_differs_is_told_of_the_nearest_artifact_not_of_the_newest(tmp_path: Path) -> None:
+    store, stage = Store(tmp_path), BY_NAME["clean"]
+    for number, chosen in enumerate(({"min_chars": 10}, {"min_chars": 99, "gopher": None, "unicode": None})):
+        manifest = {
+            "version": stage.version,
+            "config": stage.config(**chosen).identity(),
+            "inputs": {"download": {"fingerprint": "d0", "payload_sha256": ""}},
+            "metrics": {},
+            "finished": f"2026-01-0{number + 1}",
+        }
+        store.begin("clean", f"f{number}", {})
+        store.seal("clean", f"f{number}", manifest)
+    asked = stage.config(min_chars=11)
+    assert differences(stage, asked, {"download": "d0"}, store) == ["min_chars: 10 -> 11"]
 
 
 def test_the_artifacts_of_an_unchanged_recipe_keep_their_names(tmp_path):

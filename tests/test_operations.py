@@ -384,3 +384,11 @@ def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(
     assert {stage for stage, state in rows.items() if state == "dispatched"} == {"pretrain", "evaluate"}
     newest = Store(site.llmill.home).artifacts("pretrain")[-1]
     assert newest.manifest["attempts"] == 2
+
+    built = Store(site.llmill.home).artifacts("evaluate")[-1]
+    settings = [*LONG, "pretrain.seed=7", "pretrain.precision=fp32"]
+    forced = prefect.ended(prefect.start("small", settings=settings, stages={"force": "evaluate"}), 300)
+    assert forced["state_type"] == "COMPLETED", forced["state"]
+    again = Store(site.llmill.home).get("evaluate", built.fingerprint)
+    assert again
+    assert again.manifest["finished"] > built.manifest["finished"], "it was built again where it is built"

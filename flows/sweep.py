@@ -233,6 +233,7 @@ class Sweep:
     def run(self, recipe: Path) -> list[Ended]:
         """Run all members; one that fails leaves the others going."""
         self._save()
+        self._finding.hold()
         self._tell()
         ended = []
         for number, member in enumerate(self.members, 1):

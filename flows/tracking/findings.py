@@ -22,6 +22,12 @@ class Finding:
         self.home, self.experiment, self.key = home, experiment, key or uuid4().hex
         self._begin = [{"op": "begin", **beginning(self.key, name)}, self._tags({KIND: kind})]
         self._mlflow = Mlflow(home, tracking_uri(home))
+        self._held: Journal | None = None
+
+    def hold(self) -> None:
+        """Say that this process is at work on the run: when it is killed, whoever sends what is left ends the run."""
+        self._held = Journal.begin(outbox(self.home), self.experiment, target(self.home), lasts=True)
+        self._held.append(self._begin)
 
     def tell(
         self,
@@ -38,6 +44,8 @@ class Finding:
         Returns:
             Why MLflow does not have it yet; empty where it has.
         """
+        if status and self._held:
+            self._held.remove()
         run = {"run": self.key}
         texts = [{"op": "text", **run, "name": name, "text": text} for name, text in (files or {}).items()]
         end = [{"op": "end", **run, "status": status, "time": now()}] if status else []

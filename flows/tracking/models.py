@@ -2,7 +2,8 @@
 
 An export becomes a version of the registered model named as the recipe, with the alias ``candidate`` where it was not
 one of a sweep, which names its best when it is over. Its folder is laid out as `mlflow.transformers` does it, from the
-sealed files and without loading a weight, so that ``mlflow models serve`` and ``mlflow.transformers.load_model`` take it.
+sealed files and without loading a weight, so that ``mlflow models serve`` and ``mlflow.transformers.load_model`` take
+it.
 """
 
 from __future__ import annotations

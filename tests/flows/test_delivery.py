@@ -15,6 +15,7 @@ from postgres import postgres
 
 from flows.store import Store
 from flows.tracking.delivery import deliver, send_left
+from flows.tracking.findings import Finding
 from flows.tracking.journal import Journal, outbox
 from flows.tracking.operations import Away, Gone, Mlflow
 from flows.tracking.tracker import beginning, description
@@ -206,6 +207,20 @@ def test_runs_that_a_kill_left_open_are_ended_by_whoever_sends_what_is_left(mlfl
     assert list(send_left(mlflow.home, mlflow)) == []
     found = {run.data.tags["llmill.key"]: run.info.status for run in runs(mlflow)}
     assert found == {KEY: "FINISHED", "1" * 16: "KILLED"}
+
+
+def test_a_sweep_that_is_killed_is_ended_too_and_one_that_ends_well_is_told_once(mlflow: Mlflow) -> None:
+    killed, well = (Finding(mlflow.home, "small", "sweep", name, key=name * 16) for name in ("3", "4"))
+    for finding in (killed, well):
+        finding.hold()
+        assert not finding.tell({"llmill.sweep.settings": "pretrain.lr"})
+    assert list(send_left(mlflow.home, mlflow)) == []
+    assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}
+    assert not well.tell({}, status="FINISHED")
+    assert killed._held
+    killed._held.release()  # as the system does when a process is killed
+    assert list(send_left(mlflow.home, mlflow)) == []
+    assert {run.info.run_name: run.info.status for run in runs(mlflow)} == {"3": "KILLED", "4": "FINISHED"}
 
 
 def test_what_mlflows_client_reads_of_the_environment_is_set_in_one_place() -> None:

@@ -23,7 +23,7 @@ def main(function: str, cores: str, job: str, result: str) -> None:
     start = time.perf_counter()
     outcome = work()
     seconds = time.perf_counter() - start
-    Path(result).write_text(json.dumps({"seconds": seconds, "result": outcome}))
+    Path(result).write_text(json.dumps({"seconds": seconds, "result": outcome}, allow_nan=False))
 
 
 if __name__ == "__main__":

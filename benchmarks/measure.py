@@ -86,7 +86,7 @@ def run_once(runs: Runs, logs: Path) -> None:
     log = logs / f"{''.join(c if c.isalnum() else '-' for c in one.name)}.log"
     with tempfile.TemporaryDirectory() as folder, open(log, "wb") as output:
         job, result = Path(folder, "job.json"), Path(folder, "result.json")
-        job.write_text(json.dumps(one.job))
+        job.write_text(json.dumps(one.job, allow_nan=False))
         function = f"{one.prepare.__module__}:{one.prepare.__qualname__}"
         command = [sys.executable, "-m", "benchmarks.child", function, str(one.cores), str(job), str(result)]
         child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)

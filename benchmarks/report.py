@@ -113,7 +113,12 @@ class Report:
         print(markdown)
         folder.mkdir(parents=True, exist_ok=True)
         folder.joinpath(f"{self.name}.md").write_text(markdown, encoding="utf-8")
-        content = json.dumps(about | {"settings": self.settings} | self.data, indent=1, default=str) + "\n"
+        content = (
+            json.dumps(
+                about | {"settings": self.settings} | self.data, indent=1, default=str, allow_nan=False
+            )
+            + "\n"
+        )
         folder.joinpath(f"{self.name}.json").write_text(content, encoding="utf-8")
 
 

@@ -8,6 +8,7 @@ notes for a person, and processes that must run as ranks. Under `flows` the cont
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
 import re
@@ -359,6 +360,15 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def finite(value: Any) -> Any:
+    """Put None for numbers that are not finite, at any depth: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
 
 
 def last_lines(text: str, count: int = 12) -> str:

@@ -196,7 +196,7 @@ def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         return kept
     result = work()
     with atomic_path(marker) as temporary:
-        temporary.write_text(json.dumps(result), encoding="utf-8")
+        temporary.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
     return result
 
 

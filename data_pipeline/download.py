@@ -123,7 +123,7 @@ def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
         public["urls"] = [source.url]
     elif isinstance(source, HuggingFaceSource) and listing[0].version.startswith("commit:"):
         public |= {"dataset": source.dataset, "revision": listing[0].version.rpartition("@")[2]}
-    canonical = json.dumps([[one.name, one.size, one.version] for one in listing])
+    canonical = json.dumps([[one.name, one.size, one.version] for one in listing], allow_nan=False)
     return (
         source.model_dump(mode="json", exclude=PLACES)
         | public
@@ -213,7 +213,7 @@ def write_listing(config: DownloadConfig, path: Path) -> None:
         for source, files in zip(config.sources, config.listings, strict=True)
     }
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(listing, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
 def summarise(config: DownloadConfig, tallies: Sequence[Mapping[str, Any]], report: Path) -> Metrics:

@@ -295,7 +295,7 @@ def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
     }
     for name, value in files.items():
         with atomic_path(out / name) as temporary:
-            temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_path(out / "tokenizer.json") as temporary:
         tokenizer.save(str(temporary), pretty=True)
 

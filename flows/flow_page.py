@@ -47,7 +47,9 @@ class FlowPage:
 
     def stages(self, rows: Sequence[Mapping[str, Any]], summary: str) -> None:
         """Show a table with one row a stage."""
-        self._show("stages", "table", json.dumps(list(rows)), summary)  # text, as Prefect's own tables are
+        self._show(
+            "stages", "table", json.dumps(list(rows), allow_nan=False), summary
+        )  # text, as Prefect's own tables are
 
     def progress(self, percent: float, description: str) -> None:
         """Show how far the stage at work is."""

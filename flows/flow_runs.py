@@ -102,13 +102,13 @@ def at_work(home: Path) -> Iterator[None]:
         "pid": process.pid,
         "created": process.create_time(),
     }
-    write_durably(note, json.dumps(content))
+    write_durably(note, json.dumps(content, allow_nan=False))
     final = "failed"
     try:
         yield
         final = "completed"
     finally:
-        write_durably(note, json.dumps({**content, "final": final}))
+        write_durably(note, json.dumps({**content, "final": final}, allow_nan=False))
 
 
 def settle(home: Path) -> None:

@@ -56,7 +56,7 @@ def fields_on_server(entry: Mapping[str, Any]) -> Fields:
 
 def fields_in_file(entry: Mapping[str, Any]) -> Fields:
     """Fields of a deployment as a prefect.yaml has it."""
-    plain = json.loads(json.dumps(entry, default=str))
+    plain = json.loads(json.dumps(entry, default=str, allow_nan=False))
     limit = plain.get("concurrency_limit")
     if isinstance(limit, int):
         limit = {"limit": limit, "collision_strategy": None}
@@ -128,7 +128,7 @@ def shown(value: Any) -> str:
         return ", ".join(shown_schedule(schedule) for schedule in value)
     if value in ([], {}, None, ""):
         return "none"
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
 def shown_schedule(schedule: Mapping[str, Any]) -> str:
@@ -153,4 +153,4 @@ def remember(home: Path, server: Sequence[Mapping[str, Any]]) -> None:
     """Keep what the server has right after a registration."""
     kept = remembered(home) | {known["id"]: fields_on_server(known) for known in server}
     place(home).parent.mkdir(parents=True, exist_ok=True)
-    write_durably(place(home), json.dumps(kept, indent=1, ensure_ascii=False))
+    write_durably(place(home), json.dumps(kept, indent=1, ensure_ascii=False, allow_nan=False))

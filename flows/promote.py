@@ -229,7 +229,7 @@ def carry_out(registry: Registry, home: Path, decision: Decision) -> str:
     name = f"{decision.outcome} {version.name} {version.version}"
     finding = Finding(home, decision.recipe, "promote", name)
     tags = {"llmill.promote.model": version.uri, "llmill.promote.outcome": decision.outcome}
-    files = {EVIDENCE: json.dumps(decision.as_json(), indent=1)}
+    files = {EVIDENCE: json.dumps(decision.as_json(), indent=1, allow_nan=False)}
     if why_not := finding.tell(tags, files, decision.note, "FINISHED"):
         raise NotAsked(why_not)
     of_version = {

@@ -151,7 +151,10 @@ class PrefectServer:
             )
         url = f"http://127.0.0.1:{port}/api"
         created = psutil.Process(self._process.pid).create_time()
-        write_durably(self.state, json.dumps({"pid": self._process.pid, "created": created, "url": url}))
+        write_durably(
+            self.state,
+            json.dumps({"pid": self._process.pid, "created": created, "url": url}, allow_nan=False),
+        )
         return url
 
     def _stop(self) -> None:

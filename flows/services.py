@@ -348,7 +348,7 @@ def end_tree(pid: int) -> None:
 
 def write(home: Path, services: Services) -> None:
     place(home).parent.mkdir(parents=True, exist_ok=True)
-    write_durably(place(home), json.dumps(asdict(services), indent=1))
+    write_durably(place(home), json.dumps(asdict(services), indent=1, allow_nan=False))
 
 
 def of_a_run(home: Path) -> int | None:

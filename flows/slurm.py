@@ -114,7 +114,7 @@ def at_work(folder: Path) -> str:
 
 
 def remember(folder: Path, number: str, *, cancelled: bool = False) -> None:
-    write_durably(folder / STATE, json.dumps({"number": number, "cancelled": cancelled}))
+    write_durably(folder / STATE, json.dumps({"number": number, "cancelled": cancelled}, allow_nan=False))
 
 
 def is_cancelled(folder: Path) -> bool:

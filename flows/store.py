@@ -197,7 +197,10 @@ class Store:
                 fsync_folder(path)
             else:
                 protect(path)
-        write_durably(partial / "manifest.json", json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+        write_durably(
+            partial / "manifest.json",
+            json.dumps(sealed, indent=1, ensure_ascii=False, allow_nan=False) + "\n",
+        )
         protect(partial / "manifest.json")
         if self.path(stage, fingerprint).exists():
             with replacing():
@@ -352,7 +355,9 @@ def begin_attempt(folder: Path) -> tuple[int, float]:
         attempts = last["earlier"] + 1
         seconds = last["seconds"] + max(0.0, max(path.stat().st_mtime for path in files) - last["began"])
     note.parent.mkdir(exist_ok=True)
-    write_durably(note, json.dumps({"earlier": attempts, "seconds": seconds, "began": time.time()}))
+    write_durably(
+        note, json.dumps({"earlier": attempts, "seconds": seconds, "began": time.time()}, allow_nan=False)
+    )
     return attempts, seconds
 
 

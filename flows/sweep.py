@@ -322,4 +322,6 @@ class Sweep:
     def _save(self) -> None:
         """Note which members are done, for a sweep that goes on with this one."""
         self._record.parent.mkdir(parents=True, exist_ok=True)
-        write_durably(self._record, json.dumps({"key": self._finding.key, "done": self._done}))
+        write_durably(
+            self._record, json.dumps({"key": self._finding.key, "done": self._done}, allow_nan=False)
+        )

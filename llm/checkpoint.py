@@ -90,7 +90,7 @@ def write_part(folder: Path, rank: int, pieces: dict[str, Tensor]) -> None:
     path = folder / f"rank-{rank:05d}.safetensors"
     save_file(pieces, path)
     with atomic_path(path.with_suffix(".json")) as described:
-        described.write_text(json.dumps(describe(path)), encoding="utf-8")
+        described.write_text(json.dumps(describe(path), allow_nan=False), encoding="utf-8")
 
 
 def await_parts(folder: Path, ranks: int, seconds: float) -> None:
@@ -114,13 +114,13 @@ def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
 
     Call on one rank, when all have written.
     """
-    (folder / HISTORY).write_text(json.dumps(history), encoding="utf-8")
+    (folder / HISTORY).write_text(json.dumps(history, allow_nan=False), encoding="utf-8")
     files = {HISTORY: describe(folder / HISTORY)}
     for described in sorted(folder.glob("rank-*.json")):
         files[f"{described.stem}.safetensors"] = json.loads(described.read_text(encoding="utf-8"))
         described.unlink()
     record = {"format": FORMAT, **asdict(Checkpoint(step, setup, files))}
-    (folder / RECORD).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    (folder / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
     sync(folder / RECORD)
     sync(folder)
     shutil.rmtree(folder_of(folder.parent, step), ignore_errors=True)  # a rollback saves a step again

@@ -74,7 +74,7 @@ class Corpus:
             paths = dict(zip(mixture.names, self.paths("train"), strict=True))
             counts = write_flat_by_source(train, paths, self.vocab_size, self.end)
             with atomic_path(record) as path:
-                path.write_text(json.dumps(counts), encoding="utf-8")
+                path.write_text(json.dumps(counts, allow_nan=False), encoding="utf-8")
         tokens: dict[str, int] = json.loads(record.read_text(encoding="utf-8"))
         for name, windows in zip(mixture.names, self.windows("train").counts, strict=True):
             if not windows:

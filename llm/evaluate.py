@@ -191,9 +191,9 @@ def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) 
     with atomic_path(out / "documents.parquet") as path:
         pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
     with atomic_path(out / "sources.json") as path:
-        path.write_text(json.dumps(sources, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(sources, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_path(out / "samples.jsonl") as path:
-        lines = (json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
         path.write_text("".join(lines), encoding="utf-8")
     with atomic_path(out / "report.md") as path:
         path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")

@@ -109,7 +109,7 @@ def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Write ``value`` to ``path``, atomically."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -76,7 +76,7 @@ def report_failure(error: Exception, folder: Path) -> None:
     )
     message = f"{type(error).__name__}: {error}" if kind == "fault" else str(error)
     with suppress(OSError), open(folder / "error.json", "x", encoding="utf-8") as file:
-        json.dump({"kind": kind, "message": message}, file)
+        json.dump({"kind": kind, "message": message}, file, allow_nan=False)
     if kind == "fault":
         traceback.print_exception(error)
 

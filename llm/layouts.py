@@ -383,10 +383,15 @@ def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
     here, there = arithmetic(ours), arithmetic(theirs)
     names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]
     return ", ".join(
-        f"{'train_tokenizer' if name == 'vocab_size' else 'pretrain.model'}.{name}={json.dumps(asked[name])} "
-        f"(not {json.dumps(given[name])})"
+        f"{'train_tokenizer' if name == 'vocab_size' else 'pretrain.model'}.{name}={written(asked[name])} "
+        f"(not {written(given[name])})"
         for name in names
     )
+
+
+def written(value: Any) -> str:
+    """A setting as a recipe has it."""
+    return json.dumps(value, allow_nan=False)
 
 
 def arithmetic(config: ModelConfig) -> dict[str, Any]:

@@ -155,7 +155,7 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     tokens = job.corpus.lay(train, held_out)
     reading = job.corpus.reading(config.plan.windows_before(config.steps))
     with atomic_path(out / "sources.json") as path:
-        path.write_text(json.dumps(reading, indent=1) + "\n", encoding="utf-8")
+        path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in describe_reading(config, reading):
         context.note(line)
     if left_out := [

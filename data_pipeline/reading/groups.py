@@ -59,14 +59,18 @@ def write_group(settings: Settings, group: Group, stem: Path, fetched: Path) -> 
                 rows = open_piece(piece, files, number, place)
                 place = None
                 provenance = piece.source.provenance
-                common = json.dumps(provenance)
+                common = json.dumps(provenance, allow_nan=False)
                 for where, record in rows:
                     row = "" if record.row is None else f"#{record.row}"
                     id = f"{piece.source.name}/{piece.listed.name}{where}{row}"
                     if isinstance(record, Rejected):
                         parts.reject(id, record, piece.source.name)
                     else:
-                        meta = json.dumps(provenance | dict(record.meta)) if record.meta else common
+                        meta = (
+                            json.dumps(provenance | dict(record.meta), allow_nan=False)
+                            if record.meta
+                            else common
+                        )
                         parts.add(id, record, piece.source.name, meta)
                     if parts.full:
                         parts.seal(number, rows.place())

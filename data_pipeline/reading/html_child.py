@@ -94,7 +94,7 @@ def main(extractor: str, seconds: float) -> None:
     while head := asked.read(LENGTH.size):
         page = asked.read(LENGTH.unpack(head)[0]).decode("utf-8", "replace")
         limit_page(seconds)
-        said = json.dumps(answer(extract, page)).encode()
+        said = json.dumps(answer(extract, page), allow_nan=False).encode()
         limit_page(0)
         told.write(LENGTH.pack(len(said)) + said)
         told.flush()

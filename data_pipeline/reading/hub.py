@@ -50,7 +50,7 @@ def list_folder(name: str, folder: Path) -> Listed:
     files = pin((path.relative_to(folder).as_posix(), path) for path in paths)
     if not files:
         raise UserError(f"the data set folder {folder} is empty")
-    canonical = json.dumps([[one.name, one.size, one.version] for one in files])
+    canonical = json.dumps([[one.name, one.size, one.version] for one in files], allow_nan=False)
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     return Listed(
         name=name, size=sum(one.size for one in files), version=f"sha256:{digest}", location=str(folder)

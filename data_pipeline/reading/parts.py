@@ -96,7 +96,7 @@ class Parts:
         self._close()
         self.progress.piece, self.progress.place = piece, place
         with atomic_path(self._note) as temporary:
-            temporary.write_text(json.dumps(vars(self.progress)), encoding="utf-8")
+            temporary.write_text(json.dumps(vars(self.progress), allow_nan=False), encoding="utf-8")
 
     def finish(self) -> dict[str, Any]:
         """End the last part; what came of the whole group, as JSON."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from data_pipeline.context import finite
 from data_pipeline.documents import MAX_DOCUMENT_BYTES
 
 MAX_META_BYTES = 1 << 16
@@ -49,6 +50,7 @@ def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> 
     """
     if not text:
         return Rejected(row, "empty", "")
+    meta = finite(meta)
     if text.isascii():
         size = len(text)
     else:
@@ -60,7 +62,7 @@ def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> 
         return Rejected(row, "too_large", f"{size} bytes")
     if "\0" in text:
         return Rejected(row, "nul_bytes", f"NUL at character {text.index(chr(0))}: binary, or not UTF-8?")
-    if meta and len(json.dumps(meta)) > MAX_META_BYTES:
+    if meta and len(json.dumps(meta, allow_nan=False)) > MAX_META_BYTES:
         return Rejected(row, "meta_too_large", f"{', '.join(meta)} hold more than {MAX_META_BYTES} bytes")
     return Text(row, text, meta, size=size)
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from data_pipeline.context import finite
 from data_pipeline.rules.c4 import LINE_REASONS, C4Rules
 from data_pipeline.rules.fineweb import FineWebRules
 from data_pipeline.rules.language import LanguageRules, identify_all
@@ -75,7 +76,9 @@ def apply_language(rules: LanguageRules, cleaned: Cleaned) -> None:
         if rules.broken(language, score)
     )
     written = [
-        json.dumps(json.loads(meta) | {"language": language, "language_score": score})
+        json.dumps(
+            finite(json.loads(meta) | {"language": language, "language_score": score}), allow_nan=False
+        )
         for (_, language, score), meta in zip(found, metas.take(pa.array(rows)).to_pylist(), strict=True)
     ]
     cleaned.metas = replace_rows(metas, rows, written)

@@ -137,7 +137,9 @@ def summarise(tallies: Sequence[Mapping[str, Any]], out: Path, notes: Iterable[s
     }
     dropped = {reason: one for reason, one in reasons.items() if reason != KEPT}
     metrics = figures | {f"dropped/{reason}": one[0] for reason, one in dropped.items()} | whole["counts"]
-    write_text(out / "report.json", json.dumps(figures | machine_readable(whole), indent=1) + "\n")
+    write_text(
+        out / "report.json", json.dumps(figures | machine_readable(whole), indent=1, allow_nan=False) + "\n"
+    )
     write_text(out / "report.md", page(figures, whole, dropped, notes))
     return {name: float(value) for name, value in metrics.items()}
 

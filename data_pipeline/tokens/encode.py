@@ -61,7 +61,7 @@ def with_gigatoken(folder: Path, parallel: bool) -> Encoder:
 
     description = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
     description["added_tokens"] = []  # else "<|endoftext|>" written in a text would become the special token
-    tokenizer = Renewed(json.dumps(description))
+    tokenizer = Renewed(json.dumps(description, allow_nan=False))
 
     def encode(texts: pa.Array) -> Encoded:
         if not len(texts):

@@ -32,7 +32,13 @@ def status(home: Home = HOME, as_json: AsJson = False) -> None:
             for a in artifacts
         ]  # fmt: skip
         left = [str(path) for path in unfinished]
-        print(json.dumps({"servers": described(services), "sealed": sealed, "unfinished": left}, indent=1))
+        print(
+            json.dumps(
+                {"servers": described(services), "sealed": sealed, "unfinished": left},
+                indent=1,
+                allow_nan=False,
+            )
+        )
         return
     console = Terminal().console
     show_servers(console, described(services), services.database)
@@ -115,7 +121,7 @@ def trace(
     else:
         value, lines = report.artifact_json(graph, found, known), report.artifact_lines(graph, found, known)
     if as_json:
-        print(json.dumps(value, indent=1))
+        print(json.dumps(value, indent=1, allow_nan=False))
         return
     console = Terminal().console
     for line in lines:
@@ -139,7 +145,7 @@ def find(
         raise UserError(f"there is no home {home}")
     found = search(home, [*(texts or ()), *(read_text(path) for path in file or ())])
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        print(json.dumps(asdict(found), indent=1, allow_nan=False))
     else:
         console = Terminal().console
         for place in found.places:
@@ -202,7 +208,7 @@ def gc(
             {"stage": stage, "fingerprint": name, "why": why} for (stage, name), why in found.kept.items()
         ]
         value = {"removed" if yes else "found": listed, "kept": kept, "refusal": found.refusal}
-        print(json.dumps(value, indent=1))
+        print(json.dumps(value, indent=1, allow_nan=False))
         return
     for one, left in done:
         name = f"{one.path.parent.name:<16}{one.path.name:<26}"

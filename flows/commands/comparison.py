@@ -54,7 +54,7 @@ def compare(
     if html:
         write_page(html, page(comparison))
     if as_json:
-        print(json.dumps(comparison.as_json(), indent=1))
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
     else:
         show(comparison, terminal.console)
     if log:

@@ -126,7 +126,7 @@ def promote(
     except NotAsked as error:
         raise UserError(str(error)) from None
     if as_json:
-        print(json.dumps(decision.as_json(), indent=1))
+        print(json.dumps(decision.as_json(), indent=1, allow_nan=False))
     else:
         console = Terminal().console
         for gate in decision.gates:

@@ -128,7 +128,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json:
     quiet_libraries()
     steps = make_plan(load_recipe(recipe, set_ or ()), Store(home))
     if as_json:
-        print(json.dumps([step.as_json() for step in steps], indent=1))
+        print(json.dumps([step.as_json() for step in steps], indent=1, allow_nan=False))
         return
     console = Terminal().console
     for step in steps:

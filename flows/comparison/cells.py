@@ -109,7 +109,7 @@ def group_cells(group: Group) -> list[str]:
 
 def setting(value: Any) -> str:
     """A setting as a recipe would have it, shortened."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 

@@ -28,7 +28,7 @@ def log(comparison: Comparison, home: Path) -> tuple[str, str]:
 
 
 def files(comparison: Comparison) -> Mapping[str, str]:
-    return {PAGE: page(comparison), FIGURES: json.dumps(comparison.as_json(), indent=1)}
+    return {PAGE: page(comparison), FIGURES: json.dumps(comparison.as_json(), indent=1, allow_nan=False)}
 
 
 def note(comparison: Comparison) -> str:

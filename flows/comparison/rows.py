@@ -42,7 +42,7 @@ class Row:
 
     @property
     def differs(self) -> bool:
-        return len({json.dumps(value, sort_keys=True) for value in self.values}) > 1
+        return len({json.dumps(value, sort_keys=True, allow_nan=False) for value in self.values}) > 1
 
 
 def settings(artifact: Artifact | None) -> dict[str, Any]:
@@ -82,7 +82,7 @@ def recipe_key(subject: Subject) -> str:
         }
         for stage in MODEL_STAGES
     }
-    return json.dumps(made_by, sort_keys=True)
+    return json.dumps(made_by, sort_keys=True, allow_nan=False)
 
 
 def metric_rows(subjects: Sequence[Subject]) -> list[Row]:

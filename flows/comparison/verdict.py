@@ -294,7 +294,7 @@ def advice(subjects: Sequence[Subject]) -> str:
 
 def values_text(row: Row) -> str:
     different = dict.fromkeys(
-        json.dumps(value) if not isinstance(value, str) else value for value in row.values
+        json.dumps(value, allow_nan=False) if not isinstance(value, str) else value for value in row.values
     )
     return ",".join(different)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def event_points(event: Mapping[str, Any]) -> list[Point]:
     return [
         (f"{prefix}/{key}", float(value), stamp, event["step"])
         for key, value in event.items()
-        if key not in ("event", "step", "time") and isinstance(value, int | float)
+        if key not in ("event", "step", "time") and isinstance(value, int | float) and math.isfinite(value)
     ]
 
 

@@ -59,7 +59,7 @@ class Journal:
 
     def append(self, operations: Sequence[Operation]) -> None:
         """Add operations; they are on disk when this returns, or none of them is there."""
-        data = "".join(json.dumps(operation) + "\n" for operation in operations).encode()
+        data = "".join(json.dumps(operation, allow_nan=False) + "\n" for operation in operations).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -103,7 +103,7 @@ class Journal:
     def refuse(self, operation: Operation, why: str) -> None:
         """Set an operation aside that MLflow will never take."""
         with open(self.refused, "a") as file:
-            file.write(json.dumps({"why": why, **operation}) + "\n")
+            file.write(json.dumps({"why": why, **operation}, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
 

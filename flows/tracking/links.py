@@ -77,5 +77,5 @@ def page_url(tracking_uri: str, page: str) -> str:
 def saved_view(now: int) -> str:
     """`TABLE` as a saved view of MLflow's pages, made at ``now`` (milliseconds of the epoch)."""
     columns = [f"{kind}.`{name}`" for kind, names in TABLE.items() for name in names]
-    state = json.dumps({"selectedColumns": columns})
-    return json.dumps({"name": VIEW, "createdAt": now, "updatedAt": now, "state": state})
+    state = json.dumps({"selectedColumns": columns}, allow_nan=False)
+    return json.dumps({"name": VIEW, "createdAt": now, "updatedAt": now, "state": state}, allow_nan=False)

@@ -138,7 +138,9 @@ class Tracker:
         self.parent_key = record.get("key") or self._new_key()
         self.parent_name = record.get("name") or name
         if self._record:
-            write_durably(self._record, json.dumps({"key": self.parent_key, "name": self.parent_name}))
+            write_durably(
+                self._record, json.dumps({"key": self.parent_key, "name": self.parent_name}, allow_nan=False)
+            )
         begin = {"op": "begin", **beginning(self.parent_key, self.parent_name)}
         self._tell(begin, *description(self.parent_key, params, tags))
 
@@ -331,7 +333,7 @@ class Tracker:
 
     def _save_state(self) -> None:
         state = {"key": self.stage_key, "offset": self._offset, "begun": self._begun}
-        write_durably(self._state, json.dumps(state))
+        write_durably(self._state, json.dumps(state, allow_nan=False))
 
 
 def payload_uploads(artifact: Artifact, upload_bytes: float) -> tuple[str, ...]:
@@ -380,7 +382,7 @@ def dataset(artifact: Artifact) -> dict[str, str]:
         "digest": artifact.fingerprint,
         "source_type": "local",
         "source": canonical_json({"uri": artifact.path.resolve().as_uri()}),
-        "profile": json.dumps(artifact.metrics, sort_keys=True),
+        "profile": json.dumps(artifact.metrics, sort_keys=True, allow_nan=False),
     }
 
 
@@ -411,7 +413,7 @@ def now() -> int:
 
 def text_of(value: Any) -> str:
     """A param's value as MLflow takes it."""
-    text = value if isinstance(value, str) else json.dumps(value)
+    text = value if isinstance(value, str) else json.dumps(value, allow_nan=False)
     return text if len(text) <= VALUE_LENGTH else text[: VALUE_LENGTH - 1] + "…"
 
 

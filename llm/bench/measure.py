@@ -41,7 +41,7 @@ def run_child(job_path: Path, result_path: Path) -> None:
     after = matmul_rates(device, precision)
     result["matmul_flops"] = {name: max(rate, after[name]) * job.ranks for name, rate in before.items()}
     if os.environ.get("RANK", "0") == "0":
-        result_path.write_text(json.dumps(result), encoding="utf-8")
+        result_path.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
 
 
 @dataclass
@@ -122,7 +122,7 @@ def measure_once(one: Contestant, steps: int, folder: Path) -> dict[str, Any]:
         RuntimeError: it failed; the message holds the end of its output.
     """
     job, result = folder / "job.json", folder / "result.json"
-    job.write_text(json.dumps({"contestant": asdict(one), "steps": steps}), encoding="utf-8")
+    job.write_text(json.dumps({"contestant": asdict(one), "steps": steps}, allow_nan=False), encoding="utf-8")
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m"]
     environment = dict(os.environ) | (rank_environment(one.ranks) if one.allocator else {})

@@ -145,5 +145,6 @@ def write_results(races: Mapping[str, Sequence[Entry]], about: dict[str, Any], f
     folder.joinpath("training.md").write_text(text, encoding="utf-8")
     content = {name: [asdict(one) for one in race] for name, race in races.items()}
     folder.joinpath("training.json").write_text(
-        json.dumps({"machine": facts, **about, "races": content}, indent=1) + "\n", encoding="utf-8"
+        json.dumps({"machine": facts, **about, "races": content}, indent=1, allow_nan=False) + "\n",
+        encoding="utf-8",
     )

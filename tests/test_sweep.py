@@ -6,15 +6,18 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from command_line import Llmill
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from data_pipeline.context import UserError
+from flows.comparison.verdict import FIRST, NONE, Claim, Group, Verdict
 from flows.store import Store
-from flows.sweep import foresee, read_grid, read_members
+from flows.sweep import best_of, foresee, read_grid, read_members
 
 PARENT = "mlflow.parentRunId"
 
@@ -179,3 +182,24 @@ def test_values_may_be_lists():
     }
     with pytest.raises(UserError, match="there twice"):
         read_grid(["pretrain.lr=1", "pretrain.lr=2"])
+
+
+def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_is_said() -> None:
+    members = [SimpleNamespace(name=f"member {place}") for place in range(4)]
+    groups = [
+        Group("1", {"lr": 1}, ["A", "B"], [0, 1], [2.0, 1.8]),
+        Group("2", {"lr": 2}, ["C", "D"], [2, 3], [1.7, 3.0]),
+    ]
+    scores = SimpleNamespace(bits_per_byte=np.array([2.0, 1.8, 1.7, 3.0]))
+    one, two = (group.name for group in groups)
+    for outcome, said in (
+        (FIRST, "shown to be better than every other"),
+        (NONE, f"not shown to be better than {two}"),
+    ):
+        best, why = best_of(Verdict("", scores, groups, [], [Claim(one, two, outcome)]), members)
+        assert best is members[1]
+        assert "1.8000 bits per byte" in why
+        assert said in why
+    best, why = best_of(Verdict(refused="7 held-out documents are too few"), members)
+    assert best is None
+    assert "no candidate is named" in why

@@ -48,7 +48,8 @@ def status(home: Home = HOME, as_json: AsJson = False) -> None:
         )
     for artifact in artifacts:
         size, when = human_bytes(artifact.size), artifact.manifest["finished"][:16].replace("T", " ")
-        console.print(f"{artifact.stage:<16}{artifact.fingerprint}  {size:>9}  {when}  {headline(artifact)}")
+        line = f"{artifact.stage:<16}{artifact.fingerprint}  {size:>9}  {when}"
+        console.print(f"{line}  {artifact.manifest['recipe']}  {headline(artifact)}")
     for path in unfinished:
         console.print(f"{path.parent.name:<16}{path.name.removesuffix('.partial')}  unfinished")
     total = human_bytes(sum(artifact.size for artifact in artifacts))

@@ -114,7 +114,12 @@ def report(pipeline: Any, home: Path) -> None:
         )
     elif tracker.parent_name:
         console.print(f"MLflow  run “{tracker.parent_name}” of experiment {pipeline.recipe.name}")
-    speak = f'   ·   llmill generate{option} --prompt "..."' if exported else ""
+    speak = ""
+    if exported:
+        newest = pipeline.store.artifacts("export")[-1].fingerprint  # which is taken where none is named
+        ours = exported.artifact.fingerprint
+        model = "" if ours == newest else f" --model {ours}"
+        speak = f'   ·   llmill generate{option}{model} --prompt "..."'
     console.print(f"next    llmill ui{option}{speak}")
 
 

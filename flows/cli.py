@@ -22,7 +22,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "What is there": (artifacts.status, artifacts.verify, artifacts.trace, artifacts.find, artifacts.gc),
     "Compare": (comparison.compare,),
     "Models": (models.generate, models.promote),
-    "Servers": (servers.up, servers.down, servers.ui, tracking.sync),
+    "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }
 """Heading in the help -> the commands under it, each called as its function."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import secrets
 import shlex
 import time
@@ -25,7 +26,9 @@ from data_pipeline.context import Item, Result, Runtime
 from flows import launch, slurm
 from flows.flow_page import FlowPage
 from flows.parts import Part, Stopped, compute
+from flows.run_notes import WORKER, needs
 from flows.runners import Workers
+from flows.stopping import END_SECONDS, STOP_SECONDS
 from flows.terminal import Terminal, duration
 from flows.tracking.events import read_lines
 from flows.tracking.tracker import Tracker
@@ -36,8 +39,8 @@ MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOLLOW_SECONDS = 1.0
 TELL_SECONDS = 10.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
-CANCEL_SECONDS = 8.0
-"""What ranks get to save in, when a deployment's run is cancelled: all of it must be gone within 15 seconds."""
+FOREIGN_SECONDS = 30.0
+"""After which a worker of Prefect's own kills what it has told to end; ours waits for as long as a run needs."""
 
 
 class PrefectContext:
@@ -52,7 +55,10 @@ class PrefectContext:
         self._page = page
         self._progress: tuple[float, float | None, str] | None = None
         self._shown_events = 0
-        self._total_steps = 0
+        self.kept = "what is done is kept"
+        """What a stage that is stopped leaves, in words."""
+        self._total_steps = self._step = 0
+        self._saved: int | None = None
         self._validated = ""
         self._followed = self._told = 0.0
 
@@ -159,8 +165,8 @@ class PrefectContext:
                     self._told = self._followed
                     self._tracker.follow(events)
 
-        if deployment.id:
-            grace_seconds = min(grace_seconds, CANCEL_SECONDS)
+        grace_seconds = self._grace(grace_seconds)
+        needs(grace_seconds + launch.MARGIN_SECONDS + END_SECONDS)
         _, self._shown_events = read_lines(events, 0)
         self._terminal.line(f"starting {ranks} rank(s)")
         try:
@@ -174,6 +180,27 @@ class PrefectContext:
         finally:
             self._follow(events)
             self._tracker.follow(events)
+            self.kept = self._what_is_saved(grace_seconds)
+
+    def _grace(self, wanted: float) -> float:
+        """The seconds that ranks get to save in; less than ``wanted`` where the worker that runs us does not wait."""
+        most = FOREIGN_SECONDS - launch.MARGIN_SECONDS - STOP_SECONDS
+        if not deployment.id or WORKER in os.environ or wanted <= most:
+            return wanted
+        self.note(
+            f"this worker is Prefect's own, which kills a run {FOREIGN_SECONDS:g} s after a cancel: "
+            f"ranks get {most:g} s to save, not grace_seconds ({wanted:g}); `llmill worker` waits for them",
+            warning=True,
+        )
+        return most
+
+    def _what_is_saved(self, grace_seconds: float) -> str:
+        """What training has on disk, and what it has not."""
+        lost = self._step - (self._saved or 0)
+        saved = f"step {self._saved} is saved" if self._saved is not None else "no step is saved"
+        if lost <= 0:
+            return saved
+        return f"{saved}, {lost} later one(s) are lost: they were not saved within grace_seconds ({grace_seconds:g})"
 
     def _say_who_is_awaited(self, job: Path, ranks: int) -> None:
         """Tell what to type on the other machines, where a person starts them."""
@@ -197,8 +224,12 @@ class PrefectContext:
             self._validated = ""
             self.note(f"{event['parameters']:,} parameters, {event['ranks']} rank(s)")
         elif kind == "resume":
+            self._step = self._saved = event["step"]
             self.note(f"resumed at step {event['step']}")
+        elif kind == "checkpoint":
+            self._saved = event["step"]
         elif kind == "interrupted":
+            self._step = self._saved = event["step"]
             self.note(f"interrupted after step {event['step']}, which is saved")
         elif kind == "warning":
             self.note(event["message"], warning=True)
@@ -206,6 +237,7 @@ class PrefectContext:
             loss, norm = event["loss"], event["grad_norm"]
             self.note(f"step {event['step']} was skipped: loss {loss}, gradient norm {norm}", warning=True)
         elif kind == "rollback":
+            self._step = self._saved = event["to"]
             self.note(
                 f"the loss leapt to {event['loss']:.4f} in step {event['step']} (z {event['z']:.1f}): back to step "
                 f"{event['to']}, past {event['windows']:,} windows",
@@ -214,6 +246,7 @@ class PrefectContext:
         elif kind == "validation":
             self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
         elif kind == "step":
+            self._step = event["step"]
             left = f" · {duration(event['eta_seconds'])} left" if event["step"] < self._total_steps else ""
             self._terminal.line(
                 f"step {event['step']:,} of {self._total_steps:,} · loss {event['loss']:.4f}"

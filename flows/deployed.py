@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from prefect import flow
 from prefect.runtime import flow_run
+from prefect.states import State
 from pydantic import BaseModel, ConfigDict, Field
 
 from flows.process import quiet_libraries
@@ -70,7 +71,7 @@ def pipeline(
     home: str = "",
     dispatch: list[StageName] = [],  # noqa: B006
     parent_key: str = "",
-) -> None:
+) -> State | None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
 
     Args:
@@ -82,24 +83,30 @@ def pipeline(
         parent_key: Tag llmill.key of the run in MLflow that a dispatched stage belongs to; set by who dispatches it.
     """
     quiet_libraries()
-    from flows.flow_runs import at_work, wait_for_prefect
+    from flows.flow_runs import STOPS, at_work, stopped, wait_for_prefect
+    from flows.stopping import heeding_signals
 
     place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
     chosen = {name: str(stage) if stage else None for name, stage in stages}
-    with at_work(place):  # before all else, so that who is killed from here on is found
-        from flows.dispatch import Dispatcher
-        from flows.pipeline import Run
-        from flows.plan import Selection
-        from flows.recipe import load_recipe
-        from flows.terminal import Terminal
+    command = resume_command(recipe, settings, chosen, place)
+    try:
+        with (
+            heeding_signals(),
+            at_work(place),
+        ):  # before all else, so that who is killed from here on is found
+            from flows.carry_out import carry_out
+            from flows.dispatch import Dispatcher
+            from flows.plan import Selection
 
-        command = resume_command(recipe, settings, chosen, place)
-        loaded = load_recipe(Path(recipe), settings)
-        dispatcher = Dispatcher(frozenset(map(str, dispatch)), parent_key)
-        run = Run(loaded, place, Selection(**chosen), Terminal(), command, dispatcher)
-        run.prepare()
-        run.work()
+            dispatcher = Dispatcher(frozenset(map(str, dispatch)), parent_key)
+            selection = Selection(**chosen)
+            carry_out(
+                Path(recipe), settings, place, selection=selection, command=command, dispatcher=dispatcher
+            )
+    except STOPS as stop:
+        return stopped(stop)
     wait_for_prefect(AWAY_SECONDS)
+    return None
 
 
 def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:

@@ -6,9 +6,8 @@ tells Prefect what became of their runs: the end that could not be told while th
 
 from __future__ import annotations
 
-import json
 import os
-import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -17,22 +16,28 @@ from typing import Any, TypeVar
 from uuid import UUID
 
 import httpx
-import psutil
-from prefect.client.orchestration import get_client
+from httpx import Limits
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterParentFlowRunId
-from prefect.client.schemas.objects import StateType
-from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.exceptions import ObjectNotFound, Pause, PrefectHTTPStatusError, TerminationSignal
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
-from prefect.states import Completed, Crashed, Failed, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, State, Suspended
 
 from flows.process import lives
+from flows.run_notes import Note, end_note, here, read_notes, write_note
 from flows.servers import answers, answers_soon
-from flows.store import write_durably
+from flows.stopping import asked, heeding_signals
 
 Value = TypeVar("Value")
-OPEN = {StateType.RUNNING, StateType.PENDING, StateType.CANCELLING}
+AT_WORK = {StateType.RUNNING, StateType.CANCELLING}
+OPEN = {*AT_WORK, StateType.PENDING}
 CRASHED = "the process that ran this is gone; Retry goes on from what it sealed"
+STOPS = (KeyboardInterrupt, TerminationSignal, Pause)
+"""What ends a run because somebody wants it to: ours, and Prefect's own."""
+WATCH_SECONDS = 3.0
+"""Between looks at what Prefect says of our run; less than the four seconds for which a connection is kept."""
 
 
 def in_flow(
@@ -40,14 +45,19 @@ def in_flow(
 ) -> Value:
     """Call ``body`` within a flow that ``start`` makes of it; without one where Prefect can't be reached.
 
-    ``missed`` is called when Prefect did not learn of the beginning or of the end. Whatever ``body`` raises is raised.
+    ``missed`` is called when Prefect did not learn of the beginning or of the end. Whatever ``body`` raises is raised;
+    to Prefect, a run that was stopped is cancelled, and the message says what it leaves.
     """
     given: list[Value] = []
     raised: list[BaseException] = []
 
-    def kept() -> Value:
+    def kept() -> Any:
         try:
-            given.append(body())
+            with heeding_signals():
+                given.append(body())
+        except STOPS as stop:
+            raised.append(stop)
+            return Cancelled(message=str(stop))
         except BaseException as error:
             raised.append(error)
             raise
@@ -61,13 +71,41 @@ def in_flow(
             raise httpx.ConnectError("no answer")
         with ExitStack() as ending:
             start(kept)
-    except Exception as error:
+    except BaseException as error:
         if raised:
             raise raised[0] from raised[0].__cause__
-        if not unreachable(error):
+        if not isinstance(error, Exception) or not unreachable(error):
             raise
         missed()
+    if raised:
+        raise raised[0]
     return given[0] if given else body()
+
+
+def stopped(stop: BaseException) -> State:
+    """The state in which a deployment's run ends that was stopped.
+
+    Raises:
+        Pause: it was suspended, or paused, which is made the same, for nobody is left to wait; or another attempt at
+            the run has begun since. Its state is to stay as it is.
+    """
+    ended: State = Cancelled(message=str(stop))
+    with suppress(Exception), get_client(sync_client=True) as client:
+        run = client.read_flow_run(UUID(str(flow_run.id)))
+        if run.state and not ours(run, int(flow_run.run_count)):
+            close_stages(client, run.id, ended)
+            if run.state.type == StateType.PAUSED and not run.state.state_details.pause_reschedule:
+                state: State = Suspended(pause_expiration_time=run.state.state_details.pause_timeout)
+                state.message = str(stop)
+                client.set_flow_run_state(run.id, state, force=True)
+            raise Pause(state=run.state)
+    return ended
+
+
+def ours(run: FlowRun, attempt: int) -> bool:
+    """Whether the state of a flow run is that of an attempt which still has to end it."""
+    elsewhere = run.state_type in (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING)
+    return not elsewhere and run.run_count <= attempt
 
 
 def unreachable(error: BaseException | None) -> bool:
@@ -90,60 +128,106 @@ def wait_for_prefect(seconds: float) -> None:
 
 @contextmanager
 def at_work(home: Path) -> Iterator[None]:
-    """Leave a note of the current flow run for as long as the block lasts; for longer, where its end is not told."""
+    """Leave a note of the current flow run for as long as the block lasts; for longer, where its end is not told.
+
+    Meanwhile, what is pressed on the run's page in Prefect stops it.
+    """
     if not flow_run.id:  # Prefect could not be reached
         yield
         return
-    note = notes(home) / f"{flow_run.id}.json"
-    process = psutil.Process()
-    content = {
-        "api": PREFECT_API_URL.value(),
-        "host": socket.gethostname(),
-        "pid": process.pid,
-        "created": process.create_time(),
-    }
-    write_durably(note, json.dumps(content, allow_nan=False))
-    final = "failed"
+    name, attempt = flow_run.name or "", flow_run.run_count
+    write_note(home, flow_run.id, api=PREFECT_API_URL.value(), name=name, attempt=attempt)
+    final, message = "failed", ""
+    try:
+        with watched(UUID(flow_run.id), attempt):
+            yield
+        final = "completed"
+    except STOPS as stop:
+        final, message = "cancelled", str(stop)
+        raise
+    finally:
+        end_note(final, message)
+
+
+@contextmanager
+def watched(flow_run_id: UUID, attempt: int) -> Iterator[None]:
+    """Stop this process when somebody wants its flow run to end or to wait, by a button or by the API.
+
+    A worker of Prefect's hears of a cancel only; a run that no worker started, of nothing.
+    """
+    done = threading.Event()
+
+    def watch() -> None:
+        with get_client({"limits": Limits(keepalive_expiry=WATCH_SECONDS + 1)}, sync_client=True) as client:
+            while not done.wait(WATCH_SECONDS) and not asked.why:
+                with suppress(Exception):
+                    if why := wish(client.read_flow_run(flow_run_id), attempt):
+                        asked.stop(why)
+
+    thread = threading.Thread(target=watch, name="watch-flow-run", daemon=True)
+    thread.start()
     try:
         yield
-        final = "completed"
     finally:
-        write_durably(note, json.dumps({**content, "final": final}, allow_nan=False))
+        done.set()
+        thread.join(WATCH_SECONDS)
+
+
+def wish(run: FlowRun, attempt: int) -> str:
+    """Why a flow run should not go on, in words; empty where it should."""
+    if run.state_type == StateType.PAUSED:
+        return "suspended in Prefect" if run.state_name == "Suspended" else "paused in Prefect"
+    if run.state_type in (StateType.CANCELLING, StateType.CANCELLED):
+        return "cancelled in Prefect"
+    return "" if ours(run, attempt) else "stopped, for another attempt at the same run has begun"
 
 
 def settle(home: Path) -> None:
     """Tell Prefect what became of the flow runs whose processes are gone; where it can't be told, another time."""
     api = PREFECT_API_URL.value()
-    for note in notes(home).glob("*.json"):
+    for note in read_notes(home):
         try:
-            content = json.loads(note.read_text())
-            if content["host"] == socket.gethostname() and content["api"] == api and is_gone(content):
-                close_run(note.stem, content.get("final"))
-                note.unlink(missing_ok=True)
+            if note.api == api and here(note) and is_gone(note):
+                close_run(note)
+                note.file.unlink(missing_ok=True)
         except Exception as error:  # it is about another run, and must not stop ours
             if unreachable(error):
                 return
 
 
-def is_gone(content: dict[str, Any]) -> bool:
+def give_up(message: str) -> None:
+    """Tell Prefect, from any thread, that the flow run of this process is stopped: its process is about to end."""
+    if note := end_note("cancelled", message):
+        close_run(note)
+
+
+def is_gone(note: Note) -> bool:
     """Whether the process that left a note has ended; we ourselves, when our flow has."""
-    if content["pid"] == os.getpid():
-        return "final" in content
-    return not lives(content["pid"], content["created"])
+    if note.pid == os.getpid():
+        return bool(note.final)
+    return not lives(note.pid, note.created)
 
 
-def close_run(flow_run_id: str, final: str | None) -> None:
+def close_run(note: Note) -> None:
     """Set the last state of a flow run, and of what it began, where Prefect still thinks that it is at work."""
-    state: State = {"completed": Completed(), "failed": Failed(), None: Crashed(message=CRASHED)}[final]
+    state: State = {
+        "completed": Completed(),
+        "failed": Failed(),
+        "cancelled": Cancelled(message=note.message),
+        "": Crashed(message=CRASHED),
+    }[note.final]
     with get_client(sync_client=True) as client, suppress(ObjectNotFound):
-        begun = FlowRunFilterParentFlowRunId(any_=[UUID(flow_run_id)])
-        stages = client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=begun))
-        for run in [*stages, client.read_flow_run(UUID(flow_run_id))]:
-            if run.state_type in OPEN:
-                client.set_flow_run_state(run.id, state, force=True)
+        run = client.read_flow_run(UUID(note.flow_run_id))
+        if run.run_count > note.attempt:  # it was retried since
+            return
+        close_stages(client, run.id, state)
+        if run.state_type in AT_WORK:
+            client.set_flow_run_state(run.id, state, force=True)
 
 
-def notes(home: Path) -> Path:
-    folder = home / "runs" / "prefect"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
+def close_stages(client: SyncPrefectClient, flow_run_id: UUID, state: State) -> None:
+    """Set the last state of what a flow run began and did not end."""
+    begun = FlowRunFilterParentFlowRunId(any_=[flow_run_id])
+    for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=begun)):
+        if run.state_type in OPEN:
+            client.set_flow_run_state(run.id, state, force=True)

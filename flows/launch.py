@@ -19,15 +19,25 @@ from typing import NoReturn
 import psutil
 
 from data_pipeline.context import UserError, last_lines
+from flows.stopping import STOP_SECONDS, Stop, asked
 from llm.environment import rank_environment
 from llm.nodes import Nodes, nodes_for
 
 TORCHRUN = """
-import signal
+import json, os, pathlib, signal, socket
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until a rank listens, and in torchrun, it would be the end
-main()
+try:
+    main()
+except ChildFailedError as failed:
+    codes = {rank: failure.exitcode for rank, failure in failed.failures.items()}
+    file = pathlib.Path(os.environ["LLMILL_LOGS"], f"ended-{socket.gethostname()}.json")
+    file.write_text(json.dumps(codes, allow_nan=False))
+    raise
 """
+ENDED = "ended-*.json"
+"""What each machine's torchrun leaves beside the log: rank -> exit code, of those that failed first."""
 MARGIN_SECONDS = 5
 """What torchrun gets to end itself, after what its ranks get."""
 
@@ -35,7 +45,7 @@ save_asked = threading.Event()
 """Set it to have the ranks that `local` runs write a checkpoint and go on."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(Stop):
     """The ranks were asked to stop by others than us, and ended as they should; the message says where."""
 
 
@@ -61,8 +71,8 @@ def local(
         RuntimeError: a rank failed; the message holds the end of the log.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    error = logs / "error.json"
-    error.unlink(missing_ok=True)
+    for left in (logs / "error.json", *logs.glob(ENDED)):
+        left.unlink(missing_ok=True)
     save_asked.clear()
     nodes = nodes or nodes_for(ranks)
     with open(logs / "ranks.log", "ab") as log:
@@ -71,7 +81,7 @@ def local(
             stdout=log,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
-            env=environment(ranks // nodes.count),
+            env=environment(ranks // nodes.count, logs),
             start_new_session=True,  # Ctrl-C reaches us; we end the ranks ourselves
         )
         try:
@@ -93,8 +103,14 @@ def local(
 
 
 def raise_failure(what: str, logs: Path) -> NoReturn:
-    """Raise what ranks that did not end well left in ``logs``; ``what`` where they left nothing."""
-    if failure := read_failure(logs / "error.json"):
+    """Raise what ranks that did not end well left in ``logs``; ``what`` where they left nothing.
+
+    Of one that a signal ended, the others only know that it does not answer.
+    """
+    failure, killed = read_failure(logs / "error.json"), killed_ranks(logs)
+    if killed and (not failure or failure[0] == "fault"):
+        raise RuntimeError(f"{killed}\n(full log: {logs / 'ranks.log'})")
+    if failure:
         kind, message = failure
         if kind == "interrupted":
             raise Interrupted(message)
@@ -124,7 +140,9 @@ def join(module: str, job: Path, ranks: int) -> int:
             "there is nothing to join: set LLMILL_NODES and LLMILL_ENDPOINT as on the first machine"
         )
     command = torchrun(nodes, module, job, ranks, grace_seconds=30)
-    return subprocess.run(command, env=environment(ranks // nodes.count), check=False).returncode
+    logs = job.parents[1] / "logs"
+    logs.mkdir(exist_ok=True)
+    return subprocess.run(command, env=environment(ranks // nodes.count, logs), check=False).returncode
 
 
 def torchrun(nodes: Nodes, module: str, job: Path, ranks: int, grace_seconds: float) -> list[str]:
@@ -133,14 +151,37 @@ def torchrun(nodes: Nodes, module: str, job: Path, ranks: int, grace_seconds: fl
     return [*command, f"--shutdown-timeout={math.ceil(grace_seconds)}", "-m", module, str(job)]
 
 
-def environment(ranks_here: int) -> dict[str, str]:
+def environment(ranks_here: int, logs: Path) -> dict[str, str]:
     """What ranks find in theirs: ours, with what pays where it does not say otherwise."""
     return {
         **rank_environment(ranks_here),
         **os.environ,
+        "LLMILL_LOGS": str(logs.resolve()),
         "LLMILL_PARENT": str(os.getpid()),
         "LLMILL_PARENT_HOST": socket.gethostname(),
     }
+
+
+def killed_ranks(logs: Path) -> str:
+    """Which ranks a signal ended, in words; empty where none."""
+    codes: dict[str, int] = {}
+    for file in logs.glob(ENDED):
+        with suppress(OSError, ValueError):
+            codes |= json.loads(file.read_text(encoding="utf-8"))
+    signals = {int(rank): -code for rank, code in codes.items() if code < 0}
+    if not signals:
+        return ""
+    said = ", ".join(f"rank {rank} was ended by {name_of(signals[rank])}" for rank in sorted(signals))
+    memory = signal.SIGKILL in signals.values()
+    hint = "; the system does that when memory runs out: see `dmesg`" if memory else ""
+    return f"{said}, which nobody here sent{hint}; what is saved is gone on from when it is run again"
+
+
+def name_of(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 def read_failure(path: Path) -> tuple[str, str] | None:
@@ -174,6 +215,7 @@ def stop(nodes: Nodes, process: subprocess.Popen[bytes], grace_seconds: float) -
 
     Not torchrun alone is waited for: told twice to end (by a scheduler too) it goes before its ranks have saved.
     """
+    asked.allow(grace_seconds + STOP_SECONDS)
     family: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):  # it may just have ended
         parent = psutil.Process(process.pid)

@@ -58,25 +58,37 @@ class Notice:
 
 
 def check_receivers(receivers: Sequence[str]) -> None:
-    """See that every receiver is well written, and its variable set.
+    """See that every receiver is well written.
 
     Raises:
         UserError: one is not.
     """
     for receiver in receivers:
-        match = RECEIVER.fullmatch(receiver)
-        if not match:
+        if not RECEIVER.fullmatch(receiver):
             raise UserError(
                 f"runtime.notify: {receiver} is no receiver; write env:VARIABLE (it holds the address of a webhook) "
                 "or TYPE/NAME of a block of Prefect's, such as slack-webhook/team"
             )
-        if (variable := match["variable"]) and not os.environ.get(variable):
-            raise UserError(f"runtime.notify: {receiver}: the variable {variable} is not set")
+
+
+def unset_receivers(receivers: Sequence[str]) -> list[str]:
+    """Those whose variable is not set here."""
+    matches = {receiver: RECEIVER.fullmatch(receiver) for receiver in receivers}
+    return [
+        receiver
+        for receiver, match in matches.items()
+        if match and match["variable"] and not os.environ.get(match["variable"])
+    ]
 
 
 def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], None]) -> None:
     """Tell every receiver; one that can't be told is warned of, and never fails a run."""
+    unset = unset_receivers(receivers)
+    for receiver in unset:
+        warn(f"{receiver} could not be told of the run's end: the variable is not set")
     for receiver in receivers:
+        if receiver in unset:
+            continue
         try:
             send(notice, receiver)
         except Exception as error:

@@ -20,6 +20,7 @@ from datetime import datetime
 from functools import partial
 from logging import INFO, WARNING
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -38,16 +39,18 @@ from flows.context import PrefectContext
 from flows.deployed import FLOW, TIME
 from flows.dispatch import Dispatcher
 from flows.flow_page import FlowPage
-from flows.flow_runs import at_work, in_flow, settle
+from flows.flow_runs import STOPS, at_work, give_up, in_flow, settle
+from flows.launch import Interrupted
 from flows.manifest import describe_making
 from flows.markdown import code
-from flows.notices import LAST_LINES, Notice, check_receivers, send_notice
+from flows.notices import LAST_LINES, Notice, check_receivers, send_notice, unset_receivers
 from flows.plan import Planned, Selection, Step, plan_and_hold
 from flows.recipe import Recipe
 from flows.run_note import run_note, summary_table
 from flows.runners import Workers, reach, start_workers
 from flows.servers import answers
 from flows.stages import WITH_TEXTS
+from flows.stopping import Stop, asked, ending_in_time
 from flows.store import LOGS, Artifact, Store, begin_attempt, now
 from flows.terminal import Terminal, duration, headline
 from flows.tracking.tracker import Tracker
@@ -114,6 +117,8 @@ class Run:
         self._page: FlowPage
         self._at_work = ""
         self._failure = Failure()
+        self._context: PrefectContext | None = None
+        self._ended = Lock()
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Prefect sends a stage's flow along with its tasks; no worker ever calls it, so nothing of the run goes."""
@@ -126,6 +131,8 @@ class Run:
             UserError: the plan can't be made, a stage can't be resolved from here, or no cluster answers.
         """
         check_receivers(self.recipe.runtime.notify)
+        for receiver in unset_receivers(self.recipe.runtime.notify):
+            self._warn(f"runtime.notify: {receiver} can't be told of this run's end: the variable is not set")
         if not self.steps:
             recover(self.store)
             self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
@@ -156,12 +163,11 @@ class Run:
         """
         name = f"{self.recipe.name} {datetime.now():{TIME}}"
 
-        def start(body: Callable[[], None]) -> None:
+        def start(body: Callable[[], Any]) -> None:
             # No retries of Prefect's: whoever runs the recipe again goes on where this run ended.
             @flow(name=FLOW, flow_run_name=name, retries=0, validate_parameters=False)
-            def pipeline(**parameters: Any) -> None:
-                with at_work(self.store.home):
-                    body()
+            def pipeline(**parameters: Any) -> Any:
+                return body()
 
             with tags(self.recipe.name):
                 pipeline(**parameters)
@@ -171,7 +177,7 @@ class Run:
                 # A flow waits up to a second for the thread that sends them to wake and end.
                 stack.enter_context(temporary_settings({HEARTBEATS: None}))
             try:
-                in_flow(start, self.work, lambda: self._missed("the run"))
+                in_flow(start, self._noted, lambda: self._missed("the run"))
             finally:
                 # What is still queued must reach the server before ours is stopped, or Prefect prints a trace.
                 if answers(PREFECT_API_URL.value()):
@@ -179,11 +185,20 @@ class Run:
                     EventsWorker.drain_all(timeout=EVENTS_SECONDS)
                 settle(self.store.home)
 
+    def _noted(self) -> None:
+        with at_work(self.store.home):
+            self.work()
+
     def work(self) -> None:
-        """Carry the plan out within the flow run that calls this, if there is one."""
+        """Carry the plan out within the flow run that calls this, if there is one.
+
+        Raises:
+            Stop: somebody wanted it to end; the message says who, and what is kept.
+        """
         keep_imports()
         try:
             with ExitStack() as stack:
+                stack.enter_context(ending_in_time(self._give_up))
                 stack.callback(self._uses.release)
                 settle(self.store.home)
                 if self._computes:
@@ -224,11 +239,40 @@ class Run:
         except Exception:
             status = "FAILED"
             raise
+        except STOPS as stop:
+            raise self._stopped(stop) from None
         finally:
-            self._show_stages({"KILLED": "stopped", "FAILED": "failed"}.get(status, ""))
-            self._finish_tracking(status)
-            self._page.close()
-            self._give_notice(status)
+            self._end(status)
+
+    def _end(self, status: str) -> None:
+        """Tell everybody, once, how the run ended: FINISHED, FAILED or KILLED."""
+        if not self._ended.acquire(blocking=False):
+            return
+        self._show_stages({"KILLED": "stopped", "FAILED": "failed"}.get(status, ""))
+        self._finish_tracking(status)
+        self._page.close()
+        self._give_notice(status)
+
+    def _give_up(self) -> None:
+        """Tell everybody that the run was stopped, while what is at work does not let it end."""
+        if not self._failure.message:
+            self._failed(str(self._stopped(Stop())), "", "KILLED")
+        self._warn(
+            f"{self._failure.message}: ended by force; the same command goes on from here: {self.command}"
+        )
+        with suppress(Exception):
+            give_up(self._failure.message)
+        self._end("KILLED")
+
+    def _stopped(self, stop: BaseException) -> Stop:
+        """What a stop is raised as: the message says in which stage, who wanted it, and what is kept of that."""
+        if not self._failure.message:
+            why = asked.why or (str(stop) if isinstance(stop, Stop) else "stopped by Prefect")
+            told = isinstance(stop, Interrupted)  # it says itself what is saved
+            kept = self._context.kept if self._context and not told else ""
+            where = f"{self._at_work}: " if self._at_work else ""
+            self._failure = Failure("; ".join(part for part in (f"{where}{why}", kept) if part))
+        return Stop(self._failure.message)
 
     def _stage(self, step: Step) -> Result:
         """Reuse one stage's artifact, have it built elsewhere, or build it in a Prefect flow of its own."""
@@ -257,15 +301,15 @@ class Run:
             self._warn(text)
             log(text, WARNING)
 
-    def _subflow(self, step: Step, body: Callable[[], Result]) -> None:
+    def _subflow(self, step: Step, body: Callable[[], Any]) -> None:
         """Call ``body`` as a Prefect flow named as the stage."""
         assert step.config
         name = step.stage.name
         runner: Any = self._workers.task_runner()
 
         @flow(name=name, flow_run_name=f"{name} {step.fingerprint}", task_runner=runner, retries=0)
-        def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> None:
-            body()
+        def stage(fingerprint: str, config: dict[str, Any], inputs: dict[str, str]) -> Any:
+            return body()
 
         # The parameters are there to be read on the flow run's page.
         stage(str(step.fingerprint), shortened(step.config.identity()), step.inputs)
@@ -384,6 +428,7 @@ class Run:
         inputs = {source: self.results[source].artifact for source in step.stage.inputs}
         self._start_tracking_stage(stage, name, step.config.identity())
         context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker, self._page)
+        self._context = context
         manifest = describe_making(step, self.recipe, inputs) | {"started": now()}
         earlier_attempts, earlier_seconds = begin_attempt(out)
         clock = time.monotonic()
@@ -442,14 +487,16 @@ class Run:
             raise StageFailed(
                 f"{stage} failed: {type(error).__name__}: {error}\nresume with: `{self.command}`\ntrace: {log}"
             ) from error
-        except BaseException:
-            self._failed("stopped", "")
-            raise
+        except STOPS as stop:
+            stopped = self._stopped(stop)
+            self._failed(str(stopped), "", "KILLED")
+            raise stopped from None
 
-    def _failed(self, message: str, log: str) -> None:
-        self._failure = Failure(message, last_lines(log, LAST_LINES))
+    def _failed(self, message: str, text: str, status: str = "FAILED") -> None:
+        self._failure = Failure(message, last_lines(text, LAST_LINES))
         self.terminal.stage_ended("✗", message.splitlines()[0][:120], "red")
-        self.tracker.fail_stage(message)
+        log(message)
+        self.tracker.fail_stage(message, status)
 
     def _start_tracking(self) -> None:
         """Begin the parent run: identity as params, the resolved recipe as a file."""

@@ -79,15 +79,28 @@ def fix_command(template: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def watch_heartbeats(client: SyncPrefectClient) -> None:
-    """Have Prefect mark a run as crashed when its heartbeats stop before its end: its machine is gone."""
-    if client.request(
-        "POST", "/automations/filter", json={"automations": {"name": {"any_": [WATCH]}}}
-    ).json():
-        return
-    ends = ("completed", "failed", "crashed", "cancelled")
+    """Have Prefect mark a run as crashed when its heartbeats stop before its end: its machine is gone.
+
+    Where llmill has made the automation before, it is brought up to date, and stays switched off if it is.
+    """
+    wanted = watch().model_dump(mode="json", exclude={"id"})
+    named = {"automations": {"name": {"any_": [WATCH]}}}
+    found = client.request("POST", "/automations/filter", json=named).json()
+    if not found:
+        client.request("POST", "/automations/", json=wanted)
+    elif found[0]["trigger"]["expect"] != wanted["trigger"]["expect"]:
+        changed = {**wanted, "enabled": found[0]["enabled"]}
+        client.request("PUT", "/automations/{id}", json=changed, path_params={"id": found[0]["id"]})
+
+
+def watch() -> Automation:
+    """The automation that finds runs whose process went silent.
+
+    Whatever else is heard of a run ends the wait for its heartbeat: one that was retried, or suspended, has no process.
+    """
     trigger = EventTrigger(
         after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{end.capitalize()}" for end in ends)},
+        expect={"prefect.flow-run.*"},
         match=ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
@@ -95,8 +108,7 @@ def watch_heartbeats(client: SyncPrefectClient) -> None:
         within=timedelta(seconds=SILENT_SECONDS),
     )
     crash = ChangeFlowRunState(name="Crashed", state=StateType.CRASHED, message=CRASHED, force=False)
-    automation = Automation(name=WATCH, trigger=trigger, actions=[crash])
-    client.request("POST", "/automations/", json=automation.model_dump(mode="json", exclude={"id"}))
+    return Automation(name=WATCH, trigger=trigger, actions=[crash])
 
 
 def wait_for_worker(api: str, pool: str, since: float, see_alive: Callable[[], None]) -> None:

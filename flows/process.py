@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 import warnings
-from types import FrameType
 
 import psutil
 
@@ -22,20 +21,6 @@ def lives(pid: int, created: float) -> bool:
         return abs(process.create_time() - created) < 1 and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def end_like_ctrl_c() -> None:
-    """Let SIGTERM and SIGHUP unwind as Ctrl-C does, so that ranks, workers and our server end with us.
-
-    What the parent of this process has it ignore (``nohup``, a shell's background) stays ignored.
-    """
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, interrupt)
 
 
 def save_when_asked() -> None:

@@ -16,6 +16,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,11 @@ from filelock import FileLock
 from data_pipeline.context import UserError, last_lines
 from flows.own_pages import own_names
 from flows.process import lives
+from flows.run_notes import Note, read_notes
 from flows.store import write_durably
 
 START_SECONDS = 180
-STOP_SECONDS = 40  # a training that is told to end saves first
+STOP_SECONDS = 40
 POOL, GPU_POOL = "llmill", "llmill-gpu"
 PREFECT, MLFLOW = "prefect", "mlflow"
 DATABASES = {PREFECT: "llmill_prefect", MLFLOW: "llmill_mlflow"}
@@ -250,7 +252,7 @@ class Up:
 
     def _worker(self, pool: str) -> tuple[list[str], dict[str, str], str]:
         name = f"{pool}@{socket.gethostname()}"
-        command = ["-m", "prefect", "worker", "start", "--pool", pool, "--type", "process", "--name", name]
+        command = ["-m", "flows.cli", "worker", "--pool", pool, "--name", name]
         return command, self.client_environment(), ""
 
     def client_environment(self) -> dict[str, str]:
@@ -312,16 +314,21 @@ class Up:
         return f"the end of {log}:\n{last_lines(log.read_text(errors='replace'))}"
 
 
-def stop(home: Path, names: Sequence[str] | None = None) -> list[str]:
-    """End the home's servers (of these names), workers first, and forget them; the names of those that were alive."""
+def stop(
+    home: Path, names: Sequence[str] | None = None, say: Callable[[str], None] = lambda text: None
+) -> list[str]:
+    """End the home's servers (of these names), workers first, and forget them; the names of those that were alive.
+
+    Runs at work under a worker save first, for as long as they need; ``say`` is told of them, and what they saved.
+    """
     services = read_services(home)
     chosen = [name for name in services.processes if names is None or name in names]
     order = sorted(chosen, key=lambda name: name in (PREFECT, MLFLOW))
-    ended = []
-    for name in order:
-        if services.alive(name):
-            end_tree(services.processes[name].pid)
-            ended.append(name)
+    ended = [name for name in order if services.alive(name)]
+    workers = [services.processes[name].pid for name in ended if name not in (PREFECT, MLFLOW)]
+    end_workers(home, workers, say)
+    for name in ended:
+        end_tree(services.processes[name].pid)
     left = {name: entry for name, entry in services.processes.items() if name not in chosen}
     if services.database != "SQLite":  # where its runs are must not be forgotten
         left |= {name: services.processes[name] for name in chosen if name in (PREFECT, MLFLOW)}
@@ -330,6 +337,33 @@ def stop(home: Path, names: Sequence[str] | None = None) -> list[str]:
     else:
         place(home).unlink(missing_ok=True)
     return ended
+
+
+def end_workers(home: Path, pids: Sequence[int], say: Callable[[str], None]) -> None:
+    """Ask all workers to end at once, for a run of one may wait for a run of another, and wait until they have."""
+    family: dict[int, psutil.Process] = {}
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            worker = psutil.Process(pid)
+            family |= {one.pid: one for one in (worker, *worker.children(recursive=True))}
+    at_work = [note for note in read_notes(home) if note.at_work and note.pid in family]
+    for note in at_work:
+        say(f"{note.name} is at work: it saves and ends, which may take {note.seconds:.0f} s")
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)
+    patience = max((note.seconds for note in at_work), default=0.0)
+    psutil.wait_procs(list(family.values()), patience + STOP_SECONDS)
+    for note in at_work:
+        say(f"{note.name}: {outcome(note)}")
+
+
+def outcome(note: Note) -> str:
+    """What became of a run that was told to end."""
+    found = next((now for now in read_notes(note.file.parents[2]) if now.file == note.file), None)
+    if found is None or found.final == "completed":
+        return "completed"
+    return found.message or (found.final or "it was ended by force; what it had saved before is kept")
 
 
 def end_tree(pid: int) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data_pipeline.context import UserError, last_lines
 from flows import launch
+from flows.stopping import STOP_SECONDS, asked
 from flows.store import write_durably
 from llm.slurm import SlurmJob
 
@@ -198,6 +199,7 @@ def follow(
 
 def cancel(folder: Path, number: str, seconds: float) -> None:
     """Have a job save and end within ``seconds``; when it has not, or we are interrupted again, end it for good."""
+    asked.allow(seconds + STOP_SECONDS)
     remember(folder, number, cancelled=True)
     try:
         standing = standing_of(number)

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from data_pipeline.context import UserError
 from flows import launch
-from flows.process import end_like_ctrl_c, save_when_asked
+from flows.process import save_when_asked
 from flows.slurm import is_cancelled
+from flows.stopping import unwind_on_signals
 from llm.nodes import nodes_of_slurm
 from llm.pretrain import Job
 
@@ -23,7 +24,7 @@ STOPPED = 143
 
 def main(path: Path) -> int:
     """Train; the exit code."""
-    end_like_ctrl_c()
+    unwind_on_signals()
     save_when_asked()
     job = Job.model_validate_json(path.read_text(encoding="utf-8"))
     runtime = job.config.runtime

@@ -1,7 +1,7 @@
 """The first lines of ``llmill``, which import next to nothing: from here on, a signal ends it with one line.
 
 Libraries are imported for seconds, and an interrupt within an import is a trace at best, and swallowed at worst. What
-has something to undo calls `flows.process.end_like_ctrl_c` before it begins.
+has something to undo calls `flows.stopping.unwind_on_signals` before it begins.
 """
 
 from __future__ import annotations

@@ -53,6 +53,22 @@ class Prefect:
         state = {"type": "CANCELLING", "name": "Cancelling"}
         assert self.post(f"flow_runs/{flow_run}/set_state", state=state)["status"] == "ACCEPT"
 
+    def wait(self, flow_run: str, name: str = "Suspended") -> None:
+        """What the button "Suspend" does, and with "Paused" a pause by the API."""
+        details = {"pause_timeout": "2100-01-01T00:00:00Z", "pause_reschedule": name == "Suspended"}
+        state = {"type": "PAUSED", "name": name, "state_details": details}
+        assert self.post(f"flow_runs/{flow_run}/set_state", state=state)["status"] == "ACCEPT"
+
+    def resume(self, flow_run: str) -> None:
+        """What the button "Resume" does."""
+        assert self.post(f"flow_runs/{flow_run}/resume")["status"] == "ACCEPT"
+
+    def log(self, flow_run: str) -> str:
+        """What the flow run's page shows under "Logs"."""
+        chosen = {"flow_run_id": {"any_": [flow_run]}}
+        found = self.post("logs/filter", logs=chosen, sort="TIMESTAMP_ASC")
+        return "\n".join(line["message"] for line in found)
+
     def ended(self, flow_run: str, seconds: float = 120) -> dict[str, Any]:
         """The flow run when it has ended."""
         return until(lambda: self.run(flow_run), lambda run: run["state_type"] in FINAL, seconds)

@@ -31,6 +31,7 @@ from flows.servers import free_port
 from flows.services import GPU_POOL, read_services, stop
 from flows.stages import BY_NAME
 from flows.store import Store
+from llm.events import read_events
 
 ENGINE = Path(__file__).parent / "planted_engine.py"
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"
@@ -234,35 +235,119 @@ def saved(site: Site) -> int:
 
 def in_training(site: Site, flow_run: str, before: int = 0) -> None:
     """Wait until the run has saved a checkpoint, after those that were there before."""
-    until(lambda: site.prefect.run(flow_run)["state_type"] == "RUNNING" and saved(site) > before, bool, 120)
+    until(lambda: site.prefect.run(flow_run)["state_type"] == "RUNNING" and saved(site) > before, bool, 300)
 
 
-def test_cancel_ends_the_whole_tree_in_15_seconds_and_the_next_run_goes_on(site: Site):
+def last_step(site: Site) -> int:
+    """The last step that the unfinished training has taken."""
+    [events] = site.llmill.home.glob(EVENTS)
+    return max(event["step"] for event in read_events(events) if event["event"] == "step")
+
+
+def told(site: Site, seconds: float = 20) -> dict:
+    """The last notice, when it is of a run that was stopped."""
+    return until(lambda: site.notices, lambda all: all and all[-1]["state"] == "stopped", seconds)[-1]
+
+
+def statuses(site: Site, flow_run: str) -> set[str]:
+    """What MLflow says of the flow run's runs."""
+    client = site.mlflow
+    experiment = client.get_experiment_by_name("small").experiment_id
+    ours = client.search_runs([experiment], f"tags.`llmill.prefect_flow_run_id` = '{flow_run}'")
+    return {run.info.status for run in ours}
+
+
+def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_says_so(site: Site):
+    """Suspended by a button, resumed by another, cancelled by a third."""
     run = site.prefect.start("small", settings=LONG)
     in_training(site, run)
+    suspend(site, run, "Suspended")
+    before = saved(site)
+    site.prefect.resume(run)
+    in_training(site, run, before)
+    [partial] = Store(site.llmill.home).unfinished()
+    assert '"resume"' in (partial / "logs" / "events.jsonl").read_text()
+
     tree = site.processes()
-    assert any("llm.trainer" in " ".join(process.cmdline()) for process in tree)
-    clock = time.monotonic()
+    [torchrun] = [process for process in tree if "--shutdown-timeout" in " ".join(process.cmdline())]
+    assert "--shutdown-timeout=30" in torchrun.cmdline()  # grace_seconds, uncut
     site.prefect.cancel(run)
-    psutil.wait_procs(tree, 20)
-    assert not [process for process in tree if process.is_running()]
-    assert time.monotonic() - clock < 15
+    gone(tree)
     ended = site.prefect.ended(run, 20)
     assert ended["state_type"] == "CANCELLED"
-    [partial] = Store(site.llmill.home).unfinished()
+    message = f"pretrain: cancelled in Prefect; step {last_step(site)} is saved"
+    assert ended["state"]["message"] == message
+    assert message in site.prefect.log(run)
+    assert told(site)["summary"] == message
+    assert "KILLED" in until(lambda: statuses(site, run), lambda all: "RUNNING" not in all, 30)
     with Store(site.llmill.home).lock("pretrain", partial.name.removesuffix(".partial")).acquire(timeout=0):
         pass
-    before = saved(site)
-    again = site.prefect.start("small", settings=LONG, stages={"only": "pretrain"})
-    in_training(site, again, before)
-    assert '"resume"' in (partial / "logs" / "events.jsonl").read_text()
-    site.prefect.cancel(again)
-    assert site.prefect.ended(again, 30)["state_type"] == "CANCELLED"
 
 
-def test_a_crashed_workers_run_is_found_and_its_retry_goes_on_while_no_zombie_holds_its_place(site: Site):
+def suspend(site: Site, run: str, name: str) -> None:
+    """Have Prefect say that the run waits, and see it save and end."""
+    tree = site.processes()
+    site.prefect.wait(run, name)
+    gone(tree)
+    waiting = site.prefect.run(run)
+    assert (waiting["state_type"], waiting["state_name"]) == ("PAUSED", "Suspended")
+    stages = site.prefect.post("flow_runs/filter", flow_runs={"parent_flow_run_id": {"any_": [run]}})
+    assert not {stage["state_type"] for stage in stages} & {"RUNNING", "PENDING"}
+    assert f"step {last_step(site)} is saved" in told(site)["summary"]
+
+
+def gone(tree: list[psutil.Process], seconds: float = 60) -> None:
+    """See all of them end."""
+    _, alive = psutil.wait_procs(tree, seconds)
+    assert not alive
+
+
+@pytest.mark.long
+def test_a_paused_run_is_suspended_for_nobody_is_left_to_wait(site: Site):
     before = saved(site)
     run = site.prefect.start("small", settings=LONG)
+    in_training(site, run, before)
+    suspend(site, run, "Paused")
+    before = saved(site)
+    site.prefect.resume(run)
+    in_training(site, run, before)
+    site.prefect.cancel(run)
+    assert site.prefect.ended(run, 60)["state_type"] == "CANCELLED"
+
+
+@pytest.mark.long
+def test_a_worker_that_is_stopped_alone_lets_its_run_save(site: Site):
+    before = saved(site)
+    run = site.prefect.start("small", settings=LONG)
+    in_training(site, run, before)
+    tree = site.processes()
+    worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
+    worker.terminate()
+    gone([worker, *tree])
+    ended = site.prefect.run(run)
+    assert ended["state_type"] == "CANCELLED", ended["state"]
+    assert ended["state"]["message"] == f"pretrain: stopped by SIGTERM; step {last_step(site)} is saved"
+    site.up()
+
+
+def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_retry_goes_on(site: Site):
+    before = saved(site)
+    run = site.prefect.start("small", settings=LONG)
+    in_training(site, run, before)
+    tree, name = site.processes(), site.prefect.run(run)["name"]
+    said = site.type("down").stdout
+    gone(tree)
+    message = f"pretrain: stopped by SIGTERM; step {last_step(site)} is saved"
+    assert f"{name} is at work: it saves and ends" in said
+    assert f"{name}: {message}" in said
+    assert told(site)["summary"] == message
+    site.up()
+    ended = site.prefect.run(run)
+    assert ended["state_type"] == "CANCELLED"
+    assert ended["state"]["message"] == message
+
+    before = saved(site)
+    site.prefect.retry(run)
     in_training(site, run, before)
     worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
     for process in [worker, *worker.children(recursive=True)]:
@@ -277,6 +362,18 @@ def test_a_crashed_workers_run_is_found_and_its_retry_goes_on_while_no_zombie_ho
     assert ended["state_type"] == "COMPLETED", ended["state"]
     steps = [row.step for row in loss_points(site)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_what_fails_before_the_first_stage_is_told_to_all(site: Site):
+    """The source is gone: the plan can't be made."""
+    run = site.prefect.start("small", settings=["download.sources.0.path=/nowhere"])
+    ended = site.prefect.ended(run)
+    assert ended["state_type"] == "FAILED"
+    notice = until(lambda: site.notices, lambda all: all and all[-1]["state"] == "failed", 20)[-1]
+    assert "/nowhere" in notice["summary"]
+    assert notice["resume"].startswith("llmill run ")
+    assert until(lambda: statuses(site, run), bool, 30) == {"FAILED"}
+    assert "/nowhere" in site.prefect.log(run)
 
 
 @pytest.mark.long

@@ -13,8 +13,8 @@ from typing import Annotated
 import typer
 
 from data_pipeline.context import UserError
-from flows.process import end_like_ctrl_c
 from flows.start import STOPPED
+from flows.stopping import unwind_on_signals
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as flows/recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -64,7 +64,7 @@ def stoppable(said: str) -> Iterator[None]:
     """Let signals unwind what the block does; then say so, and end as a stopped process does."""
     from flows.terminal import fail
 
-    end_like_ctrl_c()
+    unwind_on_signals()
     try:
         yield
     except KeyboardInterrupt:

@@ -85,9 +85,27 @@ def down(home: Home = HOME) -> None:
     from flows.services import stop
     from flows.terminal import Terminal
 
-    ended = stop(home)
-    console = Terminal().console
+    terminal = Terminal()
+    ended = stop(home, say=terminal.note)
+    console = terminal.console
     console.print(f"ended: {', '.join(ended)}" if ended else f"no servers of {home} are up")
+
+
+def worker(
+    pool: Annotated[str, typer.Option(help="The work pool whose runs it carries out.")] = "llmill",
+    name: Annotated[
+        str, typer.Option(help="How Prefect's pages call it; else the pool and this machine.")
+    ] = "",
+    with_healthcheck: Annotated[bool, typer.Option(help="Answer at port 8080 whether it is alive.")] = False,
+) -> None:
+    """Carry out what is scheduled in a work pool, on this machine; a run at work saves when it is told to end."""
+    for key, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(key, value)
+    if not os.environ.get("PREFECT_API_URL"):
+        raise UserError("PREFECT_API_URL is not set: a worker needs the address of Prefect's API")
+    from flows.worker import serve
+
+    serve(pool, healthcheck=with_healthcheck, name=name)
 
 
 def show_servers(console: Any, rows: list[dict[str, Any]], database: str) -> None:

@@ -232,15 +232,15 @@ class Tracker:
         return self._state_of(artifact.stage, artifact.fingerprint).exists()
 
     @harmless
-    def fail_stage(self, message: str) -> None:
-        """Mark the stage's run failed; it is continued when the stage is resumed."""
+    def fail_stage(self, message: str, status: str = "FAILED") -> None:
+        """Mark the stage's run failed, or killed; it is continued when the stage is resumed."""
         if not self.stage_key:
             return  # it had not begun
         self.stop_monitor()
         run = {"run": self.stage_key}
         self._tell(
             {"op": "tags", **run, "tags": {ERROR: message[:VALUE_LENGTH]}},
-            {"op": "end", **run, "status": "FAILED", "time": now()},
+            {"op": "end", **run, "status": status, "time": now()},
         )
         self.stage_key = ""
 

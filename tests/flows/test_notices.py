@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from data_pipeline.context import UserError
-from flows.notices import Notice, check_receivers, send_notice
+from flows.notices import Notice, check_receivers, send_notice, unset_receivers
 
 
 @pytest.mark.parametrize(
@@ -16,12 +16,15 @@ def test_what_is_no_receiver_is_refused_with_how_to_write_one(receiver):
         check_receivers([receiver])
 
 
-def test_a_variable_that_is_not_set_is_found_before_the_run(monkeypatch):
+def test_a_variable_that_is_not_set_is_warned_of_and_fails_no_run(monkeypatch):
     monkeypatch.delenv("LLMILL_TEST_HOOK", raising=False)
-    with pytest.raises(UserError, match="LLMILL_TEST_HOOK is not set"):
-        check_receivers(["env:LLMILL_TEST_HOOK"])
+    check_receivers(["env:LLMILL_TEST_HOOK"])
+    assert unset_receivers(["env:LLMILL_TEST_HOOK", "slack-webhook/team"]) == ["env:LLMILL_TEST_HOOK"]
+    warnings: list[str] = []
+    send_notice(Notice("small", "failed", "it failed"), ["env:LLMILL_TEST_HOOK"], warnings.append)
+    assert warnings == ["env:LLMILL_TEST_HOOK could not be told of the run's end: the variable is not set"]
     monkeypatch.setenv("LLMILL_TEST_HOOK", "http://127.0.0.1:1")
-    check_receivers(["env:LLMILL_TEST_HOOK", "slack-webhook/team"])
+    assert not unset_receivers(["env:LLMILL_TEST_HOOK"])
 
 
 def test_a_receiver_that_cannot_be_told_is_warned_of_without_its_address(monkeypatch):

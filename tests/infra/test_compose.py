@@ -101,7 +101,7 @@ def test_every_command_of_ours_exists() -> None:
             assert f"def {command[2]}()" in (INFRA / "prepare.py").read_text()
         else:
             programs[name] = parse(command)
-    assert programs == {"prefect": "python", "mlflow": "mlflow", "cpu": "prefect", "gpu": "prefect"}
+    assert programs == {"prefect": "python", "mlflow": "mlflow", "cpu": "llmill", "gpu": "llmill"}
 
 
 def test_every_variable_is_read_by_something() -> None:

@@ -65,7 +65,7 @@ def test_every_image_runs_as_the_same_user_who_is_not_root(target: str) -> None:
 @pytest.mark.parametrize("target", TARGETS)
 def test_what_an_image_starts_is_a_command_that_exists(target: str) -> None:
     words = re.findall(r'"([^"]*)"', last(target, "CMD"))
-    assert parse(words) == ("python" if target == "servers" else "prefect")
+    assert parse(words) == ("python" if target == "servers" else "llmill")
 
 
 def test_workers_are_asked_for_their_health_where_they_answer() -> None:

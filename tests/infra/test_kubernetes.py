@@ -174,7 +174,7 @@ def test_every_command_exists() -> None:
             assert f"def {command[2]}()" in (INFRA / "prepare.py").read_text()
         elif command:
             programs.add(parse(command))
-    assert programs == {"python", "prefect", "mlflow", "dask"}
+    assert programs == {"python", "llmill", "mlflow", "dask"}
     [job] = of_kind("TrainJob").values()
     for words in (["run", "--only", "pretrain"], ["plan", "--json"]):
         parse(["llmill", *words, *job["spec"]["trainer"]["args"]])

@@ -110,6 +110,21 @@ def test_a_rank_that_hangs_ends_the_run_in_bounded_time_and_it_can_be_run_again(
     assert payload(tmp_path) == payload(calm_pair)
 
 
+def test_a_rank_that_was_killed_is_named_with_its_signal_and_not_what_the_others_say_of_it(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    stage = Stage(recipe(ranks=2, zero_stage=1), corpus, tmp_path)
+    stage.wait_for("step", 3)
+    [victim] = [rank for rank in stage.ranks() if rank.environ()["RANK"] == "1"]
+    victim.kill()
+    code, said = stage.end()
+    assert code == 3
+    assert "rank 1 was ended by SIGKILL" in said
+    assert "memory" in said
+    assert "loo" not in said.partition("(full log")[0]
+    assert (tmp_path / "logs" / "ranks.log").exists()
+
+
 def killed_while_saving(config: PretrainConfig, corpus: dict[str, Path], out: Path, kills: int) -> None:
     """Kill the training ``kills`` times as a checkpoint is being written."""
     dice = random.Random(20261125)

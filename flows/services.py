@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -36,6 +37,7 @@ START_SECONDS = 180
 STOP_SECONDS = 40
 POOL, GPU_POOL = "llmill", "llmill-gpu"
 PREFECT, MLFLOW = "prefect", "mlflow"
+MARK = "LLMILL_SERVICE"
 DATABASES = {PREFECT: "llmill_prefect", MLFLOW: "llmill_mlflow"}
 
 
@@ -49,10 +51,31 @@ class Running:
     url: str = ""
     """Where people open it; empty for a worker."""
     log: str = ""
+    mark: str = ""
+    """Value of ``LLMILL_SERVICE`` in the environment of this process and of all that came out of it."""
 
     @property
     def alive(self) -> bool:
         return lives(self.pid, self.created)
+
+    def family(self) -> list[psutil.Process]:
+        """This process and all that came out of it and still live, be this one or others between gone."""
+        found = marked(self.mark) if self.mark else []
+        if self.alive:
+            with suppress(psutil.NoSuchProcess):
+                process = psutil.Process(self.pid)
+                found += [process, *process.children(recursive=True)]
+        return list({process.pid: process for process in found}.values())
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that inherited a mark; a process group or a session is left by who makes one of his own."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return [process for process in found if process.pid != os.getpid()]
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,7 @@ class Up:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / "up.lock"):
             self.services = read_services(self.home)
+            self._end_remains()
             self._check()
             try:
                 self._start_servers()
@@ -152,6 +176,14 @@ class Up:
                 stop(self.home, self._started)
                 raise
         return self.services
+
+    def _end_remains(self) -> None:
+        """End what outlived the process that it came out of: it answers to nobody, and may hold a port."""
+        for name, running in self.services.processes.items():
+            remains = [] if running.alive else running.family()
+            if remains:
+                self.say(f"the process of {name} is gone; what it had started ends too ({numbers(remains)})")
+                end(remains)
 
     def _check(self) -> None:
         """See that nothing stands in the way, before anything is started."""
@@ -274,6 +306,7 @@ class Up:
     def _spawn(self, name: str, command: Sequence[str], environment: Mapping[str, str], url: str) -> None:
         """Start a process that outlives us and our terminal, and note it before anything else happens."""
         log = self.folder / f"{name.replace(' ', '-')}.log"
+        mark = f"{name} {secrets.token_hex(8)}"
         inherited = {key: value for key, value in os.environ.items() if key not in ("PREFECT_API_URL",)}
         with open(log, "ab") as output:
             child = subprocess.Popen(
@@ -281,13 +314,17 @@ class Up:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**inherited, **environment},
+                env={**inherited, **environment, MARK: mark},
                 start_new_session=True,
             )
         self._children[name] = child
         self._started.append(name)
         running = Running(
-            pid=child.pid, created=psutil.Process(child.pid).create_time(), url=url, log=str(log)
+            pid=child.pid,
+            created=psutil.Process(child.pid).create_time(),
+            url=url,
+            log=str(log),
+            mark=mark,
         )
         self.services = replace(self.services, processes={**self.services.processes, name: running})
         write(self.home, self.services)
@@ -324,11 +361,12 @@ def stop(
     services = read_services(home)
     chosen = [name for name in services.processes if names is None or name in names]
     order = sorted(chosen, key=lambda name: name in (PREFECT, MLFLOW))
-    ended = [name for name in order if services.alive(name)]
-    workers = [services.processes[name].pid for name in ended if name not in (PREFECT, MLFLOW)]
-    end_workers(home, workers, say)
+    families = {name: services.processes[name].family() for name in order}
+    ended = [name for name in order if families[name]]
+    workers = [name for name in ended if name not in (PREFECT, MLFLOW)]
+    end_workers(home, [services.processes[name].pid for name in workers if services.alive(name)], say)
     for name in ended:
-        end_tree(services.processes[name].pid)
+        end([*families[name], *services.processes[name].family()], first=services.processes[name].pid)
     left = {name: entry for name, entry in services.processes.items() if name not in chosen}
     if services.database != "SQLite":  # where its runs are must not be forgotten
         left |= {name: services.processes[name] for name in chosen if name in (PREFECT, MLFLOW)}
@@ -368,12 +406,17 @@ def outcome(note: Note) -> str:
 
 def end_tree(pid: int) -> None:
     """Ask a process to end, and see that all that it had started ends with it."""
-    try:
+    with suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        family = [process, *process.children(recursive=True)]
-        process.send_signal(signal.SIGTERM)
-    except psutil.NoSuchProcess:
-        return
+        end([process, *process.children(recursive=True)], first=pid)
+
+
+def end(family: Sequence[psutil.Process], first: int = 0) -> None:
+    """Ask the first of these processes to end (all, where it is not among them), and see that all do."""
+    leading = [process for process in family if process.pid == first] or family
+    for process in leading:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGTERM)
     _, alive = psutil.wait_procs(family, STOP_SECONDS)
     for survivor in alive:
         survivor.kill()
@@ -484,9 +527,17 @@ def prepare_postgres(server: str) -> str:
     return where
 
 
+def numbers(family: Sequence[psutil.Process]) -> str:
+    return f"process {', '.join(str(process.pid) for process in family)}"
+
+
 def described(services: Services) -> list[dict[str, Any]]:
-    """One row a process, for `llmill status`."""
-    return [
-        {"name": name, "state": "up" if running.alive else "down", "url": running.url, "pid": running.pid}
-        for name, running in services.processes.items()
-    ]
+    """One row a process, for `llmill status`; ``remains`` are what outlived one that is down."""
+    rows = []
+    for name, running in services.processes.items():
+        remains = [] if running.alive else [process.pid for process in running.family()]
+        state = "up" if running.alive else "down"
+        rows.append(
+            {"name": name, "state": state, "url": running.url, "pid": running.pid, "remains": remains}
+        )
+    return rows

@@ -433,6 +433,18 @@ def test_neither_server_takes_what_a_foreign_page_has_a_browser_send(site: Site)
     assert site.mlflow.get_experiment_by_name("planted") is None
 
 
+def test_up_ends_what_outlived_mlflows_own_process_and_starts_it_again(site: Site):
+    parent = psutil.Process(read_services(site.llmill.home).processes["mlflow"].pid)
+    children = parent.children(recursive=True)
+    parent.kill()
+    until(lambda: read_services(site.llmill.home).alive("mlflow"), lambda alive: alive is None, 60)
+    assert [child for child in children if child.is_running()], "it outlives its parent"
+    assert "of it remains process" in site.type("status").stdout
+    assert "the process of mlflow is gone" in site.up().stdout
+    assert not [child for child in children if child.is_running()]
+    assert site.mlflow.search_experiments()
+
+
 def test_servers_are_shown_found_again_and_hide_the_password(site: Site):
     said = site.up().stdout
     assert "PostgreSQL at 127.0.0.1:" in said

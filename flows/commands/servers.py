@@ -113,7 +113,8 @@ def show_servers(console: Any, rows: list[dict[str, Any]], database: str) -> Non
     for row in rows:
         mark = "✓" if row["state"] == "up" else "✗"
         where = row["url"] or f"process {row['pid']}"
-        note = "" if row["state"] == "up" else "  (down; llmill up starts it again)"
+        left = f"; of it remains process {', '.join(map(str, row['remains']))}" if row["remains"] else ""
+        note = "" if row["state"] == "up" else f"  (down{left}; llmill up starts it again)"
         console.print(f"{mark} {row['name']:<20}{where}{note}")
     if rows:
         console.print(f"  their data: {database}")

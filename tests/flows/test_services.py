@@ -12,14 +12,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from operator_api import until
 
 from data_pipeline.context import UserError
+from flows.process import lives
 from flows.services import (
+    MLFLOW,
     PREFECT,
     Running,
     Services,
     Up,
     Wanted,
+    described,
     place,
     prefect_api,
     prepare_postgres,
@@ -128,3 +132,47 @@ def test_an_address_of_no_postgresql_is_refused_without_the_password():
         prepare_postgres(f"postgresql://user:hunter2secret@127.0.0.1:{free()}")
     assert "PostgreSQL at 127.0.0.1:" in str(refused.value)
     assert "hunter2secret" not in str(refused.value)
+
+
+FAMILY = """
+import subprocess, sys, time
+keep = "import time; print('up', flush=True); time.sleep(3600)"
+children = [subprocess.Popen([sys.executable, "-c", keep], start_new_session=new) for new in (False, True)]
+time.sleep(3600)
+"""
+
+
+def left_behind(home: Path) -> tuple[list[psutil.Process], psutil.Process]:
+    """A service whose first process was killed alone: what it had started, one in a session of its own; a stranger."""
+    stranger = psutil.Process(sleeper().pid)
+    up = Up(home, Wanted(), print)
+    up.folder.mkdir(parents=True)
+    up._spawn(MLFLOW, ["-c", FAMILY], {}, "http://127.0.0.1:1")
+    running = read_services(home).processes[MLFLOW]
+    until(lambda: Path(running.log).read_text().count("up"), lambda count: count == 2, 120)
+    family = running.family()
+    assert len(family) == 3
+    first = psutil.Process(running.pid)
+    first.kill()
+    first.wait()
+    return [process for process in family if process != first], stranger
+
+
+def test_what_outlived_its_server_is_shown_and_ended_by_down(tmp_path):
+    remains, stranger = left_behind(tmp_path)
+    [row] = described(read_services(tmp_path))
+    assert (row["state"], sorted(row["remains"])) == ("down", sorted(process.pid for process in remains))
+    assert stop(tmp_path) == [MLFLOW]
+    assert not any(lives(process.pid, process.create_time()) for process in remains if process.is_running())
+    assert stranger.is_running()
+    stranger.kill()
+
+
+def test_what_outlived_its_server_is_ended_before_up_looks_at_its_port(tmp_path, capsys):
+    remains, stranger = left_behind(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as listener, pytest.raises(UserError, match="is in use"):
+        start(tmp_path, mlflow_port=listener.getsockname()[1], prefect_port=free())
+    assert "the process of mlflow is gone; what it had started ends too" in capsys.readouterr().out
+    assert not [process for process in remains if process.is_running()]
+    assert stranger.is_running()
+    stranger.kill()

@@ -125,24 +125,6 @@ def test_settings_that_make_equal_weights_make_the_same_model_and_nothing_is_adv
     assert "nan" not in page(comparison)
 
 
-def test_loss_and_perplexity_of_different_tokenizers_are_not_held_against_each_other(llmill, runs):
-    llmill.run("--set", "pretrain.lr=0.003", "--set", "train_tokenizer.vocab_size=600", "--to", "evaluate")
-    run = runs["0.003", "0"]
-    said = compared(llmill, run, "latest")
-    (warning,) = said["warnings"]
-    assert "A and B have different tokenizers" in warning
-    kept_apart = {row["name"] for row in said["metrics"] if row.get("comparable") is False}
-    assert kept_apart == {"loss", "perplexity"}
-    assert [claim["outcome"] for claim in said["verdict"]["models"]], "bits per byte still tell"
-    printed = llmill("compare", run.info.run_id, "latest", "--no-log", COLUMNS="200").stdout
-    assert "have different tokenizers" in printed
-    tables = [line for line in printed.splitlines() if line.startswith(("evaluate", "pretrain"))]
-    lines = [line for line in tables if " perplexity " in line or " loss at " in line]
-    assert len(lines) == 5
-    assert not any("(" in line for line in lines), "no difference is computed"
-    assert not compared(llmill, run, runs["1e-05", "0"])["warnings"]
-
-
 def test_a_run_is_found_by_all_its_names(llmill, client, runs):
     run = runs["1e-05", "1"]
     tags = run.data.tags
@@ -185,6 +167,24 @@ def test_models_that_saw_other_held_out_documents_are_not_ranked(llmill, runs):
     llmill.run("--set", "pretrain.lr=0.003", "--set", "evaluate.max_documents=5", "--to", "evaluate")
     said = compared(llmill, "latest", "latest")
     assert said["verdict"]["refused"].startswith("5 held-out documents are too few to tell, 10 are needed")
+
+
+def test_loss_and_perplexity_of_different_tokenizers_are_not_held_against_each_other(llmill, runs):
+    llmill.run("--set", "pretrain.lr=0.003", "--set", "train_tokenizer.vocab_size=600", "--to", "evaluate")
+    run = runs["0.003", "0"]
+    said = compared(llmill, run, "latest")
+    (warning,) = said["warnings"]
+    assert "A and B have different tokenizers" in warning
+    kept_apart = {row["name"] for row in said["metrics"] if row.get("comparable") is False}
+    assert kept_apart == {"loss", "perplexity"}
+    assert [claim["outcome"] for claim in said["verdict"]["models"]], "bits per byte still tell"
+    printed = llmill("compare", run.info.run_id, "latest", "--no-log", COLUMNS="200").stdout
+    assert "have different tokenizers" in printed
+    tables = [line for line in printed.splitlines() if line.startswith(("evaluate", "pretrain"))]
+    lines = [line for line in tables if " perplexity " in line or " loss at " in line]
+    assert len(lines) == 5
+    assert not any("(" in line for line in lines), "no difference is computed"
+    assert not compared(llmill, run, runs["1e-05", "0"])["warnings"]
 
 
 @pytest.mark.parametrize("columns", ["80", "200"])

@@ -187,8 +187,8 @@ def test_values_may_be_lists():
 def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_is_said() -> None:
     members = [SimpleNamespace(name=f"member {place}") for place in range(4)]
     groups = [
-        Group("1", {"lr": 1}, ["A", "B"], [0, 1], [2.0, 1.8]),
-        Group("2", {"lr": 2}, ["C", "D"], [2, 3], [1.7, 3.0]),
+        Group(label="1", settings={"lr": 1}, runs=["A", "B"], models=[0, 1], figures=[2.0, 1.8]),
+        Group(label="2", settings={"lr": 2}, runs=["C", "D"], models=[2, 3], figures=[1.7, 3.0]),
     ]
     scores = SimpleNamespace(bits_per_byte=np.array([2.0, 1.8, 1.7, 3.0]))
     one, two = (group.name for group in groups)
@@ -196,7 +196,9 @@ def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_i
         (FIRST, "shown to be better than every other"),
         (NONE, f"not shown to be better than {two}"),
     ):
-        best, why = best_of(Verdict("", scores, groups, [], [Claim(one, two, outcome)]), members)
+        best, why = best_of(
+            Verdict(scores=scores, groups=groups, recipes=[Claim(one, two, outcome)]), members
+        )
         assert best is members[1]
         assert "1.8000 bits per byte" in why
         assert said in why

@@ -19,6 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import State
 from pydantic import BaseModel, ConfigDict, Field
 
+from data_pipeline.context import UserError
 from flows.process import quiet_libraries
 from flows.stages import BY_NAME
 
@@ -60,7 +61,18 @@ def run_name() -> str:
     """``quickstart 2026-11-26 02:00:00``, or with a stage's name where that runs alone."""
     parameters = flow_run.parameters
     only = (parameters.get("stages") or ALL).only
-    return " ".join([Path(parameters["recipe"]).stem, *([only] if only else []), f"{datetime.now():{TIME}}"])
+    name = recipe_name(Path(parameters["recipe"]), parameters.get("settings") or ())
+    return " ".join([name, *([only] if only else []), f"{datetime.now():{TIME}}"])
+
+
+def recipe_name(path: Path, settings: Sequence[str]) -> str:
+    """The name that a recipe gives itself; the file's where it can't be read, which the run itself reports."""
+    from flows.recipe import load_recipe
+
+    try:
+        return load_recipe(path, settings).name
+    except UserError:
+        return path.stem
 
 
 @flow(name=FLOW, flow_run_name=run_name, retries=0, persist_result=False)

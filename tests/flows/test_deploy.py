@@ -13,7 +13,7 @@ from prefect.utilities.schema_tools.validation import validate
 
 from data_pipeline.context import UserError
 from flows.deploy import Options, pools_of, register, write_deployments
-from flows.deployed import ALL, StageName, pipeline
+from flows.deployed import ALL, StageName, pipeline, recipe_name
 from flows.page_edits import remember
 from flows.pools import deployments_of, make_ready
 from flows.recipe import apply_override, load_recipe
@@ -113,6 +113,16 @@ def test_a_file_that_is_no_prefect_yaml_is_refused_and_kept(write, tmp_path):
         with pytest.raises(UserError, match=r"prefect\.yaml"):
             write()
         assert (tmp_path / "prefect.yaml").read_text() == text
+
+
+def test_a_flow_run_bears_the_name_that_its_recipe_gives_itself(tmp_path):
+    file = tmp_path / "file of another name.yaml"
+    file.write_text(RECIPE.replace("name: tiny", "name: of-its-own"))
+    assert recipe_name(file, ["pretrain.lr=1e-3"]) == "of-its-own"
+    assert recipe_name(file, ["name=told"]) == "told"
+    file.write_text("[")
+    assert recipe_name(file, []) == "file of another name"
+    assert recipe_name(tmp_path / "missing.yaml", []) == "missing"
 
 
 def test_the_form_of_the_flow_names_the_stages_that_there_are():

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -269,3 +272,45 @@ def test_mlflow_away_leaves_the_comparison_and_a_warning(llmill, runs):
     assert "sent what 1 run(s) had left" in llmill("sync", "--here").stdout
     said = llmill("compare", "latest", made[0], code=2, **AWAY).stderr
     assert "there is no latest: MLflow at http://127.0.0.1:9 does not answer" in said
+
+
+def test_commands_that_only_read_do_so_in_a_home_that_cannot_be_written_to_and_others_say_so(llmill, runs):
+    """A person who may read a team's home; root without the power to write what nobody may stands for him here."""
+    program = shutil.which("setpriv") or pytest.skip("util-linux is not installed here")
+    unable = [program, "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
+
+    def type_in(*words: str) -> subprocess.CompletedProcess[str]:
+        command = [*unable, sys.executable, "-m", "flows.cli", *words]
+        return subprocess.run(
+            command, env=llmill.environment(), capture_output=True, text=True, timeout=300, check=False
+        )
+
+    model = next(iter(llmill.home.glob("store/export/*/manifest.json"))).parent.name
+    names = [run.info.run_id for run in list(runs.values())[:2]]
+    before = modes(llmill.home)
+    for path, mode in before.items():
+        path.chmod(mode & ~0o222)
+    try:
+        kept = sorted(str(path) for path in llmill.home.rglob("*"))
+        for words in (
+            ("status",), ("plan", str(llmill.recipe)), ("verify", model), ("trace", model),
+            ("find", "words that are nowhere"), ("compare", *names),
+            ("generate", "--model", model, "--prompt", "def", "--max-tokens", "2"),
+        ):  # fmt: skip
+            said = type_in(*words)
+            assert said.returncode == 0, said
+            assert "Error" not in said.stdout + said.stderr, said
+        for words in (("gc",), ("sync",), ("run", str(llmill.recipe)), ("up",)):
+            said = type_in(*words)
+            assert (said.returncode, said.stderr.count("\n")) == (2, 1), said
+            assert "can't be written to" in said.stderr
+        assert sorted(str(path) for path in llmill.home.rglob("*")) == kept
+    finally:
+        for path, mode in before.items():
+            path.chmod(mode)
+
+
+def modes(folder: Path) -> dict[Path, int]:
+    return {
+        path: path.stat().st_mode & 0o7777 for path in (folder, *folder.rglob("*")) if not path.is_symlink()
+    }

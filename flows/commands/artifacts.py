@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.context import UserError, human_bytes
-from flows.commands.options import HOME, AsJson, Home, at_home
+from flows.commands.options import HOME, AsJson, Home, at_home, refuse_read_only
 from flows.process import quiet_libraries
 
 
@@ -189,6 +189,7 @@ def gc(
     from flows.store import Store
     from flows.terminal import Terminal
 
+    refuse_read_only(home)
     store, console = Store(home), Terminal().console
     if models and not artifact:
         raise UserError("--models says what goes with an --artifact: name one")

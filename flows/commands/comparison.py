@@ -16,6 +16,7 @@ from flows.commands.options import (
     Overrides,
     RecipePath,
     announce,
+    is_read_only,
     stoppable,
     typed,
     writable,
@@ -72,6 +73,9 @@ def keep(comparison: Any, home: Path, terminal: Any) -> None:
     """Log a comparison to MLflow, or say why it is not there."""
     from flows.comparison.log import log
 
+    if is_read_only(home):
+        terminal.note(f"not in MLflow: {home} can't be written to", warning=True)
+        return
     where, why_not = log(comparison, home)
     if why_not:
         terminal.note(f"not in MLflow yet: {why_not}; llmill sync sends it, or the next run", warning=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, AsJson, Home
+from flows.commands.options import HOME, AsJson, Home, refuse_read_only
 from flows.process import quiet_libraries
 
 
@@ -112,6 +112,8 @@ def promote(
 ) -> None:
     """Make a model's candidate its champion, if all gates hold."""
     quiet_libraries()
+    if not dry_run:
+        refuse_read_only(home)
     from flows.promote import carry_out, decide, find_version
     from flows.store import Store
     from flows.terminal import Terminal, fail

@@ -54,6 +54,16 @@ def writable(home: Path) -> None:
         raise UserError(f"--home {home}: {reason}; name another folder with --home or LLMILL_HOME") from None
 
 
+def refuse_read_only(home: Path) -> None:
+    """End a command that must write to a home that is there and can't be written to."""
+    if is_read_only(home):
+        raise UserError(f"--home {home}: it can't be written to, and this command has to")
+
+
+def is_read_only(home: Path) -> bool:
+    return home.exists() and not os.access(home, os.W_OK)
+
+
 def announce(what: str) -> None:
     """Show what a command begins with, before it imports libraries for seconds."""
     print(f"{what} ...", flush=True)

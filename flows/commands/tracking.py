@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from data_pipeline.context import UserError
-from flows.commands.options import HOME, Home
+from flows.commands.options import HOME, Home, refuse_read_only
 from flows.process import quiet_libraries
 
 
@@ -27,6 +27,7 @@ def sync(
 
     if not home.exists():
         raise UserError(f"there is no home {home}")
+    refuse_read_only(home)
     terminal, mlflow, sent = Terminal(), Mlflow(home, tracking_uri(home)), Counter[str]()
     place, missing = without_user(mlflow.uri), ""
     with left_behind(home) as found:

@@ -62,8 +62,8 @@ def local(
     """Run ``python -m module job`` as ``ranks`` processes under torchrun, here or on ``nodes``, and wait for their end.
 
     ``while_running`` is called about five times a second meanwhile and must not raise. The ranks' output goes
-    to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"kind": "user", "interrupted" or "fault",
-    "message": str}). Ranks that are to end get SIGTERM, and ``grace_seconds`` later SIGKILL.
+    to ``logs/ranks.log``. A rank that fails leaves ``logs/error.json`` ({"kind": "user", "interrupted", "timeout" or
+    "fault", "message": str}). Ranks that are to end get SIGTERM, and ``grace_seconds`` later SIGKILL.
 
     Raises:
         UserError: a rank ended with a user's mistake.
@@ -105,7 +105,8 @@ def local(
 def raise_failure(what: str, logs: Path) -> NoReturn:
     """Raise what ranks that did not end well left in ``logs``; ``what`` where they left nothing.
 
-    Of one that a signal ended, the others only know that it does not answer.
+    Of one that a signal ended, the others only know that its connections are closed. One that hangs is ended by
+    torchrun, after another has waited for it in vain: that is a "timeout", whatever signal ended it.
     """
     failure, killed = read_failure(logs / "error.json"), killed_ranks(logs)
     if killed and (not failure or failure[0] == "fault"):

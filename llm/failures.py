@@ -62,7 +62,8 @@ def report_failure(error: Exception, folder: Path) -> None:
         error = UserError(f"the disk of {folder.parent} is full: make room and run again")
     elif isinstance(error, torch.OutOfMemoryError):
         error = UserError("the GPU's memory does not hold a micro-batch: lower pretrain.runtime.micro_batch")
-    elif timed_out(error):
+    unanswered = timed_out(error)
+    if unanswered:
         error = RuntimeError(
             "another rank did not answer within pretrain.runtime.collective_timeout_seconds: it hangs, or its "
             f"machine is gone; what is saved is gone on from when it is run again ({str(error)[:200]})"
@@ -72,12 +73,14 @@ def report_failure(error: Exception, folder: Path) -> None:
         if isinstance(error, Interrupted)
         else "user"
         if isinstance(error, UserError)
+        else "timeout"
+        if unanswered
         else "fault"
     )
-    message = f"{type(error).__name__}: {error}" if kind == "fault" else str(error)
+    message = str(error) if kind in ("interrupted", "user") else f"{type(error).__name__}: {error}"
     with suppress(OSError), open(folder / "error.json", "x", encoding="utf-8") as file:
         json.dump({"kind": kind, "message": message}, file, allow_nan=False)
-    if kind == "fault":
+    if kind in ("timeout", "fault"):
         traceback.print_exception(error)
 
 

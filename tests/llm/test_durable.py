@@ -104,7 +104,7 @@ def test_a_rank_that_hangs_ends_the_run_in_bounded_time_and_it_can_be_run_again(
     code, said = stage.end()
     assert code == 3
     assert "another rank did not answer within pretrain.runtime.collective_timeout_seconds" in said
-    assert time.monotonic() - since < 90
+    assert time.monotonic() - since < 300
     assert not psutil.wait_procs(hung, timeout=5)[1]
     run(recipe(ranks=2, zero_stage=1), corpus, tmp_path)
     assert payload(tmp_path) == payload(calm_pair)

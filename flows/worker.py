@@ -27,6 +27,7 @@ from prefect.utilities.processutils import command_from_string, sanitize_subproc
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
 from flows.run_notes import WORKER, Note, read_notes
+from flows.terminal import Terminal
 
 KILL_SECONDS = 5.0
 """What a run gets on top of what it says that it needs."""
@@ -127,4 +128,4 @@ async def until_told(worker: Worker, healthcheck: bool) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop, number)
     with suppress(asyncio.CancelledError):
         await serving
-    print(f"worker {worker.name} has ended", flush=True)
+    Terminal().console.print(f"worker {worker.name} has ended")

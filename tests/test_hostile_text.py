@@ -61,6 +61,7 @@ CALLS: dict[str, list[list[str]]] = {
     "promote": [[LINE]],
     "up": [],
     "down": [],
+    "worker": [],
     "ui": [],
     "sync": [],
 }  # fmt: skip
@@ -82,6 +83,7 @@ AT_HOME: dict[str, list[list[str]]] = {
     "promote": [["--dry-run"]],
     "up": [["--mlflow-port", "{port}"]],
     "down": [[]],
+    "worker": [],
     "ui": [["--port", "{port}"]],
     "sync": [[]],
 }

@@ -49,7 +49,7 @@ class TextStats:
     words: Counts
     word_characters: Counts
     alphabetic_words: Counts
-    """Words that hold a letter (`str.isalpha`)."""
+    """Words that hold a letter (`str.isalpha`) or are of a script without spaces."""
     stop_words: Counts
     """How many different ones of `STOP_WORDS` occur, in any case."""
     hashes: Counts

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
@@ -59,7 +60,7 @@ class Journal:
 
     def append(self, operations: Sequence[Operation]) -> None:
         """Add operations; they are on disk when this returns, or none of them is there."""
-        data = "".join(json.dumps(operation, allow_nan=False) + "\n" for operation in operations).encode()
+        data = "".join(line_of(operation) for operation in operations).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             size = os.fstat(file).st_size
@@ -103,7 +104,7 @@ class Journal:
     def refuse(self, operation: Operation, why: str) -> None:
         """Set an operation aside that MLflow will never take."""
         with open(self.refused, "a") as file:
-            file.write(json.dumps({"why": why, **operation}, allow_nan=False) + "\n")
+            file.write(line_of({"why": why, **operation}))
             file.flush()
             os.fsync(file.fileno())
 
@@ -155,3 +156,16 @@ def parsed(line: bytes) -> Operation:
 def journals(home: Path) -> list[Journal]:
     """All journals of a home, oldest first."""
     return [Journal(path) for path in sorted(outbox(home).glob("*.jsonl"))]
+
+
+def line_of(operation: Operation) -> str:
+    """An operation as a line of JSON. Points of a training that diverges are no JSON numbers: ``"nan"``, ``"inf"``."""
+    points = {"points": plain(operation["points"])} if "points" in operation else {}
+    return json.dumps({**operation, **points}, allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """Lists with text in place of numbers that JSON does not have."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return [plain(one) for one in value] if isinstance(value, list | tuple) else value

@@ -253,7 +253,7 @@ class Mlflow:
             self._run(experiment, operation["run"]),
             [Param(*param) for param in operation.get("params", {}).items()],
             [RunTag(*tag) for tag in operation.get("tags", {}).items()],
-            [Metric(*point) for point in operation.get("points", [])],
+            [Metric(name, float(value), *when) for name, value, *when in operation.get("points", [])],
         )
 
     def _untag(self, experiment: str, operation: Operation) -> None:

@@ -177,6 +177,11 @@ def width(text: str) -> int:
     return len(text) + sum(one >= "\u2e80" for one in text)
 
 
+def is_letter(one: str) -> bool:
+    """Letters, and what stands for words in scripts without spaces: the numerals of merchants too."""
+    return one.isalpha() or (ord(one) < TABLE_SIZE and character_classes()[ord(one)] == UNSPACED)
+
+
 def reference(text: str, short: int) -> dict[str, int]:
     """`TextStats` of one text, by the book."""
     words = cut_words(text)
@@ -197,7 +202,7 @@ def reference(text: str, short: int) -> dict[str, int]:
         "characters": len(text),
         "words": len(words),
         "word_characters": sum(map(len, words)),
-        "alphabetic_words": sum(any(map(str.isalpha, word)) for word in words),
+        "alphabetic_words": sum(any(map(is_letter, word)) for word in words),
         "stop_words": len(STOP_WORDS & {word.lower() for word in words}),
         "hashes": text.count("#"),
         "ellipses": sum(text.count(one) for one in ELLIPSES),

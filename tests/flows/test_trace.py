@@ -26,7 +26,7 @@ from flows.lineage.graph import Graph, Node
 from flows.lineage.report import Known, document_json, document_lines
 from flows.lineage.target import find_target
 from flows.stages import BY_NAME
-from flows.store import Store
+from flows.store import Store, now
 from llm.pretrain import PretrainConfig, prepare
 
 
@@ -176,7 +176,7 @@ def seal(store: Store, stage: str, config: Any, body: Callable[..., Any], **inpu
         key: {"fingerprint": one.fingerprint, "payload_sha256": one.artifact.payload_sha256}
         for key, one in inputs.items()
     }
-    manifest = {"config": config.identity(), "inputs": recorded, "metrics": metrics, "finished": name}
+    manifest = {"config": config.identity(), "inputs": recorded, "metrics": metrics, "finished": now()}
     artifact = store.seal(stage, name, manifest)
     return Node((stage, name), artifact.path, artifact)
 

@@ -96,8 +96,10 @@ def sources(manifest: Mapping[str, Any]) -> str:
 
 def origin(source: Mapping[str, Any]) -> str:
     """Where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
-    said = [source["dataset"]] if source.get("dataset") else []
-    said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
+    said: list[str] = []
+    if source.get("dataset"):  # elsewhere, `split` says how files are cut into documents
+        said = [source["dataset"]]
+        said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
     said += source.get("urls", ())
     said += [source["url"]] if source.get("url") else []
     return ", ".join(said)

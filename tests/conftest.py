@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import sysconfig
 import time
 from collections.abc import Callable
@@ -20,6 +21,11 @@ from flows.servers import PrefectServer
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"
 )  # two tests run at once: threads of one would wait for the other's
+
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        # Begun by nohup or in a shell's background, we go on to ignore it, but what we start is not told to.
+        signal.signal(_number, lambda *_: None)
 
 SLOWEST = (
     "test_operations", "test_durable", "test_end_to_end", "swept", "test_outages", "test_training",

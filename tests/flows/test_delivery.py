@@ -180,7 +180,7 @@ def test_a_mistake_of_ours_is_not_said_to_be_mlflows_and_holds_nothing_up(mlflow
     journal = journal_of(mlflow.home, *TOLD[:3], *wrong, TOLD[-1])
     refused = [why for _, why in deliver(journal, mlflow) if why]
     assert [why.partition(": ")[0] for why in refused] == ["a fault of llmill's own"] * 3
-    assert [why.split(": ")[1] for why in refused] == ["KeyError", "TypeError", "KeyError"]
+    assert [why.split(": ")[1] for why in refused] == ["KeyError", "ValueError", "KeyError"]
     assert [run.info.status for run in runs(mlflow)] == ["FINISHED"]
     assert len(journal.refused.read_text().splitlines()) == 3
 

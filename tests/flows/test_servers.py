@@ -81,12 +81,12 @@ def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(
 
 def test_clients_that_all_write_are_neither_refused_nor_held_up(prefect_server):
     """Prefect's own server refuses two in three of what four such clients ask."""
-    with httpx.Client(base_url=prefect_server) as client:
+    with httpx.Client(base_url=prefect_server, timeout=120) as client:
         flow = client.post("/flows/", json={"name": "busy"}).json()
         run = client.post("/flow_runs/", json={"flow_id": flow["id"]}).json()
 
     def write(number: int) -> set[int]:
-        with httpx.Client(base_url=prefect_server, timeout=30) as client:
+        with httpx.Client(base_url=prefect_server, timeout=120) as client:
             name = {"flow_run_id": run["id"], "task_key": str(number)}
             return {
                 client.post("/task_runs/", json={**name, "dynamic_key": str(n)}).status_code

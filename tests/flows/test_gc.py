@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +31,28 @@ from flows.uses import Uses
 CHAIN = ("download", "clean", "dedup", "tokenize", "pretrain", "export")
 
 
+@cache
+def model_files() -> dict[str, bytes]:
+    """A model as an export holds it."""
+    import torch
+    from safetensors.torch import save
+
+    from llm.layouts import exported_weights, transformers_config
+    from llm.model import ModelConfig, Transformer
+
+    config = ModelConfig(layers=1, heads=2, width=16, context=32, vocab_size=300)
+    weights = exported_weights(Transformer(config, seed=0), torch.float32)
+    described = json.dumps(transformers_config(config, 0, "float32"), allow_nan=False)
+    return {"config.json": described.encode(), "model.safetensors": save(weights, metadata={"format": "pt"})}
+
+
 def seal(store: Store, stage: str, name: str, *inputs: Key, age: float = 100, **config: Any) -> Key:
     """Something sealed so many days ago."""
     out, _ = store.begin(stage, name, {"inputs": {}})
-    (out / "config.json").write_text(name)
-    (out / "model.safetensors").write_text(name)
+    (out / "name.txt").write_text(name)
+    if stage == "export":
+        for file, content in model_files().items():
+            (out / file).write_bytes(content)
     (out / "deep").mkdir()
     (out / "deep" / "file.txt").write_text("text")
     recorded = {
@@ -202,7 +220,7 @@ def test_an_unfinished_build_goes_only_when_it_is_old_and_nobody_is_at_it(tmp_pa
     store = Store(tmp_path)
     source, other = seal(store, "download", "0a"), seal(store, "download", "0b")
     payload = store.get(*source).payload_sha256
-    (store.path(*other) / "config.json").chmod(0o644)
+    (store.path(*other) / "name.txt").chmod(0o644)
     out, _ = store.begin("clean", "0c", {"inputs": {"download": payload}})
     (out / "documents-00000.parquet").write_text("half")
     found = survey(store, 30)

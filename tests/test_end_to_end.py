@@ -266,9 +266,13 @@ def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finish
     assert llmill.payloads() == finished.payloads()
 
 
-def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_none(finished: Llmill):
+def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_none(
+    finished: Llmill, tmp_path: Path
+):
+    home = tmp_path / "home"
+    shutil.copytree(finished.home, home, ignore=shutil.ignore_patterns("prefect"))
     environment = {k: v for k, v in finished.environment().items() if not k.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "flows.cli", "run", str(finished.recipe)]
+    command = [sys.executable, "-m", "flows.cli", "run", str(finished.recipe), "--home", str(home)]
     for more, said, started in (
         ([], "every stage was reused", False),
         (["--set", "evaluate.max_new_tokens=8"], "✓ evaluate", True),
@@ -278,5 +282,5 @@ def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_
         )
         assert (result.returncode, result.stderr) == (0, ""), result
         assert said in result.stdout
-        assert (finished.home / "prefect" / "server.log").exists() is started
-        assert not (finished.home / "prefect" / "server.json").exists()
+        assert (home / "prefect" / "server.log").exists() is started
+        assert not (home / "prefect" / "server.json").exists()

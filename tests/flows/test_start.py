@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Llmill
+from mlflow import MlflowClient
 from typer.main import get_command
 
 from flows.cli import make_app
@@ -99,13 +100,22 @@ def test_a_plan_imports_no_heavy_library_and_no_body_that_needs_one(watched, fin
     assert not found & {"llm.pretrain", "llm.evaluate", "llm.export", "llm.model"}
 
 
+def tracked_runs(llmill) -> int:
+    """How many whole runs MLflow has of the home's recipe; runs of single stages do not count."""
+    client = MlflowClient(f"sqlite:///{llmill.home}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("small").experiment_id])
+    return sum("mlflow.parentRunId" not in run.data.tags for run in found)
+
+
 def test_a_run_that_reuses_all_imports_no_stage_starts_no_server_and_is_tracked(watched, finished):
     """Prefect is told where there is a server; here there is none."""
     unfinished = json.loads(finished("status", "--json").stdout)["unfinished"]  # what other tests left
     logs = finished.home / "prefect" / "server.log"
     before = logs.stat().st_mtime_ns if logs.exists() else 0
+    tracked = tracked_runs(finished)
     found = imported(watched, finished, "run", str(finished.recipe), PREFECT_API_URL="")
     assert not found & (set(HEAVY) - {"mlflow", "prefect"})
+    assert tracked_runs(finished) == tracked + 1
     assert (logs.stat().st_mtime_ns if logs.exists() else 0) == before
     assert not (finished.home / "prefect" / "server.json").exists()
     assert json.loads(finished("status", "--json").stdout)["unfinished"] == unfinished

@@ -228,6 +228,8 @@ class PrefectContext:
             self.note(f"resumed at step {event['step']}")
         elif kind == "checkpoint":
             self._saved = event["step"]
+        elif kind == "end":
+            self._step = self._saved = event["step"]
         elif kind == "interrupted":
             self._step = self._saved = event["step"]
             self.note(f"interrupted after step {event['step']}, which is saved")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -238,6 +240,40 @@ def in_training(site: Site, flow_run: str, before: int = 0) -> None:
     until(lambda: site.prefect.run(flow_run)["state_type"] == "RUNNING" and saved(site) > before, bool, 300)
 
 
+@contextmanager
+def standing_still(site: Site) -> Iterator[None]:
+    """Hold the ranks until they are asked to end: a fast machine would be done before that."""
+    ranks = torchrun(site.processes()).children()
+    assert ranks
+    for rank in ranks:
+        rank.suspend()
+
+    def release() -> None:
+        until(lambda: all(map(is_asked_to_end, ranks)), bool, 120)
+        for rank in ranks:
+            rank.resume()
+
+    with ThreadPoolExecutor(1) as pool:
+        released = pool.submit(release)
+        yield
+        released.result()
+
+
+def torchrun(tree: list[psutil.Process]) -> psutil.Process:
+    """The parent of the ranks."""
+    [found] = [process for process in tree if "--shutdown-timeout" in " ".join(process.cmdline())]
+    return found
+
+
+def is_asked_to_end(process: psutil.Process) -> bool:
+    """Whether a SIGTERM waits for the process to go on."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    pending = [
+        int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))
+    ]
+    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending)
+
+
 def last_step(site: Site) -> int:
     """The last step that the unfinished training has taken."""
     [events] = site.llmill.home.glob(EVENTS)
@@ -269,9 +305,9 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
     assert '"resume"' in (partial / "logs" / "events.jsonl").read_text()
 
     tree = site.processes()
-    [torchrun] = [process for process in tree if "--shutdown-timeout" in " ".join(process.cmdline())]
-    assert "--shutdown-timeout=30" in torchrun.cmdline()  # grace_seconds, uncut
-    site.prefect.cancel(run)
+    assert "--shutdown-timeout=30" in torchrun(tree).cmdline()  # grace_seconds, uncut
+    with standing_still(site):
+        site.prefect.cancel(run)
     gone(tree)
     ended = site.prefect.ended(run, 20)
     assert ended["state_type"] == "CANCELLED"
@@ -287,7 +323,8 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
 def suspend(site: Site, run: str, name: str) -> None:
     """Have Prefect say that the run waits, and see it save and end."""
     tree = site.processes()
-    site.prefect.wait(run, name)
+    with standing_still(site):
+        site.prefect.wait(run, name)
     gone(tree)
     waiting = site.prefect.run(run)
     assert (waiting["state_type"], waiting["state_name"]) == ("PAUSED", "Suspended")
@@ -311,7 +348,8 @@ def test_a_paused_run_is_suspended_for_nobody_is_left_to_wait(site: Site):
     before = saved(site)
     site.prefect.resume(run)
     in_training(site, run, before)
-    site.prefect.cancel(run)
+    with standing_still(site):
+        site.prefect.cancel(run)
     assert site.prefect.ended(run, 60)["state_type"] == "CANCELLED"
 
 
@@ -322,7 +360,8 @@ def test_a_worker_that_is_stopped_alone_lets_its_run_save(site: Site):
     in_training(site, run, before)
     tree = site.processes()
     worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
-    worker.terminate()
+    with standing_still(site):
+        worker.terminate()
     gone([worker, *tree])
     ended = site.prefect.run(run)
     assert ended["state_type"] == "CANCELLED", ended["state"]
@@ -335,7 +374,8 @@ def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_r
     run = site.prefect.start("small", settings=LONG)
     in_training(site, run, before)
     tree, name = site.processes(), site.prefect.run(run)["name"]
-    said = site.type("down").stdout
+    with standing_still(site):
+        said = site.type("down").stdout
     gone(tree)
     message = f"pretrain: stopped by SIGTERM; step {last_step(site)} is saved"
     assert f"{name} is at work: it saves and ends" in said

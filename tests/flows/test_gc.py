@@ -27,6 +27,7 @@ from flows.plan import Selection, plan_and_hold
 from flows.recipe import load_recipe
 from flows.store import LINKED, Store
 from flows.uses import Uses
+from llm.layouts import content_sha256
 
 CHAIN = ("download", "clean", "dedup", "tokenize", "pretrain", "export")
 
@@ -242,13 +243,40 @@ def test_an_unfinished_build_goes_only_when_it_is_old_and_nobody_is_at_it(tmp_pa
 def test_a_model_that_a_kept_training_began_from_stays(tmp_path: Path) -> None:
     store = Store(tmp_path)
     first = chain(store, 1)
-    from llm.layouts import content_sha256
-
     start = content_sha256(store.path(*first[-1]))
     second = seal(store, "pretrain", "0f", age=2, init_sha256=start)
     assert Graph(store).descendants([first[0]])[-1].key == second
     assert not survey(store, 30).candidates
     assert [one.key for one in select(store, [first[-1][1]]).candidates] == [second, first[-1]]
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", b"{"),
+        ("config.json", b'"GPT-2"'),
+        ("config.json", b'{"model_type": "llama", "hidden_size": "wide"}'),
+        ("config.json", None),
+        ("model.safetensors", b"no weights"),
+        ("model.safetensors", None),
+        ("model.safetensors.index.json", b"["),
+        ("model.safetensors.index.json", b'{"weight_map": 3}'),
+    ],
+)
+def test_an_export_that_was_damaged_hides_nothing_of_the_others(
+    tmp_path: Path, file: str, content: bytes | None
+) -> None:
+    store = Store(tmp_path)
+    broken, whole = chain(store, 1)[-1], chain(store, 2)
+    start = content_sha256(store.path(*whole[-1]))
+    begun = seal(store, "pretrain", "0f", age=2, init_sha256=start)
+    path = store.path(*broken) / file
+    path.parent.chmod(0o755)
+    path.unlink(missing_ok=True)
+    if content is not None:
+        path.write_bytes(content)
+    assert {node.key for node in Graph(store).ancestors([begun])} == set(whole)
+    assert {one.key for one in select(store, [broken[1]]).candidates} == {broken}
 
 
 def test_old_state_and_locks_of_what_is_gone_go_too(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from typing import Any
 import anyio
 import psutil
 from anyio.abc import Process, TaskStatus
-from prefect.client.schemas.objects import FlowRun
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.states import Scheduled, State
 from prefect.utilities.processutils import command_from_string, sanitize_subprocess_env
 from prefect.workers.process import ProcessJobConfiguration, ProcessWorker, ProcessWorkerResult
 
@@ -66,12 +67,23 @@ class Worker(ProcessWorker):
             task_status.started(process.pid)
         try:
             await process.wait()
-        finally:
+        except asyncio.CancelledError:
             with anyio.CancelScope(shield=True):
                 await end(process, flow_run)
+                await self._give_back(flow_run)
+            raise
+        finally:
             self._processes.remove(process)
         assert process.returncode is not None
         return ProcessWorkerResult(status_code=process.returncode, identifier=str(process.pid))
+
+    async def _give_back(self, flow_run: FlowRun) -> None:
+        """Have a run that had not yet begun wait for the next worker."""
+        with suppress(Exception):  # Prefect may be away, too
+            now = await self.client.read_flow_run(flow_run.id)
+            if now.state_type == StateType.PENDING:
+                waits: State = Scheduled(message="its worker ended before it began")
+                await self.client.set_flow_run_state(flow_run.id, waits, force=True)
 
     def kill_runs(self) -> None:
         """End what is at work at once."""

@@ -340,7 +340,6 @@ def main(path: Path) -> None:
         with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
             rank, ranks = start_ranks(job.config.runtime.collective_timeout_seconds)
             Trainer(job, rank, ranks).run()
-            dist.destroy_process_group()
     except Exception as error:
         try:
             if not has_ended(
@@ -350,6 +349,10 @@ def main(path: Path) -> None:
         finally:
             # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
             os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk, and all ranks know it. As an interpreter ends, C++ threads of collectives that still run abort it.
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -27,6 +25,7 @@ from conftest import RECIPE
 from mlflow import MlflowClient
 from operator_api import FINAL, Prefect, until
 from postgres import PASSWORD, postgres
+from ranks import held_until_asked, torchrun
 
 from flows.pools import COMMAND
 from flows.servers import free_port
@@ -240,40 +239,6 @@ def in_training(site: Site, flow_run: str, before: int = 0) -> None:
     until(lambda: site.prefect.run(flow_run)["state_type"] == "RUNNING" and saved(site) > before, bool, 300)
 
 
-@contextmanager
-def standing_still(site: Site) -> Iterator[None]:
-    """Hold the ranks until they are asked to end: a fast machine would be done before that."""
-    ranks = torchrun(site.processes()).children()
-    assert ranks
-    for rank in ranks:
-        rank.suspend()
-
-    def release() -> None:
-        until(lambda: all(map(is_asked_to_end, ranks)), bool, 120)
-        for rank in ranks:
-            rank.resume()
-
-    with ThreadPoolExecutor(1) as pool:
-        released = pool.submit(release)
-        yield
-        released.result()
-
-
-def torchrun(tree: list[psutil.Process]) -> psutil.Process:
-    """The parent of the ranks."""
-    [found] = [process for process in tree if "--shutdown-timeout" in " ".join(process.cmdline())]
-    return found
-
-
-def is_asked_to_end(process: psutil.Process) -> bool:
-    """Whether a SIGTERM waits for the process to go on."""
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    pending = [
-        int(line.split()[1], 16) for line in status.splitlines() if line.startswith(("SigPnd", "ShdPnd"))
-    ]
-    return any(mask >> (signal.SIGTERM - 1) & 1 for mask in pending)
-
-
 def last_step(site: Site) -> int:
     """The last step that the unfinished training has taken."""
     [events] = site.llmill.home.glob(EVENTS)
@@ -306,7 +271,7 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
 
     tree = site.processes()
     assert "--shutdown-timeout=30" in torchrun(tree).cmdline()  # grace_seconds, uncut
-    with standing_still(site):
+    with held_until_asked(site.processes()):
         site.prefect.cancel(run)
     gone(tree)
     ended = site.prefect.ended(run, 20)
@@ -323,7 +288,7 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
 def suspend(site: Site, run: str, name: str) -> None:
     """Have Prefect say that the run waits, and see it save and end."""
     tree = site.processes()
-    with standing_still(site):
+    with held_until_asked(site.processes()):
         site.prefect.wait(run, name)
     gone(tree)
     waiting = site.prefect.run(run)
@@ -348,7 +313,7 @@ def test_a_paused_run_is_suspended_for_nobody_is_left_to_wait(site: Site):
     before = saved(site)
     site.prefect.resume(run)
     in_training(site, run, before)
-    with standing_still(site):
+    with held_until_asked(site.processes()):
         site.prefect.cancel(run)
     assert site.prefect.ended(run, 60)["state_type"] == "CANCELLED"
 
@@ -360,7 +325,7 @@ def test_a_worker_that_is_stopped_alone_lets_its_run_save(site: Site):
     in_training(site, run, before)
     tree = site.processes()
     worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
-    with standing_still(site):
+    with held_until_asked(site.processes()):
         worker.terminate()
     gone([worker, *tree])
     ended = site.prefect.run(run)
@@ -374,7 +339,7 @@ def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_r
     run = site.prefect.start("small", settings=LONG)
     in_training(site, run, before)
     tree, name = site.processes(), site.prefect.run(run)["name"]
-    with standing_still(site):
+    with held_until_asked(site.processes()):
         said = site.type("down").stdout
     gone(tree)
     message = f"pretrain: stopped by SIGTERM; step {last_step(site)} is saved"
@@ -397,11 +362,26 @@ def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_r
     site.up()
     crashed = site.prefect.ended(run, 60)
     assert crashed["state_type"] == "CRASHED"
+    until(lambda: statuses(site, run), lambda all: all and "RUNNING" not in all, 60)
     site.prefect.retry(run)
     ended = site.prefect.ended(run, 400)
     assert ended["state_type"] == "COMPLETED", ended["state"]
     steps = [row.step for row in loss_points(site)]
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_a_run_that_a_worker_had_taken_and_not_begun_waits_for_the_next_worker(site: Site):
+    run = site.prefect.start("small", settings=LONG)
+    worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
+    taken = until(lambda: site.prefect.run(run)["state_type"] == "PENDING" and worker.children(), bool, 60)
+    worker.terminate()
+    gone([worker, *taken])
+    waiting = site.prefect.run(run)
+    assert waiting["state_type"] == "SCHEDULED", waiting["state"]
+    site.up()
+    until(lambda: site.prefect.run(run)["state_type"], lambda state: state == "RUNNING", 120)
+    site.prefect.cancel(run)
+    assert site.prefect.ended(run, 60)["state_type"] == "CANCELLED"
 
 
 def test_what_fails_before_the_first_stage_is_told_to_all(site: Site):

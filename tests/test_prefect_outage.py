@@ -12,6 +12,7 @@ import psutil
 import pytest
 from command_line import Llmill
 from operator_api import Prefect, until
+from ranks import held
 
 from flows.servers import answers, free_port
 from flows.stages import BY_NAME
@@ -96,8 +97,9 @@ def test_a_server_that_is_away_for_seconds_misses_nothing(make_llmill, finished:
     llmill = make_llmill()
     run = llmill.start_afresh("run", str(llmill.recipe), PREFECT_API_URL=server.url)
     training(llmill, run)
-    server.kill()
-    server.start()
+    with held(psutil.Process(run.pid).children(recursive=True)):
+        server.kill()
+        server.start()
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, out + err
     assert llmill.payloads() == finished.payloads()

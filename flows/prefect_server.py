@@ -20,7 +20,7 @@ from typing import Any
 
 import uvicorn
 from prefect.server.api.server import create_app
-from prefect.server.database.configurations import AioSqliteConfiguration
+from prefect.server.database.configurations import SQLITE_BEGIN_MODE, AioSqliteConfiguration
 from prefect.server.database.dependencies import temporary_database_config
 from prefect.server.utilities.database import get_dialect
 from prefect.settings import (
@@ -39,13 +39,20 @@ from flows.own_pages import OwnPages, own_names
 
 
 class OneWriter(AioSqliteConfiguration):
-    """A SQLite database each of whose transactions begins as ``BEGIN IMMEDIATE``."""
+    """A SQLite database each of whose transactions begins as ``BEGIN IMMEDIATE``; a session without one only reads."""
 
     @asynccontextmanager
     async def begin_transaction(
         self, session: AsyncSession, with_for_update: bool = False
     ) -> AsyncGenerator[AsyncSessionTransaction, None]:
-        async with super().begin_transaction(session, with_for_update=True) as transaction:
+        async with session.begin() as transaction:
+            # How to begin is a variable of the context. What is opened or started within this block would inherit it,
+            # and wait for a lock that we hold, or hold it for as long as it reads.
+            token = SQLITE_BEGIN_MODE.set("IMMEDIATE")
+            try:
+                await session.connection()
+            finally:
+                SQLITE_BEGIN_MODE.reset(token)
             yield transaction
 
 

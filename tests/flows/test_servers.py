@@ -1,5 +1,6 @@
 """The Prefect server of a home: one for all its runs, stopped by the last, found again after a kill."""
 
+import asyncio
 import json
 import os
 import subprocess
@@ -97,3 +98,28 @@ def test_clients_that_all_write_are_neither_refused_nor_held_up(prefect_server):
 
     with ThreadPoolExecutor(4) as pool:
         assert set.union(*pool.map(write, range(4))) == {201}
+
+
+def test_what_reads_within_a_transaction_does_not_wait_for_it(tmp_path):
+    """Nor does what was started there, which keeps the context long after the transaction has ended."""
+    from sqlalchemy import text
+
+    from flows.prefect_server import OneWriter
+
+    async def read_within() -> list[int]:
+        database = OneWriter(connection_url=f"sqlite+aiosqlite:///{tmp_path}/a.db", timeout=1)
+        engine = await database.engine()
+
+        async def read() -> int:
+            async with await database.session(engine) as session:
+                await session.execute(text("PRAGMA busy_timeout = 1000"))
+                return (await session.execute(text("SELECT count(*) FROM t"))).scalar_one()
+
+        async with await database.session(engine) as writer, database.begin_transaction(writer):
+            await writer.execute(text("CREATE TABLE t (n INTEGER)"))
+        async with await database.session(engine) as writer, database.begin_transaction(writer):
+            await writer.execute(text("INSERT INTO t VALUES (1)"))
+            seen = [await read(), await asyncio.create_task(read())]
+        return [*seen, await read()]
+
+    assert asyncio.run(read_within()) == [0, 0, 1]

@@ -211,7 +211,10 @@ def first_rejected(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Pat
 
 def absent_fields(sources: Sequence[Source], shards: Iterable[Path]) -> Iterator[str]:
     """A warning for each field of ``meta_fields`` that no document of its source has; looks until each was seen."""
-    wanted = {source.name: {json.dumps(name): name for name in source.meta_fields} for source in sources}
+    wanted = {
+        source.name: {json.dumps(name, allow_nan=False): name for name in source.meta_fields}
+        for source in sources
+    }
     for shard in shards:
         if not any(wanted.values()):
             return

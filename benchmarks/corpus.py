@@ -17,10 +17,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.context import LocalContext, cores
+from data_pipeline.core.processes import cores
 from data_pipeline.documents import SCHEMA, hash_ids, read_shard, shard_paths, write_shard
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading.sources import InstalledPythonSource
+from data_pipeline.download.sources import InstalledPythonSource
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 EDITED = 0.3
 """Share of words that `variants` changes: two texts then share 0.7^5 = 17% of their 5-word shingles at most."""

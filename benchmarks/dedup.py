@@ -11,7 +11,7 @@ from benchmarks import ours, peers
 from benchmarks.corpus import documents, installed_text, random_part, text_bytes, variants
 from benchmarks.measure import Contestant, Runs, Work, alternate
 from benchmarks.report import Report, arguments
-from data_pipeline.dedup import DedupConfig
+from data_pipeline.dedup.config import DedupConfig
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.measure import Work
 from benchmarks.pages import Page, pages
-from data_pipeline.reading.html import EXTRACTORS, HtmlRules
+from data_pipeline.download.html import EXTRACTORS, HtmlRules
 
 NOISE = 30_000
 """Bytes of script and style in a page, as real pages have more of them than of text."""

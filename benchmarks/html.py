@@ -13,7 +13,7 @@ from benchmarks.extractors import NOISE, prepare
 from benchmarks.measure import Contestant, alternate
 from benchmarks.pages import pages
 from benchmarks.report import Report, arguments
-from data_pipeline.reading.html_child import EXTRACTORS
+from data_pipeline.download.html_child import EXTRACTORS
 
 
 def f_measure(pairs: Iterable[tuple[float, float]]) -> float:

@@ -12,10 +12,12 @@ from benchmarks.corpus import installed_text, kept, text_bytes
 from benchmarks.measure import Contestant, Runs, Work, alternate
 from benchmarks.report import Report, arguments
 from benchmarks.tokenize import learnt
-from data_pipeline.context import LocalContext, cores
-from data_pipeline.token_shards import TokenizeConfig, TokenShards, tokenize
-from data_pipeline.tokenizer import end_of_text, load_tokenizer
-from llm.windows import write_flat
+from data_pipeline.core.processes import cores
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
+from llm.data.sequences import write_flat
 
 SHAPES = ((256, 32), (1024, 512))
 """(context, windows a batch): a small training on a CPU, and half a million tokens a step."""

@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 from matplotlib.figure import Figure
 
 from benchmarks.report import Report
-from data_pipeline.context import cores
-from flows.plan import make_plan
+from data_pipeline.core.processes import cores
+from flows.engine.plan import make_plan
+from flows.engine.store import Store
 from flows.recipe import load_recipe
-from flows.store import Store
-from llm.pretrain import PretrainConfig
+from llm.pretrain.config import PretrainConfig
 
 NANOGPT = {
     "pretrain.model.positions": "learned",

@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil
 
-from data_pipeline.context import last_lines
+from data_pipeline.core.text import last_lines
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLE_SECONDS = 0.2

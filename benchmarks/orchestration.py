@@ -13,8 +13,8 @@ from typing import Any
 from benchmarks.measure import Contestant, Runs, alternate, run_once
 from benchmarks.report import Report, arguments
 from benchmarks.whole_run import directly, through
-from flows.servers import free_port
-from flows.services import Up, Wanted, stop
+from flows.engine.ports import free_port
+from flows.prefect.up import Up, Wanted, stop
 
 LITTLE = "pretrain.tokens=40960"
 """Ten steps: a run that hardly trains, so that the machine's drift is small beside what a run costs."""

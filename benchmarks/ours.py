@@ -13,14 +13,16 @@ import pyarrow as pa
 
 from benchmarks.measure import Work
 from benchmarks.watch import WatchedContext, sampled, summary
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, StageConfig, process_pool
-from data_pipeline.dedup import DedupConfig, dedup
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.core.processes import process_pool
+from data_pipeline.dedup.config import DedupConfig
+from data_pipeline.dedup.minhash import signatures
+from data_pipeline.dedup.stage import dedup
 from data_pipeline.documents import SCHEMA, read_shard, shard_paths, write_shard
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.duplicates.minhash import signatures
-from data_pipeline.token_shards import TokenizeConfig, tokenize
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext, StageConfig
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
 
 
 def empty_folder(path: str) -> Path:

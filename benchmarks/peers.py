@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 
 from benchmarks.measure import Work
 from benchmarks.ours import empty_folder
+from data_pipeline.core.words import OPERATORS
 from data_pipeline.documents import shard_paths
-from data_pipeline.tokenizer import END_OF_TEXT, load_tokenizer
-from data_pipeline.words import OPERATORS
+from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, load_tokenizer
 
 IDEOGRAPHS = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 WORD = re.compile(rf"[^\W{IDEOGRAPHS}]+|[{IDEOGRAPHS}]")

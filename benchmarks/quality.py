@@ -19,8 +19,9 @@ from benchmarks import ours, peers
 from benchmarks.corpus import columns, installed_text, kept
 from benchmarks.measure import Contestant, Work, alternate
 from benchmarks.report import Report, arguments
-from data_pipeline.context import UserError, last_lines
-from data_pipeline.dedup import DedupConfig
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.text import last_lines
+from data_pipeline.dedup.config import DedupConfig
 from data_pipeline.documents import write_shard
 
 NEAR, SURVIVOR = 0.8, 0.7

@@ -32,9 +32,9 @@ def drain(batches: Pairs, tokens: int) -> dict[str, int]:
 
 def llmill(flat: str, vocab_size: int, context: int, batch: int, tokens: int, end: int | None = None) -> Work:
     """Ours, as the trainer uses it; with ``end``, documents' numbers too. The thread shares the core."""
-    from llm.batches import batch_windows
-    from llm.loader import Loader, Share
-    from llm.windows import Windows
+    from llm.data.loader import Loader, Share
+    from llm.data.order import batch_windows
+    from llm.data.sequences import Windows
 
     torch.set_num_threads(1)
     windows = Windows([Path(flat)], vocab_size, context, end)

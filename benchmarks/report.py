@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import Runs
-from data_pipeline.documents import table
+from data_pipeline.core.text import table
 
 PACKAGES = ("llmill", "numpy", "numba", "pyarrow", "gigatoken", "tokenizers", "datasets", "datatrove", "daft", "spacy",
             "rensa", "text-dedup", "torch", "prefect", "mlflow")  # fmt: skip

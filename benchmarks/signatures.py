@@ -9,7 +9,7 @@ from benchmarks import ours, peers
 from benchmarks.corpus import installed_text, random_part, text_bytes
 from benchmarks.measure import Contestant, Work, alternate
 from benchmarks.report import Report, arguments
-from data_pipeline.dedup import DedupConfig
+from data_pipeline.dedup.config import DedupConfig
 
 DAFT = {
     "same": "Daft, same words",

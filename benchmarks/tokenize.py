@@ -14,8 +14,8 @@ from benchmarks import ours, peers
 from benchmarks.corpus import documents, installed_text, kept, random_part, text_bytes
 from benchmarks.measure import Contestant, Work, alternate
 from benchmarks.report import Report, arguments
-from data_pipeline.context import LocalContext
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipeline.stage import LocalContext
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
 
 KINDS = ("train", "val", "documents")
 """How the contestants' files of tokens begin."""

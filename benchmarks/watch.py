@@ -11,7 +11,7 @@ from functools import partial
 from types import FrameType
 from typing import Any
 
-from data_pipeline.context import Item, LocalContext, Result
+from data_pipeline.stage import Item, LocalContext, Result
 
 SAMPLE_SECONDS = 0.005
 

@@ -15,15 +15,15 @@ from typing import Any
 import psutil
 
 from benchmarks.measure import ROOT, Work
-from data_pipeline.context import LocalContext
-from flows.servers import client_settings
+from data_pipeline.stage import LocalContext
+from flows.prefect.servers import client_settings
 
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 
 
 def directly(settings: list[str], work: str, cores: int, servers: Sequence[int] = ()) -> Work:
     """Every stage's body in order, on folders; ``servers`` are processes that have nothing to do with it."""
-    from flows import launch
+    from flows.engine import launch
     from flows.recipe import load_recipe
     from flows.stages import STAGES
 
@@ -61,11 +61,11 @@ def through(
     for name, value in client_settings("http://").items():  # before Prefect is imported
         os.environ.setdefault(name, value)
     home = Path(work, "home")
-    from flows.pipeline import Run
-    from flows.plan import Selection
+    from flows.engine.plan import Selection
+    from flows.listeners.terminal import Terminal
+    from flows.prefect.pipeline import Run
+    from flows.prefect.servers import PrefectServer
     from flows.recipe import load_recipe
-    from flows.servers import PrefectServer
-    from flows.terminal import Terminal
 
     recipe = load_recipe(RECIPE, settings)
     assert recipe.runtime.worker_count == cores
@@ -109,7 +109,7 @@ def watch_training(servers: Sequence[int]) -> dict[str, float]:
     Returns what is to hold these once it has been called: ``seconds``, and ``beside``, the processor time of this
     process and the servers.
     """
-    from flows import launch
+    from flows.engine import launch
 
     measured: dict[str, float] = {}
     start = launch.local

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from data_pipeline.context import Metrics
+from data_pipeline.stage import Metrics
 
 MOST_REASONS = 4
 """Named on one line; the others are added up."""

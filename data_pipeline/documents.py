@@ -7,13 +7,10 @@ a shard; the bytes written depend on the rows alone, not on how they were handed
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,18 +18,18 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from data_pipeline.context import UserError, atomic_path
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import atomic_path
+from data_pipeline.core.text import first_line
 
 SCHEMA = pa.schema(
     [("id", pa.string()), ("text", pa.string()), ("source", pa.string()), ("meta", pa.string())]
 )
 REJECTED = pa.schema([("id", pa.string()), ("reason", pa.string()), ("excerpt", pa.string())])
-
 ROW_GROUP_CHARACTERS = 8 << 20
 ROW_GROUP_ROWS = 1 << 16
 MAX_DOCUMENT_BYTES = 1 << 28
 """Longer texts are rejected: a column of a row group holds at most 2 GiB of text."""
-
 Rows = dict[str, list[str]]
 
 
@@ -139,17 +136,20 @@ def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.
         raise corrupt(path, error) from error
 
 
+def count_rows(shard: Path) -> int:
+    """Rows of a shard, from its footer."""
+    try:
+        return int(pq.read_metadata(shard).num_rows)
+    except (pa.ArrowException, OSError) as error:
+        raise corrupt(shard, error) from error
+
+
 def corrupt(path: Path, error: Exception) -> UserError:
     """The error for a shard that can't be read."""
     return UserError(
         f"corrupt shard {path}: {first_line(error)}\n"
         "run `llmill verify`, then build its stage again with --force <stage>"
     )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, cut after its first line; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
@@ -173,44 +173,6 @@ def hash_ids(ids: Iterable[str], salt: str) -> NDArray[np.uint64]:
     seed = blake2b(salt.encode(), digest_size=16).digest()
     digests = b"".join(blake2b(one.encode(), digest_size=8, key=seed).digest() for one in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as ``.npy``."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
-
-
-def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object that ``work`` returns, kept in ``marker`` so that a stage that starts again skips it.
-
-    The marker is written last: where it is, the files that ``work`` writes are whole.
-    """
-    if marker.exists():
-        kept: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
-        return kept
-    result = work()
-    with atomic_path(marker) as temporary:
-        temporary.write_text(json.dumps(result, allow_nan=False), encoding="utf-8")
-    return result
-
-
-def excerpt(text: str, characters: int = 160) -> str:
-    """The beginning of ``text`` in one line."""
-    return " ".join(text[: 2 * characters].split())[:characters]
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    lines = [list(header)]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

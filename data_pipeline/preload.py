@@ -8,11 +8,11 @@ OpenBLAS do.
 import gigatoken  # noqa: F401
 import pyarrow as pa
 
-import data_pipeline.clean
-import data_pipeline.dedup
-import data_pipeline.download
-import data_pipeline.token_shards  # noqa: F401
-from data_pipeline.duplicates.minhash import band_hashes, shingle_sets, signatures
+import data_pipeline.clean.stage
+import data_pipeline.dedup.stage
+import data_pipeline.download.stage
+import data_pipeline.tokenize.stage  # noqa: F401
+from data_pipeline.dedup.minhash import band_hashes, shingle_sets, signatures
 
 TEXTS = pa.array(["a b c"])
 band_hashes(signatures(TEXTS, permutations=2, ngram=1, seed=0, signs="symbols"), bands=1, rows=2)

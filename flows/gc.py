@@ -23,14 +23,14 @@ from uuid import uuid4
 
 from filelock import Timeout
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
+from flows.engine.store import LINKED, REPLACED, Store, fsync_folder, shared_lock
+from flows.engine.uses import alone, last_used, use_path
 from flows.lineage.graph import Graph, Key, Node
-from flows.store import LINKED, REPLACED, Store, fsync_folder, shared_lock
-from flows.tracking.copies import Copies
-from flows.tracking.journal import journals
-from flows.tracking.lineage import ModelVersion, NotAsked
-from flows.tracking.links import without_user
-from flows.uses import alone, last_used, use_path
+from flows.listeners.mlflow.copies import Copies
+from flows.listeners.mlflow.journal import journals
+from flows.listeners.mlflow.lineage import ModelVersion, NotAsked
+from flows.listeners.mlflow.links import without_user
 
 DAY = 86_400
 REMOVED = ".removed"

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 import yaml
 from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
 
-from data_pipeline.context import Config, Runtime, StageConfig, UserError, cores
-from data_pipeline.reading.redaction import without_secrets
-from data_pipeline.reading.sources import KINDS
+from data_pipeline.core.config import Config
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.processes import cores
+from data_pipeline.download.redaction import without_secrets
+from data_pipeline.download.sources import KINDS
+from data_pipeline.stage import Runtime, StageConfig
 from flows.stages import BY_NAME, STAGES
 
 DECIMAL = {

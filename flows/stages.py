@@ -13,8 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import Metrics, StageConfig, StageContext
 from data_pipeline.discards import is_discard
+from data_pipeline.stage import Metrics, StageConfig, StageContext
 
 Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
 
@@ -60,48 +60,48 @@ def load(place: str) -> Any:
 STAGES: tuple[Stage, ...] = (
     Stage(
         name="download",
-        body_at="data_pipeline.download:download",
-        config_at="data_pipeline.download:DownloadConfig",
+        body_at="data_pipeline.download.stage:download",
+        config_at="data_pipeline.download.stage:DownloadConfig",
         inputs=(),
         version=3,
         headline=("documents", "bytes"),
     ),
     Stage(
         name="clean",
-        body_at="data_pipeline.clean:clean",
-        config_at="data_pipeline.clean:CleanConfig",
+        body_at="data_pipeline.clean.stage:clean",
+        config_at="data_pipeline.clean.stage:CleanConfig",
         inputs=("download",),
         version=3,
         headline=("kept", "documents"),
     ),
     Stage(
         name="dedup",
-        body_at="data_pipeline.dedup:dedup",
-        config_at="data_pipeline.dedup:DedupConfig",
+        body_at="data_pipeline.dedup.stage:dedup",
+        config_at="data_pipeline.dedup.config:DedupConfig",
         inputs=("clean",),
         version=4,
         headline=("kept", "spans/cut"),
     ),
     Stage(
         name="train_tokenizer",
-        body_at="data_pipeline.tokenizer:train_tokenizer",
-        config_at="data_pipeline.tokenizer:TokenizerConfig",
+        body_at="data_pipeline.train_tokenizer.stage:train_tokenizer",
+        config_at="data_pipeline.train_tokenizer.stage:TokenizerConfig",
         inputs=("dedup",),
         version=3,
         headline=("vocab_size", "sample_bytes_per_token"),
     ),
     Stage(
         name="tokenize",
-        body_at="data_pipeline.token_shards:tokenize",
-        config_at="data_pipeline.token_shards:TokenizeConfig",
+        body_at="data_pipeline.tokenize.stage:tokenize",
+        config_at="data_pipeline.tokenize.stage:TokenizeConfig",
         inputs=("dedup", "train_tokenizer"),
         version=2,
         headline=("train_tokens", "val_tokens"),
     ),
     Stage(
         name="pretrain",
-        body_at="llm.pretrain:pretrain",
-        config_at="llm.config:PretrainConfig",
+        body_at="llm.pretrain.stage:pretrain",
+        config_at="llm.pretrain.config:PretrainConfig",
         inputs=("tokenize", "train_tokenizer"),
         version=2,
         headline=("val_bits_per_byte", "loss"),
@@ -109,8 +109,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="evaluate",
-        body_at="llm.evaluate:evaluate",
-        config_at="llm.config:EvaluateConfig",
+        body_at="llm.evaluate.stage:evaluate",
+        config_at="llm.evaluate.config:EvaluateConfig",
         inputs=("pretrain", "tokenize", "train_tokenizer"),
         version=2,
         headline=("bits_per_byte", "perplexity"),
@@ -118,8 +118,8 @@ STAGES: tuple[Stage, ...] = (
     ),
     Stage(
         name="export",
-        body_at="llm.export:export",
-        config_at="llm.config:ExportConfig",
+        body_at="llm.export.stage:export",
+        config_at="llm.export.config:ExportConfig",
         inputs=("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate"),
         version=2,
         headline=("parameters", "logits_max_abs_difference"),

@@ -13,7 +13,7 @@ def storage() -> None:
     """The two databases on the PostgreSQL of LLMILL_POSTGRES, and the bucket of MLFLOW_ARTIFACTS_DESTINATION."""
     import boto3  # type: ignore[import-untyped]
 
-    from flows.services import prepare_postgres
+    from flows.prefect.up import prepare_postgres
 
     print(f"databases: {prepare_postgres(os.environ['LLMILL_POSTGRES'])}")
     bucket = os.environ["MLFLOW_ARTIFACTS_DESTINATION"].removeprefix("s3://").partition("/")[0]
@@ -25,8 +25,8 @@ def storage() -> None:
 
 def pools() -> None:
     """llmill's work pools, and what finds crashed runs, on the Prefect server of PREFECT_API_URL."""
-    from flows.pools import make_ready
-    from flows.services import GPU_POOL, POOL
+    from flows.engine.services import GPU_POOL, POOL
+    from flows.prefect.pools import make_ready
 
     make_ready(os.environ["PREFECT_API_URL"], (POOL, GPU_POOL))
     print(f"work pools: {POOL}, {GPU_POOL}")

@@ -14,9 +14,9 @@ from typing import Any
 import psutil
 from forks import Forked
 
-from flows.plan import make_plan
+from flows.engine.plan import make_plan
+from flows.engine.store import Store
 from flows.recipe import load_recipe
-from flows.store import Store
 
 AWAY = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
 """An MLflow that does not answer."""
@@ -36,7 +36,9 @@ class Llmill:
     def start(self, *arguments: str, **changes: str) -> Forked:
         """Forked, so that it costs no imports; Prefect read then which server there is (`prefect_server`)."""
         assert "PREFECT_API_URL" in os.environ
-        return Forked("flows.pipeline", "flows.cli", list(arguments), self.environment(**changes))
+        return Forked(
+            "flows.prefect.pipeline", "flows.cli.main", list(arguments), self.environment(**changes)
+        )
 
     def __call__(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run ``llmill arguments``, and see that it ends with exit code ``code``."""
@@ -52,7 +54,7 @@ class Llmill:
 
     def start_afresh(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *arguments],
+            [sys.executable, "-m", "flows.cli.main", *arguments],
             env=self.environment(**changes),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -16,7 +16,7 @@ import pytest
 from command_line import Llmill, kill_tree
 from xdist.scheduler import LoadScopeScheduling
 
-from flows.servers import PrefectServer
+from flows.prefect.servers import PrefectServer
 
 os.environ.setdefault(
     "OMP_NUM_THREADS", "1"

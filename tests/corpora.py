@@ -15,10 +15,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from data_pipeline.context import LocalContext, Metrics, StageConfig, StageContext
 from data_pipeline.documents import write_shard
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading.parts import Parts
+from data_pipeline.download.parts import Parts
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext, Metrics, StageConfig, StageContext
 
 WORDS = re.findall(
     r"\w+",

@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 from forks import Forked
 
-from llm.events import read_events
-from llm.pretrain import PretrainConfig
+from llm.pretrain.config import PretrainConfig
+from llm.training.events import read_events
 
 
 class Stage:
@@ -27,7 +27,9 @@ class Stage:
             "out": str(out),
         }
         self.out = out
-        self.process = Forked("llm.trainer", "tests.stage_process", [json.dumps(job)], dict(os.environ))
+        self.process = Forked(
+            "llm.training.trainer", "tests.stage_process", [json.dumps(job)], dict(os.environ)
+        )
 
     def wait_until(self, true: Callable[[], bool]) -> None:
         """Look very often, for what is to be met may last milliseconds."""

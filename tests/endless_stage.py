@@ -39,6 +39,6 @@ if __name__ == "__main__":
     from tests import endless_stage
 
     endless_stage.plant(sys.argv.pop(1))
-    from flows.cli import main
+    from flows.cli.main import main
 
     main()

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llm import checkpoint
-from llm.engine import Engine, start_ranks
-from llm.model import ModelConfig, Transformer
-from llm.pretrain import PretrainConfig
-from llm.windows import Batch
+from llm.data.sequences import Batch
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer
+from llm.pretrain.config import PretrainConfig
+from llm.training import checkpoint
+from llm.training.engine import Engine, start_ranks
 
 VOCAB_SIZE = 61
 

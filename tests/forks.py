@@ -21,12 +21,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import UserError
-from flows.launch import read_failure
-from flows.process import quiet_libraries
-from flows.servers import free_port
+from data_pipeline.core.errors import UserError
+from flows.engine.launch import read_failure
+from flows.engine.ports import free_port
+from flows.engine.process import quiet_libraries
 from flows.stages import STAGES
-from llm.environment import rank_environment
+from llm.machine.environment import rank_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -92,7 +92,7 @@ class Forked:
 
 
 def launch(module: str, job: Path, ranks: int, *, logs: Path, grace_seconds: float = 0) -> None:
-    """Run ranks to their end as `flows.launch.local` does, without torchrun.
+    """Run ranks to their end as `flows.engine.launch.local` does, without torchrun.
 
     For tests of what ranks compute; those of how they are started, signalled and ended use the real one.
     """
@@ -104,7 +104,7 @@ def launch(module: str, job: Path, ranks: int, *, logs: Path, grace_seconds: flo
     for rank in range(ranks):
         place |= {"RANK": rank, "LOCAL_RANK": rank}
         environment = {**os.environ, **{name: str(value) for name, value in place.items()}}
-        started.append(Forked("llm.trainer", module, [str(job)], environment))
+        started.append(Forked("llm.training.trainer", module, [str(job)], environment))
     while any(rank.poll() is None for rank in started) and not any(rank.poll() for rank in started):
         time.sleep(0.01)
     for rank in started:  # where one has failed, the others may wait for it
@@ -120,7 +120,7 @@ def serve(imported: str) -> None:
     before = dict(os.environ)
     quiet_libraries()
     importlib.import_module(imported)
-    for stage in STAGES if imported == "flows.pipeline" else ():
+    for stage in STAGES if imported == "flows.prefect.pipeline" else ():
         importlib.import_module(stage.body_at.partition(":")[0])
     settings = dict(os.environ.items() - before.items())  # that the imported made for themselves
     assert threading.active_count() == 1, "threads do not survive a fork"

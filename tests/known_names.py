@@ -16,8 +16,8 @@ from distributed.cli import dask_scheduler, dask_worker
 from prefect.settings import Settings
 from prefect.settings.legacy import _get_valid_setting_names
 
-from flows.cli import make_app
-from flows.prefect_server import make_parser
+from flows.cli.main import make_app
+from flows.prefect.server import make_parser
 
 ROOT = Path(__file__).parent.parent
 INFRA = ROOT / "infra"
@@ -76,7 +76,7 @@ def parse(command: Sequence[str]) -> str:
     elif program == "prefect":
         prefect.cli._app._app.parse_args(words, exit_on_error=False, print_error=False)
     elif program == "python":
-        assert words[:2] == ["-m", "flows.prefect_server"], words
+        assert words[:2] == ["-m", "flows.prefect.server"], words
         make_parser().parse_args(words[2:])
     elif program == "dask":
         walk({"scheduler": dask_scheduler.main, "worker": dask_worker.main}[words[0]], words[1:])

@@ -15,8 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from operator_api import until
 
-from flows.servers import free_port
-from flows.services import healthy
+from flows.engine.ports import free_port, healthy
 
 
 class Told:

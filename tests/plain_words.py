@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 import unicodedata
 
-from data_pipeline.words import LETTER, OTHER, character_classes
-from data_pipeline.words import UNSPACED as UNSPACED_LETTER
+from data_pipeline.core.words import LETTER, OTHER, character_classes
+from data_pipeline.core.words import UNSPACED as UNSPACED_LETTER
 
 UNSPACED = ("CJK UNIFIED", "CJK COMPAT", "IDEOGRAPHIC IT", "HIRAGANA", "KATAKANA", "HALFWIDTH KATAKANA", "THAI", "LAO",
             "KHMER", "MYANMAR", "TIBETAN", "YI ", "BOPOMOFO", "TAI ", "NEW TAI")  # fmt: skip

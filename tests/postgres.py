@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.servers import free_port
+from flows.engine.ports import free_port
 
 PASSWORD = "hunter2-of-postgres"
 

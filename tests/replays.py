@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.token_shards import TokenShards
-from llm.loader import Loader, Share
-from llm.pretrain import Job
-from llm.recovery import History, skipped_windows
-from llm.windows import Windows
+from data_pipeline.tokenize.shards import TokenShards
+from llm.data.loader import Loader, Share
+from llm.data.sequences import Windows
+from llm.training.job import Job
+from llm.training.recovery import History, skipped_windows
 
 
 def documents(tokenize: Path) -> dict[str, np.ndarray]:

@@ -6,10 +6,11 @@ import json
 import sys
 from pathlib import Path
 
-from data_pipeline.context import LocalContext
-from flows import launch
-from flows.process import save_when_asked
-from llm.pretrain import PretrainConfig, pretrain
+from data_pipeline.stage import LocalContext
+from flows.engine import launch
+from flows.engine.process import save_when_asked
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import pretrain
 
 if __name__ == "__main__":
     save_when_asked()

@@ -11,10 +11,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 
-from llm.engine import Engine, Step, start_ranks
-from llm.model import ModelConfig, Transformer
-from llm.pretrain import PretrainConfig
-from llm.windows import Batch
+from llm.data.sequences import Batch
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer
+from llm.pretrain.config import PretrainConfig
+from llm.training.engine import Engine, Step, start_ranks
 
 SHAPE = {"layers": 1, "heads": 2, "width": 16, "context": 8, "qk_norm": True}
 

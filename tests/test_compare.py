@@ -18,10 +18,10 @@ from command_line import AWAY, Llmill
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from flows.comparison.compare import compare
-from flows.comparison.page import page
-from flows.comparison.subjects import Finder
-from flows.store import Artifact, Store
+from flows.compare.compare import compare
+from flows.compare.page import page
+from flows.compare.subjects import Finder
+from flows.engine.store import Artifact, Store
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_commands_that_only_read_do_so_in_a_home_that_cannot_be_written_to_and_o
     unable = [program, "--bounding-set", "-dac_override"] if os.geteuid() == 0 else []
 
     def type_in(*words: str) -> subprocess.CompletedProcess[str]:
-        command = [*unable, sys.executable, "-m", "flows.cli", *words]
+        command = [*unable, sys.executable, "-m", "flows.cli.main", *words]
         return subprocess.run(
             command, env=llmill.environment(), capture_output=True, text=True, timeout=300, check=False
         )

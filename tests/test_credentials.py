@@ -13,12 +13,12 @@ from mlflow_server import Server
 from moto.server import ThreadedMotoServer
 from text_files import TEXTS, jsonl
 
-from data_pipeline.context import UserError
-from flows.deploy import Options, write_deployments
+from data_pipeline.core.errors import UserError
+from flows.compare.sweep import read_grid
+from flows.lineage.search import search
+from flows.prefect.deploy import Options, write_deployments
+from flows.prefect.servers import PrefectServer
 from flows.recipe import load_recipe, shown
-from flows.search import search
-from flows.servers import PrefectServer
-from flows.sweep import read_grid
 
 RECIPE = """
 name: secret

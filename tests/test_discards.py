@@ -13,7 +13,7 @@ from mlflow.entities import Run
 from operator_api import Prefect
 
 from data_pipeline.discards import by_reason, describe, warnings
-from flows.terminal import Terminal
+from flows.listeners.terminal import Terminal
 
 RECIPE = """\
 name: little

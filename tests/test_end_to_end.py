@@ -16,7 +16,7 @@ import pytest
 from command_line import Llmill, kill_tree
 from mlflow import MlflowClient
 
-from flows.store import Store
+from flows.engine.store import Store
 
 STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate", "export"]
 
@@ -272,7 +272,7 @@ def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_
     home = tmp_path / "home"
     shutil.copytree(finished.home, home, ignore=shutil.ignore_patterns("prefect"))
     environment = {k: v for k, v in finished.environment().items() if not k.startswith("PREFECT_")}
-    command = [sys.executable, "-m", "flows.cli", "run", str(finished.recipe), "--home", str(home)]
+    command = [sys.executable, "-m", "flows.cli.main", "run", str(finished.recipe), "--home", str(home)]
     for more, said, started in (
         ([], "every stage was reused", False),
         (["--set", "evaluate.max_new_tokens=8"], "✓ evaluate", True),

@@ -12,8 +12,8 @@ import pytest
 from command_line import Llmill
 from conftest import RECIPE
 
-from data_pipeline.context import UserError
-from flows.parts import unfit, versions
+from data_pipeline.core.errors import UserError
+from flows.engine.parts import unfit, versions
 from flows.recipe import RecipeRuntime
 
 STAGES = ["download", "clean", "dedup", "train_tokenizer", "tokenize"]
@@ -23,14 +23,14 @@ RUNS = """
 import sys
 from pathlib import Path
 
-from flows.plan import Selection
+from flows.engine.plan import Selection
 from flows.recipe import load_recipe
-from flows.servers import PrefectServer
-from flows.terminal import Terminal
+from flows.prefect.servers import PrefectServer
+from flows.listeners.terminal import Terminal
 
 def main(recipe, homes, engines):
     with PrefectServer(homes):
-        from flows.pipeline import Run
+        from flows.prefect.pipeline import Run
 
         for engine in engines:
             runner, workers = engine.split("-")
@@ -50,8 +50,8 @@ import sys, time
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.context import UserError
-from flows.servers import PrefectServer
+from data_pipeline.core.errors import UserError
+from flows.prefect.servers import PrefectServer
 
 def step(folder, item):
     time.sleep(0.05)
@@ -65,11 +65,11 @@ def main(folder, engines):
     with PrefectServer(folder):
         from prefect import flow
         from prefect.runtime import flow_run
-        from flows.context import PrefectContext
-        from flows.flow_page import FlowPage
+        from flows.prefect.context import PrefectContext
+        from flows.listeners.flow_page import FlowPage
         from flows.recipe import RecipeRuntime
-        from flows.runners import start_workers
-        from flows.terminal import Terminal
+        from flows.prefect.runners import start_workers
+        from flows.listeners.terminal import Terminal
 
         for engine in engines:
             out = folder / engine
@@ -147,7 +147,7 @@ def test_a_failing_item_is_told_as_what_it_is_and_nothing_goes_on_writing(tmp_pa
     ("engine", "address"), [("dask", "127.0.0.1:9"), ("dask", "nonsense"), ("ray", "127.0.0.1:9")]
 )
 def test_an_address_where_no_cluster_is_is_told_in_a_line(engine, address, monkeypatch):
-    from flows import runners
+    from flows.prefect import runners
 
     monkeypatch.setattr(runners, "CONNECT_SECONDS", 1)
     with pytest.raises(UserError, match=rf"runtime.address: no \w+ \w+ at {address}"):
@@ -155,7 +155,7 @@ def test_an_address_where_no_cluster_is_is_told_in_a_line(engine, address, monke
 
 
 def test_a_missing_extra_is_named(monkeypatch):
-    from flows import runners
+    from flows.prefect import runners
 
     monkeypatch.setattr(runners, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"pip install 'llmill\[ray\]'"):

@@ -19,12 +19,12 @@ from rich.table import Table as Grid
 from rich.text import Text
 from typer.main import get_command
 
-from flows.cli import main, make_app
-from flows.comparison.cells import Section
-from flows.comparison.page import table
-from flows.comparison.svg import Line, plot
-from flows.markdown import code, link, plain
-from flows.terminal import Screen, Terminal, describe, visible
+from flows.cli.main import main, make_app
+from flows.compare.cells import Section
+from flows.compare.page import table
+from flows.compare.svg import Line, plot
+from flows.listeners.markdown import code, link, plain
+from flows.listeners.terminal import Screen, Terminal, describe, visible
 
 HOSTILE = (
     "a[/b]",
@@ -136,7 +136,7 @@ def test_nobody_makes_a_printer_of_another_kind():
                 made.append(path.as_posix())
             if isinstance(node, ast.keyword) and node.arg == "markup":
                 made.append(path.as_posix())
-    assert set(made) == {"flows/terminal.py"}
+    assert set(made) == {"flows/listeners/terminal.py"}
 
 
 def test_all_commands_are_tried():
@@ -170,7 +170,7 @@ def test_what_people_type_is_shown_as_they_typed_it(finished: Llmill, command: s
     """Each call fails early, so it may do so in this process."""
     monkeypatch.setenv("LLMILL_HOME", str(finished.home))
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("flows.cli.heed_signals", lambda: None)  # they are pytest's here
+    monkeypatch.setattr("flows.cli.main.heed_signals", lambda: None)  # they are pytest's here
     for arguments in CALLS[command]:
         monkeypatch.setattr("sys.argv", ["llmill", command, *filled(arguments, recipe=str(finished.recipe))])
         before = dict(os.environ)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from data_pipeline.reading.records import Text, whole
+from data_pipeline.download.records import Text, whole
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("data_pipeline", "llm", "flows", "benchmarks", "infra")

@@ -72,7 +72,7 @@ def test_a_full_disk_is_an_error_and_what_was_sealed_stays(finished: Llmill, tmp
     if allowed.returncode:
         pytest.skip(f"this system lets us mount no small disk: {allowed.stderr.decode().strip()}")
     llmill = Llmill(tmp_path / "home", finished.recipe)
-    command = f"{sys.executable} -m flows.cli"
+    command = f"{sys.executable} -m flows.cli.main"
     script = f"""
         mount -t tmpfs -o size=30m tmpfs {tmp_path}
         {command} run {llmill.recipe} --only download
@@ -121,7 +121,18 @@ def test_a_mistake_of_generate_is_told_with_what_is_wrong(finished: Llmill, tmp_
 
 
 def test_generate_writes_samples_of_a_prompt_on_standard_input(finished: Llmill):
-    command = [sys.executable, "-m", "flows.cli", "generate", "-n", "2", "--seed", "3", "--max-tokens", "8"]
+    command = [
+        sys.executable,
+        "-m",
+        "flows.cli.main",
+        "generate",
+        "-n",
+        "2",
+        "--seed",
+        "3",
+        "--max-tokens",
+        "8",
+    ]
     made = subprocess.run(
         command, input="def ä(\n".encode(), env=finished.environment(), capture_output=True, timeout=300
     )

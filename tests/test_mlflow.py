@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 from operator_api import until
 
+from flows.engine.ports import free_port
 from flows.recipe import flatten
-from flows.servers import free_port
 from flows.stages import BY_NAME
 
 

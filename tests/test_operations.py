@@ -27,12 +27,13 @@ from operator_api import FINAL, Prefect, until
 from postgres import PASSWORD, postgres
 from ranks import held_until_asked, torchrun
 
-from flows.pools import COMMAND
-from flows.servers import free_port
-from flows.services import GPU_POOL, read_services, stop
+from flows.engine.ports import free_port
+from flows.engine.services import GPU_POOL, read_services
+from flows.engine.store import Store
+from flows.prefect.pools import COMMAND
+from flows.prefect.up import stop
 from flows.stages import BY_NAME
-from flows.store import Store
-from llm.events import read_events
+from llm.training.events import read_events
 
 ENGINE = Path(__file__).parent / "planted_engine.py"
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"
@@ -54,7 +55,7 @@ class Site:
             name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))
         }
         told = {"LLMILL_HOME": str(self.llmill.home), "OPERATOR_HOOK": self.hook, "COLUMNS": "200"}
-        command = [sys.executable, "-m", "flows.cli", *words]
+        command = [sys.executable, "-m", "flows.cli.main", *words]
         folder = self.llmill.recipe.parent
         done = subprocess.run(
             command, env={**kept, **told}, cwd=folder, capture_output=True, text=True, timeout=300
@@ -492,8 +493,8 @@ def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(
     run = prefect.start("small", settings=[*LONG, "pretrain.seed=7", "pretrain.precision=fp32"])
     in_training(site, run, saved(site))
     ours, trainer = site.processes(), site.processes(GPU_POOL)
-    assert not any("llm.trainer" in " ".join(process.cmdline()) for process in ours)
-    assert any("llm.trainer" in " ".join(process.cmdline()) for process in trainer)
+    assert not any("llm.training.trainer" in " ".join(process.cmdline()) for process in ours)
+    assert any("llm.training.trainer" in " ".join(process.cmdline()) for process in trainer)
     clock = time.monotonic()
     prefect.cancel(run)
     psutil.wait_procs([*ours, *trainer], 30)

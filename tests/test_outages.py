@@ -15,8 +15,8 @@ from mlflow.entities import Run
 from mlflow_server import Server, Told, stopped
 from operator_api import until
 
+from flows.engine.store import Store
 from flows.stages import BY_NAME
-from flows.store import Store
 
 pytestmark = pytest.mark.timeout(1200)  # what the undisturbed run takes counts for the first test
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"

@@ -14,7 +14,7 @@ from command_line import Llmill
 from operator_api import Prefect, until
 from ranks import held
 
-from flows.servers import answers, free_port
+from flows.engine.ports import answers, free_port
 from flows.stages import BY_NAME
 
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"

@@ -12,10 +12,10 @@ from command_line import AWAY, Llmill
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from flows.comparison.subjects import Finder
-from flows.promote import decide, parity, quality
-from flows.store import Artifact, Store
-from flows.tracking.lineage import ModelVersion
+from flows.compare.promote import decide, parity, quality
+from flows.compare.subjects import Finder
+from flows.engine.store import Artifact, Store
+from flows.listeners.mlflow.lineage import ModelVersion
 
 NAME, GOOD, BAD = "chosen", "0.003", "1e-05"
 

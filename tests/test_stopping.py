@@ -11,7 +11,7 @@ from forks import Forked
 from mlflow import MlflowClient
 from operator_api import Prefect, until
 
-from flows.stopping import END_SECONDS
+from flows.engine.stopping import END_SECONDS
 
 
 def at_work(llmill: Llmill, run: Forked) -> None:
@@ -55,7 +55,7 @@ def test_a_stage_that_would_never_end_is_ended(make_llmill, prefect_server, kind
         "--set",
         "runtime.workers=2",
     ]
-    run = Forked("flows.pipeline", "tests.endless_stage", [kind, *words], llmill.environment())
+    run = Forked("flows.prefect.pipeline", "tests.endless_stage", [kind, *words], llmill.environment())
     at_work(llmill, run)
     family = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(number)

@@ -14,10 +14,10 @@ from command_line import Llmill
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from data_pipeline.context import UserError
-from flows.comparison.verdict import FIRST, NONE, Claim, Group, Verdict
-from flows.store import Store
-from flows.sweep import best_of, foresee, read_grid, read_members
+from data_pipeline.core.errors import UserError
+from flows.compare.sweep import best_of, foresee, read_grid, read_members
+from flows.compare.verdict import FIRST, NONE, Claim, Group, Verdict
+from flows.engine.store import Store
 
 PARENT = "mlflow.parentRunId"
 

@@ -18,15 +18,15 @@ from mlflow.entities import ViewType
 from mlflow_server import Server
 from moto.server import ThreadedMotoServer
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
 from data_pipeline.documents import write_shard
+from flows.engine.store import Artifact, Store
 from flows.gc import remove, select
-from flows.run_note import run_note
-from flows.search import search
+from flows.lineage.search import search
+from flows.listeners.mlflow.description import run_note
+from flows.listeners.mlflow.links import tracking_uri
+from flows.listeners.mlflow.tracker import Tracker
 from flows.stages import BY_NAME, WITH_TEXTS
-from flows.store import Artifact, Store
-from flows.tracking.links import tracking_uri
-from flows.tracking.tracker import Tracker
 
 SENTENCES = {
     "english": 'Her grandmother\'s recipe for quince & walnut bread was never written "down", she said\nat last.',

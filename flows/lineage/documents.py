@@ -1,5 +1,5 @@
 """A document's way through the line: in which shard and row of each stage's output it stands, or why it does not; and
-when each training reads it, which is worked out (`llm.reads`) and not looked up.
+when each training reads it, which is worked out (`llm.data.reads`) and not looked up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from data_pipeline.lookup import (
+from data_pipeline.tokenize.lookup import (
     Row,
     TokenPlace,
     alike,
@@ -25,12 +25,12 @@ from data_pipeline.lookup import (
     find_tokens,
     start_in_source,
 )
-from data_pipeline.token_shards import TokenizeConfig
+from data_pipeline.tokenize.stage import TokenizeConfig
 from flows.lineage.graph import Graph, Key, Node, read_json
-from llm import checkpoint
-from llm.config import PretrainConfig, read_sealed
-from llm.events import read_events
-from llm.reads import Read, Training
+from llm.data.reads import Read, Training
+from llm.pretrain.config import PretrainConfig, read_sealed
+from llm.training import checkpoint
+from llm.training.events import read_events
 
 
 @dataclass(frozen=True)

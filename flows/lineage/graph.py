@@ -15,10 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
+from flows.engine.store import ORIGIN, Artifact, Store
 from flows.stages import BY_NAME
-from flows.store import ORIGIN, Artifact, Store
-from llm.layouts import content_sha256, files_sha256
+from llm.model.layouts import content_sha256, files_sha256
 
 Key = tuple[str, str]
 """Stage and fingerprint."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from data_pipeline.context import human_bytes
+from data_pipeline.core.text import human_bytes
+from flows.engine.store import Store
 from flows.lineage.documents import DocumentTrace, Place, Reading
 from flows.lineage.graph import Graph, Node
-from flows.store import Store
-from flows.terminal import headline
-from llm import checkpoint
+from flows.listeners.terminal import headline
+from llm.training import checkpoint
 
 if TYPE_CHECKING:
-    from flows.tracking.lineage import ModelVersion, SeenRun
+    from flows.listeners.mlflow.lineage import ModelVersion, SeenRun
 
 MOST_STEPS = 12  # that a line names
 MOST_RUNS = 20
@@ -23,7 +23,7 @@ class Known:
     """What MLflow says, or why it says nothing."""
 
     def __init__(self, store: Store) -> None:
-        from flows.tracking.lineage import NotAsked, Records
+        from flows.listeners.mlflow.lineage import NotAsked, Records
 
         self.why_not = ""
         self._versions: list[ModelVersion] = []
@@ -35,7 +35,7 @@ class Known:
             self.why_not = str(error)
 
     def runs(self, node: Node) -> list[SeenRun]:
-        from flows.tracking.lineage import NotAsked
+        from flows.listeners.mlflow.lineage import NotAsked
 
         try:
             return self._records.runs_of(*node.key) if self._records and not self.why_not else []

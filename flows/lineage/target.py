@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
+from flows.engine.store import file_sha256, read_manifest
 from flows.lineage.documents import DocumentTrace, ids_alike
 from flows.lineage.graph import Graph, Node
-from flows.store import file_sha256, read_manifest
 
 REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)[/@](?P<version>[^/]+)")
 
@@ -36,7 +36,7 @@ def find_target(graph: Graph, text: str) -> Node | DocumentTrace:
 
 def registered(graph: Graph, text: str) -> Node:
     """The export that a registered model version was made from: ``models:/NAME/VERSION`` or ``models:/NAME@ALIAS``."""
-    from flows.tracking.lineage import NotAsked, Records
+    from flows.listeners.mlflow.lineage import NotAsked, Records
 
     match = REGISTERED.fullmatch(text)
     if not match:

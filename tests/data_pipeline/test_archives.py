@@ -21,11 +21,11 @@ import zstandard
 from corpora import prose, read_documents
 from text_files import FORMATS, TAR, TEXTS, jsonl, tar, zipped
 
-from data_pipeline.context import LocalContext
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import streams
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Rejected, Text
+from data_pipeline.download import streams
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Rejected, Text
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 READING = Reading("text")
 ARCHIVES: dict[str, Callable[[Mapping[str, bytes]], bytes]] = {

@@ -9,10 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import prose, read_documents, write_documents
 
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.rules.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
-from data_pipeline.rules.pinned_files import pin
+from data_pipeline.clean.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
+from data_pipeline.clean.pinned_files import pin
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
 
 
 def urls(folder: Path, text: str) -> UrlBlocklist:

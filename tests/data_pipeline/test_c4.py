@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_words import cut_words
 
-from data_pipeline.clean import CleanConfig, clean_batch
+from data_pipeline.clean.c4 import LINE_REASONS, POLICIES, C4Rules
+from data_pipeline.clean.stage import CleanConfig, clean_batch
 from data_pipeline.documents import SCHEMA
-from data_pipeline.rules.c4 import LINE_REASONS, POLICIES, C4Rules
 
 OFF = {name: None if field.annotation is not bool else False for name, field in C4Rules.model_fields.items()}
 

@@ -9,17 +9,18 @@ import pytest
 from corpora import check_restarts, digests, prose, read_documents, write_documents
 from pydantic import ValidationError
 
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, UserError
+from data_pipeline.clean.blocklists import Blocklists
+from data_pipeline.clean.c4 import C4Rules
+from data_pipeline.clean.decontaminate import Decontamination, EvaluationSet
+from data_pipeline.clean.fineweb import FineWebRules
+from data_pipeline.clean.language import LanguageRules
+from data_pipeline.clean.masking import Masking
+from data_pipeline.clean.quality import GopherRules
+from data_pipeline.clean.report import Tally
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.core.errors import UserError
 from data_pipeline.documents import write_shard
-from data_pipeline.rules.blocklists import Blocklists
-from data_pipeline.rules.c4 import C4Rules
-from data_pipeline.rules.decontaminate import Decontamination, EvaluationSet
-from data_pipeline.rules.fineweb import FineWebRules
-from data_pipeline.rules.language import LanguageRules
-from data_pipeline.rules.masking import Masking
-from data_pipeline.rules.quality import GopherRules
-from data_pipeline.rules.report import Tally
+from data_pipeline.stage import LocalContext
 
 OFF = dict.fromkeys(GopherRules.model_fields)
 

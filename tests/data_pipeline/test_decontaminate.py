@@ -13,10 +13,11 @@ from corpora import digests, prose, write_documents
 from plain_words import SYLLABLES, run_of
 from pydantic import ValidationError
 
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.rules.decontaminate import Contamination, Decontamination, EvaluationSet
-from data_pipeline.rules.pinned_files import pin
+from data_pipeline.clean.decontaminate import Contamination, Decontamination, EvaluationSet
+from data_pipeline.clean.pinned_files import pin
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
 
 QUESTION = "Which of the ships that lay in the harbour that winter didn't belong to the captain's brother?"
 WORDS = QUESTION.split()  # 17 words: 5 windows of 13

@@ -16,12 +16,13 @@ from corpora import WORDS, check_restarts, digests, prose, read_documents, write
 from plain_words import SYLLABLES, run_of
 from pydantic import ValidationError
 
-from data_pipeline.context import LocalContext
-from data_pipeline.dedup import DedupConfig, dedup
+from data_pipeline.dedup.candidates import Finder, Search
+from data_pipeline.dedup.config import DedupConfig
+from data_pipeline.dedup.forecast import forecast
+from data_pipeline.dedup.removal import REMOVED, join_groups, merged, read_mapped
+from data_pipeline.dedup.stage import dedup
 from data_pipeline.documents import write_shard
-from data_pipeline.duplicates.candidates import Finder, Search
-from data_pipeline.duplicates.forecast import forecast
-from data_pipeline.duplicates.removal import REMOVED, join_groups, merged, read_mapped
+from data_pipeline.stage import LocalContext
 
 
 def edited(text: str, edits: int, seed: int) -> str:

@@ -14,10 +14,11 @@ import pytest
 from corpora import check_kills, check_restarts, digests, prose, read_documents
 from pydantic import ValidationError
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading.local import list_installed_python
-from data_pipeline.reading.sources import InstalledPythonSource
+from data_pipeline.core.errors import UserError
+from data_pipeline.download.local import list_installed_python
+from data_pipeline.download.sources import InstalledPythonSource
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 
 def write_files(folder: Path, count: int = 12) -> Path:

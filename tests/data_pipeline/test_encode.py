@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 from corpora import prose, write_documents
 
-from data_pipeline.context import LocalContext
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
-from data_pipeline.tokens import encode
-from data_pipeline.tokens.encode import CHECKED_CHARACTERS, find_fault, load_encoder
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize import encode
+from data_pipeline.tokenize.encode import CHECKED_CHARACTERS, find_fault, load_encoder
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -20,11 +20,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from text_files import FORMATS, jsonl, tar, zipped
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading.formats import ALIASES, SUFFIXES
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Record, Rejected, Text
+from data_pipeline.core.errors import UserError
+from data_pipeline.download.formats import ALIASES, SUFFIXES
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Record, Rejected, Text
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 READING = Reading()
 

@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.duplicates.candidates import EDGE, NONE
-from data_pipeline.duplicates.greedy import decide
+from data_pipeline.dedup.candidates import EDGE, NONE
+from data_pipeline.dedup.greedy import decide
 
 Pair = tuple[int, int]
 

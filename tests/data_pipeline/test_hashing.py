@@ -7,7 +7,7 @@ import pyarrow as pa
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.tokens.hashing import hash_column, mix
+from data_pipeline.hashing import hash_column, mix
 
 WORD = (1 << 64) - 1
 GOLDEN = [15308835235846887870, 11654451310871326769, 15297323362966251776, 9291044707042240827]

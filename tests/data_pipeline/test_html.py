@@ -18,11 +18,9 @@ import pytest
 from corpora import prose, read_documents
 from web_archives import web_archive
 
-from data_pipeline.context import LocalContext
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import html
-from data_pipeline.reading.groups import HubRecords
-from data_pipeline.reading.html import (
+from data_pipeline.download import html
+from data_pipeline.download.groups import HubRecords
+from data_pipeline.download.html import (
     EXTRACTORS,
     ExtractorGone,
     HtmlRules,
@@ -31,8 +29,10 @@ from data_pipeline.reading.html import (
     declared,
     read_page,
 )
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Record, Rejected, Text
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Record, Rejected, Text
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 RULES = HtmlRules()
 DEEP = "<div>" * 30_000 + "text"

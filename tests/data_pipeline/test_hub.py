@@ -13,11 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 from corpora import check_kills, digests, prose, read_documents
 
-from data_pipeline.context import LocalContext, Unresolved, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import streams
-from data_pipeline.reading.hub import HubRows, explained, split_of
-from data_pipeline.reading.sources import HuggingFaceSource
+from data_pipeline.core.errors import Unresolved, UserError
+from data_pipeline.download import streams
+from data_pipeline.download.hub import HubRows, explained, split_of
+from data_pipeline.download.sources import HuggingFaceSource
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 
 def hugging_face(dataset: Path | str, **options: Any) -> DownloadConfig:

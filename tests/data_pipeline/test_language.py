@@ -11,9 +11,9 @@ import pytest
 from corpora import prose, write_documents
 from pydantic import ValidationError
 
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext
-from data_pipeline.rules.language import LANGUAGES, LanguageRules, detector, identify
+from data_pipeline.clean.language import LANGUAGES, LanguageRules, detector, identify
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.stage import LocalContext
 
 GERMAN = (
     "Der Kapitän stand am Fenster und sah hinaus auf den Hafen,\nin dem die Schiffe lagen. Es war Winter. "

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from text_files import conversion, jsonl, tar, zipped
 
-from data_pipeline.reading import columns, streams
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Record, Rejected, Text
+from data_pipeline.download import columns, streams
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Record, Rejected, Text
 
 FREE = 1_000_000
 LINES = jsonl(["x" * 1000] * 800)

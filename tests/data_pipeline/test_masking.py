@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_pipeline.rules.masking import Masking
+from data_pipeline.clean.masking import Masking
 
 ALL = Masking()
 

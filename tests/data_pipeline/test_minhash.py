@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_words import plain_words
 
-from data_pipeline.duplicates import minhash
-from data_pipeline.duplicates.minhash import EMPTY, band_hashes
-from data_pipeline.duplicates.verify import jaccard
-from data_pipeline.words import OTHER, TABLE_SIZE, Signs, character_classes, telling_signs
+from data_pipeline.core.words import OTHER, TABLE_SIZE, Signs, character_classes, telling_signs
+from data_pipeline.dedup import minhash
+from data_pipeline.dedup.minhash import EMPTY, band_hashes
+from data_pipeline.dedup.verify import jaccard
 
 signatures = partial(minhash.signatures, signs="none")
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.rules.normalise import Form, composes_with_none, normalise, normalise_column
-from data_pipeline.words import TABLE_SIZE
+from data_pipeline.clean.normalise import Form, composes_with_none, normalise, normalise_column
+from data_pipeline.core.words import TABLE_SIZE
 
 FORMS: tuple[Form, ...] = ("NFC", "NFKC", "NFD", "NFKD")
 TEXTS = st.text(alphabet=st.characters(codec="utf-8")) | st.text(

@@ -19,9 +19,10 @@ from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 from text_files import jsonl, parquet
 
-from data_pipeline.context import LocalContext, Unresolved, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import objects, redaction, transfer
+from data_pipeline.core.errors import Unresolved, UserError
+from data_pipeline.download import objects, redaction, transfer
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 KEY, SECRET, TOKEN = "AKIAHUNTERHUNTER2222", "hunter2secrethunter2secrethunter2", "hunter2token"
 TEXTS = [prose(n) for n in range(20)]

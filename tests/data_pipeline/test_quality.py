@@ -14,16 +14,16 @@ from hypothesis import strategies as st
 from plain_words import cut_words
 from pydantic import ValidationError
 
-from data_pipeline.clean import CleanConfig, clean_batch
+from data_pipeline.clean.c4 import C4Rules
+from data_pipeline.clean.fineweb import FineWebRules
+from data_pipeline.clean.quality import GopherRules
+from data_pipeline.clean.repetition import ngram_characters
+from data_pipeline.clean.stage import CleanConfig, clean_batch
+from data_pipeline.clean.stop_words import STOP_WORDS as ALL_STOP_WORDS
+from data_pipeline.clean.stop_words import of_languages
+from data_pipeline.clean.text_stats import BULLETS, ELLIPSES, STOP_WORDS, TERMINAL, TextStats, measure
+from data_pipeline.core.words import TABLE_SIZE, UNSPACED, character_classes, words_of
 from data_pipeline.documents import SCHEMA
-from data_pipeline.rules.c4 import C4Rules
-from data_pipeline.rules.fineweb import FineWebRules
-from data_pipeline.rules.quality import GopherRules
-from data_pipeline.rules.repetition import ngram_characters
-from data_pipeline.rules.stop_words import STOP_WORDS as ALL_STOP_WORDS
-from data_pipeline.rules.stop_words import of_languages
-from data_pipeline.rules.text_stats import BULLETS, ELLIPSES, STOP_WORDS, TERMINAL, TextStats, measure
-from data_pipeline.words import TABLE_SIZE, UNSPACED, character_classes, words_of
 
 GOPHER_OFF = dict.fromkeys(GopherRules.model_fields)
 FINEWEB_OFF = dict.fromkeys(FineWebRules.model_fields.keys() - {"short_line_characters"})

@@ -20,11 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from text_files import FORMATS, TEXTS, jsonl, parquet
 
-from data_pipeline.reading import readers, records
-from data_pipeline.reading.json_values import json_values
-from data_pipeline.reading.paragraphs import split_paragraphs
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Record, Rejected, Text
+from data_pipeline.download import readers, records
+from data_pipeline.download.json_values import json_values
+from data_pipeline.download.paragraphs import split_paragraphs
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Record, Rejected, Text
 
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
@@ -378,7 +378,7 @@ def test_a_line_of_1500_megabytes_is_refused_in_bounded_memory_and_the_next_is_r
         file.seek(1_500_000_000)  # zeros, of which the disk holds none
         file.write(b'\n{"text": "after"}\n')
     program = (
-        "import re, sys; from pathlib import Path; from data_pipeline.reading.readers import *\n"
+        "import re, sys; from pathlib import Path; from data_pipeline.download.readers import *\n"
         "for one in read_file(Path(sys.argv[1]), Reading()): print(getattr(one, 'text', 0) or one.reason)\n"
         # getrusage() would tell that of the process which started this one, where that had more
         r"print(re.search(r'VmHWM:\s+(\d+)', Path('/proc/self/status').read_text())[1])"
@@ -463,7 +463,7 @@ def test_a_parquet_file_of_one_large_row_group_is_read_in_bounded_memory(tmp_pat
         pa.table({"text": rows}), path, row_group_size=1 << 30, compression="none", use_dictionary=False
     )
     count = (
-        "import resource, sys; from pathlib import Path; from data_pipeline.reading.readers import Reading, read_file;"
+        "import resource, sys; from pathlib import Path; from data_pipeline.download.readers import Reading, read_file;"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss;"
         "before = peak(); found = sum(1 for _ in read_file(Path(sys.argv[1]), Reading()));"
         "print(found, (peak() - before) // 1000)"

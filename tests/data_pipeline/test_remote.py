@@ -18,11 +18,12 @@ import pytest
 from corpora import digests, prose, read_documents
 from pydantic import ValidationError
 
-from data_pipeline.context import LocalContext, Unresolved, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import transfer
-from data_pipeline.reading.pieces import all_pieces
-from data_pipeline.reading.remote import retry_after
+from data_pipeline.core.errors import Unresolved, UserError
+from data_pipeline.download import transfer
+from data_pipeline.download.pieces import all_pieces
+from data_pipeline.download.remote import retry_after
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 LINES = "\n".join(json.dumps({"text": prose(n, 400)}) for n in range(400)).encode()
 

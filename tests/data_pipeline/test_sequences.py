@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.rules.sequences import Sequences, fill_table
-from data_pipeline.words import words_of
+from data_pipeline.clean.sequences import Sequences, fill_table
+from data_pipeline.core.words import words_of
 
 
 def column(texts: list[str]) -> pa.Array:

@@ -14,12 +14,13 @@ from corpora import check_restarts, digests, prose
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.reading import slices
-from data_pipeline.reading.local import pin_file
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.slices import survey
+from data_pipeline.core.errors import UserError
+from data_pipeline.download import slices
+from data_pipeline.download.local import pin_file
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.slices import survey
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
 
 
 def cut(path: Path, count: int, marker: Path) -> list[slices.Slice]:

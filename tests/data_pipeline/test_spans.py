@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from data_pipeline.context import LocalContext, Metrics, StageContext, process_pool
+from data_pipeline.core.processes import process_pool
+from data_pipeline.dedup.spans import SpanRules, SpanTally, cut_repeats
 from data_pipeline.documents import hash_ids
-from data_pipeline.duplicates.spans import SpanRules, SpanTally, cut_repeats
+from data_pipeline.stage import LocalContext, Metrics, StageContext
 
 MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where hundreds of tiny corpora don't wait for the disk."""

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline.context import LocalContext
-from data_pipeline.tokens import runs as token_runs
-from data_pipeline.tokens.hashing import HASHES, hash_column
-from data_pipeline.tokens.runs import RUN, Runs, gather, order_of, pack, unpack, write_run
+from data_pipeline import sorted_runs as token_runs
+from data_pipeline.hashing import HASHES, hash_column
+from data_pipeline.sorted_runs import RUN, Runs, gather, order_of, pack, unpack, write_run
+from data_pipeline.stage import LocalContext
 
 
 def write(runs: Runs, name: str, ids: list[str], keys: list[int]) -> None:

@@ -18,15 +18,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline import documents
-from data_pipeline.context import LocalContext, UserError
+from data_pipeline import sorted_runs as token_runs
+from data_pipeline.core.errors import UserError
 from data_pipeline.documents import SCHEMA, write_shard
-from data_pipeline.token_shards import TokenizeConfig, TokenShards, tokenize
-from data_pipeline.tokenizer import TokenizerConfig, load_tokenizer, sha256, train_tokenizer
-from data_pipeline.tokens import encode
-from data_pipeline.tokens import runs as token_runs
-from data_pipeline.tokens.encode import append_to_each
-from data_pipeline.tokens.report import SPLITS, count_words
-from data_pipeline.tokens.runs import ROW_GROUP_TOKENS
+from data_pipeline.sorted_runs import ROW_GROUP_TOKENS
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize import encode
+from data_pipeline.tokenize.encode import append_to_each
+from data_pipeline.tokenize.report import SPLITS, count_words
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, sha256
 
 TEXTS = {f"{'ab'[n % 2]}/{n:03d}": prose(n, 40 + n) for n in range(200)} | {"a/spelt": "x<|endoftext|>y"}
 CONFIG = TokenizeConfig(val_fraction=0.1, shard_tokens=10_000)

@@ -16,20 +16,13 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from data_pipeline import tokenizer as module
-from data_pipeline.context import LocalContext, UserError
+from data_pipeline.core.errors import UserError
 from data_pipeline.documents import shard_paths
-from data_pipeline.tokenizer import (
-    PATTERNS,
-    TokenizerConfig,
-    draw_sample,
-    end_of_text,
-    load_tokenizer,
-    sha256,
-    token_bytes,
-    train_tokenizer,
-)
-from data_pipeline.tokens.encode import load_encoder
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.encode import load_encoder
+from data_pipeline.train_tokenizer import stage as module
+from data_pipeline.train_tokenizer.stage import PATTERNS, TokenizerConfig, draw_sample, train_tokenizer
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256, token_bytes
 
 CONFIG = TokenizerConfig(vocab_size=600)
 
@@ -124,8 +117,8 @@ def test_the_same_documents_give_the_same_bytes_whatever_shards_threads_or_hash_
     random.Random(3).shuffle(items)
     write_documents(tmp_path / "in", items, shards=5)
     program = (
-        "import sys; from pathlib import Path; from data_pipeline.context import LocalContext\n"
-        "from data_pipeline.tokenizer import *\n"
+        "import sys; from pathlib import Path; from data_pipeline.stage import LocalContext\n"
+        "from data_pipeline.train_tokenizer.stage import *\n"
         "source, out = map(Path, sys.argv[1:])\n"
         "train_tokenizer(TokenizerConfig(vocab_size=600), {'dedup': source}, out, LocalContext())"
     )

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from web_archives import DATE, web_archive
 
-from data_pipeline.reading.readers import Reading, read_file
-from data_pipeline.reading.records import Rejected, Text
+from data_pipeline.download.readers import Reading, read_file
+from data_pipeline.download.records import Rejected, Text
 
 RECORDS: list[tuple[str, str, bytes, dict[str, Any]]] = [
     ("conversion", "text/plain", "Zürich".encode(), {}),

@@ -20,11 +20,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from text_files import conversion, jsonl, parquet, tar, zipped
 
-from data_pipeline.reading import columns, slices
-from data_pipeline.reading.readers import Reading, read_file, read_json
-from data_pipeline.reading.records import Record, Rejected, Text
-from data_pipeline.reading.slices import look_through
-from data_pipeline.reading.sources import Listed
+from data_pipeline.download import columns, slices
+from data_pipeline.download.readers import Reading, read_file, read_json
+from data_pipeline.download.records import Record, Rejected, Text
+from data_pipeline.download.slices import look_through
+from data_pipeline.download.sources import Listed
 
 READING = Reading()
 

@@ -16,11 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_words import plain_words
 
-from data_pipeline.documents import buffers
-from data_pipeline.duplicates.minhash import shingle_sets
-from data_pipeline.duplicates.span_kernels import classes, read_words
-from data_pipeline.rules.sequences import Sequences
-from data_pipeline.words import (
+from data_pipeline.clean.sequences import Sequences
+from data_pipeline.core.words import (
     IGNORED,
     MARK,
     TABLE_SIZE,
@@ -29,6 +26,9 @@ from data_pipeline.words import (
     next_word,
     words_of,
 )
+from data_pipeline.dedup.minhash import shingle_sets
+from data_pipeline.dedup.span_kernels import classes, read_words
+from data_pipeline.documents import buffers
 
 SENTENCES = {
     "thai": "วันนี้อากาศดีมาก เราไปเดินเล่นที่สวนสาธารณะใกล้บ้าน",
@@ -134,11 +134,11 @@ def test_a_kernel_is_compiled_again_when_one_that_it_calls_or_a_number_changes(
     """numba itself notices a change of the file alone in which a kernel stands."""
     monkeypatch.syspath_prepend(str(tmp_path))
     called = (
-        "from data_pipeline.kernels import kernel\nnumber = 1\nadded = 5\n"
+        "from data_pipeline.core.kernels import kernel\nnumber = 1\nadded = 5\n"
         "@kernel\ndef inner(value):\n    return value + 10\n"
     )
     caller = (
-        "from data_pipeline.kernels import kernel\nfrom called import inner, number, added\n"
+        "from data_pipeline.core.kernels import kernel\nfrom called import inner, number, added\n"
         "@kernel\ndef outer(value):\n    return inner(value) * number + added\n"
     )
     changed = called.replace(before, after) if before and after else called.replace("10", "20")

@@ -13,13 +13,13 @@ from forks import ROOT
 from mlflow import MlflowClient
 from postgres import postgres
 
-from flows.store import Store
-from flows.tracking.delivery import deliver, send_left
-from flows.tracking.findings import Finding
-from flows.tracking.journal import Journal, outbox
-from flows.tracking.operations import Away, Gone, Mlflow
-from flows.tracking.tracker import beginning, description
-from flows.tracking.uploads import Refused
+from flows.engine.store import Store
+from flows.listeners.mlflow.delivery import deliver, send_left
+from flows.listeners.mlflow.findings import Finding
+from flows.listeners.mlflow.journal import Journal, outbox
+from flows.listeners.mlflow.operations import Away, Gone, Mlflow
+from flows.listeners.mlflow.tracker import beginning, description
+from flows.listeners.mlflow.uploads import Refused
 
 KEY = "0123456789abcdef"
 RUN = {"run": KEY}

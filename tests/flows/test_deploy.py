@@ -11,11 +11,11 @@ from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import validate
 
-from data_pipeline.context import UserError
-from flows.deploy import Options, pools_of, register, write_deployments
-from flows.deployed import ALL, StageName, pipeline, recipe_name
-from flows.page_edits import remember
-from flows.pools import deployments_of, make_ready
+from data_pipeline.core.errors import UserError
+from flows.prefect.deploy import Options, pools_of, register, write_deployments
+from flows.prefect.deployed import ALL, StageName, pipeline, recipe_name
+from flows.prefect.page_edits import remember
+from flows.prefect.pools import deployments_of, make_ready
 from flows.recipe import apply_override, load_recipe
 from flows.stages import BY_NAME
 

@@ -14,7 +14,7 @@ from playwright.sync_api import expect
 PROGRAM = """
 from prefect import flow
 from prefect.client.orchestration import get_client
-from flows.flow_page import FlowPage
+from flows.listeners.flow_page import FlowPage
 
 @flow(name="of-a-page")
 def some_flow(): ...

@@ -19,15 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow import MlflowClient
 
-from data_pipeline.context import UserError
-from flows import plan
+from data_pipeline.core.errors import UserError
+from flows.engine import plan
+from flows.engine.plan import Selection, plan_and_hold
+from flows.engine.store import LINKED, Store
+from flows.engine.uses import Uses
 from flows.gc import Survey, held, remove, select, survey
 from flows.lineage.graph import Graph, Key
-from flows.plan import Selection, plan_and_hold
 from flows.recipe import load_recipe
-from flows.store import LINKED, Store
-from flows.uses import Uses
-from llm.layouts import content_sha256
+from llm.model.layouts import content_sha256
 
 CHAIN = ("download", "clean", "dedup", "tokenize", "pretrain", "export")
 
@@ -38,8 +38,9 @@ def model_files() -> dict[str, bytes]:
     import torch
     from safetensors.torch import save
 
-    from llm.layouts import exported_weights, transformers_config
-    from llm.model import ModelConfig, Transformer
+    from llm.model.config import ModelConfig
+    from llm.model.layouts import exported_weights, transformers_config
+    from llm.model.transformer import Transformer
 
     config = ModelConfig(layers=1, heads=2, width=16, context=32, vocab_size=300)
     weights = exported_weights(Transformer(config, seed=0), torch.float32)

@@ -12,12 +12,12 @@ import pytest
 from command_line import Llmill
 from mlflow import MlflowClient
 
-from data_pipeline.context import UserError
-from flows.commands.options import at_home, expanded
-from flows.servers import PrefectServer
-from flows.services import sqlite_url
-from flows.tracking.links import tracking_uri
-from flows.tracking.moved import ADDRESSES, follow_home, open_file
+from data_pipeline.core.errors import UserError
+from flows.cli.options import at_home, expanded
+from flows.engine.services import sqlite_url
+from flows.listeners.mlflow.links import tracking_uri
+from flows.listeners.mlflow.moved import ADDRESSES, follow_home, open_file
+from flows.prefect.servers import PrefectServer
 
 NAMES = ("~ü #b%20c [1]", "a?mode=memory")
 
@@ -60,7 +60,7 @@ def test_a_moved_home_that_cannot_be_written_says_what_it_needs(copy_finished, t
     with closing(sqlite3.connect(moved.home / "mlflow.db")) as database:
         database.execute("BEGIN IMMEDIATE")  # what a read-only file system says is another word for the same
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("flows.tracking.moved.WAIT_SECONDS", 0.0)
+            patch.setattr("flows.listeners.mlflow.moved.WAIT_SECONDS", 0.0)
             with pytest.raises(OSError, match=r"the home was moved here from file://.*locked"):
                 follow_home(moved.home)
 

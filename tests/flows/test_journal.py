@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from flows.tracking.delivery import left_behind
-from flows.tracking.journal import DAMAGED, Journal, journals, outbox
+from flows.listeners.mlflow.delivery import left_behind
+from flows.listeners.mlflow.journal import DAMAGED, Journal, journals, outbox
 
 OPERATIONS = [{"op": "text", "run": "r", "name": f"{number}.txt", "text": "ä\n"} for number in range(3)]
 DYING = """
 import os, signal, sys
 from pathlib import Path
-from flows.tracking.journal import Journal, outbox
+from flows.listeners.mlflow.journal import Journal, outbox
 journal = Journal.begin(outbox(Path(sys.argv[1])), "small", "home")
 journal.append([{"op": "text", "name": "whole"}])
 with open(journal.path, "ab") as file:
@@ -103,7 +103,7 @@ def test_the_journal_of_a_run_at_work_is_taken_by_nobody_else(tmp_path: Path) ->
     with left_behind(tmp_path) as found:
         assert list(found) == []
     look = (
-        "import sys; from pathlib import Path; from flows.tracking.journal import Journal;"
+        "import sys; from pathlib import Path; from flows.listeners.mlflow.journal import Journal;"
         "print(Journal(Path(sys.argv[1])).claim())"
     )
     for expected in ("False", "True"):

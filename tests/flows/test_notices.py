@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.context import UserError
-from flows.notices import Notice, check_receivers, send_notice, unset_receivers
+from data_pipeline.core.errors import UserError
+from flows.listeners.notices import Notice, check_receivers, send_notice, unset_receivers
 
 
 @pytest.mark.parametrize(

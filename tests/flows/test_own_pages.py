@@ -15,9 +15,9 @@ from prefect.workers.process import ProcessJobConfiguration, ProcessWorker
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
-from flows.own_pages import OwnPages, own_names
-from flows.pools import COMMAND, make_ready
-from flows.services import Up, Wanted
+from flows.prefect.own_pages import OwnPages, own_names
+from flows.prefect.pools import COMMAND, make_ready
+from flows.prefect.up import Up, Wanted
 
 FOREIGN = [
     "https://evil.example",

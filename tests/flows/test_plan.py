@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.clean import CleanConfig
-from data_pipeline.context import UserError
-from flows.plan import Selection, differences, make_plan
+from data_pipeline.clean.stage import CleanConfig
+from data_pipeline.core.errors import UserError
+from flows.engine.plan import Selection, differences, make_plan
+from flows.engine.store import Store
 from flows.recipe import Recipe, load_recipe
 from flows.stages import BY_NAME
-from flows.store import Store
 
 ROOT = Path(__file__).parents[2]
 GOLDEN = {

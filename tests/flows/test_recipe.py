@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
 from flows.recipe import flatten, load_recipe, shipped_recipes
 
 RECIPE = """\

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.context import UserError
+from data_pipeline.core.errors import UserError
+from flows.engine.store import Artifact, Store
+from flows.engine.uses import Uses, recover
 from flows.gc import remove, survey
-from flows.store import Artifact, Store
-from flows.uses import Uses, recover
 
 NAME = ("clean", "f00d")
 OLD, NEW = {"a.txt": "old", "deep/b.txt": "old"}, {"a.txt": "new", "deep/b.txt": "new"}

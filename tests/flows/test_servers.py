@@ -11,11 +11,12 @@ from pathlib import Path
 import httpx
 import psutil
 
-from flows.servers import PrefectServer, answers
+from flows.engine.ports import answers
+from flows.prefect.servers import PrefectServer
 
 USER = """
 import sys, pathlib
-from flows.servers import PrefectServer
+from flows.prefect.servers import PrefectServer
 with PrefectServer(pathlib.Path(sys.argv[1])) as server:
     server.wait()
     print("up", flush=True)
@@ -104,7 +105,7 @@ def test_what_reads_within_a_transaction_does_not_wait_for_it(tmp_path):
     """Nor does what was started there, which keeps the context long after the transaction has ended."""
     from sqlalchemy import text
 
-    from flows.prefect_server import OneWriter
+    from flows.prefect.server import OneWriter
 
     async def read_within() -> list[int]:
         database = OneWriter(connection_url=f"sqlite+aiosqlite:///{tmp_path}/a.db", timeout=1)

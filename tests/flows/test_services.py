@@ -14,23 +14,10 @@ import psutil
 import pytest
 from operator_api import until
 
-from data_pipeline.context import UserError
-from flows.process import lives
-from flows.services import (
-    MLFLOW,
-    PREFECT,
-    Running,
-    Services,
-    Up,
-    Wanted,
-    described,
-    place,
-    prefect_api,
-    prepare_postgres,
-    read_services,
-    stop,
-    write,
-)
+from data_pipeline.core.errors import UserError
+from flows.engine.process import lives
+from flows.engine.services import MLFLOW, PREFECT, Running, Services, place, prefect_api, read_services, write
+from flows.prefect.up import Up, Wanted, described, prepare_postgres, stop
 
 
 def sleeper() -> Running:

@@ -14,7 +14,7 @@ from command_line import Llmill
 from mlflow import MlflowClient
 from typer.main import get_command
 
-from flows.cli import make_app
+from flows.cli.main import make_app
 from flows.stages import STAGES
 
 HEAVY = (
@@ -62,7 +62,7 @@ def llmill(make_llmill) -> Llmill:
 def start(watched: Path, llmill: Llmill, *arguments: str, **changes: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(watched), str(Path.cwd())])
     return subprocess.Popen(
-        [sys.executable, "-m", "flows.start", *arguments],
+        [sys.executable, "-m", "flows.cli.start", *arguments],
         env=llmill.environment(PYTHONPATH=path, **changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -82,7 +82,7 @@ def imported(watched: Path, llmill: Llmill, *arguments: str, **changes: str) -> 
 def test_help_of_every_command_imports_no_heavy_library(watched, llmill):
     """All in one process, for what one imports the next would."""
     names = ["", *get_command(make_app()).commands]
-    calls = f"import sys, typer.testing, flows.cli as cli\nfor name in {names}:\n"
+    calls = f"import sys, typer.testing, flows.cli.main as cli\nfor name in {names}:\n"
     calls += "    done = typer.testing.CliRunner().invoke(cli.make_app(), [*name.split(), '--help'])\n"
     calls += "    assert not done.exit_code, done\n"
     calls += f"print([name for name in {LIGHTER} if name in sys.modules])"
@@ -97,7 +97,7 @@ def test_status_imports_no_heavy_library(watched, finished):
 def test_a_plan_imports_no_heavy_library_and_no_body_that_needs_one(watched, finished):
     found = imported(watched, finished, "plan", str(finished.recipe))
     assert not found & set(HEAVY)
-    assert not found & {"llm.pretrain", "llm.evaluate", "llm.export", "llm.model"}
+    assert not found & {"llm.pretrain.stage", "llm.evaluate.stage", "llm.export.stage", "llm.model.transformer"}
 
 
 def tracked_runs(llmill) -> int:
@@ -124,9 +124,9 @@ def test_a_run_that_reuses_all_imports_no_stage_starts_no_server_and_is_tracked(
 @pytest.mark.parametrize(
     ("trigger", "number"),
     [
-        ("flows.cli", signal.SIGINT),
+        ("flows.cli.main", signal.SIGINT),
         ("typer", signal.SIGTERM),
-        ("flows.commands.runs", signal.SIGHUP),
+        ("flows.cli.runs", signal.SIGHUP),
         ("flows.recipe", signal.SIGINT),
         ("pyarrow", signal.SIGTERM),
         ("prefect", signal.SIGINT),
@@ -146,7 +146,7 @@ def test_a_signal_while_importing_ends_a_run_with_one_line(watched, llmill, trig
 def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, command):
     """By the time of a heavy import it stands on the screen: the process ends there."""
     arguments = [] if command == "up" else [str(llmill.recipe)]
-    trigger = {"up": "flows.tracking.moved"}.get(command, "flows.recipe")
+    trigger = {"up": "flows.listeners.mlflow.moved"}.get(command, "flows.recipe")
     process = start(watched, llmill, command, *arguments, TRIGGER=trigger, SIGNAL=str(int(signal.SIGKILL)))
     out, _ = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGKILL, 2)
@@ -162,7 +162,7 @@ def test_every_row_of_the_table_names_a_body_and_a_config():
 def test_all_that_names_stages_is_made_from_the_table(tmp_path):
     """A row that is added to it is a key of recipes, a step of plans, and a choice of deployments' forms."""
     (tmp_path / "counting.py").write_text(
-        "from data_pipeline.context import StageConfig\n"
+        "from data_pipeline.stage import StageConfig\n"
         "class CountConfig(StageConfig):\n    least: int = 1\n"
         "def count(config, inputs, out, context):\n    return {}\n"
     )
@@ -172,11 +172,11 @@ from flows import stages
 row = stages.Stage("count", "counting:count", "counting:CountConfig", ("download",), 1, ("words",), trains=True)
 stages.STAGES = (*stages.STAGES, row)
 stages.BY_NAME["count"] = row
-from flows.deploy import GPU_STAGES
-from flows.deployed import StageName
-from flows.plan import Selection, make_plan
+from flows.prefect.deploy import GPU_STAGES
+from flows.prefect.deployed import StageName
+from flows.engine.plan import Selection, make_plan
 from flows.recipe import load_recipe
-from flows.store import Store
+from flows.engine.store import Store
 recipe = load_recipe(pathlib.Path("flows/recipes/quickstart.yaml"), ["count.least=3"])
 step = make_plan(recipe, Store(pathlib.Path("none")))[-1]
 assert (recipe.count.least, step.stage.name, step.inputs.keys()) == (3, "count", {"download"})

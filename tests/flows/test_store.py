@@ -8,10 +8,11 @@ import sys
 
 import pytest
 
-from data_pipeline.context import LocalContext, UserError
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from flows.engine.store import ATTEMPTS, Damaged, Store, begin_attempt, fingerprint, payload_checksum
 from flows.lineage.graph import Graph
 from flows.lineage.target import in_folder
-from flows.store import ATTEMPTS, Damaged, Store, begin_attempt, fingerprint, payload_checksum
 
 ORIGIN = {"inputs": {}}
 MANIFEST = {
@@ -226,7 +227,7 @@ def test_logs_are_sealed_but_no_part_of_the_payload(tmp_path):
 def test_checksums_that_workers_took_are_the_same(tmp_path, monkeypatch):
     files = {"a.txt": "one", "rejected/b.txt": "two", "scratch/c.txt": "three"}
     alone = build(Store(tmp_path / "1"), files=files)
-    monkeypatch.setattr("flows.store.SPREAD_BYTES", 0)
+    monkeypatch.setattr("flows.engine.store.SPREAD_BYTES", 0)
     store = Store(tmp_path / "2")
     out, _ = store.begin("clean", "f00d", ORIGIN)
     for path, text in files.items():
@@ -249,7 +250,7 @@ def test_building_again_replaces_the_artifact_at_once(tmp_path):
 
 HOLDER = """
 import pathlib, sys, time
-from flows.store import Store
+from flows.engine.store import Store
 with Store(pathlib.Path(sys.argv[1])).lock("clean", "f00d"):
     print("held", flush=True)
     time.sleep(60)

@@ -14,20 +14,23 @@ import pytest
 from command_line import Llmill
 from replays import documents, numbered, replay
 
-from data_pipeline.clean import CleanConfig, clean
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.dedup import DedupConfig, dedup
-from data_pipeline.download import DownloadConfig, download
-from data_pipeline.lookup import read_ids
-from data_pipeline.token_shards import TokenizeConfig, tokenize
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
+from data_pipeline.clean.stage import CleanConfig, clean
+from data_pipeline.core.errors import UserError
+from data_pipeline.dedup.config import DedupConfig
+from data_pipeline.dedup.stage import dedup
+from data_pipeline.download.stage import DownloadConfig, download
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.lookup import read_ids
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
+from flows.engine.store import Store, now
 from flows.lineage.documents import DocumentTrace, training_of
 from flows.lineage.graph import Graph, Node
 from flows.lineage.report import Known, document_json, document_lines
 from flows.lineage.target import find_target
 from flows.stages import BY_NAME
-from flows.store import Store, now
-from llm.pretrain import PretrainConfig, prepare
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import prepare
 
 
 @pytest.fixture(scope="module")

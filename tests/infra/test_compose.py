@@ -15,7 +15,8 @@ import pytest
 import yaml
 from known_names import INFRA, ROOT, parse, unknown
 
-from flows.services import DATABASES, GPU_POOL, POOL
+from flows.engine.services import GPU_POOL, POOL
+from flows.prefect.up import DATABASES
 
 FOLDER = INFRA / "compose"
 FILE = FOLDER / "compose.yaml"

@@ -22,8 +22,9 @@ from mlflow import MlflowClient
 from moto.server import ThreadedMotoServer
 from postgres import PASSWORD, postgres
 
-from flows.servers import free_port
-from flows.services import DATABASES, GPU_POOL, POOL, end_tree
+from flows.engine.ports import free_port
+from flows.engine.services import GPU_POOL, POOL
+from flows.prefect.up import DATABASES, end_tree
 
 pytestmark = pytest.mark.long
 SERVICES = yaml.safe_load((INFRA / "compose/compose.yaml").read_text())["services"]

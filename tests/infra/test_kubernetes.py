@@ -19,10 +19,10 @@ from command_line import Llmill
 from known_names import INFRA, ROOT, parse, unknown
 from kubeflow_trainer_api import models
 
-from flows.context import IN_FLIGHT
+from flows.engine.ports import free_port
+from flows.engine.services import GPU_POOL, POOL
+from flows.prefect.context import IN_FLIGHT
 from flows.recipe import RecipeRuntime
-from flows.servers import free_port
-from flows.services import GPU_POOL, POOL
 
 FOLDER = INFRA / "kubernetes"
 VERSION = "1.33"
@@ -231,7 +231,7 @@ def test_two_machines_of_a_training_job_find_each_other(finished: Llmill, tmp_pa
     for stage in ("download", "clean", "dedup", "train_tokenizer", "tokenize"):
         shutil.copytree(finished.home / "store" / stage, home / "store" / stage)
     programs.mkdir()
-    (programs / "llmill").write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli "$@"\n')
+    (programs / "llmill").write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli.main "$@"\n')
     (programs / "llmill").chmod(0o755)
     shared = {
         **finished.environment(),

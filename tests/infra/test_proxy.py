@@ -24,8 +24,8 @@ from command_line import Llmill
 from conftest import RECIPE
 from known_names import INFRA
 
-from flows.servers import free_port
-from flows.services import end_tree
+from flows.engine.ports import free_port
+from flows.prefect.up import end_tree
 
 SERVICES = yaml.safe_load((INFRA / "compose/compose.yaml").read_text())["services"]
 NGINX = INFRA / "compose/nginx.conf"

@@ -25,11 +25,11 @@ from command_line import Llmill
 from known_names import INFRA, parse
 from pydantic import ValidationError
 
-from data_pipeline.context import UserError
-from flows import slurm
+from data_pipeline.core.errors import UserError
+from flows.engine import slurm
+from flows.engine.ports import free_port
 from flows.recipe import load_recipe
-from flows.servers import free_port
-from llm.slurm import SlurmJob
+from llm.machine.slurm import SlurmJob
 
 BY_HAND = INFRA / "slurm/pretrain.sbatch"
 HERE = Path(slurm_stand_in.__file__)
@@ -229,7 +229,7 @@ def test_without_slurm_it_is_said_what_to_do(two_ranks: Any, finished: Llmill, t
 def test_a_training_submitted_by_hand_goes_on_after_a_preemption(
     trained: Trained, two_ranks: Any, tmp_path: Path
 ) -> None:
-    (tmp_path / "llmill").write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli "$@"\n')
+    (tmp_path / "llmill").write_text(f'#!/bin/sh\nexec {sys.executable} -m flows.cli.main "$@"\n')
     (tmp_path / "llmill").chmod(0o755)
     told = trained.cluster.environment
     path = f"{tmp_path}{os.pathsep}{told['PATH']}"

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.context import LocalContext
 from data_pipeline.documents import write_shard
-from data_pipeline.token_shards import TokenizeConfig, tokenize
-from data_pipeline.tokenizer import TokenizerConfig, train_tokenizer
-from llm.model import ModelConfig, Transformer, save_model
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer, save_model
 
 VOCAB_SIZE = 500  # not a multiple of 64, so that padding is exercised
 

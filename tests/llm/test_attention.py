@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from data_pipeline.context import UserError
-from llm import attention as module
-from llm.attention import BackEnd, Documents, attention, choose, missing
+from data_pipeline.core.errors import UserError
+from llm.kernels import attention as module
+from llm.kernels.attention import Documents, attention, choose, missing
+from llm.kernels.names import BackEnd
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.context import UserError
-from llm.batches import batch_windows, permute, places_of, rank_share, require_batch, unpermute
+from data_pipeline.core.errors import UserError
+from llm.data.order import batch_windows, permute, places_of, rank_share, require_batch, unpermute
 
 SEEDS = st.integers(0, 2**64 - 1)
 

@@ -9,10 +9,11 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from llm.attention import BackEnd, Documents
-from llm.bench.__main__ import main, parse
-from llm.bench.attention import flops
-from llm.bench.contestants import SHAPES
+from benchmarks.training.__main__ import main, parse
+from benchmarks.training.attention import flops
+from benchmarks.training.contestants import SHAPES
+from llm.kernels.attention import Documents
+from llm.kernels.names import BackEnd
 
 
 def test_the_shapes_have_about_the_parameters_of_their_names() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.context import UserError
-from llm import checkpoint
-from llm.checkpoint import Checkpoint, Setup
+from data_pipeline.core.errors import UserError
+from llm.training import checkpoint
+from llm.training.checkpoint import Checkpoint, Setup
 
 PART = "rank-00001.safetensors"
 SETUP = Setup(ranks=2, zero_stage=1, micro_batch=4, precision="bf16", device="cpu")

@@ -11,10 +11,11 @@ import torch
 from engine_steps import Experiment, run
 from torch import Tensor
 
-from flows import launch
-from llm import compiled
-from llm.compiled import compile_layers
-from llm.model import ModelConfig, Transformer
+from flows.engine import launch
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer
+from llm.training import compiled
+from llm.training.compiled import compile_layers
 
 STEPS = 6
 

@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 import pytest
 from disturbed import Stage, events
 
-from data_pipeline.context import LocalContext
-from data_pipeline.token_shards import TokenShards
-from llm import checkpoint
-from llm.batches import batch_windows
-from llm.pretrain import PretrainConfig, pretrain
-from llm.summary import summarise
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.shards import TokenShards
+from llm.data.order import batch_windows
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import pretrain
+from llm.pretrain.summary import summarise
+from llm.training import checkpoint
 
 STEPS, BATCH, CONTEXT = 100, 16, 32
 PAYLOAD = ("losses.parquet", "validation.parquet", "model.safetensors", "skipped.parquet")

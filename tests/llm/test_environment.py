@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from data_pipeline.context import cores
-from llm.environment import ALLOCATOR, rank_environment, remark
+from data_pipeline.core.processes import cores
+from llm.machine.environment import ALLOCATOR, rank_environment, remark
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,12 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from data_pipeline.context import LocalContext
-from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
-from llm import evaluate as module
-from llm.evaluate import Document, EvaluateConfig, batched, choose, cut, evaluate, read
-from llm.model import ModelConfig, Transformer, load_model
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
+from llm.evaluate import stage as module
+from llm.evaluate.config import EvaluateConfig
+from llm.evaluate.stage import Document, batched, choose, cut, evaluate, read
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer, load_model
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llm.events import EventLog, read_events
+from llm.training.events import EventLog, read_events
 
 
 def test_a_log_opened_again_drops_a_torn_line_and_tells_no_step_twice(tmp_path: Path) -> None:

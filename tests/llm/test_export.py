@@ -10,15 +10,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.download import DownloadConfig
-from data_pipeline.tokenizer import load_tokenizer
-from llm.export import ExportConfig, export, logits_difference
-from llm.generate import generate, generate_from_folder
-from llm.layouts import load_folder, transformers_config
-from llm.model import ModelConfig, load_model
-from llm.model_card import architecture as architecture_of
-from llm.model_card import sources
+from data_pipeline.core.errors import UserError
+from data_pipeline.download.stage import DownloadConfig
+from data_pipeline.stage import LocalContext
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
+from llm.export.config import ExportConfig
+from llm.export.model_card import architecture as architecture_of
+from llm.export.model_card import sources
+from llm.export.stage import export, logits_difference
+from llm.model.config import ModelConfig
+from llm.model.generate import generate, generate_from_folder
+from llm.model.layouts import load_folder, transformers_config
+from llm.model.transformer import load_model
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]

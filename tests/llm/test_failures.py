@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_pipeline.context import UserError, has_ended
-from flows.launch import read_failure
-from llm.failures import report_failure
-from llm.model import ModelConfig
-from llm.pretrain import Job, PretrainConfig
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.processes import has_ended
+from flows.engine.launch import read_failure
+from llm.model.config import ModelConfig
+from llm.pretrain.config import PretrainConfig
+from llm.training.failures import report_failure
+from llm.training.job import Job
 
 
 @pytest.mark.parametrize(
@@ -50,7 +52,7 @@ import sys
 from pathlib import Path
 import torch
 from safetensors.torch import save_file
-from llm.failures import no_room, report_failure
+from llm.training.failures import no_room, report_failure
 
 folder = Path(sys.argv[1])
 weights = {"a": torch.zeros(2_000_000)}
@@ -93,7 +95,7 @@ def test_a_rank_that_cannot_tell_its_failure_ends_all_the_same(
     path.write_text(job.model_dump_json())
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MASTER_")}
     ended = subprocess.run(
-        [sys.executable, "-m", "llm.trainer", str(path)],
+        [sys.executable, "-m", "llm.training.trainer", str(path)],
         env={**environment, "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"},
         capture_output=True,
         text=True,

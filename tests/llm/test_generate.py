@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data_pipeline.context import UserError
-from data_pipeline.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
-from llm.generate import draw, generate, nucleus, open_folder, pick, stream
-from llm.model import ModelConfig, Transformer
+from data_pipeline.core.errors import UserError
+from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
+from llm.model.config import ModelConfig
+from llm.model.generate import draw, generate, nucleus, open_folder, pick, stream
+from llm.model.transformer import Transformer
 
 Make = Callable[..., ModelConfig]
 

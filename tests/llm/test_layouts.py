@@ -23,15 +23,18 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.tokenizer import TokenizerConfig, behaviour_sha256, special_tokens
-from flows.plan import make_plan
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from data_pipeline.train_tokenizer.stage import TokenizerConfig
+from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256, special_tokens
+from flows.engine.plan import make_plan
+from flows.engine.store import Store
 from flows.recipe import load_recipe
-from flows.store import Store
-from llm.export import ExportConfig, export
-from llm.layouts import content_sha256, load_folder, read_config, require_start
-from llm.model import ModelConfig
-from llm.pretrain import PretrainConfig
+from llm.export.config import ExportConfig
+from llm.export.stage import export
+from llm.model.config import ModelConfig
+from llm.model.layouts import content_sha256, load_folder, read_config, require_start
+from llm.pretrain.config import PretrainConfig
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]

@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm import loader as module
-from llm.batches import batch_windows
-from llm.loader import Loader, Share
-from llm.windows import Batch, Windows
+from llm.data import loader as module
+from llm.data.loader import Loader, Share
+from llm.data.order import batch_windows
+from llm.data.sequences import Batch, Windows
 
 CONTEXT, STEPS = 8, 12
 ALONE = Share(0, 1, 4)

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llm import loss as module
-from llm.loss import linear_cross_entropy
+from llm.kernels import loss as module
+from llm.kernels.loss import linear_cross_entropy
 
 VOCAB, PADDED, WIDTH = 50, 64, 16
 

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.context import UserError
-from llm import matmul as module
-from llm.hardware import cpu_vendor
-from llm.loss import linear_cross_entropy
-from llm.matmul import Linear, choose_matmul, missing
-from llm.model import ModelConfig, Transformer
+from data_pipeline.core.errors import UserError
+from llm.kernels import matmul as module
+from llm.kernels.loss import linear_cross_entropy
+from llm.kernels.matmul import Linear, choose_matmul, missing
+from llm.machine.hardware import cpu_vendor
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer
 
 pytestmark = pytest.mark.skipif(
     missing("cpu", "fp32") is not None, reason=missing("cpu", "fp32") or "oneDNN is here"
@@ -51,7 +52,7 @@ def test_gradients_of_a_part_of_a_tensor_are_taken_too() -> None:
 @pytest.mark.parametrize("options", [{}, {"z_loss": 0.3, "softcap": 5.0}], ids=["plain", "z-loss-and-cap"])
 @pytest.mark.parametrize("chunk", [7 * 4 * 64, 1 << 20], ids=["chunks-of-7", "whole"])
 def test_the_loss_is_the_same(chunk: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llm.loss.CHUNK_BYTES", {"cpu": chunk})
+    monkeypatch.setattr("llm.kernels.loss.CHUNK_BYTES", {"cpu": chunk})
     x, weight = torch.randn(3, 6, 16, requires_grad=True), torch.randn(64, 16, requires_grad=True)
     targets = torch.randint(50, (3, 6))
     kept: list[Any] = []
@@ -74,7 +75,7 @@ def test_every_layer_of_a_model_takes_it(positions: Any, monkeypatch: pytest.Mon
     tokens = torch.randint(60, (2, 9))
     calls: list[int] = []
     onednn = module.onednn
-    for place in ("llm.matmul.onednn", "llm.loss.onednn"):
+    for place in ("llm.kernels.matmul.onednn", "llm.kernels.loss.onednn"):
         monkeypatch.setattr(place, lambda *given: calls.append(1) or onednn(*given))
     with torch.no_grad():
         losses = [model(tokens[:, :-1], tokens[:, 1:]) for model in (plain, ours)]

@@ -13,10 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.token_shards import TokenShards
-from llm.mixture import PERIOD_STEPS, Mixture
-from llm.pretrain import Job, PretrainConfig, prepare
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.shards import TokenShards
+from llm.data.mixture import PERIOD_STEPS, Mixture
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import prepare
+from llm.training.job import Job
 
 WEIGHTS = st.dictionaries(
     st.text("abcdef", min_size=1, max_size=3), st.floats(0.1, 10), min_size=1, max_size=7

@@ -8,9 +8,9 @@ import torch
 from pydantic import ValidationError
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from llm.layouts import exported_weights, transformers_config
-from llm.model import ModelConfig, Transformer
-from llm.shape import ModelShape
+from llm.model.config import ModelConfig, ModelShape
+from llm.model.layouts import exported_weights, transformers_config
+from llm.model.transformer import Transformer
 
 Make = Callable[..., ModelConfig]
 

@@ -13,10 +13,10 @@ import pytest
 import torch
 from engine_steps import Experiment, run
 
-from data_pipeline.context import UserError
-from flows import launch
-from llm import nodes as module
-from llm.nodes import Nodes, launcher_pid, nodes_for
+from data_pipeline.core.errors import UserError
+from flows.engine import launch
+from llm.machine import nodes as module
+from llm.machine.nodes import Nodes, launcher_pid, nodes_for
 
 JOIN = """
 import sys
@@ -113,7 +113,7 @@ def test_ranks_that_machines_cannot_share_evenly_are_refused() -> None:
 
 def test_there_is_nothing_to_join_on_one_machine(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="nothing to join: set LLMILL_NODES and LLMILL_ENDPOINT"):
-        launch.join("llm.trainer", tmp_path / "job.json", 1)
+        launch.join("llm.training.trainer", tmp_path / "job.json", 1)
 
 
 def test_ranks_outlive_no_launcher_of_their_machine_and_look_for_none_on_others() -> None:

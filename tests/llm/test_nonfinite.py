@@ -10,12 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_pipeline.context import LocalContext, UserError
-from flows.comparison.curves import read_curves
-from flows.plots import plots
-from flows.store import Artifact
-from llm.events import EventLog
-from llm.pretrain import PretrainConfig, pretrain
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from flows.compare.curves import read_curves
+from flows.engine.store import Artifact
+from flows.listeners.plots import plots
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import pretrain
+from llm.training.events import EventLog
 
 
 def train(corpus: dict[str, Path], out: Path, steps: int, lr: float, **model: Any) -> None:

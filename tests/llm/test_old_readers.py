@@ -13,9 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from data_pipeline.context import LocalContext
-from llm.export import ExportConfig, export
-from llm.model import ModelConfig, load_model
+from data_pipeline.stage import LocalContext
+from llm.export.config import ExportConfig
+from llm.export.stage import export
+from llm.model.config import ModelConfig
+from llm.model.transformer import load_model
 
 pytestmark = pytest.mark.long
 

@@ -12,10 +12,11 @@ from engine_steps import VOCAB_SIZE, Experiment, Outcome, batch, run
 from pydantic import ValidationError
 from torch import Tensor
 
-from llm.model import ModelConfig, Transformer
-from llm.muon import POLAR_EXPRESS, SAFETY, orthogonalise, orthogonalise_all
-from llm.optim import Optimizer, parameter_groups, parts
-from llm.pretrain import PretrainConfig
+from llm.model.config import ModelConfig
+from llm.model.transformer import Transformer
+from llm.pretrain.config import PretrainConfig
+from llm.training.muon import POLAR_EXPRESS, SAFETY, orthogonalise, orthogonalise_all
+from llm.training.optimizer import Optimizer, parameter_groups, parts
 
 STEPS = 3
 MUON = {"kind": "muon", "muon_lr": 2e-3, "embedding_lr": 5e-3, "head_lr": 1e-3, "momentum": 0.9}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from llm.model import ModelConfig, rotary_tables
-from llm.passes import RMSNorm, rotate
+from llm.model.config import ModelConfig
+from llm.model.transformer import RMSNorm, rotary_tables, rotate
 
 
 def norm_formula(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from flows.plan import make_plan
+from flows.engine.plan import make_plan
+from flows.engine.store import Store
 from flows.recipe import load_recipe
-from flows.store import Store
-from llm import presets
-from llm.pretrain import PretrainConfig
+from llm.pretrain import presets
+from llm.pretrain.config import PretrainConfig
 
 DOCS = Path(__file__).parents[2] / "docs"
 

@@ -10,13 +10,15 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from data_pipeline.context import LocalContext, UserError
-from llm import checkpoint
-from llm import hardware as module
-from llm.config import PretrainConfig, read_sealed
-from llm.hardware import hardware_precision
-from llm.model import ModelConfig
-from llm.pretrain import Job, as_begun, pretrain
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from llm.machine import hardware as module
+from llm.machine.hardware import hardware_precision
+from llm.model.config import ModelConfig
+from llm.pretrain.config import PretrainConfig, read_sealed
+from llm.pretrain.stage import as_begun, pretrain
+from llm.training import checkpoint
+from llm.training.job import Job
 
 
 def config(**fields: Any) -> PretrainConfig:
@@ -197,7 +199,7 @@ def test_a_corpus_smaller_than_one_batch_is_refused(corpus: dict[str, Path], tmp
 
 
 def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
-    from data_pipeline.token_shards import TokenShards
+    from data_pipeline.tokenize.shards import TokenShards
 
     held_out = TokenShards(corpus["tokenize"], "val").tokens
     train = TokenShards(corpus["tokenize"], "train").tokens

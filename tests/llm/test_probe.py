@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from llm.probe import Clock, collectives_timed
+from llm.training.probe import Clock, collectives_timed
 
 
 @pytest.fixture

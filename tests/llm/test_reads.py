@@ -1,4 +1,4 @@
-"""What `llm.reads` works out is what the loader reads: compared with replays of whole runs."""
+"""What `llm.data.reads` works out is what the loader reads: compared with replays of whole runs."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from replays import documents, numbered, replay
 
-from data_pipeline.context import LocalContext
-from data_pipeline.lookup import TokenPlace, find_tokens, start_in_source
-from data_pipeline.token_shards import TokenizeConfig, TokenShards, tokenize
-from llm.pretrain import Job, PretrainConfig, prepare
-from llm.reads import Training
-from llm.schedule import BatchPlan
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.lookup import TokenPlace, find_tokens, start_in_source
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
+from llm.data.reads import Training
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import prepare
+from llm.training.job import Job
+from llm.training.schedule import BatchPlan
 
 CONTEXT = 32
 LAYOUT = TokenizeConfig(val_fraction=0.2, shard_tokens=30_000)
@@ -140,8 +143,8 @@ def test_every_document_is_found_in_its_token_shard_and_others_are_not(shards: d
 def test_a_token_shard_of_many_row_groups_is_searched_by_halves(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import data_pipeline.lookup as lookup
-    import data_pipeline.tokens.runs as runs
+    import data_pipeline.sorted_runs as runs
+    import data_pipeline.tokenize.lookup as lookup
 
     monkeypatch.setattr(runs, "ROW_GROUP_TOKENS", 1000)
     layout = TokenizeConfig(val_fraction=0.2)
@@ -161,6 +164,6 @@ def test_a_token_shard_of_many_row_groups_is_searched_by_halves(
 
 
 def runs_hash(ids: pa.Array, salt: str) -> np.ndarray:
-    from data_pipeline.tokens.hashing import hash_column
+    from data_pipeline.hashing import hash_column
 
     return hash_column(ids, salt)

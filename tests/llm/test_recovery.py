@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.context import UserError
-from llm.recovery import History, Recovery, Watch, robust_z, skipped_windows
+from data_pipeline.core.errors import UserError
+from llm.training.recovery import History, Recovery, Watch, robust_z, skipped_windows
 
 
 def watch_of(config: Recovery, max_nonfinite: int = 5, max_rollbacks: int = 3) -> Watch:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from llm import checkpoint
-from llm.checkpoint import Setup
-from llm.saver import Saved, Saver
-from llm.state import Pieces
+from llm.training import checkpoint
+from llm.training.checkpoint import Setup
+from llm.training.saver import Saved, Saver
+from llm.training.state import Pieces
 
 SETUP = Setup(ranks=2, zero_stage=1, micro_batch=4, precision="fp32", device="cpu")
 

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from llm.model import Transformer
-from llm.pretrain import PretrainConfig
-from llm.schedule import BatchWarmup, Schedule, batch_plan
+from llm.model.transformer import Transformer
+from llm.pretrain.config import PretrainConfig
+from llm.training.schedule import BatchWarmup, Schedule, batch_plan
 
 
 def multiples(schedule: Schedule, steps: int) -> list[float]:

@@ -15,18 +15,21 @@ import torch
 from disturbed import Stage
 from safetensors.torch import load_file
 
-from data_pipeline.context import LocalContext, UserError
-from data_pipeline.token_shards import TokenShards
-from data_pipeline.tokenizer import end_of_text, load_tokenizer, token_bytes
-from flows import launch
-from llm import checkpoint
-from llm.attention import BackEnd
-from llm.batches import permute
-from llm.events import read_events
-from llm.export import ExportConfig, export
-from llm.mixture import Mixture
-from llm.model import Transformer, load_model
-from llm.pretrain import PretrainConfig, pretrain
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import LocalContext
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
+from flows.engine import launch
+from llm.data.mixture import Mixture
+from llm.data.order import permute
+from llm.export.config import ExportConfig
+from llm.export.stage import export
+from llm.kernels.names import BackEnd
+from llm.model.transformer import Transformer, load_model
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.stage import pretrain
+from llm.training import checkpoint
+from llm.training.events import read_events
 
 STEPS = 20
 PAYLOAD = {

@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.context import UserError
-from data_pipeline.token_shards import TokenBatch
-from llm.windows import Windows, write_flat, write_flat_by_source
+from data_pipeline.core.errors import UserError
+from data_pipeline.tokenize.shards import TokenBatch
+from llm.data.sequences import Windows, write_flat, write_flat_by_source
 
 END = 0
 

@@ -1,0 +1,1 @@
+"""Stage ``clean``: documents that the rules keep."""

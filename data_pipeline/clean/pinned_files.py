@@ -1,0 +1,69 @@
+"""Files that a config names: a fingerprint holds what is in them, never where they are."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import file_sha256
+from data_pipeline.core.text import first_line
+
+
+@dataclass(frozen=True)
+class PinnedFile:
+    """A file as it was when the run was planned."""
+
+    path: Path
+    """Absolute, so that a worker with another current folder finds it."""
+    sha256: str
+
+    def read(self) -> bytes:
+        """The file's bytes, decompressed where its name ends in ``.gz``.
+
+        Raises:
+            UserError: it can't be read, or is no longer what was planned.
+        """
+        try:
+            content = self.path.read_bytes()
+            if hashlib.sha256(content).hexdigest() != self.sha256:
+                raise UserError(f"{self.path} changed since the run was planned: start the run again")
+            return gzip.decompress(content) if self.path.suffix == ".gz" else content
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"{self.path} can't be read: {first_line(error)}") from None
+
+    def text(self) -> str:
+        """What `read` gives, as UTF-8.
+
+        Raises:
+            UserError: it is not.
+        """
+        try:
+            return self.read().decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{self.path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+    def lines(self) -> Iterator[tuple[int, str]]:
+        """The lines with their numbers (from 1), stripped; empty ones and those that begin with ``#`` are left out."""
+        for number, line in enumerate(self.text().split("\n"), 1):
+            if (stripped := line.strip()) and not stripped.startswith("#"):
+                yield number, stripped
+
+
+def pin(paths: Iterable[Path], key: str) -> tuple[PinnedFile, ...]:
+    """The files as they are now; ``key`` is the setting that names them.
+
+    Raises:
+        UserError: one of them can't be read.
+    """
+    pinned = []
+    for path in paths:
+        try:
+            pinned.append(PinnedFile(path.absolute(), file_sha256(path)))
+        except OSError as error:
+            raise UserError(f"{key}: {path} can't be read: {error.strerror}") from None
+    return tuple(pinned)

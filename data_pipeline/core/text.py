@@ -1,0 +1,48 @@
+"""Text and numbers for people: lines, sizes, Markdown tables."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+
+def finite(value: Any) -> Any:
+    """Put None for numbers that are not finite, at any depth: JSON has no word for them."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(one) for key, one in value.items()}
+    return [finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def last_lines(text: str, count: int = 12) -> str:
+    """The last ``count`` lines of ``text``."""
+    return "\n".join(text.strip().splitlines()[-count:])
+
+
+def human_bytes(size: float) -> str:
+    """``1536`` -> ``1.5 kB`` (powers of 1000, as disks are sold)."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut after its first line; its type where it says nothing."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+def excerpt(text: str, characters: int = 160) -> str:
+    """The beginning of ``text`` in one line."""
+    return " ".join(text[: 2 * characters].split())[:characters]
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A Markdown table."""
+    lines = [list(header)]
+    lines.append(["---"] * len(lines[0]))
+    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"

@@ -1,0 +1,1 @@
+"""Stage ``dedup``: documents without duplicates, exact, near and repeated spans."""

@@ -1,1 +1,0 @@
-"""What stage `clean` is made of: the published rules, and the kernels that measure texts for them."""

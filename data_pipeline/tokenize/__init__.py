@@ -1,0 +1,1 @@
+"""Stage ``tokenize``: documents to token shards."""

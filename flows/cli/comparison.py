@@ -1,0 +1,148 @@
+"""Put runs side by side, try settings out, and say which model is used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.core.errors import UserError
+from flows.cli.options import (
+    HOME,
+    AsJson,
+    Home,
+    Overrides,
+    RecipePath,
+    announce,
+    is_read_only,
+    stoppable,
+    typed,
+    writable,
+)
+from flows.engine.process import quiet_libraries, save_when_asked
+
+
+def compare(
+    runs: Annotated[
+        list[str],
+        typer.Argument(
+            help="A run's name or id in MLflow, a fingerprint, models:/NAME/VERSION, latest or latest~1.",
+            metavar="RUN RUN [...]",
+        ),
+    ],
+    as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write the page with plots there.", metavar="FILE")
+    ] = None,
+    log: Annotated[bool, typer.Option(help="Keep page and figures in MLflow, as a run.")] = True,
+    home: Home = HOME,
+) -> None:
+    """Say in what runs differ, and whether one's model or recipe is better than another's."""
+    quiet_libraries()
+    from flows.compare.compare import compare as put_side_by_side
+    from flows.compare.page import page
+    from flows.compare.show import show
+    from flows.compare.subjects import Finder
+    from flows.engine.store import Store
+    from flows.listeners.terminal import Screen, Terminal
+
+    if len(runs) < 2:
+        raise UserError("name two runs at least: llmill compare latest~1 latest")
+    comparison = put_side_by_side(Finder(Store(home)).find(runs))
+    terminal = Terminal(Screen(stderr=True) if as_json else None)
+    if html:
+        write_page(html, page(comparison))
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
+    else:
+        show(comparison, terminal.console)
+    if log:
+        keep(comparison, home, terminal)
+
+
+def write_page(path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"--html {path}: {error.strerror}") from None
+
+
+def keep(comparison: Any, home: Path, terminal: Any) -> None:
+    """Log a comparison to MLflow, or say why it is not there."""
+    from flows.compare.log import log
+
+    if is_read_only(home):
+        terminal.note(f"not in MLflow: {home} can't be written to", warning=True)
+        return
+    where, why_not = log(comparison, home)
+    if why_not:
+        terminal.note(f"not in MLflow yet: {why_not}; llmill sync sends it, or the next run", warning=True)
+    else:
+        terminal.note(f"in MLflow: {where}")
+
+
+def sweep(
+    recipe: RecipePath,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE.FIELD=VALUE,VALUE", help="Run with each of these values; repeatable."),
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds of their own.")] = 1,
+    set_: Overrides = None,
+    home: Home = HOME,
+) -> None:
+    """Run a recipe with all combinations of some settings, and compare what comes out."""
+    announce(f"reading {recipe}")
+    quiet_libraries()
+    save_when_asked()
+    from flows.compare.show import show
+    from flows.engine.store import Store
+    from flows.listeners.terminal import Terminal, fail
+    from flows.prefect.servers import PrefectServer
+
+    writable(home)
+    terminal = Terminal()
+    with stoppable(f"stopped; the same command goes on from here: {typed()}"), PrefectServer(home) as server:
+        from flows.compare.sweep import Sweep, foresee, read_grid, read_members
+
+        members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
+        show_forecast(members, terminal)
+        for warning in foresee(members):
+            terminal.note(warning, warning=True)
+        server.wait()
+        runs = Sweep(members, home, terminal, typed())
+        try:
+            ended = runs.run(recipe)
+        except KeyboardInterrupt:
+            runs.stop()
+            raise
+        comparison = runs.finish(ended)
+    if comparison:
+        show(comparison, terminal.console)
+    failed = [one for one in ended if one.failure]
+    for one in failed:
+        terminal.note(f"{one.member.name}: {one.failure.splitlines()[0]}", warning=True)
+    if failed:
+        fail(f"{len(failed)} of {len(ended)} runs failed; the same command runs them again: {typed()}")
+        raise typer.Exit(1)
+
+
+def show_forecast(members: Any, terminal: Any) -> None:
+    """What a sweep will run, and how much of it is shared."""
+    from rich.table import Table
+
+    from flows.compare.sweep import forecast
+
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for column in ("run", "settings", "sealed", "shared", "to be built"):
+        table.add_column(column, justify="right" if column in ("run", "sealed", "shared") else "left")
+    built = stages = 0
+    for number, (member, sealed, shared, builds) in enumerate(forecast(members), 1):
+        table.add_row(str(number), member.name, str(sealed), str(shared), ", ".join(builds) or "nothing")
+        built, stages = built + len(builds), stages + len(member.steps)
+    terminal.console.print(table, soft_wrap=False)
+    terminal.console.print(
+        f"{len(members)} runs of {stages} stages, of which {built} are built and {stages - built} shared or sealed"
+    )

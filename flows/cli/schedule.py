@@ -1,0 +1,106 @@
+"""Have a recipe run by itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from data_pipeline.core.errors import UserError
+from flows.cli.options import HOME, Home, Overrides, RecipePath, announce
+from flows.engine.ports import answers
+from flows.engine.process import quiet_libraries
+from flows.engine.services import prefect_api
+from flows.prefect.servers import CLIENT_SETTINGS
+
+
+def deploy(
+    recipe: RecipePath,
+    cron: Annotated[
+        str | None, typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two.')
+    ] = None,
+    timezone: Annotated[
+        str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; else UTC.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="The work pool whose workers run it; at first: llmill.")
+    ] = None,
+    gpu_pool: Annotated[
+        str | None,
+        typer.Option(help="Another pool for pretrain and evaluate, which are then flow runs there."),
+    ] = None,
+    collision: Annotated[
+        Literal["enqueue", "cancel-new"] | None,
+        typer.Option(help="When the run before is still going: wait for it (at first), or skip the new one."),
+    ] = None,
+    set_: Overrides = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Of the flow, such as stages.stop=tokenize."),
+    ] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Replace what was changed on Prefect's pages by what the file says."),
+    ] = False,
+    file: Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")] = Path(
+        "prefect.yaml"
+    ),
+    home: Home = HOME,
+) -> None:
+    """Register a recipe with Prefect: one deployment for the pipeline, and one for each stage."""
+    announce(f"reading {recipe}")
+    quiet_libraries()
+    for name, value in CLIENT_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    api = prefect_api(home)
+    if not api or not answers(api):
+        where = f"Prefect at {api} does not answer" if api else "there is no Prefect server"
+        raise UserError(f"{where}; start one with: llmill up")
+    os.environ["PREFECT_API_URL"] = api
+    from flows.listeners.terminal import Terminal
+    from flows.prefect.deploy import Options, names_of, pools_of, register, write_deployments
+    from flows.prefect.page_edits import remember
+    from flows.prefect.pools import deployments_of, make_ready
+    from flows.recipe import load_recipe
+
+    loaded = load_recipe(recipe, set_ or ())
+    options = Options(
+        cron=cron,
+        timezone=timezone,
+        pool=pool,
+        gpu_pool=gpu_pool,
+        collision=collision,
+        settings=set_,
+        parameters=tuple(param or ()),
+        replace=replace,
+    )
+    server = deployments_of(api, names_of(loaded))
+    written = write_deployments(file, recipe=loaded, path=recipe, home=home, options=options, server=server)
+    terminal = Terminal()
+    for edit in written.kept:
+        terminal.note(f"{edit}: kept, and written to {file}; --replace takes the file's", warning=True)
+    for edit in written.replaced:
+        terminal.note(f"{edit}: replaced", warning=True)
+    make_ready(api, pools_of(file, written.names))
+    register(file, written.names)
+    entries = deployments_of(api, written.names)
+    remember(home, entries)
+    console = terminal.console
+    show(console, api, entries)
+    console.print(f"edit    {file}, then the same command again")
+
+
+def show(console: Any, api: str, entries: Sequence[Mapping[str, Any]]) -> None:
+    """Print a line for each deployment, as the server has it now."""
+    for entry in entries:
+        times = [schedule["schedule"] for schedule in entry["schedules"] if schedule["active"]]
+        when = ", ".join(f"{time.get('cron', 'scheduled')} {time.get('timezone') or 'UTC'}" for time in times)
+        paused = "  (paused)" if entry["paused"] else ""
+        console.print(
+            f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when or 'when asked'}{paused}"
+        )
+    place = f"{api.removesuffix('/api')}/deployments/deployment/{entries[0]['id']}"
+    console.print(f"open    {place}  (Run there starts one now)")

@@ -1,0 +1,86 @@
+"""A comparison as a whole, and its JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from flows.compare.curves import Curves, read_curves
+from flows.compare.rows import Row, data_rows, metric_rows, setting_rows
+from flows.compare.subjects import Subject
+from flows.compare.verdict import Verdict, judge
+
+SCHEMA = 1
+"""Of the JSON; raised when something in it changes its meaning or goes."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some runs, side by side."""
+
+    subjects: Sequence[Subject]
+    settings: list[Row]
+    metrics: list[Row]
+    data: list[Row]
+    curves: list[Curves]
+    verdict: Verdict
+    warnings: list[str]
+    """Why some figures can't be held against each other."""
+
+    @property
+    def title(self) -> str:
+        """``A “small 2026-11-26 19:11:59” vs B ...``."""
+        return " vs ".join(f"{one.label} “{one.name}”" for one in self.subjects)
+
+    def as_json(self) -> dict[str, Any]:
+        """As docs/compare.md describes it."""
+        return {
+            "schema": SCHEMA,
+            "runs": [described(one) for one in self.subjects],
+            "settings": [row.as_json() for row in self.settings],
+            "metrics": [row.as_json() for row in self.metrics],
+            "data": [row.as_json() for row in self.data],
+            "warnings": self.warnings,
+            "verdict": self.verdict.as_json(),
+            "curves": {
+                one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=True)
+            },
+        }
+
+
+def compare(subjects: Sequence[Subject]) -> Comparison:
+    """Put runs side by side."""
+    return Comparison(
+        subjects=subjects,
+        settings=setting_rows(subjects),
+        metrics=metric_rows(subjects),
+        data=data_rows(subjects),
+        curves=[read_curves(one.artifacts["pretrain"]) for one in subjects],
+        verdict=judge(subjects),
+        warnings=other_tokenizers(subjects),
+    )
+
+
+def other_tokenizers(subjects: Sequence[Subject]) -> list[str]:
+    """A warning where figures are means over tokens that stand for other pieces of text."""
+    first, *rest = subjects
+    others = [one.label for one in rest if one.tokenizer != first.tokenizer]
+    if not others:
+        return []
+    return [
+        f"{first.label} and {', '.join(others)} have different tokenizers: loss and perplexity count by tokens, which "
+        "stand for other pieces of text, and can't be compared; bits per byte can"
+    ]
+
+
+def described(subject: Subject) -> dict[str, Any]:
+    run = subject.run
+    return {
+        "label": subject.label,
+        "name": subject.name,
+        "recipe": subject.artifacts["pretrain"].manifest["recipe"],
+        "run_id": run.run_id if run else None,
+        "url": run.url if run else "",
+        "stages": {stage: artifact.fingerprint for stage, artifact in subject.artifacts.items()},
+    }

@@ -1,0 +1,216 @@
+"""What a person means by RUN: the evaluated model, and the sealed artifacts of all stages that it was made by."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256
+from flows.engine.store import Artifact, Store
+from flows.stages import BY_NAME
+
+if TYPE_CHECKING:
+    from flows.listeners.mlflow.reader import PipelineRun
+
+MOST_NAMED = 5
+LATEST = re.compile(r"latest(~(?P<before>\d+))?")
+ENDS = ("evaluate", "pretrain", "export")
+"""Stages whose fingerprint names a model."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the things compared."""
+
+    label: str
+    """``A``, ``B`` ..."""
+    name: str
+    artifacts: dict[str, Artifact]
+    """By stage, in the order of the line."""
+    run: PipelineRun | None = None
+    """In MLflow; None where it was named by a fingerprint or as a registered model."""
+
+    @property
+    def model(self) -> str:
+        """What the model computes: its weights, its shape and its tokenizer, whatever settings made them."""
+        files = {entry["path"]: entry["sha256"] for entry in self.artifacts["pretrain"].manifest["files"]}
+        return " ".join([files["model.safetensors"], files["model.json"], self.tokenizer])
+
+    @cached_property
+    def tokenizer(self) -> str:
+        """What a token of it stands for."""
+        return behaviour_sha256(self.artifacts["train_tokenizer"].path)
+
+
+class Finder:
+    """Looks up what a person names."""
+
+    def __init__(self, store: Store) -> None:
+        from flows.listeners.mlflow.lineage import NotAsked
+        from flows.listeners.mlflow.reader import PipelineRuns
+
+        self.store = store
+        self.why_not = ""
+        """Why MLflow says nothing of runs; empty where it does."""
+        self._runs: PipelineRuns | None = None
+        try:
+            self._runs = PipelineRuns(store.home)
+        except NotAsked as error:
+            self.why_not = str(error)
+
+    def find(self, texts: Sequence[str]) -> list[Subject]:
+        """A subject for each text.
+
+        Raises:
+            UserError: one names nothing, or several things; or what it names is not evaluated, or not in the store.
+        """
+        return [self._find(text, label(place)) for place, text in enumerate(texts)]
+
+    def of_run(self, run: PipelineRun, name: str) -> Subject:
+        """A run of a recipe."""
+        if "evaluate" not in run.fingerprints:
+            raise UserError(f"run “{run.name}” ({run.run_id}) evaluated no model: it did not come so far")
+        evaluation = self._sealed("evaluate", run.fingerprints["evaluate"], f"run “{run.name}”")
+        return Subject(
+            label=name,
+            name=run.name,
+            artifacts=self._line(evaluation, run.fingerprints.get("export")),
+            run=run,
+        )
+
+    def of_export(self, fingerprint: str, name: str, called: str) -> Subject:
+        """An exported model."""
+        export = self._sealed("export", fingerprint, called)
+        return self._of_artifact(export, name, called)
+
+    def of_evaluation(self, fingerprint: str, name: str, called: str, key: str) -> Subject:
+        """What a run that has just ended evaluated; with its run in MLflow if that is there by now."""
+        from flows.listeners.mlflow.lineage import NotAsked
+
+        evaluation = self._sealed("evaluate", fingerprint, called)
+        run = None
+        try:
+            run = self._runs.of_key(key) if self._runs else None
+        except NotAsked as error:
+            self.why_not = str(error)
+        return Subject(label=name, name=called, artifacts=self._line(evaluation, None), run=run)
+
+    def _find(self, text: str, name: str) -> Subject:
+        if text.startswith("models:/"):
+            return self._registered(text, name)
+        if match := LATEST.fullmatch(text):
+            return self.of_run(self._latest(text, int(match["before"] or 0)), name)
+        runs = self._called(text)
+        artifacts = self._fingerprinted(text)
+        if len(runs) + len(artifacts) > 1:
+            meant = [f"run {run.run_id} “{run.name}”" for run in runs]
+            meant += [f"{artifact.stage} {artifact.fingerprint}" for artifact in artifacts]
+            raise UserError(f"{text} may be any of {', '.join(meant[:MOST_NAMED])}: give more of its id")
+        if runs:
+            return self.of_run(runs[0], name)
+        if artifacts:
+            return self._of_artifact(
+                artifacts[0], name, f"{artifacts[0].stage} {artifacts[0].fingerprint[:8]}"
+            )
+        raise UserError(f"no run is called {text}{self._candidates(text)}")
+
+    def _registered(self, text: str, name: str) -> Subject:
+        from flows.lineage.graph import Graph
+        from flows.lineage.target import registered
+
+        return self.of_export(registered(Graph(self.store), text).fingerprint, name, text)
+
+    def _latest(self, text: str, before: int) -> PipelineRun:
+        newest = self._newest()
+        if before >= len(newest):
+            reason = f": {self.why_not}" if self.why_not else f"; MLflow knows {len(newest)} evaluated runs"
+            raise UserError(f"there is no {text}{reason}")
+        return newest[before]
+
+    def _newest(self) -> list[PipelineRun]:
+        from flows.listeners.mlflow.lineage import NotAsked
+
+        try:
+            return self._runs.newest() if self._runs else []
+        except NotAsked as error:
+            self.why_not = str(error)
+            return []
+
+    def _called(self, text: str) -> list[PipelineRun]:
+        from flows.listeners.mlflow.lineage import NotAsked
+
+        try:
+            return self._runs.called(text) if self._runs else []
+        except NotAsked as error:
+            self.why_not = str(error)
+            return []
+
+    def _fingerprinted(self, text: str) -> list[Artifact]:
+        if not re.fullmatch(r"[0-9a-f]{6,16}", text):
+            return []
+        return [
+            one for stage in ENDS for one in self.store.artifacts(stage) if one.fingerprint.startswith(text)
+        ]
+
+    def _candidates(self, text: str) -> str:
+        """The runs that a wrong name may have meant, or the newest ones."""
+        newest = self._newest()
+        names = {run.name: run for run in newest}
+        close = [names[one] for one in difflib.get_close_matches(text, names, MOST_NAMED)]
+        listed = ", ".join(f"{run.run_id[:8]} “{run.name}”" for run in (close or newest)[:MOST_NAMED])
+        if listed:
+            return f"; there are {listed}"
+        return f", and {self.why_not or 'MLflow knows of no evaluated run'}"
+
+    def _of_artifact(self, artifact: Artifact, name: str, called: str) -> Subject:
+        evaluation, export = artifact, None
+        if artifact.stage == "export":
+            export = artifact.fingerprint
+            evaluation = self._sealed(
+                "evaluate", artifact.manifest["inputs"]["evaluate"]["fingerprint"], called
+            )
+        elif artifact.stage == "pretrain":
+            made = [
+                one
+                for one in self.store.artifacts("evaluate")
+                if one.manifest["inputs"]["pretrain"]["fingerprint"] == artifact.fingerprint
+            ]
+            if not made:
+                raise UserError(f"{called} is not evaluated: run its recipe to the end")
+            evaluation = made[-1]
+        return Subject(name, called, self._line(evaluation, export))
+
+    def _line(self, evaluation: Artifact, export: str | None) -> dict[str, Artifact]:
+        """An evaluation, all that it was made from, and the model's export: the one named, or the newest there is."""
+        found = {"evaluate": evaluation}
+        waiting = [evaluation]
+        while waiting:
+            for stage, source in waiting.pop().manifest["inputs"].items():
+                if stage not in found:
+                    called = f"evaluate {evaluation.fingerprint}"
+                    found[stage] = self._sealed(stage, source["fingerprint"], called)
+                    waiting.append(found[stage])
+        for exported in self.store.artifacts("export"):
+            same = exported.manifest["inputs"]["evaluate"]["fingerprint"] == evaluation.fingerprint
+            if same and export in (None, exported.fingerprint):
+                found["export"] = exported
+        return {stage: found[stage] for stage in BY_NAME if stage in found}
+
+    def _sealed(self, stage: str, fingerprint: str, of: str) -> Artifact:
+        artifact = self.store.get(stage, fingerprint)
+        if artifact is None:
+            raise UserError(
+                f"{of}: its {stage} {fingerprint} is not in {self.store.root}: removed, or made elsewhere"
+            )
+        return artifact
+
+
+def label(place: int) -> str:
+    """``A`` ... ``Z``, ``AA``, ``AB`` ..."""
+    head, letter = divmod(place, 26)
+    return (label(head - 1) if head else "") + chr(ord("A") + letter)

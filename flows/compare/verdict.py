@@ -1,0 +1,304 @@
+"""Whether a model is better than another, and whether a recipe is: two claims, which are never mixed.
+
+A model is what one run made; it is held against another on the held-out documents. A recipe is all settings but the
+seeds; whether one is better than another can only be told from several seeds of each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+
+from flows.compare.rows import Row, recipe_key, recipe_rows
+from flows.compare.scores import NotComparable, Scores, read_scores
+from flows.compare.statistics import LEVEL, Estimate, holm, paired_bootstrap, seeds_test
+from flows.compare.subjects import Subject
+
+SECOND, FIRST, NONE = "second is better", "first is better", "no difference shown"
+SAME, ALIKE, SEEDS, UNKNOWN = "same model", "same models", "seeds of one recipe", "not known"
+TOO_FEW = "; too few documents differ to bound it"
+MOST_IN_COMMAND = 3
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe."""
+
+    label: str
+    """``1``, ``2`` ..."""
+    settings: dict[str, Any]
+    """Those that tell it from the other recipes here."""
+    runs: list[str]
+    models: list[int]
+    """Places of the runs with different models: its seeds."""
+    figures: list[float]
+    """Bits per byte of each of these models."""
+
+    @property
+    def mean(self) -> float:
+        return math.fsum(self.figures) / len(self.figures)
+
+    @property
+    def spread(self) -> float | None:
+        """Standard deviation over the seeds; None where there is one only."""
+        return float(np.std(self.figures, ddof=1)) if len(self.figures) > 1 else None
+
+    @property
+    def name(self) -> str:
+        """``recipe 1 (lr 0.003)``."""
+        told = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in self.settings.items())
+        return f"recipe {self.label}" + (f" ({told})" if told else "")
+
+    def as_json(self) -> dict[str, Any]:
+        own = {"label": self.label, "settings": self.settings, "runs": self.runs, "seeds": len(self.models)}
+        return own | {"bits_per_byte": self.figures, "mean": self.mean, "spread": self.spread}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What can be said of two models, or of two recipes."""
+
+    first: str
+    second: str
+    outcome: str
+    estimate: Estimate | None = None
+    adjusted: float | None = None
+    """The p-value, where several tests were made at once."""
+
+    def as_json(self) -> dict[str, Any]:
+        numbers = asdict(self.estimate) if self.estimate else {}
+        numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        return {
+            "first": self.first,
+            "second": self.second,
+            "outcome": self.outcome,
+            **numbers,
+            "adjusted_p_value": self.adjusted,
+        }
+
+    def said(self, unit: str = "bits per byte") -> str:
+        """In words: ``B is better than A: ...``."""
+        a, b, found = self.first, self.second, self.estimate
+        heading = {
+            SECOND: f"{b} is better than {a}",
+            FIRST: f"{a} is better than {b}",
+            NONE: f"no difference shown between {a} and {b}",
+            SAME: f"{a} and {b} are the same model",
+            ALIKE: f"no difference: {a} and {b} make the same models",
+            SEEDS: f"{a} and {b} are two seeds of one recipe",
+            UNKNOWN: f"whether {a} or {b} is better is not known",
+        }[self.outcome]
+        if found is None:
+            return heading
+        several = self.adjusted is not None and self.adjusted != found.p_value
+        p = f"p {p_text(found.p_value)}" + (
+            f", {p_text(self.adjusted)} among all tests here" if several and self.adjusted is not None else ""
+        )
+        interval = f"{found.difference:+.4f} {unit} (95% interval {found.low:+.4f} to {found.high:+.4f}, {p})"
+        hint = ""
+        if self.outcome == NONE:
+            bounded = math.isfinite(found.smallest)
+            hint = f"; smaller than {found.smallest:.4f} would hardly be seen" if bounded else TOO_FEW
+        return f"{heading}: {b} − {a} = {interval}{hint}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """All that can be said."""
+
+    refused: str = ""
+    """Why nothing can be."""
+    scores: Scores | None = None
+    groups: list[Group] = field(default_factory=list)
+    models: list[Claim] = field(default_factory=list)
+    """Each later run against the first."""
+    recipes: list[Claim] = field(default_factory=list)
+    """Each pair of recipes."""
+    advice: str = ""
+    """The command whose runs would tell what these can't."""
+
+    @property
+    def about_models(self) -> str:
+        """The first claim, in a line."""
+        if self.refused:
+            return f"can't be told: {self.refused}"
+        return "; ".join(claim.said() for claim in self.models)
+
+    @property
+    def about_recipes(self) -> str:
+        """The second claim, in a line."""
+        if self.refused:
+            return f"can't be told: {self.refused}"
+        if len(self.groups) == 1:
+            return one_recipe(self.groups[0])
+        told = [claim.said() for claim in self.recipes if claim.outcome != UNKNOWN]
+        if len(told) < len(self.recipes):
+            told.append(
+                "whether a setting is better can't be told from one seed of each: another seed of the same recipe "
+                f"may differ as much; {self.advice}"
+            )
+        return "; ".join(told)
+
+    def as_json(self) -> dict[str, Any]:
+        held_out = (
+            {"documents": len(self.scores.ids), "bytes": self.scores.bytes.sum()} if self.scores else None
+        )
+        return {
+            "refused": self.refused,
+            "held_out": held_out,
+            "about_models": self.about_models,
+            "about_recipes": self.about_recipes,
+            "models": [claim.as_json() for claim in self.models],
+            "recipes": [claim.as_json() for claim in self.recipes],
+            "groups": [group.as_json() for group in self.groups],
+            "advice": self.advice,
+        }
+
+
+def judge(subjects: Sequence[Subject]) -> Verdict:
+    """Both claims about some runs."""
+    try:
+        scores = read_scores(subjects)
+    except NotComparable as error:
+        return Verdict(refused=str(error))
+    groups = grouped(subjects, scores)
+    models = model_claims(subjects, scores, groups)
+    recipes = recipe_claims(subjects, scores, groups)
+    unknown = any(claim.outcome == UNKNOWN for claim in recipes)
+    return Verdict(
+        refused="",
+        scores=scores,
+        groups=groups,
+        models=models,
+        recipes=recipes,
+        advice=advice(subjects) if unknown else "",
+    )
+
+
+def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
+    """The runs by recipe, in the order in which recipes first appear."""
+    by_key: dict[str, list[int]] = {}
+    for place, subject in enumerate(subjects):
+        by_key.setdefault(recipe_key(subject), []).append(place)
+    telling, figures = recipe_rows(subjects), scores.bits_per_byte.tolist()
+    groups = []
+    for number, places in enumerate(by_key.values(), 1):
+        models = list({subjects[place].model: place for place in reversed(places)}.values())[::-1]
+        groups.append(
+            Group(
+                label=str(number),
+                settings={f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
+                runs=[subjects[place].label for place in places],
+                models=models,
+                figures=[figures[place] for place in models],
+            )
+        )
+    return groups
+
+
+def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group]) -> list[Claim]:
+    """Each later run against the first."""
+    first, others = subjects[0], subjects[1:]
+    tested = [place for place, other in enumerate(others, 1) if other.model != first.model]
+    estimates = iter(paired_bootstrap(scores.bits[tested] - scores.bits[0], scores.bytes) if tested else ())
+    found = [next(estimates) if place in tested else None for place in range(1, len(subjects))]
+    adjusted = iter(holm([one.p_value for one in found if one]))
+    claims = []
+    for other, estimate in zip(others, found, strict=True):
+        if estimate is None:
+            claims.append(Claim(first.label, other.label, SAME))
+            continue
+        p = next(adjusted)
+        together = any({first.label, other.label} <= set(group.runs) for group in groups)
+        claims.append(
+            Claim(
+                first=first.label,
+                second=other.label,
+                outcome=SEEDS if together else outcome(estimate, p),
+                estimate=estimate,
+                adjusted=p,
+            )
+        )
+    return claims
+
+
+def recipe_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group]) -> list[Claim]:
+    """Each pair of recipes; of a recipe with a single seed, nothing is known, unless both make the same models."""
+    pairs = list(combinations(groups, 2))
+    makes = {group.label: {subjects[place].model for place in group.models} for group in groups}
+    alike = [makes[first.label] == makes[second.label] for first, second in pairs]
+    found = [None if same else over_seeds(scores, *pair) for pair, same in zip(pairs, alike, strict=True)]
+    adjusted = iter(holm([one.p_value for one in found if one]))
+    claims = []
+    for (first, second), same, estimate in zip(pairs, alike, found, strict=True):
+        if same:
+            claims.append(Claim(first.name, second.name, ALIKE))
+            continue
+        if estimate is None:
+            claims.append(Claim(first.name, second.name, UNKNOWN))
+            continue
+        p = next(adjusted)
+        claims.append(
+            Claim(
+                first=first.name,
+                second=second.name,
+                outcome=outcome(estimate, p),
+                estimate=estimate,
+                adjusted=p,
+            )
+        )
+    return claims
+
+
+def over_seeds(scores: Scores, first: Group, second: Group) -> Estimate | None:
+    if min(len(first.models), len(second.models)) < 2:
+        return None
+    more = scores.bits[second.models].mean(axis=0) - scores.bits[first.models].mean(axis=0)
+    return seeds_test(np.array(first.figures), np.array(second.figures), more, scores.bytes)
+
+
+def outcome(estimate: Estimate, p_value: float) -> str:
+    """Which of two is better: fewer bits are."""
+    if p_value >= LEVEL:
+        return NONE
+    return SECOND if estimate.difference < 0 else FIRST
+
+
+def one_recipe(group: Group) -> str:
+    """What is said of several runs of one recipe."""
+    if group.spread is None:
+        return "no difference: they are the same model"
+    low, high = min(group.figures), max(group.figures)
+    return (
+        f"no difference: these are seeds of one recipe ({len(group.models)} models, {low:.4f} to {high:.4f} bits per "
+        f"byte, standard deviation {group.spread:.4f})"
+    )
+
+
+def advice(subjects: Sequence[Subject]) -> str:
+    """What to run so that recipes can be told apart."""
+    rows = recipe_rows(subjects)
+    can_be_set = all(row.stage != "download" and row.name != "version" for row in rows)
+    if not can_be_set or len(rows) > MOST_IN_COMMAND:
+        return "run each recipe with --set pretrain.seed=1, 2 and 3, and compare all these runs"
+    grids = [word for row in rows for word in ("--grid", f"{row.stage}.{row.name}={values_text(row)}")]
+    return f"this would tell: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
+
+
+def values_text(row: Row) -> str:
+    different = dict.fromkeys(
+        json.dumps(value, allow_nan=False) if not isinstance(value, str) else value for value in row.values
+    )
+    return ",".join(different)
+
+
+def p_text(p_value: float) -> str:
+    """``0.021``, ``< 0.001``."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -1,0 +1,1 @@
+"""The store, the plan, and processes: all that a run needs, without Prefect or MLflow."""

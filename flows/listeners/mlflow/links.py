@@ -1,0 +1,81 @@
+"""Where MLflow is, and where a person finds a run in its pages."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from flows.engine.services import MLFLOW, read_services, sqlite_url
+
+PAGES = "LLMILL_MLFLOW_PAGES"  # where browsers reach MLflow, if not at MLFLOW_TRACKING_URI
+HOME = "home"
+VIEW = "llmill"
+TABLE = {
+    "attributes": ("Description",),
+    "metrics": (
+        "evaluate/bits_per_byte",
+        "pretrain/val_bits_per_byte",
+        "pretrain/loss",
+        "tokenize/train_tokens",
+        "seconds",
+    ),
+    "params": ("pretrain.lr", "pretrain.tokens", "pretrain.batch_tokens", "pretrain.seed"),
+}
+"""The columns by which runs of one recipe are told apart. MLflow's own table shows neither figures nor params."""
+
+
+def tracking_uri(home: Path) -> str:
+    """``MLFLOW_TRACKING_URI``, the server that `llmill up` started for ``home``, or a SQLite file there."""
+    given = os.environ.get("MLFLOW_TRACKING_URI") or read_services(home).url(MLFLOW)
+    return given or sqlite_url(home.resolve() / "mlflow.db")
+
+
+def target(home: Path) -> str:
+    """Which MLflow `tracking_uri` names, to be noted on disk: ``home`` for the home's own, however it is reached."""
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    ours = not given or given == read_services(home).url(MLFLOW)
+    return HOME if ours else without_user(given)
+
+
+def without_user(uri: str) -> str:
+    """An address as it may be shown: without the user and the password that may be in it."""
+    parts = urlsplit(uri)
+    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """What somebody said of ``uri``, without the user and the password that may be in it."""
+    parts = urlsplit(uri)
+    user, at, _ = parts.netloc.rpartition("@")
+    text = text.replace(user + at, "") if at else text
+    return text.replace(parts.password, "***") if parts.password else text
+
+
+def run_url(tracking_uri: str, experiment_id: str, run_id: str) -> str:
+    """The address of a run's page; empty where no server shows it, or the run is not known yet."""
+    return page_url(tracking_uri, f"{experiment_id}/runs/{run_id}") if experiment_id and run_id else ""
+
+
+def table_url(tracking_uri: str, experiment_id: str) -> str:
+    """The address of the table of an experiment's runs, with the columns of `TABLE`; empty as in `run_url`."""
+    return page_url(tracking_uri, f"{experiment_id}/runs?viewStateShareKey={VIEW}") if experiment_id else ""
+
+
+def page_url(tracking_uri: str, page: str) -> str:
+    base = os.environ.get(PAGES) or tracking_uri
+    parts = urlsplit(base)
+    if parts.scheme not in ("http", "https"):
+        return ""
+    place = parts.hostname or ""
+    place = f"[{place}]" if ":" in place else place
+    place = f"{place}:{parts.port}" if parts.port else place  # never the user and password that may be there
+    return f"{parts.scheme}://{place}{parts.path.rstrip('/')}/#/experiments/{page}"
+
+
+def saved_view(now: int) -> str:
+    """`TABLE` as a saved view of MLflow's pages, made at ``now`` (milliseconds of the epoch)."""
+    columns = [f"{kind}.`{name}`" for kind, names in TABLE.items() for name in names]
+    state = json.dumps({"selectedColumns": columns}, allow_nan=False)
+    return json.dumps({"name": VIEW, "createdAt": now, "updatedAt": now, "state": state}, allow_nan=False)

@@ -1,0 +1,382 @@
+"""MLflow, told one operation at a time. Each can be told any number of times, and is then there once.
+
+A run is found by its tag `llmill.key`, or created with it; a point of a metric keeps its time and step, by which MLflow
+knows it again; params, tags, datasets and files of the same name are the same.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import zip_longest
+from pathlib import Path
+from typing import TypeVar
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.exceptions import MlflowException, RestException
+from requests import HTTPError
+
+from flows.engine.store import Damaged, Store, shared_lock
+from flows.listeners.mlflow.events import EVENTS, event_points, read_lines
+from flows.listeners.mlflow.journal import Operation
+from flows.listeners.mlflow.lineage import KEY, PARENT
+from flows.listeners.mlflow.links import HOME, VIEW, saved_view, target, without_secrets, without_user
+from flows.listeners.mlflow.models import name_candidate
+from flows.listeners.mlflow.moved import follow_home
+from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
+
+logging.getLogger("alembic").setLevel(logging.WARNING)
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are told by whoever sends
+
+EXPERIMENT_TAGS = {
+    "mlflow.experiment.primaryMetric.name": "evaluate/bits_per_byte",
+    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
+}
+METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
+LOG = "log"  # neighbouring params, tags and metrics of one run, told together
+REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+REFUSING = {400, 413, 422}  # HTTP statuses of an artifact store
+DOUBTS = (0.5, 2.0, 5.0)  # seconds before each further try of what fails while MLflow answers otherwise
+
+Item = TypeVar("Item")
+
+
+class Away(Exception):
+    """MLflow does not answer, or not as MLflow; the message says how."""
+
+
+class Gone(Away):
+    """The experiment was deleted; the message says how to have it again. What it is to be told waits."""
+
+
+class Mlflow:
+    """A tracking server or database. All its calls come from one thread."""
+
+    def __init__(self, home: Path, uri: str) -> None:
+        self.home, self.uri = home, uri
+        self.ids: dict[str, str] = {}
+        """Key of a run -> its id, of those that were asked for."""
+        self.experiments: dict[str, str] = {}
+        self.fresh: set[str] = set()
+        """Keys that this process has just made up: MLflow can have no run of theirs yet, and is not asked for one."""
+        self.uploading = False
+        self._connected: MlflowClient | None = None
+        self._unsure: set[str] = set()
+
+    def tell(self, experiment: str, operation: Operation) -> None:
+        """Carry one operation out.
+
+        Raises:
+            Away: it can't be done now.
+            Refused: it can never be done.
+        """
+        for pause in (*DOUBTS, None):
+            try:
+                return self._carry_out(experiment, operation)
+            except (Refused, Gone):
+                raise
+            except Exception as error:
+                # MLflow lets errors of its database and its network through as they are.
+                said = self._said(error)
+                if is_ours(error):
+                    raise Refused(f"a fault of llmill's own: {type(error).__name__}: {said}") from error
+                if is_refusal(error):
+                    self._see_experiment(experiment)
+                    raise Refused(said) from error
+                if not self._is_its_own(error) or not self.answers(experiment):
+                    raise Away(said) from error
+                if pause is None:
+                    raise Refused(said) from error
+                time.sleep(pause)
+
+    def _carry_out(self, experiment: str, operation: Operation) -> None:
+        if operation["op"] not in OPERATIONS:
+            raise Refused("there is no such operation; another version of llmill may have written it")
+        OPERATIONS[operation["op"]](self, experiment, operation)
+
+    def connect(self, experiment: str) -> None:
+        """See that MLflow answers and has the experiment: a new database takes seconds to make.
+
+        Raises:
+            Away: it does not answer.
+        """
+        try:
+            self._experiment(experiment)
+        except Gone:
+            raise
+        except Exception as error:
+            raise Away(self._said(error)) from error
+
+    def _see_experiment(self, name: str) -> None:
+        """See that an experiment, by whose deletion all its runs are deleted, is still there.
+
+        Raises:
+            Gone: somebody deleted it.
+            Away: it can't be asked now.
+        """
+        self.experiments.pop(name, None)
+        self.connect(name)
+
+    def answers(self, experiment: str) -> bool:
+        """Whether MLflow answers an easy question."""
+        try:
+            self._client.get_experiment_by_name(experiment)
+        except Exception:
+            return False
+        return True
+
+    def _said(self, error: Exception) -> str:
+        text = (str(error).splitlines() or [""])[0] or type(error).__name__
+        return without_secrets(text, self.uri)[:300]
+
+    def _is_its_own(self, error: Exception) -> bool:
+        """Whether MLflow itself says this of the operation, not the network or a proxy of it or of files."""
+        if not isinstance(error, MlflowException) or error.error_code == "TEMPORARILY_UNAVAILABLE":
+            return False
+        return isinstance(error, RestException) or not self.uri.startswith("http")
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep other processes of this home from making the same tables, experiment or run at once."""
+        with shared_lock(self.home / ".mlflow.lock"):
+            yield
+
+    @property
+    def _client(self) -> MlflowClient:
+        if self._connected is None:
+            with self._alone():
+                follow_home(self.home)
+                self._connected = MlflowClient(self.uri)
+        return self._connected
+
+    def _experiment(self, name: str) -> str:
+        """The id of an experiment, which is made where it is missing."""
+        if name not in self.experiments:
+            client = self._client
+            place = (self.home / "mlartifacts").resolve().as_uri() if target(self.home) == HOME else None
+            with self._alone():
+                found = client.get_experiment_by_name(name)
+                if found and found.lifecycle_stage != "active":
+                    raise Gone(self._restoring(name, found.experiment_id))
+                tags = EXPERIMENT_TAGS | {
+                    f"mlflow.sharedViewState.{VIEW}": saved_view(int(time.time() * 1000))
+                }
+                self.experiments[name] = (
+                    found.experiment_id if found else client.create_experiment(name, place, tags)
+                )
+        return self.experiments[name]
+
+    def _restoring(self, name: str, experiment_id: str) -> str:
+        """What happened to a deleted experiment, and what a person can do."""
+        place = without_user(self.uri)
+        return (
+            f"experiment {name} was deleted in MLflow; have it again with "
+            f"`MLFLOW_TRACKING_URI={shlex.quote(place)} mlflow experiments restore --experiment-id {experiment_id}`, "
+            "then `llmill sync` sends what waits"
+        )
+
+    def _run(self, experiment: str, key: str) -> str:
+        """The id of a run that was begun.
+
+        Raises:
+            Refused: there is none.
+        """
+        run_id = self.ids.get(key) or self._find(experiment, key)
+        if not run_id:
+            raise Refused("its run is not in MLflow; was it, or its experiment, deleted?")
+        return run_id
+
+    def _find(self, experiment: str, key: str) -> str:
+        """The id of the run with this key; empty where there is none (or it was deleted).
+
+        There can be more when a request to create it was given up and came through all the same: the fullest is it.
+        """
+        runs: list[Run] = self._client.search_runs([self._experiment(experiment)], f"tags.`{KEY}` = '{key}'")
+        runs.sort(key=lambda run: (len(run.data.params) + len(run.data.tags), run.info.run_id), reverse=True)
+        for twin in runs[1:]:
+            self._client.delete_run(twin.info.run_id)
+        if runs:
+            self.ids[key] = runs[0].info.run_id
+        return self.ids.get(key, "") if runs else ""
+
+    def _found_or_created(
+        self, experiment: str, operation: Operation, tags: Mapping[str, str] | None = None
+    ) -> tuple[str, bool]:
+        """The id of a run, and whether it is new; a new one has these tags."""
+        key, place = operation["run"], self._experiment(experiment)
+        with self._alone():
+            fresh = key in self.fresh
+            self.fresh.discard(key)
+            if not fresh and (run_id := self._find(experiment, key)):
+                return run_id, False
+            tags = {**operation["source"], **(tags or {}), KEY: key}
+            try:
+                created = self._client.create_run(place, operation["time"], tags, operation["name"])
+            except Exception:
+                self._unsure.add(key)  # the request may come through yet
+                raise
+        self.ids[key] = created.info.run_id
+        return self.ids[key], True
+
+    def _join(self, experiment: str, operation: Operation) -> None:
+        """Have a run that another process begins."""
+        self._found_or_created(experiment, operation)
+
+    def _begin(self, experiment: str, operation: Operation) -> None:
+        """Begin a run, or go on with it."""
+        parent = operation.get("parent")
+        known = {PARENT: self.ids[parent]} if parent in self.ids else {}
+        run_id, new = self._found_or_created(experiment, operation, known)
+        if parent and not (new and known):
+            self._client.set_tag(run_id, PARENT, self._run(experiment, parent))
+        if not new:
+            self._client.update_run(run_id, status="RUNNING")
+        if new and operation.get("seen"):
+            self._see_again(run_id, **operation["seen"])
+
+    def _see_again(self, run_id: str, stage: str, fingerprint: str, offset: int) -> None:
+        """Give a run that was deleted, and is made anew, what the old one had of a training."""
+        store = Store(self.home)
+        for folder in (store.path(stage, fingerprint), store.partial(stage, fingerprint)):
+            lines, _ = read_lines(folder / EVENTS, 0, offset)
+            points = [Metric(*point) for line in lines for point in event_points(json.loads(line))]
+            self._log_entries(run_id, [], [], points)
+
+    def _log(self, experiment: str, operation: Operation) -> None:
+        self._log_entries(
+            self._run(experiment, operation["run"]),
+            [Param(*param) for param in operation.get("params", {}).items()],
+            [RunTag(*tag) for tag in operation.get("tags", {}).items()],
+            [Metric(name, float(value), *when) for name, value, *when in operation.get("points", [])],
+        )
+
+    def _untag(self, experiment: str, operation: Operation) -> None:
+        run_id = self._run(experiment, operation["run"])
+        if operation["tag"] in self._client.get_run(run_id).data.tags:
+            self._client.delete_tag(run_id, operation["tag"])
+
+    def _link(self, experiment: str, operation: Operation) -> None:
+        """Tag a run with the id of another one, which may not have been known when it was sealed."""
+        run_id, key = self._run(experiment, operation["run"]), operation["to"]
+        other = operation["id"] or (self.ids.get(key) or self._find(experiment, key) if key else "")
+        self._client.set_tag(run_id, operation["tag"], other)
+
+    def _inputs(self, experiment: str, operation: Operation) -> None:
+        inputs = [
+            DatasetInput(Dataset(**dataset), [InputTag("mlflow.data.context", "input")])
+            for dataset in operation["datasets"]
+        ]
+        self._client.log_inputs(self._run(experiment, operation["run"]), datasets=inputs)
+
+    def _log_entries(
+        self, run_id: str, params: list[Param], tags: list[RunTag], metrics: list[Metric]
+    ) -> None:
+        """Send as much a request as MLflow takes; of one that is refused, what is not to blame.
+
+        Raises:
+            Refused: some entries were to blame; the message names one.
+        """
+        refused: list[str] = []
+        parts: list[list[Param | RunTag | Metric]] = [
+            [*some_params, *some_tags, *some_metrics]
+            for some_params, some_tags, some_metrics in zip_longest(
+                slices(params, ENTRIES), slices(tags, ENTRIES), slices(metrics, METRICS), fillvalue=()
+            )
+        ]
+        while parts:
+            part = parts.pop(0)
+            try:
+                self._client.log_batch(
+                    run_id,
+                    metrics=[entry for entry in part if isinstance(entry, Metric)],
+                    params=[entry for entry in part if isinstance(entry, Param)],
+                    tags=[entry for entry in part if isinstance(entry, RunTag)],
+                )
+            except MlflowException as error:
+                if not is_refusal(error) or self._client.get_run(run_id).info.lifecycle_stage != "active":
+                    raise
+                if len(part) > 1:
+                    parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
+                else:
+                    refused.append(self._said(error))
+        if refused:
+            raise Refused(refused[0] + (f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""))
+
+    def _text(self, experiment: str, operation: Operation) -> None:
+        self._client.log_text(self._run(experiment, operation["run"]), operation["text"], operation["name"])
+
+    def _artifact(self, experiment: str, operation: Operation) -> None:
+        """Log files of a sealed artifact; where it was removed meanwhile, a tag says so."""
+        run_id = self._run(experiment, operation["run"])
+        store, name = Store(self.home), (operation["stage"], operation["fingerprint"])
+        self.uploading = True
+        try:
+            artifact = store.get(*name)
+            if artifact and artifact.payload_sha256 == operation["payload_sha256"]:
+                UPLOADS[operation["what"]](self._client, run_id, artifact)
+                return
+        except Damaged as error:
+            raise Refused(str(error)) from None
+        except FileNotFoundError:
+            if store.get(*name):
+                raise
+        finally:
+            self.uploading = False
+        self._client.set_tag(run_id, FILES, "not all here: the artifact was removed before MLflow had them")
+
+    def _candidate(self, experiment: str, operation: Operation) -> None:
+        """Make an export's version the candidate of its registered model."""
+        name, fingerprint = operation["model"], operation["fingerprint"]
+        if not name_candidate(self._client, name, fingerprint, operation["newest"]):
+            raise Refused(f"there is no version of models:/{name} with the export {fingerprint}")
+
+    def _end(self, experiment: str, operation: Operation) -> None:
+        key = operation["run"]
+        if key in self._unsure:
+            self._find(experiment, key)
+        self._client.set_terminated(self._run(experiment, key), operation["status"], operation["time"])
+
+
+OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
+    "join": Mlflow._join,
+    "begin": Mlflow._begin,
+    "params": Mlflow._log,
+    "tags": Mlflow._log,
+    "metrics": Mlflow._log,
+    LOG: Mlflow._log,
+    "untag": Mlflow._untag,
+    "link": Mlflow._link,
+    "inputs": Mlflow._inputs,
+    "text": Mlflow._text,
+    "artifact": Mlflow._artifact,
+    "candidate": Mlflow._candidate,
+    "end": Mlflow._end,
+}
+
+
+def slices(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """The items, ``size`` at a time."""
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether the same request will be answered so for ever."""
+    if isinstance(error, HTTPError) and error.response is not None:
+        return error.response.status_code in REFUSING
+    if isinstance(error, MlflowException):
+        return error.error_code in REFUSALS
+    return False
+
+
+def is_ours(error: BaseException) -> bool:
+    """Whether it was raised by a line of llmill's: the operation is not one as we write them, or we made a mistake."""
+    if isinstance(error, OSError | MlflowException | HTTPError):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return str(frame.f_globals.get("__name__", "")).startswith("flows.")

@@ -1,0 +1,76 @@
+"""Whole runs of recipes as MLflow remembers them, for whoever names one."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from mlflow.entities import Run
+
+from flows.listeners.mlflow.lineage import KEY, PARENT, Records, artifacts_of
+from flows.listeners.mlflow.links import run_url
+
+EVALUATED = "llmill.evaluate.fingerprint"
+
+
+@dataclass(frozen=True)
+class PipelineRun:
+    """A run of a recipe."""
+
+    run_id: str
+    name: str
+    recipe: str
+    started: int
+    """Milliseconds since 1970."""
+    fingerprints: dict[str, str]
+    """Stage -> the artifact that it made or reused."""
+    url: str
+    """Of its page; empty where no server shows it."""
+
+
+class PipelineRuns(Records):
+    """MLflow, asked about runs of recipes.
+
+    Raises:
+        NotAsked: on each call, where it does not answer.
+    """
+
+    def newest(self) -> list[PipelineRun]:
+        """The runs that came as far as an evaluation, the newest first."""
+        with self._asking():
+            found = [self._pipeline(run) for run in self._runs(f"tags.`{EVALUATED}` LIKE '%'")]
+        return sorted(found, key=lambda run: (-run.started, run.run_id))
+
+    def called(self, text: str) -> list[PipelineRun]:
+        """Those whose name is ``text`` or whose id, or a stage's within, begins so (with six digits at least)."""
+        conditions = [] if set(text) & set("'\"`\\") else [f"attributes.run_name = '{text}'"]
+        if re.fullmatch(r"[0-9a-f]{6,32}", text):
+            conditions.append(f"attributes.run_id LIKE '{text}%'")
+        found: dict[str, PipelineRun] = {}
+        with self._asking():
+            for run in [run for condition in conditions for run in self._runs(condition)]:
+                whole = self._whole(run)
+                found[whole.info.run_id] = self._pipeline(whole)
+        return list(found.values())
+
+    def of_key(self, key: str) -> PipelineRun | None:
+        """The run that its tracker calls so; None where MLflow does not know it yet."""
+        with self._asking():
+            found = [self._pipeline(run) for run in self._runs(f"tags.`{KEY}` = '{key}'")]
+        return found[0] if found else None
+
+    def _whole(self, run: Run) -> Run:
+        """The run itself, or the one that a stage's run belongs to."""
+        parent = run.data.tags.get(PARENT)
+        return self._client.get_run(parent) if "llmill.stage" in run.data.tags and parent else run
+
+    def _pipeline(self, run: Run) -> PipelineRun:
+        info, tags = run.info, run.data.tags
+        return PipelineRun(
+            run_id=info.run_id,
+            name=info.run_name,
+            recipe=tags.get("llmill.recipe", ""),
+            started=info.start_time,
+            fingerprints=dict(artifacts_of(tags)),
+            url=run_url(self.uri, info.experiment_id, info.run_id),
+        )

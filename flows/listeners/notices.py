@@ -1,0 +1,115 @@
+"""Notices of a run's end: to a webhook, or by a notification block of Prefect's (Slack, e-mail and others).
+
+A receiver is written ``env:NAME`` (a variable of the environment that holds a webhook's address, which may be a
+secret) or ``TYPE/NAME`` (a block of Prefect's: ``webhook/ops``, ``slack-webhook/team``, ``sendgrid-email/team``).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import httpx
+from prefect.blocks.core import Block
+from prefect.blocks.notifications import NotificationBlock
+from prefect.blocks.webhook import Webhook
+from prefect.utilities.asyncutils import run_coro_as_sync
+
+from data_pipeline.core.errors import UserError
+
+RECEIVER = re.compile(r"env:(?P<variable>[A-Za-z_][A-Za-z0-9_]*)|(?P<block>[a-z0-9-]+/[a-z0-9-]+)")
+SECONDS = 10.0
+LAST_LINES = 20
+
+
+@dataclass(frozen=True)
+class Notice:
+    """What became of a run."""
+
+    recipe: str
+    state: str
+    """``completed``, ``failed`` or ``stopped``."""
+    summary: str
+    """One line."""
+    stage: str = ""
+    """The one that failed."""
+    log: str = ""
+    """The last lines of what it said."""
+    resume: str = ""
+    """The command that goes on with it."""
+    prefect_url: str = ""
+    mlflow_url: str = ""
+    seconds: float = 0.0
+
+    @property
+    def subject(self) -> str:
+        return f"llmill: {self.recipe} {self.state}"
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        log = "```\n{}\n```".format(self.log.replace("```", "` ` `")) if self.log else ""
+        resume = f"resume with: {self.resume}" if self.resume else ""
+        parts = [self.summary, log, resume, self.prefect_url, self.mlflow_url]
+        return "\n".join(part for part in parts if part)
+
+
+def check_receivers(receivers: Sequence[str]) -> None:
+    """See that every receiver is well written.
+
+    Raises:
+        UserError: one is not.
+    """
+    for receiver in receivers:
+        if not RECEIVER.fullmatch(receiver):
+            raise UserError(
+                f"runtime.notify: {receiver} is no receiver; write env:VARIABLE (it holds the address of a webhook) "
+                "or TYPE/NAME of a block of Prefect's, such as slack-webhook/team"
+            )
+
+
+def unset_receivers(receivers: Sequence[str]) -> list[str]:
+    """Those whose variable is not set here."""
+    matches = {receiver: RECEIVER.fullmatch(receiver) for receiver in receivers}
+    return [
+        receiver
+        for receiver, match in matches.items()
+        if match and match["variable"] and not os.environ.get(match["variable"])
+    ]
+
+
+def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], None]) -> None:
+    """Tell every receiver; one that can't be told is warned of, and never fails a run."""
+    unset = unset_receivers(receivers)
+    for receiver in unset:
+        warn(f"{receiver} could not be told of the run's end: the variable is not set")
+    for receiver in receivers:
+        if receiver in unset:
+            continue
+        try:
+            send(notice, receiver)
+        except Exception as error:
+            # Not the message: it may hold the address, and that a secret.
+            warn(f"{receiver} could not be told of the run's end: {type(error).__name__}")
+
+
+def send(notice: Notice, receiver: str) -> None:
+    """Tell one receiver: JSON to a webhook, text to a block that writes to people."""
+    match = RECEIVER.fullmatch(receiver)
+    assert match
+    content = {"subject": notice.subject, **asdict(notice)}
+    if match["variable"]:
+        httpx.post(os.environ[match["variable"]], json=content, timeout=SECONDS).raise_for_status()
+        return
+    block = Block.load(match["block"])
+    if isinstance(block, Webhook):
+        answer: Any = run_coro_as_sync(block.call(payload=content))
+        answer.raise_for_status()
+    elif isinstance(block, NotificationBlock):
+        told: Any = block.notify
+        told(body=notice.text, subject=notice.subject)
+    else:
+        raise TypeError(f"{receiver} is no block that sends notices")

@@ -1,0 +1,182 @@
+"""What a person sees of a run: one line a stage, a live line for the one at work, a table at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.live import Live
+from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
+
+from data_pipeline.core.text import human_bytes
+from data_pipeline.discards import MOST_REASONS, is_discard
+from data_pipeline.discards import describe as discarded
+from flows.engine.store import Artifact
+
+PLAIN_SECONDS = 15  # where the output is not a terminal, a progress line at most this often
+RATE_SECONDS = 0.5  # no rate before this: it would be noise
+PICTURES = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\t\n"} | {0x7F: "␡"}
+"""Unicode's pictures of the control characters that a terminal would obey."""
+NO_TEXT = dict.fromkeys([*range(0x80, 0xA0), *range(0xD800, 0xE000)], "\ufffd")
+"""More of these, and bytes of a file's name that are no UTF-8."""
+VISIBLE = str.maketrans(PICTURES | NO_TEXT)
+
+
+def visible(text: str) -> str:
+    """Show what a terminal would obey or could not show: an escape character becomes ``␛``. The length stays."""
+    return text.translate(VISIBLE)
+
+
+class Screen(Console):
+    """A console that prints text as it is. The only one: brackets, emoji codes and escape sequences in what people
+    name their files, settings and prompts are neither markup nor commands."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(visible(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        if isinstance(renderable, Text):
+            renderable = renderable.copy()
+            renderable.plain = visible(renderable.plain)
+        yield from super().render(renderable, options)
+
+
+class Terminal:
+    """Writes to standard output; redraws one line there if it is a terminal, else adds lines now and then."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Screen()
+        self._live: Live | None = None
+        self._stage = ""
+        self._started = 0.0
+        self._shown = 0.0
+
+    def title(self, text: str) -> None:
+        self.console.print(text, style="bold")
+
+    def stage_started(self, stage: str, what: str) -> None:
+        """Begin a stage's line, which says ``what`` until there is progress to tell."""
+        self._stage, self._started, self._shown = stage, time.monotonic(), time.monotonic()
+        if self.console.is_terminal:
+            self._live = Live(
+                self._line("…", what), console=self.console, refresh_per_second=8, transient=True
+            )
+            self._live.start()
+
+    def progress(self, done: float, total: float | None, unit: str) -> None:
+        """The stage has done ``done`` of ``total`` ``unit``."""
+        seconds = time.monotonic() - self._started
+        parts = [
+            f"{quantity(done, unit)} of {quantity(total, unit)}" if total else quantity(done, unit),
+            unit,
+        ]
+        if unit == "bytes":
+            parts.pop()
+        text = " ".join(parts)
+        if seconds > RATE_SECONDS and done:
+            text += f" · {quantity(done / seconds, unit)}/s"
+            if total and done < total:
+                text += f" · {duration(seconds * (total - done) / done)} left"
+        self.line(text)
+
+    def line(self, text: str) -> None:
+        """Replace the live line's text (or print it, when the last print is long enough ago)."""
+        if self._live:
+            self._live.update(self._line("…", text))
+        elif time.monotonic() - self._shown >= PLAIN_SECONDS:
+            self._shown = time.monotonic()
+            self.console.print(self._line("…", text))
+
+    def note(self, text: str, warning: bool = False) -> None:
+        """A line that stays."""
+        self.console.print(Text(f"  {'!' if warning else '·'} {text}", style="yellow" if warning else "dim"))
+
+    def stage_ended(self, mark: str, text: str, style: str = "green") -> None:
+        """End the stage's line for good."""
+        if self._live:
+            self._live.stop()
+            self._live = None
+        self.console.print(self._line(mark, text, style))
+
+    def stage_reused(self, stage: str, text: str) -> None:
+        self._stage, self._started = stage, 0.0
+        self.console.print(self._line("=", text, "blue"))
+
+    def summary(self, rows: Iterable[tuple[Artifact, str, float]]) -> None:
+        """The table at the end: what each stage made, whether it ran, and for how long."""
+        table = Table(box=None, header_style="dim", pad_edge=False)
+        for column in ("stage", "", "result", "time", "artifact"):
+            table.add_column(
+                column, justify="right" if column == "time" else "left", no_wrap=column != "result"
+            )
+        for artifact, how, seconds in rows:
+            style = "blue" if how == "reused" else "green"
+            took = duration(seconds) if seconds else ""
+            table.add_row(
+                artifact.stage,
+                Text(how, style),
+                Text(headline(artifact, most=None)),
+                took,
+                Text(artifact.fingerprint, "dim"),
+            )
+        self.console.print()
+        self.console.print(table)
+
+    def _line(self, mark: str, text: str, style: str = "cyan") -> Text:
+        seconds = f"  {duration(time.monotonic() - self._started)}" if self._started and mark != "…" else ""
+        return Text.assemble((f"  {mark} ", style), (f"{self._stage:<16}", "bold"), text, (seconds, "dim"))
+
+
+def headline(artifact: Artifact, most: int | None = MOST_REASONS) -> str:
+    """Sum a stage's result up in a few words: its headline metrics, and all that it discarded.
+
+    Args:
+        most: reasons of discarding that are named of each kind; None: all.
+    """
+    from flows.stages import BY_NAME
+
+    stage = BY_NAME.get(artifact.stage)  # a stage of another version of llmill has no headline
+    return describe(artifact.metrics, stage.headline if stage else (), most)
+
+
+def describe(metrics: Mapping[str, float], names: Sequence[str], most: int | None = MOST_REASONS) -> str:
+    """Name metrics that are there, and what was discarded: ``1,203 documents · 19.8 MB · 3 rejected (empty)``."""
+    named = [measure(name, metrics[name]) for name in names if name in metrics and not is_discard(name)]
+    return " · ".join([*named, *discarded(metrics, most)])
+
+
+def measure(name: str, value: float) -> str:
+    """A metric with its name, as a person would write it."""
+    if name == "bytes":
+        return human_bytes(value)
+    return f"{quantity(value, name)} {name.replace('_', ' ').replace('/', ' ')}"
+
+
+def quantity(value: float, unit: str = "") -> str:
+    """``1234567`` -> ``1,234,567``; ``3.14159`` -> ``3.142``; bytes as kB, MB ..."""
+    if unit == "bytes":
+        return human_bytes(value)
+    if abs(value) >= 100 or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """``83`` -> ``1:23``; under a minute ``8.3 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def fail(message: str) -> None:
+    """A mistake's one or two lines, to standard error."""
+    Screen(stderr=True).print(Text.assemble(("error: ", "bold red"), message))

@@ -1,0 +1,129 @@
+"""The pipeline as Prefect runs it from a deployment: the flow whose parameters Prefect's pages show as a form.
+
+Deployments name `pipeline` as their entrypoint, so this module imports little; `llmill run` makes flow runs of the
+same name with the same parameters.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from prefect import flow
+from prefect.runtime import flow_run
+from prefect.states import State
+from pydantic import BaseModel, ConfigDict, Field
+
+from data_pipeline.core.errors import UserError
+from flows.engine.process import quiet_libraries
+from flows.stages import BY_NAME
+
+if TYPE_CHECKING:
+
+    class StageName(StrEnum):
+        """A stage of the table."""
+
+else:
+    StageName = StrEnum("StageName", {name: name for name in BY_NAME})
+    StageName.__doc__ = "A stage of the table."
+from flows.prefect.names import FLOW, TIME
+
+AWAY_SECONDS = 600
+SETTING = r"^[^=]+=(.|\n)*$"
+"""As `apply_override` takes it: what the keys may be is said by the recipe's model, not twice."""
+
+
+class Stages(BaseModel):
+    """Which stages run. All, where nothing is chosen: sealed ones are reused, an unfinished one is resumed."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    start: StageName | None = Field(
+        default=None, description="From this stage on; earlier ones must be sealed."
+    )
+    stop: StageName | None = Field(default=None, description="No stage after this one.")
+    only: StageName | None = Field(default=None, description="This stage alone; its inputs must be sealed.")
+    force: StageName | None = Field(default=None, description="Build this stage again although it is sealed.")
+
+
+ALL = Stages()
+Setting = Annotated[str, Field(pattern=SETTING, description="stage.field=value")]
+
+
+def run_name() -> str:
+    """``quickstart 2026-11-26 02:00:00``, or with a stage's name where that runs alone."""
+    parameters = flow_run.parameters
+    only = (parameters.get("stages") or ALL).only
+    name = recipe_name(Path(parameters["recipe"]), parameters.get("settings") or ())
+    return " ".join([name, *([only] if only else []), f"{datetime.now():{TIME}}"])
+
+
+def recipe_name(path: Path, settings: Sequence[str]) -> str:
+    """The name that a recipe gives itself; the file's where it can't be read, which the run itself reports."""
+    from flows.recipe import load_recipe
+
+    try:
+        return load_recipe(path, settings).name
+    except UserError:
+        return path.stem
+
+
+@flow(name=FLOW, flow_run_name=run_name, retries=0, persist_result=False)
+def pipeline(
+    recipe: str,
+    settings: list[Setting] = [],  # noqa: B006
+    stages: Stages = ALL,
+    home: str = "",
+    dispatch: list[StageName] = [],  # noqa: B006
+    parent_key: str = "",
+) -> State | None:
+    """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
+
+    Args:
+        recipe: Path of the recipe's file, as the worker sees it.
+        settings: Changes to the recipe, each written as stage.field=value.
+        stages: Which stages run; all where nothing is chosen.
+        home: Where everything is kept; where it is empty, LLMILL_HOME of the worker.
+        dispatch: Stages that run as deployments of their own, in the work pools that those name.
+        parent_key: Tag llmill.key of the run in MLflow that a dispatched stage belongs to; set by who dispatches it.
+    """
+    quiet_libraries()
+    from flows.engine.stopping import heeding_signals
+    from flows.prefect.flow_runs import STOPS, at_work, stopped, wait_for_prefect
+
+    place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
+    chosen = {name: str(stage) if stage else None for name, stage in stages}
+    command = resume_command(recipe, settings, chosen, place)
+    try:
+        with (
+            heeding_signals(),
+            at_work(place),
+        ):  # before all else, so that who is killed from here on is found
+            from flows.engine.plan import Selection
+            from flows.prefect.carry_out import carry_out
+            from flows.prefect.dispatch import Dispatcher
+
+            dispatcher = Dispatcher(frozenset(map(str, dispatch)), parent_key)
+            selection = Selection(**chosen)
+            carry_out(
+                Path(recipe), settings, place, selection=selection, command=command, dispatcher=dispatcher
+            )
+    except STOPS as stop:
+        return stopped(stop)
+    wait_for_prefect(AWAY_SECONDS)
+    return None
+
+
+def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:
+    """What a person types on a machine that sees the home to go on with a run."""
+    from flows.recipe import shown
+
+    options = {"start": "--from", "stop": "--to", "only": "--only", "force": "--force"}
+    words = ["llmill", "run", recipe, *(word for setting in settings for word in ("--set", shown(setting)))]
+    words += [word for name, stage in chosen.items() if stage for word in (options[name], stage)]
+    return shlex.join([*words, "--home", str(home)])

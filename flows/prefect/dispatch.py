@@ -1,0 +1,91 @@
+"""Stages that a run leaves to flow runs elsewhere: deployments of their own, in the work pool that each names.
+
+So a pipeline on a machine with cores has its training done by one with GPUs. All share the home.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from typing import Any
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun
+from prefect.deployments import run_deployment
+from prefect.runtime import deployment as this_deployment
+from prefect.runtime import flow_run
+from prefect.states import Cancelling
+
+from data_pipeline.core.errors import UserError
+from flows.engine.plan import Step
+from flows.prefect.names import FLOW
+
+POLL_SECONDS = 2.0
+
+
+class DispatchedFailed(Exception):
+    """A flow run that was to build a stage did not end well."""
+
+
+class Dispatcher:
+    """Which stages go elsewhere; none by default."""
+
+    def __init__(self, stages: frozenset[str] = frozenset(), parent_key: str = "") -> None:
+        self._stages = stages
+        self.parent_key = parent_key
+        """The key of the run in MLflow of whoever dispatched us; empty where nobody did."""
+
+    def takes(self, stage: str) -> bool:
+        return stage in self._stages
+
+    def check(self, step: Step) -> None:
+        """See that a stage which goes elsewhere means the same there.
+
+        Raises:
+            UserError: it leaves something to the machine that it runs on.
+        """
+        if self.takes(step.stage.name) and not this_deployment.name:
+            raise UserError(
+                "only a run of a deployment can dispatch stages; make one with: llmill deploy RECIPE"
+            )
+
+    def deployment(self, stage: str) -> str:
+        """The deployment that builds a stage: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STAGE``."""
+        return f"{FLOW}/{this_deployment.name}.{stage}"
+
+    def run(self, stage: str, parent_key: str, force: bool = False) -> None:
+        """Start a stage's deployment, and wait until it has ended well. When we are stopped, so is it.
+
+        With ``force`` it builds the stage again although it is sealed.
+
+        Raises:
+            DispatchedFailed: it ended otherwise.
+        """
+        chosen = {"only": stage, **({"force": stage} if force else {})}
+        changes = {"parent_key": parent_key, "stages": chosen}
+        mine: dict[str, Any] = flow_run.parameters
+        shared = {name: mine[name] for name in ("recipe", "settings", "home")}
+        started: Any = run_deployment(self.deployment(stage), parameters={**shared, **changes}, timeout=0)
+        try:
+            ended = wait_for(started)
+        except BaseException:
+            with suppress(Exception), get_client(sync_client=True) as client:
+                client.set_flow_run_state(started.id, Cancelling())
+            raise
+        assert ended.state
+        if not ended.state.is_completed():
+            raise DispatchedFailed(
+                f"{stage}: flow run “{ended.name}” of {self.deployment(stage)} ended as {ended.state.name}: "
+                f"{ended.state.message or 'no reason given'}"
+            )
+
+
+def wait_for(started: FlowRun) -> FlowRun:
+    """The flow run when it has ended, however long Prefect may be away meanwhile."""
+    while True:
+        with suppress(httpx.TransportError), get_client(sync_client=True) as client:
+            current = client.read_flow_run(started.id)
+            if current.state and current.state.is_final():
+                return current
+        time.sleep(POLL_SECONDS)

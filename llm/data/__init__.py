@@ -1,0 +1,1 @@
+"""Token shards as sequences: laid flat, in their order, mixed, and loaded ahead."""

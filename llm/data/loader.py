@@ -1,0 +1,117 @@
+"""A rank's micro-batches, prepared ahead: while one step trains, a thread gathers the next one's windows into
+buffers that are used in turn. Looking ahead changes nothing that is read: whichever step is asked for comes out the
+same, and asking for another one than expected (after a rollback) only costs the wait.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+
+from llm.data.order import Indices, rank_share
+from llm.data.sequences import Batch, Windows
+
+ORDER_BLOCK = 1 << 14
+"""Slots whose windows are worked out at once, but no more than an epoch has: for a few, numpy's calls cost far more
+than the arithmetic."""
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of each step's batch a rank reads, and in what pieces."""
+
+    rank: int
+    ranks: int
+    micro_batch: int
+    """Windows in a micro-batch; the last of a step may have fewer."""
+
+
+class Loader:
+    """The batches of one rank. Use it in a ``with`` block, or `close` it: a thread works for it.
+
+    Args:
+        windows: where windows are read.
+        order: (first, count) -> the windows of so many slots from the first.
+        slots: step -> (its first slot, how many slots it has).
+        steps: there are batches for steps 0 to ``steps - 1``.
+        ahead: steps that are prepared before they are asked for.
+        pinned: whether a GPU is to read the batches.
+    """
+
+    def __init__(
+        self,
+        windows: Windows,
+        order: Callable[[int, int], Indices],
+        slots: Callable[[int], tuple[int, int]],
+        share: Share,
+        steps: int,
+        *,
+        ahead: int = 2,
+        pinned: bool = False,
+    ) -> None:
+        self.windows, self.order, self.slots, self.share = windows, order, slots, share
+        self.steps, self.ahead, self.pinned = steps, ahead, pinned
+        # One that is trained on, and one for each step ahead.
+        self._buffers: list[Batch | None] = [None] * (ahead + 1)
+        self._turn = 0
+        self._block: tuple[int, Indices] = (0, np.empty(0, np.uint64))
+        self._prepared: deque[tuple[int, Future[list[Batch]]]] = deque()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *fault: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for the thread's end; what it has prepared is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """This rank's part of the batch of ``step``, in order; good until the next call.
+
+        Raises:
+            Exception: whatever went wrong while the step was prepared.
+        """
+        if not self._prepared or self._prepared[0][0] != step:
+            for _, future in self._prepared:
+                future.cancel()
+            self._prepared.clear()
+            self._prepare(step)
+        _, future = self._prepared.popleft()
+        batches = future.result()
+        following = self._prepared[-1][0] + 1 if self._prepared else step + 1
+        for later in range(following, min(step + self.ahead, self.steps - 1) + 1):
+            self._prepare(later)
+        return batches
+
+    def _prepare(self, step: int) -> None:
+        """Have the thread make the batches of ``step``, in the buffer whose turn it is."""
+        turn, self._turn = self._turn, (self._turn + 1) % len(self._buffers)
+        self._prepared.append((step, self._thread.submit(self._make, step, turn)))
+
+    def _make(self, step: int, turn: int) -> list[Batch]:
+        first, count = self.slots(step)
+        mine = rank_share(self._windows_of(first, count), self.share.rank, self.share.ranks)
+        buffer = self._buffers[turn]
+        if buffer is None or len(buffer.tokens_BT) < len(mine):
+            buffer = self._buffers[turn] = self.windows.empty(len(mine), self.pinned)
+        batch = self.windows.take(mine, buffer)
+        starts = range(0, len(mine), self.share.micro_batch)
+        return [batch.part(start, start + self.share.micro_batch) for start in starts]
+
+    def _windows_of(self, first: int, count: int) -> Indices:
+        """The windows of a range of slots, worked out a block at a time."""
+        start, block = self._block
+        if not start <= first <= first + count <= start + len(block):
+            start, block = self._block = (
+                first,
+                self.order(first, max(count, min(ORDER_BLOCK, len(self.windows)))),
+            )
+        return block[first - start : first - start + count]

@@ -1,0 +1,127 @@
+"""Several sources mixed by weights: which source, and which place in that source's own order, a slot reads follows from
+the slot's number alone, in whole numbers. Slots repeat in periods of 1,000 steps' windows. In each, every source
+has its share of the windows, rounded by largest remainder, so any 1,000 whole steps in a row are exact to within one
+window; and within a period its windows lie evenly, as the pixels of a line of that slope do (Bresenham 1965). Each
+source is shuffled by itself, anew each time it has been read to its end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+from llm.data.order import Indices, shuffled
+
+PERIOD_STEPS = 1000
+"""Steps after which the pattern of sources repeats."""
+
+LARGEST_PERIOD = 3_000_000_000
+"""In windows: the square still fits 63 bits."""
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """How the slots of a period are shared."""
+
+    names: tuple[str, ...]
+    """Of sources, by falling share."""
+    counts: tuple[int, ...]
+    """Slots a period of each."""
+
+    @classmethod
+    def of(cls, weights: Mapping[str, float], batch_windows: int) -> Mixture:
+        """The mixture of positive ``weights`` (of any sum) for steps of ``batch_windows`` windows.
+
+        Raises:
+            ValueError: a weight so small that its source would never be read; a batch beyond all bounds.
+        """
+        period = PERIOD_STEPS * batch_windows
+        if period > LARGEST_PERIOD:
+            raise ValueError(f"a mixture can't share out batches of {batch_windows:,} windows")
+        total = sum(map(Fraction, weights.values()))
+        quotas = {name: Fraction(weights[name]) * period / total for name in sorted(weights)}
+        counts = {name: int(quota) for name, quota in quotas.items()}
+        by_remainder = sorted(quotas, key=lambda name: counts[name] - quotas[name])
+        for name in by_remainder[: period - sum(counts.values())]:
+            counts[name] += 1
+        if unread := [name for name, count in counts.items() if not count]:
+            raise ValueError(
+                f"the weight of {', '.join(unread)} gives not one window in {PERIOD_STEPS:,} steps: "
+                "raise it or leave the source out"
+            )
+        names = sorted(counts, key=lambda name: -counts[name])
+        return cls(tuple(names), tuple(counts[name] for name in names))
+
+    @property
+    def period(self) -> int:
+        """Slots after which the pattern repeats."""
+        return sum(self.counts)
+
+    def places(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """For each slot the number of its source, and how many slots before it read that source.
+
+        The largest source takes its slots of all, the next takes its own of those that are left, and so on. In any
+        first n slots a source then has more than its share less one, and less than its share plus 1 + ln(sources).
+        """
+        periods, rank = np.divmod(slots, self.period)
+        left = self.period
+        sources, places = np.full(len(slots), -1), np.empty(len(slots), np.int64)
+        for source, count in enumerate(self.counts):
+            before = rank * count // left
+            mine = (sources < 0) & ((rank + 1) * count // left > before)
+            sources[mine] = source
+            places[mine] = (periods * count + before)[mine]
+            rank, left = rank - before, left - count
+        return sources, places
+
+    def slots(self, source: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The slots that read these places of a source's own order: the inverse of `places`."""
+        count = self.counts[source]
+        periods, before = np.divmod(places, count)
+        left = self.period - sum(self.counts[:source])
+        ranks = -(-(before + 1) * left // count) - 1
+        for other in reversed(
+            self.counts[:source]
+        ):  # the rank among what the larger sources left -> among all
+            left += other
+            ranks = ranks * left // (left - other)
+        return periods * self.period + ranks
+
+    def read_before(self, slot: int) -> list[int]:
+        """How many of the slots before ``slot`` read each source."""
+        periods, rank = divmod(slot, self.period)
+        left, found = self.period, []
+        for count in self.counts:
+            before = rank * count // left
+            found.append(periods * count + before)
+            rank, left = rank - before, left - count
+        return found
+
+    def order(self, totals: Sequence[int], seed: int) -> Callable[[int, int], Indices]:
+        """(first, count) -> the windows of so many slots, numbered source after source as `names` goes.
+
+        ``totals`` are the windows of each source, at least one.
+        """
+        firsts = np.cumsum([0, *totals])
+        seeds = [source_seed(name, seed) for name in self.names]
+
+        def windows(first: int, count: int) -> Indices:
+            sources, places = self.places(np.arange(first, first + count))
+            found = np.empty(count, np.uint64)
+            for source, total in enumerate(totals):
+                here = sources == source
+                own = shuffled(places[here].astype(np.uint64), seeds[source], total)
+                found[here] = own + np.uint64(firsts[source])
+            return found
+
+        return windows
+
+
+def source_seed(name: str, seed: int) -> int:
+    """What shuffles a source: other sources have other orders, and keep them whatever else is in the mixture."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")

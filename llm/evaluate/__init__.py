@@ -1,0 +1,1 @@
+"""Stage ``evaluate``: how well the model predicts held-out documents."""

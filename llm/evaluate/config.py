@@ -1,0 +1,31 @@
+"""What a recipe may say of the stage ``evaluate``."""
+
+from __future__ import annotations
+
+from pydantic import Field, field_validator
+
+from data_pipeline.stage import Runtime, StageConfig
+from llm.pretrain.config import LARGEST_SEED
+
+
+class EvaluateConfig(StageConfig):
+    """What is evaluated, and which texts are written."""
+
+    max_documents: int | None = Field(default=1000, ge=1)
+    """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
+    prompts: tuple[str, ...] = ("", "The ", "In the beginning")
+    """A sample is written for each; "" lets the model begin."""
+    max_new_tokens: int = Field(default=128, ge=1)
+    temperature: float = Field(default=0.8, ge=0)
+    """0 takes the likeliest token."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    runtime: Runtime = Runtime()
+
+    @field_validator("prompts")
+    @classmethod
+    def _are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
+        for prompt in prompts:
+            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise ValueError(f"prompt {prompt!r} holds half of a surrogate pair, which is no text")
+        return prompts

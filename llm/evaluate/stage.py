@@ -1,0 +1,237 @@
+"""The evaluate stage: how well the model predicts documents that it never saw, in nats a token, as perplexity and in
+bits per byte (which models with different tokenizers can be compared by), in all, by source and document by
+document; and a few texts that it writes. Every document is read from its own start, after an end-of-text token, in
+windows of the model's context that do not overlap.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import atomic_path
+from data_pipeline.documents import count_rows
+from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
+from llm.data.bits import bits_per_byte
+from llm.evaluate.config import EvaluateConfig
+from llm.export.model_card import cell
+from llm.model.generate import generate
+from llm.model.transformer import Transformer, load_model
+
+BATCH_TOKENS = 8192
+"""Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
+
+
+def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
+    """Evaluate the model of ``inputs["pretrain"]`` on the held-out split of ``inputs["tokenize"]``.
+
+    Leaves ``documents.parquet`` (id, source, tokens, bytes, nats, text_nats, bits_per_byte; in order of id),
+    ``sources.json``, ``samples.jsonl`` and ``report.md``.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(inputs["pretrain"]).to(device)
+    tokenizer = load_tokenizer(inputs["train_tokenizer"])
+    held_out = TokenShards(inputs["tokenize"], "val")
+    documents = choose(read(held_out), config.max_documents)
+    sizes = token_bytes(inputs["train_tokenizer"])
+    rows = score(model, documents, sizes, end_of_text(tokenizer), context)
+    texts = generate(
+        model,
+        tokenizer,
+        config.prompts,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        seeds=range(config.seed, config.seed + len(config.prompts)),
+    )
+    samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
+    unread = sum(map(count_rows, held_out.paths)) - len(documents)
+    return write(rows, samples, out) | ({"left_out/max_documents": float(unread)} if unread else {})
+
+
+Document = tuple[str, NDArray[Any]]
+
+
+def read(shards: TokenShards) -> Iterator[Document]:
+    """(id, tokens) of every document. Tokens are copies, so that keeping some does not keep their row group."""
+    for batch in shards:
+        for row, name in enumerate(batch.ids):
+            yield name, batch.tokens[batch.offsets[row] : batch.offsets[row + 1]].copy()
+
+
+def choose(documents: Iterable[Document], most: int | None) -> list[Document]:
+    """The documents whose ids hash lowest, at most ``most``, in order of id. No others stay in memory."""
+    if most is not None:
+        documents = heapq.nsmallest(
+            most, documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()
+        )
+    return sorted(documents, key=lambda document: document[0])
+
+
+def score(
+    model: Transformer,
+    documents: Sequence[Document],
+    sizes: NDArray[np.int32],
+    end: int,
+    context: StageContext,
+) -> list[dict[str, Any]]:
+    """One row a document: its targets, bytes, nats over all targets and over those that are text."""
+    windows = cut(documents, end, model.config.context)
+    nats, text_nats = np.zeros(len(documents)), np.zeros(len(documents))
+    total, done = sum(len(tokens) for _, tokens in documents), 0
+    for batch in batched(windows):
+        owners = np.array([owner for owner, _ in batch])
+        window_nats, targets = window_losses(model, [tokens for _, tokens in batch])
+        np.add.at(nats, owners, window_nats.sum(axis=1))
+        np.add.at(text_nats, owners, np.where(sizes[targets] > 0, window_nats, 0.0).sum(axis=1))
+        done += sum(len(tokens) - 1 for _, tokens in batch)
+        context.progress(done, total, "tokens")
+    rows = []
+    for (name, tokens), all_nats, its_text in zip(documents, nats.tolist(), text_nats.tolist(), strict=True):
+        size = int(sizes[tokens].sum())
+        rows.append(
+            {
+                "id": name,
+                "source": name.split("/", 1)[0],
+                "tokens": len(tokens),
+                "bytes": size,
+                "nats": all_nats,
+                "text_nats": its_text,
+                "bits_per_byte": bits_per_byte(its_text, size) if size else None,
+            }
+        )
+    return rows
+
+
+Window = tuple[int, NDArray[np.int64]]
+
+
+def cut(documents: Sequence[Document], end: int, context: int) -> list[Window]:
+    """(index of document, tokens) of windows of up to ``context + 1`` tokens, the longest first.
+
+    A document's first window begins with ``end``; each later one begins with the last token of the one before,
+    so every token of the document is a target once.
+    """
+    windows = []
+    for index, (_, tokens) in enumerate(documents):
+        sequence = np.concatenate(([end], tokens.astype(np.int64)))
+        windows += [
+            (index, sequence[start : start + context + 1]) for start in range(0, len(tokens), context)
+        ]
+    return sorted(windows, key=lambda window: -len(window[1]))
+
+
+def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
+    """Slices of ``windows`` that make at most `BATCH_TOKENS` positions when padded to their first's length."""
+    start = 0
+    while start < len(windows):
+        count = max(1, BATCH_TOKENS // len(windows[start][1]))
+        yield windows[start : start + count]
+        start += count
+
+
+@torch.inference_mode()
+def window_losses(
+    model: Transformer, windows: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Nats and targets ``(B, T)`` of windows, the longest first; padding has 0 nats.
+
+    Padding stands behind a window's tokens, where causal attention does not look.
+    """
+    lengths = np.array([len(tokens) - 1 for tokens in windows])
+    rows = np.zeros((len(windows), int(lengths[0]) + 1), np.int64)
+    for row, tokens in zip(rows, windows, strict=True):
+        row[: len(tokens)] = tokens
+    device = next(model.parameters()).device
+    tokens_BT, targets_BT = (torch.from_numpy(part).to(device) for part in (rows[:, :-1], rows[:, 1:]))
+    nats = model(tokens_BT, targets_BT, reduction="none").double().cpu().numpy()
+    return np.where(np.arange(rows.shape[1] - 1) < lengths[:, None], nats, 0.0), rows[:, 1:]
+
+
+def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Loss (nats a token), perplexity and bits per byte over some documents.
+
+    Raises:
+        UserError: they are no numbers.
+    """
+    tokens, size = sum(row["tokens"] for row in rows), sum(row["bytes"] for row in rows)
+    loss = math.fsum(row["nats"] for row in rows) / tokens
+    if not math.isfinite(loss):
+        raise UserError(
+            "the model's loss on held-out documents is not finite: its training diverged; lower pretrain.lr"
+        )
+    return {
+        "documents": float(len(rows)),
+        "tokens": float(tokens),
+        "bytes": float(size),
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),  # the largest that a double holds
+        "bits_per_byte": bits_per_byte(math.fsum(row["text_nats"] for row in rows), max(1, size)),
+    }
+
+
+def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) -> Metrics:
+    """The artifact's files, and the headline figures."""
+    sources = {
+        source: summarise([row for row in rows if row["source"] == source])
+        for source in sorted({row["source"] for row in rows})
+    }
+    metrics = summarise(rows)
+    with atomic_path(out / "documents.parquet") as path:
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="zstd")
+    with atomic_path(out / "sources.json") as path:
+        path.write_text(json.dumps(sources, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_path(out / "samples.jsonl") as path:
+        lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
+        path.write_text("".join(lines), encoding="utf-8")
+    with atomic_path(out / "report.md") as path:
+        path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")
+    by_source = {f"bits_per_byte/{source}": figures["bits_per_byte"] for source, figures in sources.items()}
+    return metrics | by_source
+
+
+def report(
+    metrics: Metrics,
+    sources: Mapping[str, Mapping[str, float]],
+    rows: Sequence[Mapping[str, Any]],
+    samples: Sequence[Mapping[str, str]],
+) -> str:
+    """The stage's report in Markdown."""
+    lines = [
+        "# Evaluation on held-out documents",
+        "",
+        "| source | documents | tokens | bytes | loss (nats) | perplexity | bits per byte |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, figures in [*sources.items(), ("**all**", metrics)]:
+        counts = " | ".join(f"{figures[key]:,.0f}" for key in ("documents", "tokens", "bytes"))
+        lines.append(
+            f"| {name} | {counts} | {figures['loss']:.4f} | {figures['perplexity']:.2f} "
+            f"| {figures['bits_per_byte']:.4f} |"
+        )
+    ranked = sorted((row for row in rows if row["bytes"]), key=lambda row: (row["bits_per_byte"], row["id"]))
+    lines += ["", "| easiest and hardest documents | bytes | bits per byte |", "| --- | ---: | ---: |"]
+    for row in ranked if len(ranked) <= 10 else [*ranked[:5], *ranked[-5:]]:
+        lines.append(f"| {cell(row['id'])} | {row['bytes']:,} | {row['bits_per_byte']:.4f} |")
+    for sample in samples:
+        lines += ["", f"## Sample: {sample['prompt']!r}", "", *quoted(sample["prompt"] + sample["text"])]
+    return "\n".join(lines) + "\n"
+
+
+def quoted(text: str) -> list[str]:
+    """``text`` as an indented Markdown block, which nothing inside it can end."""
+    return [f"    {line}" for line in text.splitlines()] or ["    (nothing)"]

@@ -1,0 +1,1 @@
+"""Stage ``export``: a folder that `transformers` loads."""

@@ -1,0 +1,131 @@
+"""The model card: what a person who finds the exported folder must know, taken from the stages' manifests. It holds
+no time, host or path, so the same line gives the same card.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from data_pipeline.core.text import human_bytes
+from data_pipeline.stage import Metrics
+from llm.model.config import ModelConfig
+from llm.model.layouts import Layout, layout_of
+
+LAYOUTS: dict[Layout, str] = {
+    "llama": "Llama (rotary positions, RMSNorm)",
+    "qwen3": "Qwen3 (Llama's, with a norm on queries and keys)",
+    "gpt2": "GPT-2 (learned positions, LayerNorm, biases)",
+}
+
+SPECIAL_TOKENS = (
+    "In training, a text that spells a special token (`<|endoftext|>`) was read as these characters, and the token "
+    "itself stood at the end of each document only. The tokenizer does the same: `tokenizer(text)` never yields a "
+    "special token. Append `tokenizer.eos_token_id` to end a document; `tokenizer(text, split_special_tokens=False)` "
+    "reads special tokens out of a text. The `tokenizers` library does so unless it is told otherwise: set "
+    "`encode_special_tokens = True` on what it loads from `tokenizer.json`."
+)
+
+Manifests = Mapping[str, Mapping[str, Any]]
+
+
+def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics) -> str:
+    """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
+    parts = [
+        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"# {name}",
+        f"A decoder-only language model with {metrics['parameters']:,.0f} parameters, trained from raw text by "
+        "llmill. It continues text; it was not taught to follow instructions, and it repeats what its training "
+        "text holds, errors and biases included.",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
+        SPECIAL_TOKENS,
+        "## Architecture",
+        architecture(model),
+        "## How good it is",
+        figures(manifests.get("evaluate", {})),
+        "## Training text",
+        sources(manifests.get("download", {})),
+        "## How it was made",
+        lineage(manifests),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def architecture(model: ModelConfig) -> str:
+    """The shape as a table."""
+    layout = layout_of(model)
+    heads = f"{model.heads}, {model.kv_head_count} of keys and values"
+    rows = [
+        ("layout", LAYOUTS[layout]),
+        ("layers", model.layers),
+        ("width", model.width),
+        (f"hidden width ({'GELU' if layout == 'gpt2' else 'SwiGLU'})", model.hidden_width),
+        ("heads", heads),
+        ("context", f"{model.context} tokens"),
+        ("vocabulary", f"{model.vocab_size} (byte-level BPE)"),
+        ("embeddings", "tied to the head" if model.tie_embeddings else "apart from the head"),
+    ]
+    return table(("", ""), rows)
+
+
+def figures(manifest: Mapping[str, Any]) -> str:
+    """What the evaluate stage found."""
+    if not manifest:
+        return "Not evaluated."
+    rows = [(metric, figure(value)) for metric, value in manifest["metrics"].items()]
+    return "On held-out documents of the same sources:\n\n" + table(("metric", "value"), rows)
+
+
+def sources(manifest: Mapping[str, Any]) -> str:
+    """Where the text came from, as the download stage resolved it."""
+    if not manifest:
+        return "Unknown."
+    rows = [
+        (
+            source["name"],
+            source["kind"],
+            origin(source),
+            source.get("license") or "not stated",
+            f"{source['files']:,}",
+            human_bytes(source["bytes"]) if source["bytes"] else "unknown",
+        )
+        for source in manifest["config"]["sources"]
+    ]
+    return table(("source", "kind", "from", "licence", "files", "size"), rows)
+
+
+def origin(source: Mapping[str, Any]) -> str:
+    """Where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
+    said: list[str] = []
+    if source.get("dataset"):  # elsewhere, `split` says how files are cut into documents
+        said = [source["dataset"]]
+        said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
+    said += source.get("urls", ())
+    said += [source["url"]] if source.get("url") else []
+    return ", ".join(said)
+
+
+def lineage(manifests: Manifests) -> str:
+    """Each stage's fingerprint and figures: enough to find the artifacts, or make them again."""
+    rows = []
+    for stage, manifest in manifests.items():
+        found = ", ".join(f"{metric} {figure(value)}" for metric, value in manifest["metrics"].items())
+        rows.append((stage, f"`{manifest['fingerprint'][:12]}`", found))
+    return table(("stage", "fingerprint", "figures"), rows)
+
+
+def figure(value: float) -> str:
+    """A count without decimals, anything else with four digits."""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
+
+
+def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    """A Markdown table; bars and line breaks in its cells stay text."""
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
+
+
+def cell(value: Any) -> str:
+    """``value`` as it may stand between the bars of a Markdown table."""
+    return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,0 +1,120 @@
+"""The export stage: a folder that `transformers` loads with `AutoModelForCausalLM` and `AutoTokenizer`, in the layout
+that the model has (`llm.model.layouts`), with a model card written from the manifests of all the stages before. The
+folder is loaded back and its logits held against ours before it counts as made.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
+from llm.export.config import ExportConfig
+from llm.export.model_card import model_card, table
+from llm.model.config import ModelConfig
+from llm.model.layouts import exported_weights, layout_of, transformers_config
+from llm.model.transformer import Transformer, load_model
+
+TOLERANCE = 1e-4
+"""Largest difference between a logit of `transformers` and ours, in fp32."""
+
+
+def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
+    """Write the folder and load it back; ``inputs`` are all the stages before.
+
+    Raises:
+        UserError: `transformers` has no layout for the model.
+        RuntimeError: `transformers` computes other logits from the folder than we do from the model.
+    """
+    model = load_model(inputs["pretrain"])
+    layout_of(model.config)
+    with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, config.dtype)))
+    tokenizer_folder = inputs["train_tokenizer"]
+    end = end_of_text(load_tokenizer(tokenizer_folder))
+    write_tokenizer(tokenizer_folder, out, model.config.context)
+    write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    write_json(out / "generation_config.json", {**ends, "do_sample": True})
+    with atomic_path(out / "model.safetensors") as path:
+        save_file(exported_weights(model, getattr(torch, config.dtype)), path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner only
+    difference = logits_difference(model, out)
+    if not difference <= TOLERANCE:
+        raise RuntimeError(
+            f"transformers' logits differ from ours by {difference:.2e}, more than {TOLERANCE:.0e}"
+        )
+    metrics = {"parameters": float(model.parameter_count()), "logits_max_abs_difference": difference}
+    write_text(out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics))
+    write_text(out / "report.md", report(config, model.config, difference, out))
+    return metrics
+
+
+def write_tokenizer(folder: Path, out: Path, longest: int) -> None:
+    """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, before them, where
+    no continuation is in the way; and ``longest``, the tokens to which texts are cut."""
+    with atomic_path(out / "tokenizer.json") as path:
+        shutil.copyfile(folder / "tokenizer.json", path)
+    padding = {"pad_token": END_OF_TEXT}
+    batches = {**padding, "padding_side": "left", "model_max_length": longest}
+    for name, more in (("special_tokens_map.json", padding), ("tokenizer_config.json", batches)):
+        write_json(out / name, json.loads((folder / name).read_text(encoding="utf-8")) | more)
+
+
+def report(config: ExportConfig, model: ModelConfig, difference: float, out: Path) -> str:
+    """The stage's report in Markdown: what the model card, ``README.md``, does not say."""
+    architecture = transformers_config(model, 0, config.dtype)["architectures"][0]
+    files = sorted(path for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
+    rows = [(path.name, f"{path.stat().st_size:,}") for path in files if path.name != "report.md"]
+    return (
+        f"# Export of {config.name}\n\n"
+        f"`transformers` loads it as {architecture}, weights in {config.dtype}. Its logits differ from ours by at "
+        f"most {difference:.1e} (allowed: {TOLERANCE:.0e}).\n\n{table(('file', 'bytes'), rows)}\n"
+    )
+
+
+@torch.inference_mode()
+def logits_difference(model: Transformer, folder: Path, sequences: int = 2, positions: int = 256) -> float:
+    """Largest absolute difference between the logits of ``folder`` in `transformers` and of ``model``, in fp32."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    vocab_size = len(AutoTokenizer.from_pretrained(folder))
+    assert vocab_size == model.config.vocab_size, (
+        f"the tokenizer has {vocab_size} entries, the model another number"
+    )
+    generator = torch.Generator().manual_seed(0)
+    shape = (sequences, min(positions, model.config.context))
+    tokens_BT = torch.randint(model.config.vocab_size, shape, generator=generator)
+    ours_BTV = model(tokens_BT)[..., : model.config.vocab_size]
+    return (ours_BTV - theirs(tokens_BT).logits).abs().max().item()
+
+
+def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+    """The manifests of the stages that have one, in the order of the line."""
+    paths = {stage: folder / "manifest.json" for stage, folder in inputs.items()}
+    return {
+        stage: json.loads(path.read_text(encoding="utf-8")) for stage, path in paths.items() if path.exists()
+    }
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write ``value`` to ``path``, atomically."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -1,0 +1,1 @@
+"""What is fused, or special to a device: attention back ends, the loss, passes on a CPU, matrix products."""

@@ -1,0 +1,1 @@
+"""What ranks run on: devices, nodes, their environment, and what is asked of Slurm."""

@@ -1,0 +1,1 @@
+"""The transformer, its config, its layouts in `transformers`, and text that it writes."""

@@ -1,0 +1,418 @@
+"""The layouts that `transformers` has for our models, in both directions: Llama's; Qwen3's, where queries and keys are
+normed; GPT-2's, where positions are learned. A config is read by `transformers`' own config classes, so that what a
+file leaves out means here what it means there; and what our model cannot compute is refused, never dropped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256, special_tokens
+from llm.model.config import ModelConfig, ModelShape
+from llm.model.transformer import Transformer
+
+Layout = Literal["llama", "qwen3", "gpt2"]
+
+ARCHITECTURES: dict[Layout, str] = {
+    "llama": "LlamaForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "gpt2": "GPT2LMHeadModel",
+}
+
+GPT2_NAMES = {
+    "embed_tokens": "wte",
+    "embed_positions": "wpe",
+    "norm": "ln_f",
+    "input_layernorm": "ln_1",
+    "post_attention_layernorm": "ln_2",
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.up_proj": "mlp.c_fc",
+    "mlp.down_proj": "mlp.c_proj",
+}
+"""GPT-2's names of our modules, the layer's prefix apart. It stores projections turned, and q, k and v as one."""
+
+BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+"""What old checkpoints hold that follows from the config."""
+
+
+def layout_of(config: ModelShape) -> Layout:
+    """Which layout a model of ours has.
+
+    Raises:
+        UserError: none of them has a soft-cap on the logits.
+    """
+    if config.logit_softcap is not None:
+        raise UserError(
+            "model.logit_softcap is set, but neither Llama, Qwen3 nor GPT-2 in `transformers` has a soft-cap:\n"
+            "such a model can be trained and evaluated, not exported"
+        )
+    if config.positions == "learned":
+        return "gpt2"
+    return "qwen3" if config.qk_norm else "llama"
+
+
+def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
+    """``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
+
+    Keys that version 5 of `transformers` reads elsewhere than version 4 stand in both places, for a reader takes its
+    default in silence where it finds nothing.
+    """
+    layout = layout_of(config)
+    common = {
+        "architectures": [ARCHITECTURES[layout]],
+        "model_type": layout,
+        "vocab_size": config.vocab_size,
+        "initializer_range": config.init_std,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "dtype": dtype,
+        "torch_dtype": dtype,  # its name before 4.56
+    }
+    if layout == "gpt2":
+        return common | {
+            "n_embd": config.width,
+            "n_inner": config.hidden_width,
+            "n_layer": config.layers,
+            "n_head": config.heads,
+            "n_positions": config.context,
+            "activation_function": "gelu_new",
+            "layer_norm_epsilon": config.norm_eps,
+            "attn_pdrop": 0.0,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        }
+    return common | {
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_head_count,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_theta": config.rope_theta,  # where it stood before version 5
+        "attention_bias": False,
+    }
+
+
+def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
+    weights = {}
+    for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
+        padded = name in ("embed_tokens.weight", "lm_head.weight")
+        weight = parameter.detach()[: model.config.vocab_size] if padded else parameter.detach()
+        weights[name] = weight.to(dtype).contiguous()
+    if layout_of(model.config) == "gpt2":
+        return to_gpt2(weights, model.config.layers)
+    return {name if name == "lm_head.weight" else f"model.{name}": weight for name, weight in weights.items()}
+
+
+def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Our weights of GPT-2's blocks, as GPT-2 names and turns them."""
+    theirs = {}
+    for layer in range(layers):
+        for kind in ("weight", "bias"):
+            parts = [weights.pop(f"layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(parts)
+    for name, weight in weights.items():
+        module, kind = name.rsplit(".", 1)
+        if name == "lm_head.weight":
+            theirs[name] = weight
+        elif module.startswith("layers."):
+            _, layer_number, inner = module.split(".", 2)
+            theirs[f"transformer.h.{layer_number}.{GPT2_NAMES[inner]}.{kind}"] = weight
+        else:
+            theirs[f"transformer.{GPT2_NAMES[module]}.{kind}"] = weight
+    return {name: turned(name, weight).contiguous() for name, weight in theirs.items()}
+
+
+def from_gpt2(name: str, weight: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One of GPT-2's weights as the one or three of ours that it is."""
+    weight = turned(name, weight)
+    name = name.removeprefix("transformer.")
+    module, kind = name.rsplit(".", 1)
+    prefix = ""
+    if module.startswith("h."):
+        _, layer, module = module.split(".", 2)
+        prefix = f"layers.{layer}."
+    if module == "attn.c_attn":
+        for part, its in zip("qkv", weight.chunk(3), strict=True):
+            yield f"{prefix}self_attn.{part}_proj.{kind}", its
+    else:
+        ours = {theirs: our for our, theirs in GPT2_NAMES.items()}
+        yield f"{prefix}{ours.get(module, module)}.{kind}", weight
+
+
+def turned(name: str, weight: Tensor) -> Tensor:
+    """GPT-2 stores its projections as (in, out), we as (out, in)."""
+    return weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
+
+
+def read_config(folder: Path) -> ModelConfig:
+    """Our config of the model in a folder of one of the three layouts.
+
+    Raises:
+        UserError: there is none, or it computes what our model does not.
+    """
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no model: it has no config.json")
+    kind = read_type(folder / "config.json")
+    if kind not in ARCHITECTURES:
+        raise UserError(f"{folder} holds a model of type {kind!r}; we have {', '.join(ARCHITECTURES)}")
+    from transformers import AutoConfig
+
+    try:
+        theirs = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # its classes check their fields, each in its own way
+        raise UserError(
+            f"transformers can't read {folder / 'config.json'}: {' '.join(str(error).split())}"
+        ) from None
+    require_supported(theirs, folder)
+    try:
+        return our_config(theirs)
+    except (ValidationError, TypeError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} asks for what our model does not compute: {' '.join(str(error).split())}"
+        ) from None
+
+
+def read_type(path: Path) -> str | None:
+    """What a ``config.json`` says that the model is.
+
+    Raises:
+        UserError: it is no JSON object.
+    """
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path} holds no JSON object")
+    return raw.get("model_type")
+
+
+def our_config(theirs: Any) -> ModelConfig:
+    """Our config of what one of `transformers`' describes, which must be supported."""
+    if theirs.model_type == "gpt2":
+        return ModelConfig(
+            positions="learned",
+            vocab_size=theirs.vocab_size,
+            width=theirs.n_embd,
+            hidden=theirs.n_inner,
+            layers=theirs.n_layer,
+            heads=theirs.n_head,
+            context=theirs.n_positions,
+            norm_eps=theirs.layer_norm_epsilon,
+            tie_embeddings=theirs.tie_word_embeddings,
+        )
+    usual = theirs.head_dim * theirs.num_attention_heads == theirs.hidden_size
+    return ModelConfig(
+        vocab_size=theirs.vocab_size,
+        width=theirs.hidden_size,
+        hidden=theirs.intermediate_size,
+        layers=theirs.num_hidden_layers,
+        heads=theirs.num_attention_heads,
+        kv_heads=theirs.num_key_value_heads,
+        head_dim=None if usual else theirs.head_dim,
+        context=theirs.max_position_embeddings,
+        norm_eps=theirs.rms_norm_eps,
+        rope_theta=theirs.rope_parameters["rope_theta"],
+        tie_embeddings=theirs.tie_word_embeddings,
+        qk_norm=theirs.model_type == "qwen3",
+    )
+
+
+def require_supported(theirs: Any, folder: Path) -> None:
+    """Refuse a config that asks for what our model does not compute.
+
+    Raises:
+        UserError: it does; all that is wrong is named.
+    """
+    if theirs.model_type == "gpt2":
+        wrong = {
+            "activation_function": theirs.activation_function not in ("gelu_new", "gelu_pytorch_tanh"),
+            "scale_attn_weights": not theirs.scale_attn_weights,
+            "scale_attn_by_inverse_layer_idx": theirs.scale_attn_by_inverse_layer_idx,
+            "add_cross_attention": theirs.add_cross_attention,
+        }
+    else:
+        rope = theirs.rope_parameters
+        wrong = {
+            "hidden_act": theirs.hidden_act != "silu",
+            "attention_bias": theirs.attention_bias,
+            "mlp_bias": getattr(theirs, "mlp_bias", False),
+            "use_sliding_window": getattr(theirs, "use_sliding_window", False),
+            "rope_parameters": rope.get("rope_type", "default") != "default"
+            or rope.get("partial_rotary_factor", 1.0) != 1.0,
+        }
+    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
+        said = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
+        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {said}")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model: one, or those that its index names.
+
+    Raises:
+        UserError: there are none, some are missing, or the index is damaged.
+    """
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        try:
+            names = {
+                str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f"{index} is damaged: it names no files of weights") from None
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise UserError(f"{folder} lacks {', '.join(missing)}: weights are read from safetensors files only")
+    return sorted(folder / name for name in names)
+
+
+def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """Our names and the weights of a model in one of the layouts, a tensor at a time.
+
+    Raises:
+        UserError: a file is missing, or can't be read.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    for path in weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a dict)
+                    if name.endswith(BUFFERS):
+                        continue
+                    if layout == "gpt2":
+                        yield from from_gpt2(name, file.get_tensor(name))
+                    else:
+                        yield name.removeprefix("model."), file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} can't be read: {error}") from None
+
+
+@torch.no_grad()
+def load_weights(model: Transformer, folder: Path) -> None:
+    """Copy the weights in a folder of one of the layouts into ``model``, which has its shape.
+
+    Raises:
+        UserError: a weight is missing, of another shape, or none of the model's.
+    """
+    parameters = dict(model.named_parameters())
+    missing = set(parameters)
+    for name, weight in read_weights(folder, layout_of(model.config)):
+        if name == "lm_head.weight" and model.config.tie_embeddings:
+            continue
+        if name not in parameters:
+            raise UserError(f"{folder} holds a weight that its config.json has no place for: {name}")
+        rows = model.config.vocab_size if name in ("embed_tokens.weight", "lm_head.weight") else None
+        place = parameters[name][:rows]
+        if place.shape != weight.shape:
+            raise UserError(
+                f"{folder}: {name} has shape {list(weight.shape)}, not the config's {list(place.shape)}"
+            )
+        place.copy_(weight)
+        missing.discard(name)
+    if missing:
+        raise UserError(f"{folder} lacks weights: {', '.join(sorted(missing)[:5])}")
+
+
+def content_sha256(folder: Path) -> str:
+    """A hash of what the model in a folder computes, wherever it lies and however its files are written.
+
+    Raises:
+        UserError: there is none, or none that our model computes.
+    """
+    config = read_config(folder)
+    tensors = []
+    for name, weight in read_weights(folder, layout_of(config)):
+        if not (name == "lm_head.weight" and config.tie_embeddings):
+            content = hashlib.sha256(weight.contiguous().view(torch.uint8).numpy().data).hexdigest()
+            tensors.append([name, str(weight.dtype), list(weight.shape), content])
+    described = json.dumps([arithmetic(config), sorted(tensors)], sort_keys=True, allow_nan=False)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def files_sha256(folder: Path, checksum: Callable[[Path], str]) -> str:
+    """A hash of a model's files, by which older trainings name what they started from.
+
+    ``checksum`` gives the SHA-256 of a file.
+    """
+    files = [folder / "config.json", *weight_files(folder)]
+    described = json.dumps([[path.name, checksum(path)] for path in files], allow_nan=False)
+    return hashlib.sha256(described.encode()).hexdigest()
+
+
+def require_start(model: ModelConfig, folder: Path, specials: Sequence[str], tokenizer: Path | None) -> None:
+    """Refuse to start a training of ``model`` from the model in ``folder``, where that is another one.
+
+    Another context is no obstacle where positions are rotary. ``specials`` are the special tokens of this recipe's
+    tokenizer, in the order of their ids; ``tokenizer`` is its folder, None where it is not made yet.
+
+    Raises:
+        UserError: it has another shape, or another tokenizer, for which tokens mean other text.
+    """
+    theirs = read_config(folder)
+    if settings := settings_for(model, theirs):
+        raise UserError(
+            f"pretrain.init_from {folder} holds a model of another shape than this recipe's:\nset {settings}"
+        )
+    known = (folder / "tokenizer.json").is_file()
+    its_specials = special_tokens(folder)[: len(specials)] if known else []
+    if its_specials != list(specials) or (
+        tokenizer and behaviour_sha256(folder) != behaviour_sha256(tokenizer)
+    ):
+        reason = "cuts text otherwise, or has other special tokens" if known else "is missing"
+        raise UserError(
+            f"pretrain.init_from {folder} was not made with this recipe's tokenizer (its tokenizer.json {reason}): "
+            "tokens would stand for other text;\nstart from a model of the same data and tokenizer stages"
+        )
+
+
+def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
+    """What a recipe must set so that its model has the shape of another: ``pretrain.model.heads=4 (not 8), ...``."""
+    asked, given = theirs.model_dump(), ours.model_dump()
+    here, there = arithmetic(ours), arithmetic(theirs)
+    names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]
+    return ", ".join(
+        f"{'train_tokenizer' if name == 'vocab_size' else 'pretrain.model'}.{name}={written(asked[name])} "
+        f"(not {written(given[name])})"
+        for name in names
+    )
+
+
+def written(value: Any) -> str:
+    """A setting as a recipe has it."""
+    return json.dumps(value, allow_nan=False)
+
+
+def arithmetic(config: ModelConfig) -> dict[str, Any]:
+    """What decides which weights a model has and what it computes with them, derived values filled in."""
+    shape = config.model_dump(exclude={"init_std"})
+    shape |= {"kv_heads": config.kv_head_count, "head_dim": config.head_width, "hidden": config.hidden_width}
+    del shape["rope_theta" if config.positions == "learned" else "context"]
+    return shape
+
+
+def load_folder(folder: Path) -> Transformer:
+    """The model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
+
+    Raises:
+        UserError: there is none, or none that our model computes.
+    """
+    model = Transformer(read_config(folder))
+    load_weights(model, folder)
+    return model.eval()

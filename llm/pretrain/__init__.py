@@ -1,0 +1,1 @@
+"""Stage ``pretrain``: token shards to a trained model."""

@@ -1,0 +1,430 @@
+"""What a recipe may say of the stage ``pretrain``. Its body, and torch, are imported elsewhere: a plan needs
+neither, but where a setting names kernels or a folder that must be looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from data_pipeline.core.config import Config
+from data_pipeline.core.errors import UserError
+from data_pipeline.stage import Runtime, StageConfig
+from data_pipeline.train_tokenizer.stage import TokenizerConfig
+from llm.data.mixture import Mixture
+from llm.kernels.names import BackEnd, Library
+from llm.machine.hardware import device_kind, hardware_precision, require_ranks
+from llm.machine.slurm import SlurmJob
+from llm.model.config import ModelConfig, ModelShape
+from llm.pretrain import presets
+from llm.training.recovery import Recovery
+from llm.training.schedule import BatchPlan, Schedule, batch_plan
+
+MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+"""Most tokens a rank works on at once when the micro-batch is "auto": what fits caches, or fills a GPU."""
+
+
+class OptimizerConfig(Config):
+    """How parameters move. What AdamW needs (lr, betas, eps) and the weight decay stand in `PretrainConfig`."""
+
+    kind: Literal["adamw", "muon"] = "muon"
+    """What moves hidden matrices; all else is AdamW's. docs/log.md has what Muon saves."""
+    muon_lr: float | None = Field(default=None, gt=0)
+    """Peak rate of Muon's matrices; None: pretrain.lr, for its steps are scaled to the size of AdamW's."""
+    embedding_lr: float | None = Field(default=None, gt=0)
+    """Peak rate of embeddings; None: pretrain.lr."""
+    head_lr: float | None = Field(default=None, gt=0)
+    """Peak rate of an untied head; None: pretrain.lr."""
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    """Of Muon, Nesterov's."""
+    cautious_decay: bool = False
+    """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
+
+
+LARGEST_SEED = 2**63 - 1
+"""Torch's generators take twice as large ones; what is counted on from a seed must fit, too."""
+MOVED = {
+    "validation": "runtime.validation",
+    "recovery.max_nonfinite": "runtime.max_nonfinite",
+    "recovery.max_rollbacks": "runtime.max_rollbacks",
+}
+"""Settings that were identity until they were found to move no bit of the weights, and where they are now."""
+
+
+class Validation(Config):
+    """The check on held-out text while training."""
+
+    every: int = Field(default=250, ge=1)
+    """Steps between checks; there is always one after the last step."""
+    tokens: int = Field(default=65_536, ge=1)
+    """At most this many held-out tokens, the same ones each time."""
+
+
+class PretrainRuntime(Runtime):
+    """How training is executed."""
+
+    launcher: Literal["local", "slurm"] = "local"
+    """Who starts the ranks: this machine (and those that `llm.machine.nodes` knows of), or a job that is submitted to
+    Slurm."""
+    slurm: SlurmJob = SlurmJob()
+    ranks: int = Field(default=1, ge=1)
+    """Processes that share each batch: one a GPU, or a few on a CPU."""
+    zero_stage: int = Field(default=0, ge=0, le=3)
+    """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    sequence_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each window, a part of its positions each, and exchange heads for positions around attention
+    (Ulysses: Jacobs et al. 2023, arXiv:2309.14509): for contexts whose activations one GPU does not hold."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that work on the same windows, each with a part of every layer's matrices (`llm.training.tensor_parallel`):
+    for models of which one GPU does not hold a layer's work, on GPUs with a fast link."""
+    offload: Literal["none", "cpu"] = "none"
+    """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
+    device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
+    micro_batch: int | Literal["auto"] = "auto"
+    """Windows a rank works on at once; the rest of its share is accumulated."""
+    log_every: int = Field(default=1, ge=1)
+    """Steps between step events. The losses of all steps are kept in any case."""
+    validation: Validation = Validation()
+    max_nonfinite: int = Field(default=5, ge=0)
+    """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""
+    max_rollbacks: int = Field(default=3, ge=1)
+    """Times that a run goes back because of a spike (`recovery.spike_z`); one more spike ends it."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """The newest that are kept."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Also keep the checkpoints of each so many steps, while training lasts."""
+    collective_timeout_seconds: float = Field(default=600, gt=0)
+    """How long a rank waits for the others before the run ends: longer than anything that one of them does alone."""
+    grace_seconds: float = Field(default=30, gt=0)
+    """What ranks that are told to stop get to end their step and save it, before they are killed: as long as a step
+    and the writing of a checkpoint take. Slurm's KillWait and Kubernetes' grace period must be longer."""
+    attention: BackEnd | Literal["auto"] = "auto"
+    """Which kernels compute it: see `llm.kernels.attention`. "auto" takes the fastest that can run."""
+    matmul: Library | Literal["auto"] = "auto"
+    """Which library multiplies the layers' matrices in fp32 on a CPU: see `llm.kernels.matmul`. "auto" takes the
+    faster."""
+    activation_checkpointing: bool = False
+    """Keep each layer's input only and compute the layer again for its gradients: a third more work, for memory that
+    does not grow with what a layer holds."""
+    compile: bool = False
+    """Compile each layer (`llm.training.compiled`): about a minute at the start, for fewer passes over memory in each
+    step."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        for name, size in (
+            ("sequence_parallel", self.sequence_parallel),
+            ("tensor_parallel", self.tensor_parallel),
+        ):
+            if self.ranks % size:
+                raise ValueError(f"{name} {size} does not divide ranks {self.ranks}: change one of them")
+        if self.tensor_parallel > 1:
+            if self.zero_stage not in (1, 2):
+                raise ValueError(f"tensor_parallel needs zero_stage 1 or 2, not {self.zero_stage}")
+            if self.sequence_parallel > 1 or self.offload != "none":
+                raise ValueError("tensor_parallel goes with neither sequence_parallel nor offload")
+        if self.offload != "none" and self.zero_stage == 0:
+            raise ValueError(
+                "offload moves what ZeRO spreads, and zero_stage is 0: set zero_stage to 1, 2 or 3"
+            )
+        if self.compile and (self.zero_stage == 3 or self.tensor_parallel > 1):
+            raise ValueError(
+                "compile needs layers whose parameters stay and that nothing is sent in: set zero_stage to 0, 1 or 2, "
+                "and tensor_parallel to 1"
+            )
+        if self.launcher == "slurm" and self.ranks % self.slurm.nodes:
+            raise ValueError(
+                f"slurm.nodes {self.slurm.nodes} does not divide ranks {self.ranks}: change one of them"
+            )
+        return self
+
+    @property
+    def data_ranks(self) -> int:
+        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share windows."""
+        return self.ranks // (self.sequence_parallel * self.tensor_parallel)
+
+
+class PretrainConfig(StageConfig):
+    """What is trained, on how much, and how."""
+
+    moved: ClassVar[Mapping[str, str]] = MOVED
+    depth: int | None = Field(default=None, ge=1)
+    """One dial for what follows and is not set: see `llm.pretrain.presets`. Its consequences are identity, it is
+    not."""
+    model: ModelShape = ModelShape()
+    init_from: Path | None = None
+    """A folder with a model in a layout of `transformers` (an exported one, say) whose weights training starts from;
+    None: weights are drawn from `seed`. What the folder holds is identity, where it lies is not."""
+    tokens: int = Field(ge=1)
+    """Tokens to train on; more than the corpus has means to read it again, in another order."""
+    batch_tokens: int = Field(default=524_288, ge=2)
+    """Tokens a step, over all ranks: a multiple of the context."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
+    text as often as any other."""
+    mask_documents: bool = False
+    """Let no position see another document of its window. The end of a document still has the next one's first token
+    for its target."""
+    lr: float = Field(default=6e-4, gt=0)
+    """Peak learning rate."""
+    schedule: Schedule = Schedule()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    """Largest norm of the gradient; longer ones are scaled down to it."""
+    z_loss: float = Field(default=0.0, ge=0)
+    """Weight in the training loss of log(Z)^2, Z the sum of the exponentials of the logits; 1e-4 in PaLM."""
+    seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    """Of the initial weights and of the order of windows."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    recovery: Recovery = Recovery()
+    runtime: PretrainRuntime = PretrainRuntime()
+
+    _init_sha256: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_depth(cls, values: Any) -> Any:
+        return presets.fill(values) if isinstance(values, dict) else values
+
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), not {betas}")
+        return betas
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch_tokens % self.model.context:
+            raise ValueError(
+                f"batch_tokens {self.batch_tokens} is not a multiple of model.context {self.model.context}"
+            )
+        ranks, micro, smallest = self.runtime.data_ranks, self.runtime.micro_batch, self.plan.smallest
+        if smallest % ranks:
+            raise ValueError(f"a batch of {smallest} windows does not divide among {ranks} ranks")
+        if micro != "auto" and (micro < 1 or smallest // ranks % micro):
+            raise ValueError(
+                f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} windows a step"
+            )
+        self.schedule.require_room(self.steps)
+        assert self.mixture is None or self.mix  # raises ValueError where it can't be shared out
+        return self
+
+    @model_validator(mode="after")
+    def _shares_divide(self) -> Self:
+        shape = self.model
+        heads = {"heads": shape.heads, "kv_heads": shape.kv_head_count}
+        for name, divided in (
+            ("sequence_parallel", {"context": shape.context, **heads}),
+            ("tensor_parallel", {"hidden": shape.hidden_width, **heads}),
+        ):
+            size = getattr(self.runtime, name)
+            for what, number in divided.items():
+                if number % size:
+                    raise ValueError(
+                        f"runtime.{name} {size} does not divide model.{what} {number}: change one of them"
+                    )
+        if self.runtime.tensor_parallel > 1 and self.optimizer.kind == "muon":
+            raise ValueError(
+                "Muon needs whole matrices, and runtime.tensor_parallel splits them: set optimizer.kind to adamw, "
+                "or use zero_stage 3 in its place"
+            )
+        return self
+
+    def resolve(self) -> Self:
+        """A copy with ``precision`` pinned to what this machine computes in.
+
+        Raises:
+            UserError: more ranks than this machine has places for; attention that cannot run here; nothing to compile
+                with; no model in ``init_from``.
+        """
+        here = self.runtime.launcher == "local"
+        resolved = self.for_this_machine() if here else self.require_precision()
+        return resolved if self.init_from is None else resolved.with_start(self.init_from)
+
+    def for_this_machine(self) -> Self:
+        """`resolve`, for ranks that start here."""
+        require_ranks(self.runtime.ranks)
+        precision = hardware_precision()[0] if self.precision == "auto" else self.precision
+        resolved = self.model_copy(update={"precision": precision})
+        if self.runtime.attention != "auto":  # which always finds one that can run
+            resolved.attention()
+        if self.runtime.matmul != "auto":
+            resolved.matmul()
+        if self.runtime.compile:
+            resolved.require_compiler()
+        return resolved
+
+    def require_compiler(self) -> None:
+        """See that layers can be compiled here.
+
+        Raises:
+            UserError: they can't.
+        """
+        from llm.training.compiled import missing
+
+        if why_not := missing(device_kind()):
+            raise UserError(
+                f"pretrain.runtime.compile is true, but {why_not}:\ninstall it, or set it to false"
+            )
+
+    def require_precision(self) -> Self:
+        """`resolve`, for ranks that start on machines which this one knows nothing of."""
+        if self.precision == "auto":
+            raise UserError(
+                "pretrain.precision is auto, which this machine cannot tell for those of Slurm:\n"
+                "set pretrain.precision to bf16 or fp32"
+            )
+        return self
+
+    def with_start(self, folder: Path) -> Self:
+        """A copy that knows what ``folder`` holds, to start from."""
+        from llm.model.layouts import content_sha256
+
+        folder = folder.expanduser().absolute()
+        now = content_sha256(folder)
+        if self._init_sha256 not in (None, now):
+            raise UserError(f"{folder} changed since the run was planned: run again")
+        pinned = self.model_copy(update={"init_from": folder})
+        pinned._init_sha256 = now
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, without `depth`, from
+        which nothing follows any more, and without what does not count beside other settings."""
+        identity = super().identity()
+        del identity["depth"]
+        for part, name in self.idle():
+            del identity[part][name]
+        if identity.pop("init_from") is not None:
+            assert self._init_sha256 is not None, "resolve() the config first"
+            identity["init_sha256"] = self._init_sha256
+        return identity
+
+    def idle(self) -> Iterator[tuple[str, str]]:
+        """Settings (part and name) that move no bit of the weights as the others are."""
+        if self.schedule.kind == "cosine":
+            yield from (("schedule", name) for name in ("decay_share", "decay_shape"))
+        if self.schedule.warmup_steps is not None:
+            yield "schedule", "warmup_share"
+        if self.optimizer.kind == "adamw":
+            yield from (("optimizer", name) for name in ("muon_lr", "momentum", "cautious_decay"))
+        if self.recovery.spike_z is None:
+            yield from (("recovery", name) for name in ("spike_window", "rollback_every"))
+
+    def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
+        """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known."""
+        tokenizer = configs.get("train_tokenizer")
+        if self.init_from is None or not isinstance(tokenizer, TokenizerConfig):
+            return
+        from llm.model.layouts import require_start
+
+        model = ModelConfig(**self.model.model_dump(), vocab_size=tokenizer.vocab_size)
+        require_start(model, self.init_from, tokenizer.special_tokens, made.get("train_tokenizer"))
+
+    def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
+        """What follows from `depth`."""
+        return presets.describe(self.model_dump())
+
+    def attention(self) -> tuple[BackEnd, str]:
+        """How attention is computed on this machine, and why.
+
+        Raises:
+            UserError: what ``runtime.attention`` asks for cannot run here.
+        """
+        from llm.kernels.attention import choose
+
+        return choose(
+            self.runtime.attention,
+            device=device_kind(),
+            precision=self.precision,
+            head_width=self.model.head_width,
+            context=self.model.context,
+            documents=self.mask_documents,
+        )
+
+    def matmul(self) -> tuple[Library, str]:
+        """Which library multiplies matrices on this machine, and why.
+
+        Raises:
+            UserError: what ``runtime.matmul`` asks for cannot be had.
+        """
+        from llm.kernels.matmul import choose_matmul
+
+        return choose_matmul(self.runtime.matmul, device=device_kind(), precision=self.precision)
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How many windows each step reads, over all ranks."""
+        return batch_plan(self.tokens, self.batch_tokens, self.model.context, self.schedule.batch_warmup)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: tokens / batch_tokens, rounded down, at least one; more with a batch warm-up."""
+        return self.plan.steps
+
+    @property
+    def mix(self) -> Mixture | None:
+        """How slots are shared among the sources of `mixture`."""
+        return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
+
+    def step_slots(self, step: int) -> tuple[int, int]:
+        """The first slot that ``step`` (from 0) reads a window from, and how many there are for it."""
+        return self.plan.windows_before(step), self.plan.windows_at(step)
+
+    @property
+    def micro_batch(self) -> int:
+        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device.
+
+        With a batch warm-up, of its share of the smallest batch.
+        """
+        if self.runtime.micro_batch != "auto":
+            return self.runtime.micro_batch
+        most = max(
+            1, MICRO_BATCH_TOKENS[device_kind()] * self.runtime.sequence_parallel // self.model.context
+        )
+        share = self.plan.smallest // self.runtime.data_ranks
+        return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+
+    def accumulation(self, step: int) -> int:
+        """Micro-batches a rank works through in ``step``."""
+        return self.plan.windows_at(step) // (self.runtime.data_ranks * self.micro_batch)
+
+    def tokens_after(self, done: int) -> int:
+        """Tokens that the first ``done`` steps read."""
+        return self.plan.windows_before(done) * self.model.context
+
+
+def tokens_at(manifest: Mapping[str, Any], steps: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Count the tokens that a sealed training had read at each step, whether that moved the weights or was skipped."""
+    config = read_sealed(manifest["config"], manifest["runtime"])
+    return np.array([config.tokens_after(step) for step in steps.tolist()], np.int64)
+
+
+def read_sealed(identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> PretrainConfig:
+    """The config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
+
+    Raises:
+        ValidationError: it is of another version of llmill.
+    """
+    config = {**identity, "runtime": {**runtime}}
+    config.pop("init_sha256", None)
+    for before, now in MOVED.items():
+        *within, name = before.split(".")
+        holder = config
+        for part in within:
+            holder[part] = {**holder.get(part, {})}
+            holder = holder[part]
+        if name in holder:
+            config["runtime"][now.removeprefix("runtime.")] = holder.pop(name)
+    return PretrainConfig.model_validate(config)

@@ -1,0 +1,128 @@
+"""The pretrain stage: token shards to a trained model. Here is what a recipe may say (`PretrainConfig`), and the body,
+which checks that it can be done, lays the tokens flat, has the ranks started (`llm.training.trainer` is what each of
+them runs) and turns what they leave behind into the artifact. A body started again after a kill goes on from the newest
+whole checkpoint and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.train_tokenizer.tokenizer import sha256 as tokenizer_sha256
+from data_pipeline.train_tokenizer.tokenizer import special_tokens
+from llm.data import order as batches
+from llm.machine.environment import remark
+from llm.machine.hardware import device_kind, precision_reason
+from llm.model.config import ModelConfig
+from llm.model.layouts import require_start
+from llm.pretrain import presets
+from llm.pretrain.config import PretrainConfig
+from llm.pretrain.summary import describe_reading, summarise
+from llm.training import checkpoint
+from llm.training.job import Job
+
+
+def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
+    """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
+
+    Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet``, ``sources.json`` (what was
+    read of each source) and ``report.md``; and ``skipped.parquet`` where steps or batches were skipped (see
+    `llm.training.recovery`).
+
+    Raises:
+        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another precision.
+    """
+    config = config.resolve()
+    for line in presets.describe(config.model_dump()):
+        context.note(line)
+    if config.model.logit_softcap is not None:
+        context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
+    here = config.runtime.launcher == "local"
+    if here:
+        config = choose_kernels(config, context)
+    if not (out / "model.safetensors").exists():  # the last file that the ranks write
+        job = prepare(config, inputs, out, context)
+        path = job.scratch / "job.json"
+        path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+        if here and device_kind() == "cpu":
+            context.note(remark())
+        context.launch(
+            "llm.training.trainer",
+            path,
+            config.runtime.ranks,
+            events=job.events,
+            logs=out / "logs",
+            grace_seconds=config.runtime.grace_seconds,
+            batch=None if here else config.runtime.slurm,
+        )
+    return summarise(config, out)
+
+
+def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainConfig:
+    """A copy with what this machine computes with pinned, and told."""
+    context.note(f"precision {config.precision}: {precision_reason(config.precision)}")
+    attention, reason = config.attention()
+    context.note(f"attention {attention}: {reason}")
+    matmul, reason = config.matmul()
+    if device_kind() == "cpu":
+        context.note(f"matrix products by {matmul}: {reason}")
+    runtime = config.runtime.model_copy(update={"attention": attention, "matmul": matmul})
+    return config.model_copy(update={"runtime": runtime})
+
+
+def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
+    """Check what can be checked before a rank starts, and lay the tokens flat."""
+    train, held_out = TokenShards(inputs["tokenize"], "train"), TokenShards(inputs["tokenize"], "val")
+    expected = tokenizer_sha256(inputs["train_tokenizer"])
+    assert train.tokenizer_sha256 == expected, (
+        f"the token shards were made with tokenizer {train.tokenizer_sha256}"
+    )
+    model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
+    if config.init_from is not None:
+        tokenizer = inputs["train_tokenizer"]
+        require_start(model, config.init_from, special_tokens(tokenizer), tokenizer)
+    job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
+    job = as_begun(job)
+    batches.require_batch(train.tokens, model.context, config.batch_tokens)
+    if held_out.tokens <= model.context:
+        raise UserError(
+            f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
+            "lower pretrain.model.context, or raise tokenize.val_fraction"
+        )
+    tokens = job.corpus.lay(train, held_out)
+    reading = job.corpus.reading(config.plan.windows_before(config.steps))
+    with atomic_path(out / "sources.json") as path:
+        path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    for line in describe_reading(config, reading):
+        context.note(line)
+    if left_out := [
+        f"{name} ({tokens[name]:,} tokens)" for name in sorted(tokens.keys() - (config.mixture or {}).keys())
+    ]:
+        context.note(f"pretrain.mixture leaves out {', '.join(left_out)}", warning=True)
+    return job
+
+
+def as_begun(job: Job) -> Job:
+    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
+    follow are those of an undisturbed run.
+
+    Raises:
+        UserError: that checkpoint was made in another precision.
+    """
+    newest = next(iter(checkpoint.complete(job.checkpoints)), None)
+    if newest is None:
+        return job
+    made, now = newest.setup, job.config.runtime
+    alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
+    if now.micro_batch == "auto" and alike:
+        runtime = now.model_copy(update={"micro_batch": made.micro_batch})
+        job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
+    if now.launcher == "local":  # else its ranks see for themselves: what they compute with is not known here
+        checkpoint.require_same_training(newest, job.setup)
+    return job

@@ -1,0 +1,95 @@
+"""What a finished training tells: headline figures and a report in Markdown, from the files that the ranks leave."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow.parquet as pq
+
+from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import Metrics
+from llm.model.config import ModelConfig
+from llm.model.transformer import load_model
+
+if TYPE_CHECKING:
+    from llm.pretrain.config import PretrainConfig
+
+
+def summarise(config: PretrainConfig, out: Path) -> Metrics:
+    """Read back what the ranks wrote, write the report, and give the headline figures."""
+    losses = pq.read_table(out / "losses.parquet").to_pylist()
+    checks = pq.read_table(out / "validation.parquet").to_pylist()
+    model = load_model(out)
+    last = losses[-max(1, len(losses) // 50) :]
+    reading = json.loads((out / "sources.json").read_text(encoding="utf-8"))
+    metrics = {
+        "parameters": float(model.parameter_count()),
+        "steps": float(len(losses)),
+        "tokens": float(losses[-1]["tokens"]),
+        "loss": sum(row["loss"] for row in last) / len(last),
+        "val_loss": checks[-1]["loss"],
+        "val_bits_per_byte": checks[-1]["bits_per_byte"],
+        "best_val_bits_per_byte": min(check["bits_per_byte"] for check in checks),
+        "epochs": sum(row["read"] for row in reading) / sum(row["windows"] for row in reading),
+        **{f"epochs/{row['source']}": row["epochs"] for row in reading if row["source"]},
+    }
+    skipped = out / "skipped.parquet"
+    passed = pq.read_table(skipped).to_pylist() if skipped.exists() else []
+    reasons = Counter(fact["reason"] for fact in passed)
+    metrics |= {f"skipped/{reason}": float(count) for reason, count in sorted(reasons.items())}
+    with atomic_path(out / "report.md") as path:
+        path.write_text(
+            report(config, model.config, metrics, reading, losses, checks, passed), encoding="utf-8"
+        )
+    return metrics
+
+
+def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> list[str]:
+    """Lines for a person: how much is read of what."""
+    head = f"{config.steps:,} steps of {config.batch_tokens:,} tokens"
+    if config.mixture is None:
+        return [f"{head}: {reading[0]['epochs']:.2f} epochs"]
+    total = sum(row["read"] for row in reading)
+    return [f"{head}, mixed:"] + [
+        f"- {row['source']}: {row['read'] / total:.1%} of the windows, {row['epochs']:.2f} epochs"
+        for row in reading
+    ]
+
+
+def report(
+    config: PretrainConfig,
+    model: ModelConfig,
+    metrics: Metrics,
+    reading: list[dict[str, Any]],
+    losses: list[dict[str, float]],
+    checks: list[dict[str, float]],
+    skipped: list[dict[str, Any]],
+) -> str:
+    """The stage's report in Markdown."""
+    lines = [
+        "# Pretraining",
+        "",
+        f"{metrics['parameters']:,.0f} parameters ({model.layers} layers, width {model.width}, {model.heads} heads, "
+        f"context {model.context}, vocabulary {model.vocab_size}), {metrics['steps']:,.0f} steps of "
+        f"{config.batch_tokens:,} tokens in {config.precision}.",
+        "",
+        *describe_reading(config, reading),
+        "",
+        f"Training loss over the last steps: {metrics['loss']:.4f} nats a token.",
+        "",
+        "| step | tokens | held-out loss (nats) | bits per byte |",
+        "| ---: | ---: | ---: | ---: |",
+    ]
+    for check in checks:
+        tokens = config.tokens_after(int(check["step"]))
+        lines.append(f"| {check['step']} | {tokens:,} | {check['loss']:.4f} | {check['bits_per_byte']:.4f} |")
+    lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
+    for row in losses[:: max(1, len(losses) // 20)]:
+        lines.append(f"| {row['step']} | {row['loss']:.4f} | {row['lr']:.3e} | {row['grad_norm']:.3f} |")
+    if skipped:
+        lines += ["", "| step | skipped because | windows passed over |", "| ---: | :--- | ---: |"]
+        lines += [f"| {fact['step']} | {fact['reason']} | {fact['windows']} |" for fact in skipped]
+    return "\n".join(lines) + "\n"

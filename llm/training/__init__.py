@@ -1,0 +1,1 @@
+"""The trainer and its engine, optimizer, schedule, checkpoints, recovery and events."""

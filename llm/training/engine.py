@@ -1,0 +1,349 @@
+"""DeepSpeed, and the only import of it: a model and its optimizer spread over the ranks by ZeRO (Rajbhandari et
+al. 2019, arXiv:1910.02054), behind the few calls that the training loop needs. Parameters stay fp32; bf16 means
+that matrix products run in it (autocast), so every ZeRO stage computes the same numbers up to rounding. DeepSpeed's
+JSON is derived from `PretrainConfig` here and nowhere else. Of DeepSpeed nothing is compiled: the optimizer is
+torch's own, and the shared-memory collectives (a minute of C++ for ranks on CPUs) are left out.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators, and says so
+
+if "mlflow" not in sys.modules:
+    # DeepSpeed's autotuner imports MLflow where it can, which takes each rank a second.
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
+
+import deepspeed
+from deepspeed.sequence.layer import DistributedAttention
+
+from llm.data.sequences import Batch
+from llm.training import state
+from llm.training.compiled import compile_layers
+from llm.training.muon import EndToEnd, Pieces, Striped
+from llm.training.optimizer import Optimizer, parameter_groups
+from llm.training.probe import Clock
+from llm.training.tensor_parallel import Splitting, autotp
+
+if TYPE_CHECKING:
+    from llm.model.transformer import Transformer
+    from llm.pretrain.config import PretrainConfig
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
+
+# DeepSpeed calls collectives by names that torch has renamed, and torch says so at each call.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+
+
+def start_ranks(timeout_seconds: float = 600) -> tuple[int, int]:
+    """Join the process group that torchrun described in the environment; this rank and how many there are.
+
+    A collective that the others do not answer within ``timeout_seconds`` raises.
+    """
+    timeout = timedelta(seconds=timeout_seconds)
+    # For the groups that DeepSpeed makes of its own, which would wait half an hour.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
+    # DeepSpeed builds optional C++ collectives when this table, which it fills by running compilers, allows it.
+    deepspeed.ops.__compatible_ops__ = {}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+    """The JSON that DeepSpeed wants, derived from ours."""
+    runtime = config.runtime
+    return {
+        # It does not know yet of ranks that work on the same windows.
+        "train_batch_size": config.micro_batch * config.accumulation(0) * runtime.ranks,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": config.accumulation(0),
+        # At stage 0 we clip, because DeepSpeed does not tell the norm there.
+        "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
+        "zero_optimization": {"stage": runtime.zero_stage, **offload_config(config)},
+        "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at its first use, and is no Muon
+        "zero_allow_untested_optimizer": True,  # ours; tests hold it to its rule at each stage
+        "torch_autocast": {
+            "enabled": config.precision == "bf16",
+            "dtype": "bfloat16",
+            "lower_precision_safe_modules": [],  # gradients travel in fp32
+        },
+        "steps_per_print": 1 << 40,
+    } | ({"tensor_parallel": autotp(runtime.tensor_parallel)} if runtime.tensor_parallel > 1 else {})
+
+
+def offload_config(config: PretrainConfig) -> dict[str, Any]:
+    """What DeepSpeed is told of what leaves the device between its uses."""
+    runtime = config.runtime
+    if runtime.offload == "none":
+        return {}
+    place = {"device": runtime.offload, "pin_memory": torch.cuda.is_available()}
+    return {"offload_optimizer": place} | ({"offload_param": place} if runtime.zero_stage == 3 else {})
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a rank wants of all of them after a step."""
+
+    save: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class Step:
+    """What an optimizer step did, the same on all ranks."""
+
+    loss: float
+    """Mean over the global batch, in nats."""
+    grad_norm: float
+    """Of the gradient, before clipping."""
+    update_ratios: dict[str, float]
+    """By kind of parameter, when measured: `Engine.update_ratios`."""
+    applied: bool
+    """False where loss or gradients were not finite: then nothing moved."""
+    asked: Asked
+    """By any rank."""
+
+
+def spoilt_where_not_finite(loss: Tensor) -> Tensor:
+    """``loss``, with gradients of NaN where it is not finite itself: so the gradients' norm tells of both."""
+    return loss * (loss.detach() * 0 + 1)
+
+
+class Engine:
+    """A model in training on all ranks. Every method is a collective: all ranks call it together."""
+
+    def __init__(self, model: Transformer, config: PretrainConfig) -> None:
+        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device)
+        self.clock = Clock()
+        self.clip = config.grad_clip
+        self.zero_stage = config.runtime.zero_stage
+        model = model.to(self.device)
+        self.sharing = Sharing(config.runtime.sequence_parallel)
+        self.sharing.apply(model)
+        self.splitting = Splitting(config.runtime.tensor_parallel)
+        self.splitting.prepare(model)
+        if config.runtime.compile:
+            compile_layers(model)
+        groups = parameter_groups(model, config)
+        self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
+        self.optimizer = Optimizer(groups, config)
+        members = [{id(parameter) for parameter in group["params"]} for group in groups]
+        self.engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=self.optimizer,
+            config=deepspeed_config(config),
+            dist_init_required=False,
+        )
+        if self.zero_stage:
+            self.optimizer.pieces = pieces_of(self.engine.optimizer, self.zero_stage, members)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model. At ZeRO 3 its parameters are empty outside `forward`."""
+        return self.engine.module
+
+    def step(
+        self,
+        micro_batches: Iterable[Batch],
+        count: int,
+        multiple: float,
+        measure: bool = False,
+        asked: Asked = Asked(),
+    ) -> Step:
+        """One optimizer step over this rank's ``count`` micro-batches.
+
+        Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
+        Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
+        discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
+        """
+        self.clock.start()
+        self.engine.train()
+        self.set_accumulation(count)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * multiple
+        self.optimizer.measured = (
+            {kind: torch.zeros(2, dtype=torch.float64, device=self.device) for kind in self.kinds}
+            if measure
+            else None
+        )
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        norm = 0.0
+        done = 0
+        for done, batch in enumerate(micro_batches, start=1):
+            self.clock.lap("data")
+            self.engine.set_gradient_accumulation_boundary(done == count)
+            loss = self.loss(batch)
+            total += loss.detach()
+            self.clock.lap("forward")
+            self.engine.backward(spoilt_where_not_finite(loss))
+            self.clock.lap("backward")
+            if self.zero_stage == 0 and done == count:
+                norm = float(nn.utils.clip_grad_norm_(self.engine.module.parameters(), self.clip))
+                if not math.isfinite(norm):
+                    self.engine.zero_grad()  # to None: the optimizer passes over such parameters
+            self.engine.step()
+            self.clock.lap("optimizer")
+        assert done == count, f"{done} micro-batches came, not {count}"
+        if self.zero_stage:
+            norm = float(self.engine.get_global_grad_norm())
+        told = torch.stack([total / count, total.new_tensor(asked.save), total.new_tensor(asked.stop)])
+        loss_sum, save, stop = self.sum(told).tolist()
+        return Step(
+            loss_sum / dist.get_world_size(),
+            norm,
+            self.update_ratios(),
+            applied=math.isfinite(norm),
+            asked=Asked(save=save > 0, stop=stop > 0),
+        )
+
+    def update_ratios(self) -> dict[str, float]:
+        """Of the last step when it was measured, by kind of parameter: root mean square of the update over that of
+        the weights."""
+        if self.optimizer.measured is None:
+            return {}
+        sums_K2 = torch.stack([self.optimizer.measured[kind] for kind in self.kinds])
+        if self.zero_stage:
+            sums_K2 = self.sum(sums_K2)
+        return {
+            kind: math.sqrt(moved / weights) if weights else 0.0
+            for kind, (moved, weights) in zip(self.kinds, sums_K2.tolist(), strict=True)
+        }
+
+    def group_facts(self, step: Step) -> dict[str, float]:
+        """A measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event tells
+        them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
+        rates = {f"lr_{group['kind']}": group["lr"] for group in self.optimizer.param_groups}
+        return rates | {f"update_ratio_{kind}": ratio for kind, ratio in step.update_ratios.items()}
+
+    def set_accumulation(self, count: int) -> None:
+        """Let the next step average its gradient over ``count`` micro-batches.
+
+        `step` tells where they end: DeepSpeed's own count of micro-batches runs on from step to step, so after a
+        change of their number it would see a step end where none does.
+        """
+        self.engine.set_train_batch_size(
+            count * self.engine.train_micro_batch_size_per_gpu() * self.engine.dp_world_size
+        )
+
+    @torch.no_grad()
+    def nats(self, batch: Batch) -> Tensor:
+        """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
+        self.engine.eval()
+        return self.sharing.whole(self.loss(batch, reduction="none"))
+
+    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
+        """What the model's `forward` makes of this rank's positions of a batch that may lie on another device."""
+        part, (tokens_BT, targets_BT, documents_BT) = self.sharing.part, batch.to(self.device)
+        # Documents are for attention, which sees all positions whoever has them.
+        return self.engine(part(tokens_BT), part(targets_BT), reduction=reduction, documents_BT=documents_BT)
+
+    def sum(self, value: Tensor) -> Tensor:
+        """The sum of ``value`` over the ranks."""
+        value = value.to(self.device)
+        dist.all_reduce(value)
+        return value
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """This rank's part of parameters and optimizer, in host memory: see `llm.training.state`."""
+        return state.snapshot(self.engine, self.splitting)
+
+    def restore(self, folder: Path) -> None:
+        """Take parameters and optimizer from the snapshots in ``folder``, however they were spread when made."""
+        state.restore(self.engine, self.splitting, folder)
+
+    def weights(self) -> dict[str, Tensor]:
+        """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
+        weights: dict[str, Tensor] = {}
+        for name, parameter in self.engine.module.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
+                whole = self.splitting.whole(name, parameter.detach())
+                if dist.get_rank() == 0:
+                    weights[name] = whole.to("cpu", torch.float32, copy=True).contiguous()
+        return weights
+
+
+class Sharing:
+    """Groups of neighbouring ranks that share windows: each has an equal part of the positions.
+
+    Only attention looks across positions, so around it ranks exchange: each gets all positions, for a part of the
+    heads, and gives them back (DeepSpeed's `DistributedAttention`). All else stays as if each rank had windows of its
+    own: the mean over the ranks of the means over their positions is the mean over the batch.
+    """
+
+    def __init__(self, size: int) -> None:
+        ranks = range(dist.get_world_size())
+        self.size, self.place = size, dist.get_rank() % size
+        groups = [dist.new_group(list(ranks[first : first + size])) for first in ranks[::size]]
+        self.group = groups[dist.get_rank() // size]
+
+    def apply(self, model: Transformer) -> None:
+        """Let ``model`` work on this rank's positions."""
+        if self.size == 1:
+            return
+        alone = model.attend
+        exchange = DistributedAttention(alone, self.group, scatter_idx=2, gather_idx=1)
+        # Not the module itself, which would become a part of the model.
+        model.attend = lambda q_BTHE, k_BTKE, v_BTKE, documents: exchange(
+            q_BTHE, k_BTKE, v_BTKE, 0, None, documents
+        )
+        model.first_position = self.place * (model.config.context // self.size)
+
+    def part(self, whole_BT: Tensor) -> Tensor:
+        """This rank's positions of what has all."""
+        return whole_BT.chunk(self.size, dim=1)[self.place]
+
+    def whole(self, part_BT: Tensor) -> Tensor:
+        """All positions of what each rank of the group has for its own."""
+        if self.size == 1:
+            return part_BT
+        parts = [torch.empty_like(part_BT) for _ in range(self.size)]
+        dist.all_gather(parts, part_BT.contiguous(), group=self.group)
+        return torch.cat(parts, dim=1)
+
+
+def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:
+    """By the id of each flat tensor that the optimizer sees under ZeRO, what it holds.
+
+    DeepSpeed says so in attributes that are no documented interface, so all that is taken from them is asserted:
+    ``members`` are the ids of each group's parameters, as they were given.
+    """
+    pieces: dict[int, Pieces] = {}
+    if stage == 3:
+        for place, (flat, parameters) in enumerate(
+            zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
+        ):
+            assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[place]]
+            striped = Striped(tuple(parameter.ds_shape for parameter in parameters))
+            assert sum(size for _, size in striped.stripes()) == flat.numel()
+            pieces[id(flat)] = striped
+        placed = sum(len(parameters) for parameters in zero.fp16_groups)
+    else:
+        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
+        for flat, parameters, offsets, group in zip(
+            flats, groups, zero.round_robin_bit16_offsets, members, strict=True
+        ):
+            assert {id(parameter) for parameter in parameters} == group
+            shapes = tuple(parameter.shape for parameter in parameters)
+            assert offsets[-1] + shapes[-1].numel() <= flat.numel() * dist.get_world_size()
+            pieces[id(flat)] = EndToEnd(shapes, tuple(offsets))
+        placed = sum(len(parameters) for parameters in groups)
+    assert placed == sum(map(len, members))
+    return pieces

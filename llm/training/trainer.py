@@ -1,0 +1,361 @@
+"""What each rank of a training job runs (``python -m llm.training.trainer JOB`` under torchrun): the loop over steps,
+with validation, checkpoints and events. Step N's windows and learning rate follow from N alone and nothing in the model
+is random, so all the state there is lies in the checkpoint: after a kill the losses go on bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.distributed as dist
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import atomic_path
+from data_pipeline.core.processes import die_with, has_ended
+from data_pipeline.train_tokenizer.tokenizer import token_bytes
+from llm.data.bits import bits_per_byte, text_sums
+from llm.data.loader import Loader, Share
+from llm.machine.hardware import precision_reason
+from llm.machine.nodes import launcher_pid
+from llm.model.layouts import load_weights
+from llm.model.transformer import Transformer, save_model
+from llm.training import checkpoint
+from llm.training.engine import Asked, Engine, start_ranks
+from llm.training.events import EventLog
+from llm.training.failures import Interrupted, only_trainer, report_failure
+from llm.training.job import Job
+from llm.training.probe import matmul_rates, memory_bytes
+from llm.training.recovery import History, Watch, skipped_windows
+from llm.training.saver import Saved, Saver
+from llm.training.signals import Requests
+from llm.training.state import size_of
+
+
+class Trainer:
+    """One rank's part in training."""
+
+    def __init__(self, job: Job, rank: int, ranks: int) -> None:
+        self.job, self.config = job, job.config
+        self.rank, self.ranks = rank, ranks
+        self.data_ranks = self.config.runtime.data_ranks
+        self.data_rank = rank * self.data_ranks // ranks
+        corpus = job.corpus
+        train, self.held_out = corpus.windows("train"), corpus.windows("val")
+        (back_end, _), (matmul, _) = self.config.attention(), self.config.matmul()
+        model = Transformer(
+            job.model,
+            seed=self.config.seed,
+            z_loss=self.config.z_loss,
+            back_end=back_end,
+            matmul=matmul,
+            checkpointing=self.config.runtime.activation_checkpointing,
+        )
+        if self.config.init_from is not None:
+            load_weights(model, self.config.init_from)
+        self.parameters = model.parameter_count()
+        self.engine = Engine(model, self.config)
+        self.loader = Loader(
+            train,
+            corpus.order(train),
+            self.slots,
+            Share(self.data_rank, self.data_ranks, self.config.micro_batch),
+            self.config.steps,
+            pinned=self.engine.device.type == "cuda",
+        )
+        self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
+        self.events = EventLog(job.events) if rank == 0 else None
+        self.saver = Saver(
+            job.checkpoints,
+            rank=rank,
+            setup=job.setup,
+            kept=self.kept_checkpoints(),
+            patience=self.config.runtime.collective_timeout_seconds,
+        )
+        self.history: History = {"step": [], "validation": [], "skipped": []}
+        self.watch = Watch(
+            self.config.recovery,
+            max_nonfinite=self.config.runtime.max_nonfinite,
+            max_rollbacks=self.config.runtime.max_rollbacks,
+        )
+        self.requests = Requests()
+        self.seconds_a_token: float | None = None
+        rate = max(matmul_rates(self.engine.device, self.config.precision).values())
+        self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
+
+    def run(self) -> None:
+        """Train to the end, from the newest whole checkpoint where there is one, and write the results.
+
+        Raises:
+            Interrupted: a signal asked to stop; the last step taken is saved.
+            UserError: training diverged.
+        """
+        self.say_start()
+        done = self.resume()
+        self.requests.listen()
+        with self.loader:
+            while done < self.config.steps:
+                done = self.advance(done)
+        self.tell_saved(self.saver.wait())
+        self.watch.require_any(self.history, self.config.steps)
+        self.write_results()
+        self.tell("end", step=self.config.steps)
+
+    def advance(self, step: int) -> int:
+        """Take ``step`` (from 0), and do what is due after it; how many are done then, fewer after a rollback."""
+        asked = self.train_step(step)
+        done, last = step + 1, step + 1 == self.config.steps
+        self.watch.require_finite(self.history, done)
+        self.tell_saved(self.saver.poll())
+        z = self.watch.spike(self.history)
+        if z is not None:
+            done, last = self.roll_back(done, z), False
+        else:
+            if done % self.config.runtime.validation.every == 0 or last:
+                self.validate(done)
+            due = done % self.config.runtime.checkpoint_every == 0 or self.watch.saves_at(done)
+            if not last and (due or asked.save or asked.stop):
+                self.save(done)
+        if asked.stop and not last:
+            self.leave(done)
+        return done
+
+    def train_step(self, step: int) -> Asked:
+        """One optimizer step, remembered and told; what was asked for meanwhile."""
+        config = self.config
+        multiple = config.schedule.multiple(step, config.steps)
+        done = step + 1
+        told = done % config.runtime.log_every == 0 or done == config.steps
+        start = time.perf_counter()
+        taken = self.engine.step(
+            self.loader.micro_batches(step),
+            config.accumulation(step),
+            multiple,
+            measure=told,
+            asked=self.requests.take(),
+        )
+        seconds = time.perf_counter() - start
+        if not taken.applied:
+            self.history["skipped"].append({"step": done, "reason": "nonfinite", "windows": 0})
+            self.tell("skip", step=done, loss=str(taken.loss), grad_norm=str(taken.grad_norm))
+            return taken.asked
+        fact = {
+            "step": done,
+            "tokens": config.tokens_after(done),
+            "loss": taken.loss,
+            "lr": config.lr * multiple,
+            "grad_norm": taken.grad_norm,
+        }
+        self.history["step"].append(fact)
+        if told:
+            self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
+        return taken.asked
+
+    def slots(self, step: int) -> tuple[int, int]:
+        """What ``step`` reads, past what rollbacks passed over."""
+        first, count = self.config.step_slots(step)
+        return first + skipped_windows(self.history), count
+
+    def validate(self, done: int) -> None:
+        """Loss and bits per byte on the same held-out windows each time; a warning where they are not finite.
+
+        The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
+        call the model equally often. Ranks that share windows count them once each, which no ratio of sums notices.
+        """
+        windows = np.arange(
+            max(1, min(len(self.held_out), self.config.runtime.validation.tokens // self.job.model.context))
+        )
+        size = self.config.micro_batch * self.data_ranks
+        sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        for start in range(0, len(windows), size):
+            places = start + self.data_rank + self.data_ranks * np.arange(self.config.micro_batch)
+            batch = self.held_out.take(np.minimum(places, windows[-1]))
+            nats = self.engine.nats(batch)
+            weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
+            sums += text_sums(nats, self.token_bytes[batch.targets_BT.to(nats.device)], weight)
+        nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
+        if not math.isfinite(nats_all):
+            return self.report_diverged(done)
+        fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
+        self.history["validation"].append(fact)
+        self.tell("validation", **fact)
+
+    def report_diverged(self, done: int) -> None:
+        """Tell that the held-out loss is not finite; after the last step that ends the run.
+
+        Raises:
+            UserError: it was the last step.
+        """
+        message = f"the held-out loss is not finite after step {done}: training diverged; lower pretrain.lr"
+        if done == self.config.steps:
+            self.watch.require_any(self.history, done)
+            raise UserError(message)
+        self.tell("warning", message=message)
+
+    def save(self, done: int) -> None:
+        """Begin a checkpoint: training waits for the copy in memory, not for the disk."""
+        self.tell_saved(self.saver.wait())
+        since = time.perf_counter()
+        pieces = self.engine.snapshot()
+        if self.rank == 0:
+            checkpoint.begin(self.job.checkpoints, done, size=size_of(pieces) * self.ranks)
+        dist.barrier()
+        history = {kind: list(facts) for kind, facts in self.history.items()}
+        self.saver.start(done, pieces, history, since)
+
+    def kept_checkpoints(self) -> dict[str, int | None]:
+        """Which checkpoints stay, in the words of `checkpoint.prune`."""
+        runtime, recovery = self.config.runtime, self.config.recovery
+        spare = recovery.rollback_every if recovery.spike_z else None
+        return {"keep": runtime.keep_checkpoints, "every": runtime.keep_every, "spare": spare}
+
+    def tell_saved(self, saved: Saved | None) -> None:
+        """Tell of a checkpoint that is whole."""
+        if saved:
+            self.tell("checkpoint", step=saved.step, seconds=round(saved.seconds, 3), bytes=saved.bytes)
+
+    def resume(self) -> int:
+        """Load the newest whole checkpoint; the number of steps already taken."""
+        newest = self.newest_checkpoint()
+        if newest is None:
+            if self.watch.saves_at(0):
+                self.save(0)
+            return 0
+        checkpoint.require_same_training(newest, self.job.setup)
+        if changed := checkpoint.changes(newest, self.job.setup):
+            self.tell("warning", message=changed)
+        self.take_up(newest)
+        self.tell("resume", step=newest.step)
+        return newest.step
+
+    def roll_back(self, done: int, z: float) -> int:
+        """After a spike in step ``done``: take up an earlier checkpoint, to go on past the batches since; its step.
+
+        That is saved again with what is to be skipped, so that a start after a kill knows.
+        """
+        self.tell_saved(self.saver.wait())
+        until, plan = self.watch.rollback_to(self.history, done), self.config.plan
+        target = self.newest_checkpoint(until)
+        assert target is not None, f"no whole checkpoint up to step {until} to roll back to"
+        spike = {"step": done, "reason": "spike", "loss": self.history["step"][-1]["loss"], "z": round(z, 3)}
+        windows = plan.windows_before(done) - plan.windows_before(target.step)
+        self.take_up(target)
+        self.history["skipped"].append({**spike, "windows": windows})
+        self.tell("rollback", **spike, to=target.step, windows=windows)
+        self.save(target.step)
+        self.tell_saved(self.saver.wait())
+        dist.barrier()
+        return target.step
+
+    def newest_checkpoint(self, until: int | None = None) -> checkpoint.Checkpoint | None:
+        """The newest whole checkpoint, of at most ``until`` steps; torn and later ones are removed."""
+        found: list[Any] = [None]
+        if self.rank == 0:
+            found[0], problems = checkpoint.recover(self.job.checkpoints, until)
+            for message in problems:
+                self.tell("warning", message=message)
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def take_up(self, saved: checkpoint.Checkpoint) -> None:
+        """Be where the training was when ``saved`` was made."""
+        root = self.job.checkpoints
+        self.engine.restore(checkpoint.folder_of(root, saved.step))
+        self.history = checkpoint.read_history(root, saved)
+
+    def leave(self, done: int) -> None:
+        """End because a signal asked to, when all is on disk."""
+        self.tell_saved(self.saver.wait())
+        self.tell("interrupted", step=done)
+        dist.barrier()
+        raise Interrupted(f"interrupted after step {done}, which is saved: run it again to go on")
+
+    def write_results(self) -> None:
+        """The artifact's files, the model last: it says that the others are there."""
+        weights = self.engine.weights()
+        if self.rank == 0:
+            for kind, name in (("step", "losses"), ("validation", "validation")):
+                with atomic_path(self.job.out / f"{name}.parquet") as path:
+                    pq.write_table(pa.Table.from_pylist(self.history[kind]), path, compression="zstd")
+            if self.history["skipped"]:
+                with atomic_path(self.job.out / "skipped.parquet") as path:
+                    pq.write_table(pa.Table.from_pylist(self.history["skipped"]), path, compression="zstd")
+            save_model(self.job.model, weights, self.job.out)
+        dist.barrier()
+
+    def say_start(self) -> None:
+        """The event that opens a run."""
+        config = self.config
+        self.tell(
+            "start",
+            precision=config.precision,
+            reason=precision_reason(config.precision),
+            parameters=self.parameters,
+            steps=config.steps,
+            tokens=config.tokens_after(config.steps),
+            ranks=self.ranks,
+            zero_stage=config.runtime.zero_stage,
+            attention=config.attention()[0],
+            matmul=config.matmul()[0],
+            micro_batch=config.micro_batch,
+            matmul_flops=self.peak_flops,
+        )
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Write an event, on rank 0."""
+        if self.events is not None:
+            self.events.write(event, **fields)
+
+    def speed(self, step: int, seconds: float) -> dict[str, float]:
+        """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
+        matrix products reached when probed at the start (of a rank's memory, its own)."""
+        config = self.config
+        tokens = config.plan.windows_at(step) * config.model.context
+        rate = tokens / seconds
+        previous = self.seconds_a_token
+        self.seconds_a_token = 1 / rate if previous is None else 0.9 * previous + 0.1 / rate
+        left = config.tokens_after(config.steps) - config.tokens_after(step + 1)
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.job.model.flops_per_token() / self.peak_flops,
+            "memory": memory_bytes(),
+            "eta_seconds": left * self.seconds_a_token,
+        }
+
+
+def main(path: Path) -> None:
+    """Run one rank of the job in ``path``; exit code 1 when it fails."""
+    parent = launcher_pid()
+    if parent != os.getpid():
+        die_with(parent)
+    job = Job.model_validate_json(path.read_text(encoding="utf-8"))
+    try:
+        with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
+            rank, ranks = start_ranks(job.config.runtime.collective_timeout_seconds)
+            Trainer(job, rank, ranks).run()
+    except Exception as error:
+        try:
+            if not has_ended(
+                parent
+            ):  # else we fail because the others are gone, and a new job may be reading
+                report_failure(error, job.out / "logs")
+        finally:
+            # Not sys.exit: threads of collectives that the other ranks will never answer would keep us alive.
+            os._exit(1)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # All is on disk, and all ranks know it. As an interpreter ends, C++ threads of collectives that still run abort it.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

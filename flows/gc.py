@@ -24,7 +24,8 @@ from uuid import uuid4
 from filelock import Timeout
 
 from data_pipeline.core.errors import UserError
-from flows.engine.store import LINKED, REPLACED, Store, fsync_folder, shared_lock
+from data_pipeline.core.files import fsync
+from flows.engine.store import LINKED, REPLACED, Store, shared_lock
 from flows.engine.uses import alone, last_used, use_path
 from flows.lineage.graph import Graph, Key, Node
 from flows.listeners.mlflow.copies import Copies
@@ -423,7 +424,7 @@ def remove_one(store: Store, one: Candidate, copies: Copies | None = None) -> st
         gone = one.path.with_name(f"{one.path.name}.{uuid4().hex[:8]}{REMOVED}")
         if one.kind != "lock" and one.path.exists():
             os.rename(one.path, gone)
-            fsync_folder(gone.parent)
+            fsync(gone.parent)
         if not (store.path(*one.key).exists() or store.partial(*one.key).exists()):
             for lock in (use_path(store, *one.key), Path(store.lock(*one.key).lock_file)):
                 lock.unlink(missing_ok=True)  # who waits for one sees that it is gone, and makes another

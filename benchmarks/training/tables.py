@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.training.measure import AttentionTimes, Entry, Measured
 from data_pipeline.core.processes import cores
-from llm.export.model_card import table
+from data_pipeline.core.text import table
 from llm.machine.hardware import cpu_flags
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -40,9 +40,17 @@ def excerpt(text: str, characters: int = 160) -> str:
     return " ".join(text[: 2 * characters].split())[:characters]
 
 
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    """A Markdown table."""
-    lines = [list(header)]
-    lines.append(["---"] * len(lines[0]))
-    lines += [[str(cell).replace("|", "\\|") for cell in row] for row in rows]
+def table(header: Sequence[str], rows: Iterable[Iterable[object]], align: Sequence[str] = ()) -> str:
+    """A Markdown table; bars and line breaks in its cells stay text.
+
+    Args:
+        align: of each column, ``---``, ``:---`` or ``---:``; all the first where it is empty.
+    """
+    lines = [header, align or ["---"] * len(header), *(map(cell, row) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def cell(value: object) -> str:
+    """``value`` as it may stand between the bars of a Markdown table."""
+    text = str(value)
+    return (text if len(text.splitlines()) < 2 else " ".join(text.split())).replace("|", "\\|")

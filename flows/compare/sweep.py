@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import write_durably
 from data_pipeline.documents import count_rows
 from flows.compare.compare import Comparison, compare
 from flows.compare.log import files, note
@@ -22,7 +23,7 @@ from flows.compare.statistics import MIN_DOCUMENTS
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
 from flows.engine.plan import Selection, Step, make_plan
-from flows.engine.store import Artifact, Store, canonical_json, write_durably
+from flows.engine.store import Artifact, Store, canonical_json
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.journal import Operation
 from flows.listeners.mlflow.tracker import candidate, read_record

@@ -12,8 +12,8 @@ from urllib.parse import quote, urlsplit
 import psutil
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import write_durably
 from flows.engine.process import lives
-from flows.engine.store import write_durably
 
 POOL, GPU_POOL = "llmill", "llmill-gpu"
 PREFECT, MLFLOW = "prefect", "mlflow"

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import write_durably
 from data_pipeline.core.text import last_lines
 from flows.engine import launch
 from flows.engine.stopping import STOP_SECONDS, asked
-from flows.engine.store import write_durably
 from llm.machine.slurm import SlurmJob
 
 STATE = "slurm.json"

@@ -27,6 +27,7 @@ from typing import Any
 from filelock import FileLock
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import file_sha256, fsync, write_durably
 
 MANIFEST_SCHEMA = 1
 MANIFEST_FIELDS = {
@@ -194,7 +195,7 @@ class Store:
         }
         for path in partial.rglob("*"):
             if path.is_dir():
-                fsync_folder(path)
+                fsync(path)
             else:
                 protect(path)
         write_durably(
@@ -221,7 +222,7 @@ class Store:
                 shutil.rmtree(replaced, ignore_errors=True)
                 os.rename(final, replaced)
             os.rename(partial, final)
-            fsync_folder(final.parent)
+            fsync(final.parent)
         elif replaced.exists() and not final.exists():
             os.rename(replaced, final)
         shutil.rmtree(replaced, ignore_errors=True)
@@ -385,35 +386,6 @@ def payload_checksum(files: list[dict[str, Any]]) -> str:
         [entry["path"], entry["sha256"]] for entry in files if not entry["path"].startswith(f"{LOGS}/")
     ]
     return hashlib.sha256(canonical_json(payload).encode()).hexdigest()
-
-
-def file_sha256(path: Path, fsync: bool = False) -> str:
-    """sha256 of a file's content; with ``fsync``, the file is on disk when this returns."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if fsync:
-            os.fsync(file.fileno())
-    return digest
-
-
-def write_durably(path: Path, text: str) -> None:
-    """Write a file so that after a power cut it is there whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def now() -> str:

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
-from flows.engine.store import file_sha256, read_manifest
+from data_pipeline.core.files import file_sha256
+from flows.engine.store import read_manifest
 from flows.lineage.documents import DocumentTrace, ids_alike
 from flows.lineage.graph import Graph, Node
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.engine.store import write_durably
+from data_pipeline.core.files import write_durably
 
 Fields = dict[str, Any]
 """The fields of a deployment that a page can change, as a prefect.yaml writes them."""

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from data_pipeline.core.files import write_durably
 from flows.engine.process import lives
 from flows.engine.stopping import END_SECONDS
-from flows.engine.store import write_durably
 
 WORKER = "LLMILL_WORKER"
 """The variable that our own worker sets for the runs that it starts."""

@@ -19,11 +19,11 @@ from pathlib import Path
 import psutil
 from filelock import FileLock
 
+from data_pipeline.core.files import write_durably
 from data_pipeline.core.text import last_lines
 from flows.engine.ports import answers, answers_soon, free_port
 from flows.engine.process import lives
 from flows.engine.services import prefect_api, prefect_home
-from flows.engine.store import write_durably
 
 START_SECONDS = 120
 CLIENT_SETTINGS = {

@@ -22,13 +22,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
+from data_pipeline.core.text import table
 from data_pipeline.documents import count_rows
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
-from llm.export.model_card import cell
 from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
 
@@ -211,22 +211,28 @@ def report(
     samples: Sequence[Mapping[str, str]],
 ) -> str:
     """The stage's report in Markdown."""
-    lines = [
-        "# Evaluation on held-out documents",
-        "",
-        "| source | documents | tokens | bytes | loss (nats) | perplexity | bits per byte |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for name, figures in [*sources.items(), ("**all**", metrics)]:
-        counts = " | ".join(f"{figures[key]:,.0f}" for key in ("documents", "tokens", "bytes"))
-        lines.append(
-            f"| {name} | {counts} | {figures['loss']:.4f} | {figures['perplexity']:.2f} "
-            f"| {figures['bits_per_byte']:.4f} |"
+    by_source = [
+        (
+            name,
+            *(f"{figures[key]:,.0f}" for key in ("documents", "tokens", "bytes")),
+            f"{figures['loss']:.4f}",
+            f"{figures['perplexity']:.2f}",
+            f"{figures['bits_per_byte']:.4f}",
         )
+        for name, figures in [*sources.items(), ("**all**", metrics)]
+    ]
+    numbers = ["---", *["---:"] * 6]
+    header = ("source", "documents", "tokens", "bytes", "loss (nats)", "perplexity", "bits per byte")
     ranked = sorted((row for row in rows if row["bytes"]), key=lambda row: (row["bits_per_byte"], row["id"]))
-    lines += ["", "| easiest and hardest documents | bytes | bits per byte |", "| --- | ---: | ---: |"]
-    for row in ranked if len(ranked) <= 10 else [*ranked[:5], *ranked[-5:]]:
-        lines.append(f"| {cell(row['id'])} | {row['bytes']:,} | {row['bits_per_byte']:.4f} |")
+    extremes = ranked if len(ranked) <= 10 else [*ranked[:5], *ranked[-5:]]
+    by_document = [(row["id"], f"{row['bytes']:,}", f"{row['bits_per_byte']:.4f}") for row in extremes]
+    lines = [
+        "# Evaluation on held-out documents\n",
+        table(header, by_source, numbers),
+        table(
+            ("easiest and hardest documents", "bytes", "bits per byte"), by_document, ["---", "---:", "---:"]
+        ).rstrip(),
+    ]
     for sample in samples:
         lines += ["", f"## Sample: {sample['prompt']!r}", "", *quoted(sample["prompt"] + sample["text"])]
     return "\n".join(lines) + "\n"

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from data_pipeline.core.text import human_bytes
+from data_pipeline.core.text import human_bytes, table
 from data_pipeline.stage import Metrics
 from llm.model.config import ModelConfig
 from llm.model.layouts import Layout, layout_of
@@ -49,7 +49,7 @@ def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Met
         "## How it was made",
         lineage(manifests),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
 
 
 def architecture(model: ModelConfig) -> str:
@@ -118,14 +118,3 @@ def lineage(manifests: Manifests) -> str:
 def figure(value: float) -> str:
     """A count without decimals, anything else with four digits."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"
-
-
-def table(head: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    """A Markdown table; bars and line breaks in its cells stay text."""
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
-
-
-def cell(value: Any) -> str:
-    """``value`` as it may stand between the bars of a Markdown table."""
-    return " ".join(str(value).split()).replace("|", "\\|")

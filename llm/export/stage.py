@@ -15,10 +15,11 @@ import torch
 from safetensors.torch import save_file
 
 from data_pipeline.core.files import atomic_path
+from data_pipeline.core.text import table
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
 from llm.export.config import ExportConfig
-from llm.export.model_card import model_card, table
+from llm.export.model_card import model_card
 from llm.model.config import ModelConfig
 from llm.model.layouts import exported_weights, layout_of, transformers_config
 from llm.model.transformer import Transformer, load_model
@@ -78,7 +79,7 @@ def report(config: ExportConfig, model: ModelConfig, difference: float, out: Pat
     return (
         f"# Export of {config.name}\n\n"
         f"`transformers` loads it as {architecture}, weights in {config.dtype}. Its logits differ from ours by at "
-        f"most {difference:.1e} (allowed: {TOLERANCE:.0e}).\n\n{table(('file', 'bytes'), rows)}\n"
+        f"most {difference:.1e} (allowed: {TOLERANCE:.0e}).\n\n{table(('file', 'bytes'), rows)}"
     )
 
 

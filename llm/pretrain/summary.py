@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from data_pipeline.core.files import atomic_path
+from data_pipeline.core.text import table
 from data_pipeline.stage import Metrics
 from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
@@ -80,16 +81,27 @@ def report(
         "",
         f"Training loss over the last steps: {metrics['loss']:.4f} nats a token.",
         "",
-        "| step | tokens | held-out loss (nats) | bits per byte |",
-        "| ---: | ---: | ---: | ---: |",
     ]
-    for check in checks:
-        tokens = config.tokens_after(int(check["step"]))
-        lines.append(f"| {check['step']} | {tokens:,} | {check['loss']:.4f} | {check['bits_per_byte']:.4f} |")
-    lines += ["", "| step | training loss | learning rate | gradient norm |", "| ---: | ---: | ---: | ---: |"]
-    for row in losses[:: max(1, len(losses) // 20)]:
-        lines.append(f"| {row['step']} | {row['loss']:.4f} | {row['lr']:.3e} | {row['grad_norm']:.3f} |")
+    held_out = [
+        (
+            check["step"],
+            f"{config.tokens_after(int(check['step'])):,}",
+            f"{check['loss']:.4f}",
+            f"{check['bits_per_byte']:.4f}",
+        )
+        for check in checks
+    ]
+    training = [
+        (row["step"], f"{row['loss']:.4f}", f"{row['lr']:.3e}", f"{row['grad_norm']:.3f}")
+        for row in losses[:: max(1, len(losses) // 20)]
+    ]
+    tables = [
+        table(("step", "tokens", "held-out loss (nats)", "bits per byte"), held_out, ["---:"] * 4),
+        table(("step", "training loss", "learning rate", "gradient norm"), training, ["---:"] * 4),
+    ]
     if skipped:
-        lines += ["", "| step | skipped because | windows passed over |", "| ---: | :--- | ---: |"]
-        lines += [f"| {fact['step']} | {fact['reason']} | {fact['windows']} |" for fact in skipped]
-    return "\n".join(lines) + "\n"
+        passed = [(fact["step"], fact["reason"], fact["windows"]) for fact in skipped]
+        tables.append(
+            table(("step", "skipped because", "windows passed over"), passed, ["---:", ":---", "---:"])
+        )
+    return "\n".join([*lines, *tables])

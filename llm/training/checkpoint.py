@@ -7,9 +7,7 @@ unpickled: parts are safetensors, records are JSON.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 import time
@@ -21,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.files import atomic_path
+from data_pipeline.core.files import atomic_path, file_sha256, fsync
 from data_pipeline.core.text import human_bytes
 
 RECORD = "checkpoint.json"
@@ -123,11 +121,11 @@ def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
         described.unlink()
     record = {"format": FORMAT, **asdict(Checkpoint(step, setup, files))}
     (folder / RECORD).write_text(json.dumps(record, indent=1, allow_nan=False), encoding="utf-8")
-    sync(folder / RECORD)
-    sync(folder)
+    fsync(folder / RECORD)
+    fsync(folder)
     shutil.rmtree(folder_of(folder.parent, step), ignore_errors=True)  # a rollback saves a step again
     folder.rename(folder_of(folder.parent, step))
-    sync(folder.parent)
+    fsync(folder.parent)
     return sum(size for size, _ in files.values())
 
 
@@ -165,7 +163,7 @@ def damage(root: Path, checkpoint: Checkpoint) -> str | None:
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != size or sha256(path) != digest:
+        if path.stat().st_size != size or file_sha256(path) != digest:
             return f"{name} is not what was written"
     return None
 
@@ -245,20 +243,5 @@ def prune(root: Path, keep: int, every: int | None = None, spare: int | None = N
 
 def describe(path: Path) -> list[Any]:
     """[size, SHA-256] of a file, after forcing it to disk."""
-    sync(path)
-    return [path.stat().st_size, sha256(path)]
-
-
-def sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Force a file, or a folder's list of names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(path)
+    return [path.stat().st_size, file_sha256(path)]

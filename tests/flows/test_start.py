@@ -97,7 +97,12 @@ def test_status_imports_no_heavy_library(watched, finished):
 def test_a_plan_imports_no_heavy_library_and_no_body_that_needs_one(watched, finished):
     found = imported(watched, finished, "plan", str(finished.recipe))
     assert not found & set(HEAVY)
-    assert not found & {"llm.pretrain.stage", "llm.evaluate.stage", "llm.export.stage", "llm.model.transformer"}
+    assert not found & {
+        "llm.pretrain.stage",
+        "llm.evaluate.stage",
+        "llm.export.stage",
+        "llm.model.transformer",
+    }
 
 
 def tracked_runs(llmill) -> int:

@@ -69,14 +69,14 @@ def test_a_rank_that_never_writes_is_an_error_in_bounded_time(tmp_path: Path) ->
 
 def test_the_loop_waits_for_no_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes its time is one whose sync does."""
-    slow, syncing = checkpoint.sync, threading.Event()
+    slow, syncing = checkpoint.fsync, threading.Event()
 
     def sync(path: Path) -> None:
         syncing.set()
         time.sleep(0.3)
         slow(path)
 
-    monkeypatch.setattr(checkpoint, "sync", sync)
+    monkeypatch.setattr(checkpoint, "fsync", sync)
     one = Saver(
         tmp_path,
         rank=0,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 
+from data_pipeline.core.text import table
 from flows.engine.store import Artifact
 from flows.listeners.markdown import plain
 from flows.listeners.terminal import headline
 
-SAMPLES, FAILED, TABLE = "What the model writes:", "**Failed**: ", "| stage | |"
+SAMPLES, FAILED, TABLE = "What the model writes:", "**Failed**: ", "| stage |"
 MOST_SAMPLES = 3
 SAMPLE_CHARACTERS = 400
 Outcome = tuple[Artifact, str, float]
@@ -39,10 +40,10 @@ def run_note(
 def summary_table(results: Mapping[str, Outcome]) -> str:
     """A table with one row a stage."""
     rows = [
-        f"| {stage} | {how} | {headline(artifact)} | {seconds:.1f} | `{artifact.fingerprint}` |"
+        (stage, how, headline(artifact), f"{seconds:.1f}", f"`{artifact.fingerprint}`")
         for stage, (artifact, how, seconds) in results.items()
     ]
-    return "\n".join([f"{TABLE} result | seconds | artifact |", "|---|---|---|---:|---|", *rows]) + "\n"
+    return table(("stage", "", "result", "seconds", "artifact"), rows, ["---", "---", "---", "---:", "---"])
 
 
 def samples(results: Mapping[str, Outcome]) -> str:

@@ -20,7 +20,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from flows.engine.store import fsync_folder
+from data_pipeline.core.files import fsync
 
 Operation = Mapping[str, Any]
 DAMAGED = "damaged"
@@ -48,7 +48,7 @@ class Journal:
         claimed = journal.claim()  # before it is there: nobody should take it for a left one
         assert claimed
         journal.append([{"experiment": experiment, "target": target, **({"lasts": "yes"} if lasts else {})}])
-        fsync_folder(folder)
+        fsync(folder)
         return journal
 
     @property

@@ -21,7 +21,8 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from flows.engine.store import Artifact, canonical_json, shared_lock, write_durably
+from data_pipeline.core.files import write_durably
+from flows.engine.store import Artifact, canonical_json, shared_lock
 from flows.listeners.mlflow.delivery import Sender
 from flows.listeners.mlflow.events import EVENTS, Point, event_points, read_lines
 from flows.listeners.mlflow.journal import Journal, outbox

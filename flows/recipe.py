@@ -101,6 +101,7 @@ class Head(Config):
     """The MLflow experiment and the Prefect flow are called so."""
 
     description: str = ""
+    """What the run is for; shown in MLflow and Prefect."""
     runtime: RecipeRuntime = RecipeRuntime()
 
 

@@ -64,6 +64,7 @@ CALLS: dict[str, list[list[str]]] = {
     "worker": [],
     "ui": [],
     "sync": [],
+    "settings": [[LINE]],
 }  # fmt: skip
 """Command -> arguments with a text that its answer names; a dot in it would end a setting's name."""
 
@@ -86,6 +87,7 @@ AT_HOME: dict[str, list[list[str]]] = {
     "worker": [],
     "ui": [["--port", "{port}"]],
     "sync": [[]],
+    "settings": [],
 }
 """The same for what works on a home, which here has a name of that kind."""
 

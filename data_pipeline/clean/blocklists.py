@@ -35,7 +35,9 @@ class Blocklists(Config):
     """Files of entries, one a line; ``.gz`` is decompressed."""
 
     urls: tuple[Path, ...] = ()
+    """Hosts, or hosts with a path: documents from there are dropped."""
     phrases: tuple[Path, ...] = ()
+    """Documents that hold one are dropped."""
     ids: tuple[Path, ...] = ()
     """Of documents that must not be used, by whoever's wish: nothing of their text is kept, not even as an example."""
 

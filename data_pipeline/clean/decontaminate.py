@@ -36,6 +36,7 @@ class EvaluationSet(Config):
     """One evaluation set, as a file: ``.txt`` (one text), ``.jsonl`` (both also ``.gz``) or ``.parquet``."""
 
     path: Path
+    """The file."""
     fields: tuple[str, ...] = ("text",)
     """Of a JSON line or a Parquet row: what is looked for (questions, answers, ...); a list counts by its items."""
 
@@ -53,6 +54,7 @@ class Decontamination(Config):
     sets: dict[str, EvaluationSet] = Field(min_length=1)
     """By the name under which its matches are counted; of several that match, the first in alphabet is the reason."""
     ngram: int = Field(default=13, ge=1)
+    """Words of an item that are looked for together."""
     min_matches: int = Field(default=1, ge=1)
     """A document is dropped if at least so many of its n-grams stand in one set."""
     min_fraction: Annotated[float, Field(ge=0, le=1)] = 0

@@ -32,6 +32,7 @@ class FineWebRules(Config):
     max_short_lines: Share | None = 0.67
     """Fraction of lines with fewer than ``short_line_characters`` characters."""
     short_line_characters: Count = 30
+    """See `max_short_lines`."""
     max_newlines_per_word: Ratio | None = 0.3
     """Line feeds for each word; only more than this is dropped."""
 

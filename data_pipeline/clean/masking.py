@@ -100,8 +100,11 @@ class Masking(Config):
     """What each kind is replaced by; None leaves it alone."""
 
     email: Placeholder | None = "<EMAIL>"
+    """In place of e-mail addresses."""
     ip: Placeholder | None = "<IP_ADDRESS>"
+    """In place of public IP addresses."""
     phone: Placeholder | None = "<PHONE_NUMBER>"
+    """In place of telephone numbers."""
 
     def kinds(self) -> list[str]:
         """The kinds that are masked, in the order in which it is done."""

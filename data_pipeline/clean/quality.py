@@ -52,10 +52,13 @@ class GopherRules(Config):
     """Thresholds; a document beyond one is dropped for the reason that bears the field's name."""
 
     min_words: Count | None = 50
+    """Shorter documents are dropped."""
     max_words: Count | None = 100_000
+    """Longer documents are dropped."""
     min_mean_word_length: Ratio | None = 3
     """Characters; Korean and full-width ones count twice."""
     max_mean_word_length: Ratio | None = 10
+    """Characters; as `min_mean_word_length`."""
     max_symbols_per_word: Ratio | None = 0.1
     """For hash signs and for ellipses, each on its own."""
     max_bullet_lines: Fraction | None = 0.9
@@ -73,9 +76,11 @@ class GopherRules(Config):
     max_duplicate_lines: Fraction | None = 0.3
     """Fraction of lines that repeat an earlier one."""
     max_duplicate_paragraphs: Fraction | None = 0.3
+    """Fraction of paragraphs that repeat an earlier one."""
     max_duplicate_line_characters: Fraction | None = 0.2
     """Fraction of the characters that stand in repeated lines."""
     max_duplicate_paragraph_characters: Fraction | None = 0.2
+    """Fraction of the characters that stand in repeated paragraphs."""
     max_top_ngram_characters: dict[Width, Fraction] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
     """By n: fraction of the words' characters that the most frequent n-gram covers, if it occurs twice or more."""
     max_duplicate_ngram_characters: dict[Width, Fraction] | None = Field(

@@ -72,17 +72,23 @@ class CleanConfig(StageConfig):
     """
 
     unicode: Form | None = "NFC"
+    """Normal form that texts are brought to; None leaves them as they are."""
     min_chars: int = Field(default=1, ge=1)
     """Length bounds of the normalised text."""
     max_chars: int | None = Field(default=None, ge=1)
+    """Longer texts are dropped; None: of no length."""
     blocklists: Blocklists | None = None
+    """Documents to drop by address, phrase or id."""
     language: LanguageRules | None = None
+    """Languages to keep, by a classifier."""
     gopher: GopherRules | None = GopherRules()
     """Quality and repetition; None switches all of them off."""
     c4: C4Rules | None = None
     """The only rules that take something out of a text: lines."""
     fineweb: FineWebRules | None = None
+    """FineWeb's rules of lines."""
     decontamination: Decontamination | None = None
+    """Evaluation sets whose items no document may hold."""
     masking: Masking | None = None
     """Asked of the documents that are kept: it changes them."""
     runtime: Runtime = Runtime()

@@ -42,6 +42,7 @@ class DedupConfig(StageConfig):
     operators (``!$%&*+-/<=>?@^|~``) and all that Unicode calls a symbol, so that ``a < b`` is not ``a > b``, nor a
     thumb up one down; ``all``: brackets, quotes and other punctuation, too."""
     bands: int = Field(default=18, ge=1)
+    """Groups of `rows` entries; documents that share a whole group are compared."""
     rows: int = Field(default=7, ge=1)
     """Entries of the signature in a band: more rows find fewer pairs, more bands find more."""
     threshold: float = Field(default=0.8, gt=0, le=1)
@@ -55,6 +56,7 @@ class DedupConfig(StageConfig):
     spans: SpanRules | None = None
     """Cut long spans that several documents have; None leaves texts whole."""
     seed: int = Field(default=0, ge=0, lt=1 << 64)
+    """Of the hash functions."""
     runtime: DedupRuntime = DedupRuntime()
 
     @model_validator(mode="after")

@@ -59,6 +59,7 @@ class TextSource(Config):
     """What all kinds of source share."""
 
     name: SourceName
+    """Ids of the source's documents begin with it."""
     text_field: str = "text"
     """Field or column that holds the text, in JSON and Parquet."""
     text_format: Literal["plain", "html"] = "plain"
@@ -68,6 +69,7 @@ class TextSource(Config):
     meta_fields: tuple[str, ...] = ()
     """Fields or columns kept in each document's ``meta``, where it has them: a URL, a date, a quality score."""
     license: str | None = None
+    """Kept with each document, and named in the model card."""
     url: Annotated[str | None, AfterValidator(without_password)] = None
     """Where the text comes from, for a person; kept with each document, as is the licence."""
     retrieved: date | None = None
@@ -127,6 +129,7 @@ class LocalSource(FileSource):
 
     kind: Literal["local"] = "local"
     path: str
+    """A file, a folder or a glob pattern."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the file (in order of name) that reaches this many bytes as stored."""
 
@@ -136,6 +139,7 @@ class InstalledPythonSource(TextSource):
 
     kind: Literal["installed-python"] = "installed-python"
     max_bytes: int | None = Field(default=None, gt=0)
+    """Reading ends with the file (in order) that reaches this many bytes."""
 
 
 def without_credentials(url: str) -> str:
@@ -162,6 +166,7 @@ class HttpSource(FileSource):
 
     kind: Literal["http"] = "http"
     urls: tuple[Annotated[str, AfterValidator(without_credentials)], ...] = Field(min_length=1)
+    """Addresses of the files."""
     sha256: dict[str, str] = Field(default_factory=dict)
     """Expected hash by address; optional."""
 
@@ -260,11 +265,15 @@ class HuggingFaceSource(TextSource):
 
     kind: Literal["huggingface"] = "huggingface"
     dataset: str
+    """Its name on the Hub, or a local folder."""
     config: str | None = None
+    """Which of the data set's configs; None: its only one, or the default."""
     split: str = "train"
+    """Which of its splits."""
     revision: str | None = None
     """Branch, tag or commit; resolved to a commit when the run is planned."""
     max_rows: int | None = Field(default=None, gt=0)
+    """Reading ends after this many rows."""
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the row that reaches this many bytes of text."""
     max_expansion: float = Field(default=200, gt=0)

@@ -60,6 +60,7 @@ class DownloadConfig(StageConfig):
     """Which sources to read. `resolve` pins what they hold."""
 
     sources: tuple[Source, ...] = Field(min_length=1)
+    """Where text comes from, in order: see docs/sources.md."""
     shard_bytes: int = Field(default=8_000_000, gt=0)
     """Text in a document shard, about: a shard ends with the document that reaches it."""
     runtime: DownloadRuntime = DownloadRuntime()

@@ -69,6 +69,7 @@ class TokenizerConfig(StageConfig):
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Text to learn from: documents are drawn by hash of their id until this is reached."""
     seed: int = Field(default=0, ge=0)
+    """Of the sample."""
     runtime: Runtime = Runtime()
 
     @property

@@ -13,13 +13,20 @@ from io import TextIOWrapper
 import typer
 
 from data_pipeline.core.errors import UserError
-from flows.cli import artifacts, comparison, models, runs, schedule, servers, tracking
+from flows.cli import artifacts, comparison, models, runs, schedule, servers, settings, tracking
 from flows.cli.signals import heed_signals
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Run a recipe": (runs.run, runs.plan, comparison.sweep, runs.join),
-    "Have it run by itself": (schedule.deploy,),
-    "What is there": (artifacts.status, artifacts.verify, artifacts.trace, artifacts.find, artifacts.gc),
+    "Run": (runs.run, runs.plan, comparison.sweep, runs.join),
+    "Schedule": (schedule.deploy,),
+    "Inspect": (
+        artifacts.status,
+        artifacts.verify,
+        artifacts.trace,
+        artifacts.find,
+        artifacts.gc,
+        settings.settings,
+    ),
     "Compare": (comparison.compare,),
     "Models": (models.generate, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),

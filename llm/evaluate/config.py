@@ -16,10 +16,13 @@ class EvaluateConfig(StageConfig):
     prompts: tuple[str, ...] = ("", "The ", "In the beginning")
     """A sample is written for each; "" lets the model begin."""
     max_new_tokens: int = Field(default=128, ge=1)
+    """Length of a sample, at most."""
     temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token."""
     top_p: float = Field(default=0.95, gt=0, le=1)
+    """Tokens are drawn from the likeliest that together have this probability."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
+    """Of the samples."""
     runtime: Runtime = Runtime()
 
     @field_validator("prompts")

@@ -28,9 +28,13 @@ class SlurmJob(Runtime):
     nodes: int = Field(default=1, ge=1)
     """Machines, which share the ranks evenly."""
     gpus_per_node: int | None = Field(default=None, ge=1)
+    """GPUs to ask for on each machine."""
     cpus_per_node: int | None = Field(default=None, ge=1)
+    """Cores to ask for on each machine."""
     partition: str | None = Field(default=None, min_length=1)
+    """Where the job is queued; None: in the default partition."""
     account: str | None = Field(default=None, min_length=1)
+    """Who is charged; None: the default account."""
     time: str | None = Field(default=None, pattern=TIME)
     """At most so long, as sbatch has it (``2-00:00:00``). A training that takes longer saves, and is queued again."""
     options: tuple[str, ...] = ()

@@ -19,20 +19,27 @@ class ModelShape(Config):
     positions: Literal["rotary", "learned"] = "rotary"
     """"rotary": RMSNorm, SwiGLU and no biases; "learned": GPT-2's LayerNorm, GELU and biases."""
     layers: int = Field(default=12, ge=1)
+    """Number of blocks."""
     heads: int = Field(default=12, ge=1)
+    """Query heads of attention."""
     kv_heads: int | None = Field(default=None, ge=1)
     """Heads of keys and values; None: as many as `heads` (no grouping)."""
     head_dim: int | None = Field(default=None, ge=1)
     """Width of a head; None: `width` / `heads`."""
     width: int = Field(default=768, ge=2)
+    """Width of the residual stream."""
     hidden: int | None = Field(default=None, ge=1)
     """Width inside the MLP; None: 4 times `width` for GPT-2's, for SwiGLU 8/3, rounded up to a multiple of 64."""
     context: int = Field(default=1024, ge=2)
     """Positions the model sees at once, in tokens."""
     rope_theta: float = Field(default=10_000.0, gt=0)
+    """Base of the frequencies of rotary positions."""
     norm_eps: float = Field(default=1e-5, gt=0)
+    """Added to the mean square (or variance) in a norm."""
     qk_norm: bool = False
+    """Whether each head's queries and keys are normed, as in Qwen3."""
     tie_embeddings: bool = False
+    """Whether embedding and head share one matrix."""
     logit_softcap: float | None = Field(default=None, gt=0)
     """Logits s become logit_softcap * tanh(s / logit_softcap); no layout of `transformers` that we export has it."""
     init_std: float = Field(default=0.02, gt=0)

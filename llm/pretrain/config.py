@@ -177,8 +177,11 @@ class PretrainConfig(StageConfig):
     schedule: Schedule = Schedule()
     optimizer: OptimizerConfig = OptimizerConfig()
     betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's first and second moments."""
     eps: float = Field(default=1e-8, gt=0)
+    """In the denominator of AdamW's step."""
     weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled; of hidden matrices and the head."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Largest norm of the gradient; longer ones are scaled down to it."""
     z_loss: float = Field(default=0.0, ge=0)
@@ -186,6 +189,7 @@ class PretrainConfig(StageConfig):
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Of the initial weights and of the order of windows."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What matrix products compute in; "auto": bf16 where the machine is fast in it, else fp32."""
     recovery: Recovery = Recovery()
     runtime: PretrainRuntime = PretrainRuntime()
 

@@ -42,6 +42,7 @@ class Schedule(Config):
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
     """Of wsd: how it falls; 1-sqrt(t) ended lower than 1-t in Haegele et al. 2024, arXiv:2405.18392, 4."""
     batch_warmup: BatchWarmup | None = None
+    """Begin with a smaller batch; None: all steps read batch_tokens."""
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

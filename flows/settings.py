@@ -13,6 +13,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import accumulate
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -59,9 +60,10 @@ def settings(prefix: str = "") -> list[Setting]:
     known = list(of_model(Recipe, ""))
     found = [one for one in known if f"{one.name}.".startswith(f"{prefix}.")] if prefix else known
     if not found:
-        close = difflib.get_close_matches(
-            prefix, [*Recipe.model_fields, *(one.name for one in known)], 3, 0.5
+        names = dict.fromkeys(
+            name for one in known for name in accumulate(one.name.split("."), "{}.{}".format)
         )
+        close = difflib.get_close_matches(prefix, names, 3, 0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(Recipe.model_fields)}"
         raise UserError(f"no setting is called {prefix}; {hint}")
     return found

@@ -5,10 +5,10 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup run test test-long lint clean
+.PHONY: help setup run check lint test test-quick test-long clean
 
 help:  ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z -]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 setup: $(STAMP)  ## Make .venv and install everything, pinned (nothing to do when up to date)
 
@@ -23,14 +23,17 @@ $(STAMP): pyproject.toml constraints.txt
 run: setup  ## Run the quickstart recipe: text to an exported language model
 	@$(BIN)/llmill run flows/recipes/quickstart.yaml
 
-lint: setup  ## Style, types and the law of imports
+check lint: setup  ## Style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-test: lint  ## Lint, then the tests
+test: check  ## Check, then the tests
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
+
+test-quick: setup  ## The tests that take seconds, and one run at toy size: two minutes
+	$(BIN)/pytest -n 2 --no-loadscope-reorder --quick
 
 test-long: setup  ## The tests that take minutes each
 	$(BIN)/pytest -m long

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sysconfig
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -33,17 +35,93 @@ SLOWEST = (
     "test_slurm", "test_trace", "test_benchmarks", "test_bench", "test_proxy",
 )  # fmt: skip
 """Which files are begun first, so that no worker is left with a long one; those that wait beside those that compute."""
+LONGER = (
+    "test_clean", "test_dedup", "test_delivery", "test_deploy", "test_discards", "test_homes", "test_hub",
+    "test_installation", "test_interrupts", "test_kubernetes", "test_minhash", "test_nodes", "test_objects",
+    "test_optim", "test_readers", "test_remote", "test_schedule", "test_servers", "test_start", "test_state",
+    "test_stopping", "test_takedown", "test_token_shards", "test_tokenizer",
+)  # fmt: skip
+"""Others that take more than seven seconds each."""
 SHARED = {"test_compare": "swept", "test_promote": "swept", "test_sweep": "swept"}
 """Files that go to the same worker, for what they share takes long to make."""
+
+
+MAY_BE_SKIPPED = {
+    r"flash\d?: ": 24,
+    "of a chunk of 1 MB": 2,
+    "only root can be others": 2,
+    "lets us mount no small disk": 2,
+    "oneDNN": 40,
+    "nginx is not installed": 3,
+    "util-linux is not installed": 1,
+    "kubectl is not installed": 1,
+    "PostgreSQL's": 40,
+    "no Chromium is installed": 10,
+    "Slurm's daemons are not installed": 1,
+    "can't be had": 4,
+}
+"""What a machine may lack (a pattern of the reason), and how many tests may be skipped for it: none is in silence."""
+
+
+class Skips:
+    """Counts what was skipped for what, and fails the session where it is more than may be."""
+
+    def __init__(self) -> None:
+        self.reasons: Counter[str] = Counter()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.reasons[report.longrepr[2].removeprefix("Skipped: ")] += 1
+
+    def too_many(self) -> list[str]:
+        """Describe those that nothing allows."""
+        allowed: Counter[str] = Counter()
+        for reason, count in self.reasons.items():
+            pattern = next((one for one in MAY_BE_SKIPPED if re.search(one, reason)), reason)
+            allowed[pattern] += count
+        return [
+            f"{count} skipped, {MAY_BE_SKIPPED.get(pattern, 0)} may be: {pattern}"
+            for pattern, count in allowed.items()
+            if count > MAY_BE_SKIPPED.get(pattern, 0)
+        ]
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if self.too_many() and session.exitstatus == 0:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        for reason, count in self.reasons.items():
+            terminalreporter.write_line(f"{count} skipped: {reason}")
+        for line in self.too_many():
+            terminalreporter.write_line(line, red=True)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="only what takes seconds, and one run at toy size")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(Skips())
 
 
 def group_of(file: str) -> str:
     return SHARED.get(Path(file).stem, Path(file).stem)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--quick"):
+        items[:] = [item for item in items if is_quick(item)]
     place = {name: number for number, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: place.get(group_of(str(item.path)), len(place)))
+
+
+def is_quick(item: pytest.Item) -> bool:
+    """Whether a test belongs to `make test-quick`: of those that need a whole run, the ones of one file."""
+    file = item.path.stem
+    whole = "prefect_server" in getattr(item, "fixturenames", ()) and file != "test_prefect"
+    return not whole and file not in SLOWEST + LONGER and file not in SHARED
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -25,6 +25,14 @@ SHOWN = 400
 """Characters of a broken line that are looked at for a message."""
 
 
+FEW_CHARACTERS = 1 << 23
+"""A text of so many characters holds no more values than memory has room for, whatever they are."""
+MOST_VALUES = 1 << 24
+"""Numbers, lists and the like within one value, about: each is 8 to 100 bytes in memory, and two characters of JSON."""
+STRING = re.compile(r'"(?:[^"\\]|\\.)*(?:"|\\?\Z)', re.DOTALL)
+"""One that is cut at the end of the text, too."""
+
+
 @dataclass(slots=True)
 class Start:
     """Where the next value may begin."""
@@ -79,7 +87,7 @@ class Window:
 
         Raises:
             UnicodeDecodeError: there are bytes in it that are no UTF-8; it is skipped.
-            TooLarge: it is longer than a document may be.
+            TooLarge: it is longer than a document may be, or holds too many others.
             ValueError, RecursionError: it is broken.
         """
         while True:
@@ -90,6 +98,7 @@ class Window:
                     raise
                 if len(self._text) - self._at > 2 * MAX_DOCUMENT_BYTES:
                     raise TooLarge(f"a value of more than {MAX_DOCUMENT_BYTES} bytes") from None
+                refuse_many_values(self._text, self._at)  # all that is there is a part of it
                 if not self.more():
                     raise
                 continue
@@ -117,7 +126,22 @@ class Window:
 
 
 class TooLarge(ValueError):
-    """A value that is longer than a document may be."""
+    """A value that is longer than a document may be, or would take too much memory."""
+
+
+def refuse_many_values(text: str, start: int = 0) -> None:
+    """Raise `TooLarge` if JSON from ``start`` on, be it cut, would become more than `MOST_VALUES` objects of Python's.
+
+    A short text can: ``[[],[],...]`` of 256 MB takes 7 GB.
+    """
+    if len(text) - start <= FEW_CHARACTERS or commas_and_brackets(text, start) <= MOST_VALUES:
+        return
+    if commas_and_brackets(STRING.sub("", text[start:])) > MOST_VALUES:
+        raise TooLarge(f"a value that holds more than {MOST_VALUES:,} others")
+
+
+def commas_and_brackets(text: str, start: int = 0) -> int:
+    return sum(text.count(sign, start) for sign in ",[{")
 
 
 def can_be_encoded(text: str) -> bool:

@@ -25,7 +25,7 @@ from data_pipeline.download.archives import Member, members
 from data_pipeline.download.columns import read_parquet
 from data_pipeline.download.formats import is_archive, split_suffix
 from data_pipeline.download.html import MAX_PAGE_BYTES, HtmlRules, read_page, with_main_text
-from data_pipeline.download.json_values import json_values, not_utf8
+from data_pipeline.download.json_values import TooLarge, json_values, not_utf8, refuse_many_values
 from data_pipeline.download.lines import TextLines, TooLong
 from data_pipeline.download.paragraphs import split_paragraphs
 from data_pipeline.download.records import Record, Rejected, not_in, pick, whole
@@ -291,7 +291,10 @@ def parse(row: int, line: bytes, reading: Reading) -> Record:
         text = line.decode()
         if text.startswith("\ufeff"):  # at the beginning, and where files were joined
             text = text[1:]
+        refuse_many_values(text)
         return chosen(row, json.loads(text), reading)
+    except TooLarge as error:
+        return Rejected(row, "too_large", str(error))
     except UnicodeDecodeError as error:
         rejected = not_utf8(error, "line")
         rejected.row = row

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from text_files import conversion, jsonl, tar, zipped
 
-from data_pipeline.download import columns, streams
+from data_pipeline.download import columns, json_values, readers, streams
 from data_pipeline.download.readers import Reading, read_file
 from data_pipeline.download.records import Record, Rejected, Text
 
@@ -116,3 +116,24 @@ def test_rows_that_repeat_a_long_word_are_read_a_few_at_once(
     finally:
         pa.set_memory_pool(before)
     assert pool.max_memory() < 5_000_000  # all rows of a batch would be 50 MB
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize("bomb", ["[],", "0,", '{"":0},'], ids=["lists", "numbers", "objects"])
+def test_a_value_that_would_fill_the_memory_is_refused_and_the_next_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, bomb: str
+) -> None:
+    monkeypatch.setattr(json_values, "FEW_CHARACTERS", 1000)
+    monkeypatch.setattr(json_values, "MOST_VALUES", 1000)
+    monkeypatch.setattr(readers, "BLOCK_BYTES", 1000)
+    text = 2000 * '[{,日本\\"'
+    good = json.dumps({"text": text}, ensure_ascii=False)  # as many brackets, but in a text
+    many = '{"text": "x", "many": [' + 2000 * bomb + "0]}"
+    (tmp_path / name).write_text(f"{good}\n{many}\n{good}\n", encoding="utf-8")
+    first, refused, last = read_file(tmp_path / name, Reading())
+    assert isinstance(first, Text)
+    assert isinstance(last, Text)
+    assert first.text == last.text == text
+    assert isinstance(refused, Rejected)
+    assert (refused.row, refused.reason) == (1, "too_large")
+    assert "holds more than 1,000 others" in refused.detail

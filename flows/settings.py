@@ -46,8 +46,10 @@ class Setting:
     range: str
     """What values are taken, beyond the type; empty where any is."""
     description: str
+    choices: tuple[str, ...] = ()
+    """All values that are taken, where these are few."""
 
-    def as_json(self) -> dict[str, str]:
+    def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
@@ -60,13 +62,16 @@ def settings(prefix: str = "") -> list[Setting]:
     known = list(of_model(Recipe, ""))
     found = [one for one in known if f"{one.name}.".startswith(f"{prefix}.")] if prefix else known
     if not found:
-        names = dict.fromkeys(
-            name for one in known for name in accumulate(one.name.split("."), "{}.{}".format)
-        )
-        close = difflib.get_close_matches(prefix, names, 3, 0.5)
+        close = difflib.get_close_matches(prefix, group_names(), 3, 0.5)
         hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(Recipe.model_fields)}"
         raise UserError(f"no setting is called {prefix}; {hint}")
     return found
+
+
+def group_names() -> list[str]:
+    """List the names of all settings and of the groups that they form, each once."""
+    names = (name.split(".") for name in dict.fromkeys(one.name for one in of_model(Recipe, "")))
+    return list(dict.fromkeys(name for parts in names for name in accumulate(parts, "{}.{}".format)))
 
 
 def of_model(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
@@ -80,6 +85,7 @@ def of_model(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
                 type=type_of(field.annotation),
                 default=default_of(field),
                 range=range_of(field),
+                choices=tuple(choices_of(field.annotation)),
                 description=documented(model).get(key) or ("Which kind of source." if key == "kind" else ""),
             )
         item = (
@@ -143,6 +149,17 @@ def type_of(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return "settings"
     return TYPES.get(annotation, getattr(annotation, "__name__", str(annotation)).lower())
+
+
+def choices_of(annotation: Any) -> Iterator[str]:
+    """The values that an annotation names one by one, as YAML has them."""
+    if annotation is bool:
+        yield from ("true", "false")
+    elif get_origin(annotation) is Literal:
+        yield from map(str, get_args(annotation))
+    elif get_origin(annotation) in (Union, types.UnionType, Annotated):
+        for one in get_args(annotation):
+            yield from choices_of(one)
 
 
 def default_of(field: FieldInfo) -> str:

@@ -40,7 +40,6 @@ def make_app() -> typer.Typer:
         help="Raw text to an evaluated, exported language model, as one pipeline.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
-        add_completion=False,
     )
     for heading, commands in COMMANDS.items():
         for command in commands:

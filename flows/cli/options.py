@@ -13,13 +13,24 @@ from typing import Annotated
 import typer
 
 from data_pipeline.core.errors import UserError
+from flows.cli import completion
 from flows.cli.signals import STOPPED
 from flows.engine.stopping import unwind_on_signals
 
-RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as flows/recipes/quickstart.yaml.")]
+RecipePath = Annotated[
+    Path,
+    typer.Argument(
+        help="A recipe, such as flows/recipes/quickstart.yaml.", autocompletion=completion.recipes
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="STAGE.FIELD=VALUE", help="Change one setting; repeatable."),
+    typer.Option(
+        "--set",
+        metavar="STAGE.FIELD=VALUE",
+        help="Change one setting; repeatable.",
+        autocompletion=completion.overrides,
+    ),
 ]
 
 

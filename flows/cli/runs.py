@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
+from flows.cli.completion import stages
 from flows.cli.options import (
     HOME,
     AsJson,
@@ -32,11 +33,22 @@ def run(
     recipe: RecipePath,
     set_: Overrides = None,
     start: Annotated[
-        str | None, typer.Option("--from", help="Run from this stage on; earlier ones are sealed.")
+        str | None,
+        typer.Option(
+            "--from", help="Run from this stage on; earlier ones are sealed.", autocompletion=stages
+        ),
     ] = None,
-    stop: Annotated[str | None, typer.Option("--to", help="Run no stage after this one.")] = None,
-    only: Annotated[str | None, typer.Option(help="Run this stage alone; its inputs are sealed.")] = None,
-    force: Annotated[str | None, typer.Option(help="Build this stage again although it is sealed.")] = None,
+    stop: Annotated[
+        str | None, typer.Option("--to", help="Run no stage after this one.", autocompletion=stages)
+    ] = None,
+    only: Annotated[
+        str | None,
+        typer.Option(help="Run this stage alone; its inputs are sealed.", autocompletion=stages),
+    ] = None,
+    force: Annotated[
+        str | None,
+        typer.Option(help="Build this stage again although it is sealed.", autocompletion=stages),
+    ] = None,
     home: Home = HOME,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from flows.cli import completion
 from flows.cli.options import AsJson
 
 
@@ -14,7 +15,9 @@ def settings(
     name: Annotated[
         str,
         typer.Argument(
-            help="STEP or STEP.FIELD, as pretrain.lr; all where it is left out.", show_default=False
+            help="STAGE or STAGE.FIELD, as pretrain.lr; all where it is left out.",
+            show_default=False,
+            autocompletion=completion.settings,
         ),
     ] = "",
     as_json: AsJson = False,

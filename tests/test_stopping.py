@@ -11,6 +11,7 @@ from forks import Forked
 from mlflow import MlflowClient
 from operator_api import Prefect, until
 
+from flows.engine import stopping
 from flows.engine.stopping import END_SECONDS
 
 
@@ -71,3 +72,11 @@ def test_a_stage_that_would_never_end_is_ended(make_llmill, prefect_server, kind
     runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
     assert {run.info.status for run in runs} == {"KILLED"}
     assert len(runs) == 2
+
+
+def test_who_was_asked_to_stop_before_the_stages_begin_ends_there(monkeypatch):
+    """What was raised then may have been lost: Python ignores what is raised within a destructor."""
+    monkeypatch.setattr(stopping, "asked", stopping.Asked())
+    stopping.asked.note("cancelled in Prefect")
+    with pytest.raises(stopping.Stop, match="cancelled in Prefect"), stopping.ending_in_time(lambda: None):
+        pytest.fail("it began")

@@ -97,7 +97,12 @@ def ending_in_time(tell: Callable[[], None]) -> Iterator[None]:
 
     When the block has not been left by `Asked.deadline`, ``tell`` is called from another thread, for `TELL_SECONDS` at
     most, and the process ends with code 130. Must be entered in the main thread.
+
+    Raises:
+        Stop: somebody has asked before: what was raised then may have been lost within an import or a destructor.
     """
+    if asked.why:
+        raise Stop(asked.why)
     done = threading.Event()
     reading, writing = os.pipe()
     os.set_blocking(writing, False)

@@ -229,7 +229,7 @@ def test_what_mlflows_client_reads_of_the_environment_is_set_in_one_place() -> N
         for path in (ROOT / "flows").rglob("*.py")
         if "MLFLOW_HTTP_REQUEST_MAX_RETRIES" in path.read_text()
     ]
-    assert places == [ROOT / "flows" / "tracking" / "__init__.py"]
+    assert places == [ROOT / "flows" / "listeners" / "mlflow" / "__init__.py"]
 
 
 def test_a_run_that_was_deleted_is_not_asked_a_thousand_times(mlflow: Mlflow) -> None:

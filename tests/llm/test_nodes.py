@@ -21,7 +21,7 @@ from llm.machine.nodes import Nodes, launcher_pid, nodes_for
 JOIN = """
 import sys
 from pathlib import Path
-from flows import launch
+from flows.engine import launch
 
 sys.exit(launch.join("tests.engine_steps", Path(sys.argv[1]), 2))
 """

@@ -81,16 +81,18 @@ def test_a_server_that_the_environment_names_is_used_and_nothing_is_started(
     assert not (tmp_path / "prefect").exists()
 
 
-def test_clients_that_all_write_are_neither_refused_nor_held_up(prefect_server):
+def test_clients_that_all_write_are_neither_refused_nor_held_up(tmp_path):
     """Prefect's own server refuses two in three of what four such clients ask."""
-    with httpx.Client(base_url=prefect_server, timeout=120) as client:
+    user = use(tmp_path)
+    url = state(tmp_path)["url"]
+    with httpx.Client(base_url=url, timeout=120) as client:
         flow = client.post("/flows/", json={"name": "busy"}).json()
         run = client.post("/flow_runs/", json={"flow_id": flow["id"]}).json()
 
     fresh = httpx.Limits(max_keepalive_connections=0)  # who is held up himself may meet a server that hung up
 
     def write(number: int) -> set[int]:
-        with httpx.Client(base_url=prefect_server, timeout=120, limits=fresh) as client:
+        with httpx.Client(base_url=url, timeout=120, limits=fresh) as client:
             name = {"flow_run_id": run["id"], "task_key": str(number)}
             return {
                 client.post("/task_runs/", json={**name, "dynamic_key": str(n)}).status_code
@@ -99,6 +101,7 @@ def test_clients_that_all_write_are_neither_refused_nor_held_up(prefect_server):
 
     with ThreadPoolExecutor(4) as pool:
         assert set.union(*pool.map(write, range(4))) == {201}
+    leave(user)
 
 
 def test_what_reads_within_a_transaction_does_not_wait_for_it(tmp_path):

@@ -65,6 +65,7 @@ CALLS: dict[str, list[list[str]]] = {
     "ui": [],
     "sync": [],
     "settings": [[LINE]],
+    "init": [["x", "--from", LINE]],
 }  # fmt: skip
 """Command -> arguments with a text that its answer names; a dot in it would end a setting's name."""
 
@@ -88,6 +89,7 @@ AT_HOME: dict[str, list[list[str]]] = {
     "ui": [["--port", "{port}"]],
     "sync": [[]],
     "settings": [],
+    "init": [],
 }
 """The same for what works on a home, which here has a name of that kind."""
 

@@ -13,11 +13,11 @@ from io import TextIOWrapper
 import typer
 
 from data_pipeline.core.errors import UserError
-from flows.cli import artifacts, comparison, models, runs, schedule, servers, settings, tracking
+from flows.cli import artifacts, comparison, init, models, runs, schedule, servers, settings, tracking
 from flows.cli.signals import heed_signals
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Run": (runs.run, runs.plan, comparison.sweep, runs.join),
+    "Run": (init.init, runs.run, runs.plan, comparison.sweep, runs.join),
     "Schedule": (schedule.deploy,),
     "Inspect": (
         artifacts.status,

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from hashlib import blake2b
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -173,6 +174,12 @@ def hash_ids(ids: Iterable[str], salt: str) -> NDArray[np.uint64]:
     seed = blake2b(salt.encode(), digest_size=16).digest()
     digests = b"".join(blake2b(one.encode(), digest_size=8, key=seed).digest() for one in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
+
+
+def save_array(path: Path, array: NDArray[Any]) -> None:
+    """Write an array as ``.npy``."""
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array)
 
 
 def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

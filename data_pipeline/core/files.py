@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
@@ -60,12 +57,6 @@ def fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write an array as ``.npy``."""
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        np.save(file, array)
 
 
 def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:

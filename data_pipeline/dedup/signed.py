@@ -22,10 +22,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from data_pipeline.core.files import atomic_path, once, save_array
+from data_pipeline.core.files import atomic_path, once
 from data_pipeline.core.words import Signs
 from data_pipeline.dedup.minhash import band_hashes, has_words, signatures
-from data_pipeline.documents import byte_lengths, read_shard
+from data_pipeline.documents import byte_lengths, read_shard, save_array
 
 Kind = Literal["text", "near"]
 

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.core.files import save_array
 from data_pipeline.dedup.span_kernels import first_of_each
+from data_pipeline.documents import save_array
 from data_pipeline.stage import StageContext
 
 ENTRY = np.dtype([("key", "<u8"), ("document", "<u8"), ("row", "<u4"), ("place", "<u4")])

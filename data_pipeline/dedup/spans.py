@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from data_pipeline.core.config import Config
-from data_pipeline.core.files import atomic_path, save_array
+from data_pipeline.core.files import atomic_path
 from data_pipeline.core.text import human_bytes, table
 from data_pipeline.dedup.span_cutting import (
     CUT,
@@ -48,7 +48,7 @@ from data_pipeline.dedup.span_exchange import (
     total_of_each,
 )
 from data_pipeline.dedup.span_kernels import all_anchors, all_windows, classes
-from data_pipeline.documents import add_up, buffers, hash_ids, read_shard
+from data_pipeline.documents import add_up, buffers, hash_ids, read_shard, save_array
 from data_pipeline.stage import StageContext
 
 CUT_ROWS = 1 << 16

@@ -18,7 +18,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline.core.files import atomic_path, save_array
+from data_pipeline.core.files import atomic_path
 from data_pipeline.dedup.candidates import (
     NO_KEYS,
     NONE,
@@ -46,7 +46,7 @@ from data_pipeline.dedup.verify import (
     those_that_hold,
     verify_edges,
 )
-from data_pipeline.documents import shard_paths
+from data_pipeline.documents import save_array, shard_paths
 from data_pipeline.stage import Metrics, StageContext
 
 Result = TypeVar("Result")

@@ -17,13 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from data_pipeline.core.files import atomic_path, save_array
+from data_pipeline.core.files import atomic_path
 from data_pipeline.core.kernels import kernel
 from data_pipeline.core.words import Signs
 from data_pipeline.dedup.candidates import read_chunks, read_raw
 from data_pipeline.dedup.minhash import shingle_sets
 from data_pipeline.dedup.signed import Signed
-from data_pipeline.documents import read_shard
+from data_pipeline.documents import read_shard, save_array
 
 MARGIN = 4.0
 """Standard deviations of an estimate that count as certain: beyond are 3 of 100,000."""

@@ -94,7 +94,7 @@ def pipeline(
     """
     quiet_libraries()
     from flows.engine.stopping import heeding_signals
-    from flows.prefect.flow_runs import STOPS, at_work, stopped, wait_for_prefect
+    from flows.prefect.flow_runs import STOPS, at_work, finished, stopped, wait_for_prefect
 
     place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
     chosen = {name: str(stage) if stage else None for name, stage in stages}
@@ -116,7 +116,7 @@ def pipeline(
     except STOPS as stop:
         return stopped(stop)
     wait_for_prefect(AWAY_SECONDS)
-    return None
+    return finished()
 
 
 def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:

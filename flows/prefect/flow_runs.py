@@ -102,6 +102,17 @@ def stopped(stop: BaseException) -> State:
     return ended
 
 
+def finished() -> State | None:
+    """The state in which a deployment's run ends whose stages are all done; None leaves it to Prefect.
+
+    Of a run that was cancelled in its last seconds Prefect takes no "completed": it would stay Cancelling.
+    """
+    with suppress(Exception), get_client(sync_client=True) as client:
+        if client.read_flow_run(UUID(str(flow_run.id))).state_type == StateType.CANCELLING:
+            return Cancelled(message="cancelled in Prefect, when all stages were done")
+    return None
+
+
 def ours(run: FlowRun, attempt: int) -> bool:
     """Whether the state of a flow run is that of an attempt which still has to end it."""
     elsewhere = run.state_type in (StateType.PAUSED, StateType.SCHEDULED, StateType.PENDING)

@@ -76,7 +76,7 @@ def laid_flat(corpus: Path, vocab_size: int) -> tuple[Path, Path, int]:
     tokenizer = learnt(corpus, vocab_size)
 
     def encode(out: Path) -> None:
-        inputs = {"dedup": corpus, "train_tokenizer": tokenizer}
+        inputs = {"documents": corpus, "tokenizer": tokenizer}
         tokenize(TokenizeConfig(), inputs, out, LocalContext(cores()))
         shutil.rmtree(out / "scratch", ignore_errors=True)
 

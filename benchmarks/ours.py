@@ -75,7 +75,7 @@ def remove_duplicates(corpus: str, out: str, workers: int, config: dict[str, Any
 
     def work() -> Any:
         with LocalContext(workers) as context:
-            return dedup(DedupConfig(**config), {"clean": Path(corpus)}, folder / "run", context)
+            return dedup(DedupConfig(**config), {"documents": Path(corpus)}, folder / "run", context)
 
     return work
 
@@ -90,7 +90,7 @@ def compile_kernels(folder: Path) -> None:
             writer.add(
                 f"{number}", f"one two three four five six seven eight nine {number // 2}", "warm-up", "{}"
             )
-    dedup(DedupConfig(), {"clean": folder / "in"}, folder / "out", LocalContext())
+    dedup(DedupConfig(), {"documents": folder / "in"}, folder / "out", LocalContext())
     start_fork_server()
 
 
@@ -103,7 +103,7 @@ def start_fork_server() -> None:
 def encode(corpus: str, tokenizer: str, out: str, workers: int) -> Work:
     """Document shards to token shards; gives the stage's metrics."""
     folder = empty_folder(out)
-    inputs = {"dedup": Path(corpus), "train_tokenizer": Path(tokenizer)}
+    inputs = {"documents": Path(corpus), "tokenizer": Path(tokenizer)}
     start_fork_server()
 
     def work() -> Any:

@@ -73,7 +73,7 @@ def learnt(corpus: Path, vocab_size: int) -> Path:
 
     def build(out: Path) -> None:
         config = TokenizerConfig(vocab_size=vocab_size, sample_bytes=size)
-        train_tokenizer(config, {"dedup": corpus}, out, LocalContext())
+        train_tokenizer(config, {"documents": corpus}, out, LocalContext())
 
     return kept(corpus.with_name(f"{corpus.name}-tokenizer-{vocab_size}"), build)
 

@@ -25,7 +25,6 @@ def directly(settings: list[str], work: str, cores: int, servers: Sequence[int] 
     """Every stage's body in order, on folders; ``servers`` are processes that have nothing to do with it."""
     from flows.engine import launch
     from flows.recipe import load_recipe
-    from flows.stages import STAGES
 
     recipe = load_recipe(RECIPE, settings)
     home = Path(work, "direct")
@@ -36,13 +35,14 @@ def directly(settings: list[str], work: str, cores: int, servers: Sequence[int] 
         before = cpu_seconds(servers)
         bodies = {}
         with LocalContext(cores, launch.local) as context:
-            for stage in STAGES:
-                out = home / stage.name
+            for step in recipe.steps:
+                out = home / step.name
                 out.mkdir(parents=True)
-                config = getattr(recipe, stage.name).resolve()
+                config = step.config.resolve()
                 clock = time.monotonic()
-                stage.body(config, {name: home / name for name in stage.inputs}, out, context)
-                bodies[stage.name] = time.monotonic() - clock
+                folders = {type_: home / name for type_, name in step.sources.items()}
+                step.stage.body(config, folders, out, context)
+                bodies[step.name] = time.monotonic() - clock
         return {
             "bodies": bodies,
             "cpu": sum(cpu_seconds(servers)) - sum(before),

@@ -52,6 +52,10 @@ class StageConfig(Config):
         """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
         return self.model_dump(mode="json", exclude={"runtime"})
 
+    def makes(self) -> tuple[str, ...]:
+        """The types of what a step with this config makes; empty: as the table of stages says."""
+        return ()
+
     def left_out(self) -> Metrics | None:
         """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: it can't tell."""
         return None
@@ -60,8 +64,8 @@ class StageConfig(Config):
         """Refuse, when planned, inputs that this stage can't be built from. Call it on a resolved config.
 
         Args:
-            configs: of the stages that are its inputs.
-            made: the folders of those that are sealed.
+            configs: type of an input -> config of the step that makes it.
+            made: type of an input -> its folder, where it is sealed.
 
         Raises:
             UserError: their configs, or what they made, rule it out.

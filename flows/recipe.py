@@ -1,6 +1,6 @@
-"""A recipe: one YAML file that describes a run. It only composes the stages' own configs.
+"""A recipe: one YAML file that describes a run. It only composes the configs of its steps (`flows.steps`).
 
-Precedence: defaults < YAML < ``--set stage.field=value``. Mistakes are reported with file, line and key.
+Precedence: defaults < YAML < ``--set step.field=value``. Mistakes are reported with file, line and key.
 """
 
 from __future__ import annotations
@@ -8,11 +8,13 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, create_model, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, create_model, model_validator
 
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
@@ -20,7 +22,9 @@ from data_pipeline.core.processes import cores
 from data_pipeline.download.redaction import without_secrets
 from data_pipeline.download.sources import KINDS
 from data_pipeline.stage import Runtime, StageConfig
-from flows.stages import BY_NAME, STAGES
+from flows.stage import Stage
+from flows.stages import STAGES
+from flows.steps import RecipeStep, Written, arrange, made_by, read_step, wired
 
 DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(0|[1-9][0-9_]*|0x[0-9a-fA-F_]+)$"),
@@ -94,8 +98,8 @@ class RecipeRuntime(Runtime):
         return self
 
 
-class Head(Config):
-    """What a recipe says of the whole run."""
+class Recipe(Config):
+    """What to build, step by step, and how to run it: besides these fields, one for each step, with its config."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The MLflow experiment and the Prefect flow are called so."""
@@ -104,36 +108,56 @@ class Head(Config):
     """What the run is for; shown in MLflow and Prefect."""
     runtime: RecipeRuntime = RecipeRuntime()
 
+    _steps: tuple[RecipeStep, ...] = PrivateAttr(())
+
+    @property
+    def steps(self) -> tuple[RecipeStep, ...]:
+        """In order, each behind those that it needs."""
+        return self._steps
+
+    def step(self, name: str) -> RecipeStep:
+        return next(step for step in self._steps if step.name == name)
+
+
+HEAD = tuple(Recipe.model_fields)
+
+
+def recipe_model(stages: Mapping[str, Stage]) -> type[Recipe]:
+    """The model of recipes that have these steps (name -> stage)."""
+    return _recipe_model(tuple(stages.items()))
+
+
+@cache
+def _recipe_model(stages: tuple[tuple[str, Stage], ...]) -> type[Recipe]:
+    fields: dict[str, Any] = {name: of_stage(stage.config) for name, stage in stages}
+    return create_model("Recipe", __base__=Recipe, __doc__=Recipe.__doc__, **fields)
+
 
 def of_stage(config: type[StageConfig]) -> tuple[type[StageConfig], Any]:
-    """A stage's key in a recipe: it may be left out where its config needs nothing said."""
+    """A step's key in a recipe: it may be left out where its config needs nothing said."""
     needs = any(field.is_required() for field in config.model_fields.values())
     return config, ... if needs else config()
 
 
-if TYPE_CHECKING:
+def every_stage() -> type[Recipe]:
+    """The model of a recipe that has each stage once, under its own name."""
+    return recipe_model({stage.name: stage for stage in STAGES})
 
-    class Recipe(Head):
-        """What to build, stage by stage, and how to run it: a key for each row of `STAGES`."""
 
-        def __getattr__(self, stage: str) -> Any: ...
-
-else:
-    Recipe = create_model(
-        "Recipe",
-        __base__=Head,
-        __doc__="What to build, stage by stage, and how to run it.",
-        **{stage.name: of_stage(stage.config) for stage in STAGES},
-    )
+def default_config(stage: Stage) -> StageConfig:
+    """The config of a step that is not written; without what it lacks, where that must be said."""
+    lacking = of_stage(stage.config)[1] is ...
+    return stage.config.model_construct() if lacking else stage.config()
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a YAML recipe and apply ``stage.field=value`` overrides.
+    """Read a YAML recipe and apply ``step.field=value`` overrides.
 
     A relative path inside the recipe means relative to the current folder, as on any command line.
 
     Raises:
-        UserError: no such file, bad YAML, an unknown key, a value of the wrong type or out of range.
+        UserError: no such file, bad YAML, an unknown key, a value of the wrong type or out of range, steps that can't
+            be wired.
     """
     if not path.is_file():
         raise UserError(f"no recipe at {path}; those that come with llmill: {', '.join(shipped_recipes())}")
@@ -147,13 +171,100 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     except (yaml.YAMLError, ValueError) as error:  # YAML's dates and numbers may be impossible ones
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(values, dict):
-        raise UserError(f"{path}: a recipe is a mapping of stage names to settings")
+        raise UserError(f"{path}: a recipe is a mapping of step names to settings")
     for override in overrides:
         apply_override(values, override)
     try:
-        return Recipe.model_validate(values)
+        return build_recipe(values)
+    except Mistaken as mistaken:
+        raise UserError(describe_mistakes(mistaken, path, node, overrides, values)) from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+class Mistaken(Exception):
+    """A recipe that its model refuses."""
+
+    def __init__(self, error: ValidationError, model: type[Recipe], stages: Mapping[str, Stage]) -> None:
+        super().__init__(str(error))
+        self.error, self.model, self.stages = error, model, stages
+
+
+def build_recipe(values: Mapping[str, Any]) -> Recipe:
+    """Make a recipe of what a file says.
+
+    Raises:
+        Mistaken: a key or a value is wrong.
+        UserError: steps are wrong, or can't be wired.
+    """
+    written = {
+        name: step
+        for name in values
+        if isinstance(name, str) and name not in HEAD and (step := read_step(name, values[name]))
+    }
+    stages = {name: step.stage for name, step in written.items()}
+    begins = any(not stage.default and not stage.takes for stage in stages.values())
+    if not begins:  # else only those that are needed: what they make may come from elsewhere
+        stages |= {stage.name: stage for stage in STAGES if stage.default and stage.name not in stages}
+    model = recipe_model({name: stages[name] for name in arrange(stages) if name in stages})
+    try:
+        recipe = model.model_validate(
+            {name: config_of(value) if name in written else value for name, value in values.items()}
+        )
     except ValidationError as error:
-        raise UserError(describe_mistakes(error, path, node, overrides, values)) from None
+        raise Mistaken(error, model, stages) from None
+    recipe._steps = wire(recipe, written, begins)
+    return recipe
+
+
+def step_names(path: Path) -> dict[str, str]:
+    """Name -> stage of each step that a recipe may have, as far as it can be read; nothing else of it is checked."""
+    stages: dict[str, Stage] = {}
+    with suppress(OSError, ValueError, yaml.YAMLError, UserError):
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader)
+        for name, value in values.items() if isinstance(values, dict) else ():
+            if name not in HEAD and (step := read_step(str(name), value)):
+                stages[str(name)] = step.stage
+    return {name: stages[name].name if name in stages else name for name in arrange(stages)}
+
+
+def config_of(value: Any) -> Any:
+    """What a step's key says, without what is said of its place among the others."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        return value
+    return {key: one for key, one in value.items() if key not in ("stage", "inputs")}
+
+
+def wire(recipe: Recipe, written: Mapping[str, Written], begins: bool) -> tuple[RecipeStep, ...]:
+    """The steps of a recipe, with what each reads.
+
+    Where a written step ``begins`` with what was made elsewhere, the default stage that makes such a thing first is
+    not there, nor is any that no written step needs.
+    """
+    configs = {name: getattr(recipe, name) for name in written}
+    elsewhere = {
+        type_
+        for name, step in written.items()
+        if not step.stage.takes and not step.stage.default
+        for type_ in made_by(step.stage, configs[name])
+    }
+    first = {stage.makes: stage.name for stage in reversed(STAGES) if stage.default}
+    passed_over = {first[type_] for type_ in elsewhere if type_ in first} - written.keys()
+    steps: dict[str, tuple[Stage, StageConfig]] = {}
+    by_name = {stage.name: stage for stage in STAGES} | {name: step.stage for name, step in written.items()}
+    for name in arrange({name: step.stage for name, step in written.items()}):
+        if name in passed_over:
+            continue
+        stage = by_name[name]
+        steps[name] = stage, getattr(recipe, name) if hasattr(recipe, name) else default_config(stage)
+    named = {name: step.inputs for name, step in written.items()}
+    made = wired(steps, named, list(written) if begins else list(steps))
+    for step in made:
+        if begins and step.name not in written and of_stage(step.stage.config)[1] is ...:
+            raise UserError(f"{step.name} is needed, and must be written: it has settings without a default")
+    return made
 
 
 def refuse_repeated_keys(node: Any, path: Path) -> None:
@@ -182,7 +293,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     """
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"--set {shown(override)}: write it as stage.field=value")
+        raise UserError(f"--set {shown(override)}: write it as step.field=value")
     try:
         value = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:
@@ -227,10 +338,10 @@ def list_position(values: list[Any], part: str, override: str) -> int:
 
 
 def describe_mistakes(
-    error: ValidationError, path: Path, node: Any, overrides: Sequence[str], values: Any
+    mistaken: Mistaken, path: Path, node: Any, overrides: Sequence[str], values: Any
 ) -> str:
     """One line a mistake: where (file and line, or --set), which key, and what is wrong with it."""
-    mistakes = [(as_written(mistake["loc"], values), mistake) for mistake in error.errors()]
+    mistakes = [(as_written(mistake["loc"], values), mistake) for mistake in mistaken.error.errors()]
     lines: dict[str, str] = {}
     for location, mistake in mistakes:
         if any(len(other) > len(location) and other[: len(location)] == location for other, _ in mistakes):
@@ -242,7 +353,7 @@ def describe_mistakes(
         message = mistake["msg"].removeprefix("Value error, ")
         given = mistake.get("input")
         if mistake["type"] == "extra_forbidden":
-            message = "no such key" + (moved(key) or suggestion(location))
+            message = "no such key" + (moved(key, mistaken.stages) or suggestion(location, mistaken.model))
         elif mistake["type"] not in ("missing", "value_error") and isinstance(
             given, str | int | float | bool | None
         ):
@@ -278,16 +389,15 @@ def is_of(setting: str, key: str, within: bool) -> bool:
     return f"{key}.".startswith(f"{setting}.") or (within and setting.startswith(f"{key}."))
 
 
-def moved(key: str) -> str:
+def moved(key: str, stages: Mapping[str, Stage]) -> str:
     """``; it is pretrain.runtime.validation now``; nothing where a key never existed."""
-    stage, _, name = key.partition(".")
-    places = BY_NAME[stage].config.moved if stage in BY_NAME else {}
-    return f"; it is {stage}.{places[name]} now" if name in places else ""
+    step, _, name = key.partition(".")
+    places = stages[step].config.moved if step in stages else {}
+    return f"; it is {step}.{places[name]} now" if name in places else ""
 
 
-def suggestion(location: Sequence[str | int]) -> str:
+def suggestion(location: Sequence[str | int], model: type[BaseModel]) -> str:
     """``; did you mean min_words?``, or the keys that there are."""
-    model: type[BaseModel] = Recipe
     for part in location[:-1]:
         field = model.model_fields.get(str(part))
         within = model_in(field.annotation) if field else None
@@ -295,7 +405,8 @@ def suggestion(location: Sequence[str | int]) -> str:
             return ""
         model = within
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(model.model_fields)}"
+    known = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(model.model_fields)}"
+    return known if len(location) > 1 else f"{known}, and a step of another name says which `stage` it is"
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

@@ -22,7 +22,7 @@ from pydantic_core import PydanticUndefined
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.text import table
-from flows.recipe import Recipe
+from flows.recipe import HEAD, every_stage
 
 TYPES = {int: "integer", float: "number", str: "text", bool: "true or false", type(None): "null"}
 BOUNDS = {"ge": "from {}", "gt": "above {}", "le": "to {}", "lt": "below {}"}
@@ -59,18 +59,22 @@ def settings(prefix: str = "") -> list[Setting]:
     Raises:
         UserError: there is none.
     """
-    known = list(of_model(Recipe, ""))
+    known = list(of_model(every_stage(), ""))
     found = [one for one in known if f"{one.name}.".startswith(f"{prefix}.")] if prefix else known
     if not found:
         close = difflib.get_close_matches(prefix, group_names(), 3, 0.5)
-        hint = f"did you mean {', '.join(close)}?" if close else f"there are {', '.join(Recipe.model_fields)}"
+        hint = (
+            f"did you mean {', '.join(close)}?"
+            if close
+            else f"there are {', '.join(every_stage().model_fields)}"
+        )
         raise UserError(f"no setting is called {prefix}; {hint}")
     return found
 
 
 def group_names() -> list[str]:
     """List the names of all settings and of the groups that they form, each once."""
-    names = (name.split(".") for name in dict.fromkeys(one.name for one in of_model(Recipe, "")))
+    names = (name.split(".") for name in dict.fromkeys(one.name for one in of_model(every_stage(), "")))
     return list(dict.fromkeys(name for parts in names for name in accumulate(parts, "{}.{}".format)))
 
 
@@ -240,11 +244,12 @@ def reference() -> str:
     parts = [
         "# Settings",
         "All that a recipe may say, and `--set` changes. Made from the configs by `python -m flows.settings`; "
-        "`llmill settings [STEP[.FIELD]]` prints the same. `N` is a position in a list (from 0). What stands under "
-        "`runtime` changes how a stage runs, never what it makes.",
+        "`llmill settings [STAGE[.FIELD]]` prints the same. Each key of a recipe is a step: one that is not the name "
+        "of a stage also says `stage: NAME`, and any may say `inputs: {TYPE: STEP}`. `N` is a position in a list "
+        "(from 0). What stands under `runtime` changes how a step runs, never what it makes.",
     ]
-    heads = [key for key in Recipe.model_fields if key not in ("name", "description", "runtime")]
-    sections = {"the recipe": ("name", "description", "runtime"), **{key: (key,) for key in heads}}
+    stages = [key for key in every_stage().model_fields if key not in HEAD]
+    sections = {"the recipe": HEAD, **{key: (key,) for key in stages}}
     known = settings()
     for title, keys in sections.items():
         rows = [

@@ -1,131 +1,150 @@
-"""The line, in one table: each stage's body, its config, what it reads, and its version.
+"""The pipeline, in one table: each stage's body, its config, the types that it takes and makes, and its version.
 
-The recipe, the plan, the pipeline and its deployments are generated from ``STAGES``. Bump a stage's
-version when its output for the same config and inputs changes: every artifact from there on is then rebuilt.
+A *stage* is a kind of work; a *step* is a stage in a recipe (`flows.steps`). Recipes, the plan, the pipeline, its
+deployments and the reference of settings are generated from ``STAGES``. Bump a stage's version when its output for the
+same config and inputs changes: every artifact from there on is then rebuilt.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from importlib.metadata import entry_points
 from typing import Any
 
-from data_pipeline.discards import is_discard
-from data_pipeline.stage import Metrics, StageConfig, StageContext
+from data_pipeline.core.errors import UserError
+from flows.stage import TYPES, Stage
 
-Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One step of the line."""
-
-    name: str
-    body_at: str
-    """``module:function``. It is imported when it runs: to plan, or to reuse, no body's libraries are needed."""
-    config_at: str
-    """``module:class``, imported when a recipe is read."""
-    inputs: tuple[str, ...]
-    version: int
-    headline: tuple[str, ...]
-    """The metrics that sum the stage up on one line, and stand on the parent run in MLflow. Whatever it discards
-    (`data_pipeline.discards`) stands behind them, and need not be named."""
-    trains: bool = False
-    """Whether its work is a GPU's, where there is one: `llmill deploy --gpu-pool` has it done elsewhere."""
-
-    @cached_property
-    def body(self) -> Body:
-        """The plain function on folders."""
-        return load(self.body_at)
-
-    @cached_property
-    def config(self) -> type[StageConfig]:
-        """What a recipe may say of the stage."""
-        return load(self.config_at)
-
-    def shown(self, metrics: Mapping[str, float]) -> list[str]:
-        """Name those of ``metrics`` that people see first: the headline and what was discarded."""
-        return [*(name for name in self.headline if name in metrics), *filter(is_discard, metrics)]
+PLUGINS = "llmill.stages"
+"""The entry point group of users' stages: see docs/stages.md."""
 
 
-def load(place: str) -> Any:
-    """What ``module:name`` names."""
-    module, _, name = place.partition(":")
-    return getattr(importlib.import_module(module), name)
-
-
-STAGES: tuple[Stage, ...] = (
+OURS: tuple[Stage, ...] = (
     Stage(
         name="download",
         body_at="data_pipeline.download.stage:download",
         config_at="data_pipeline.download.stage:DownloadConfig",
-        inputs=(),
+        takes=(),
+        makes="documents",
         version=3,
         headline=("documents", "bytes"),
+        default=True,
+        texts=True,
     ),
     Stage(
         name="clean",
         body_at="data_pipeline.clean.stage:clean",
         config_at="data_pipeline.clean.stage:CleanConfig",
-        inputs=("download",),
+        takes=("documents",),
+        makes="documents",
         version=3,
         headline=("kept", "documents"),
+        default=True,
+        texts=True,
     ),
     Stage(
         name="dedup",
         body_at="data_pipeline.dedup.stage:dedup",
         config_at="data_pipeline.dedup.config:DedupConfig",
-        inputs=("clean",),
+        takes=("documents",),
+        makes="documents",
         version=4,
         headline=("kept", "spans/cut"),
+        default=True,
+        texts=True,
     ),
     Stage(
         name="train_tokenizer",
         body_at="data_pipeline.train_tokenizer.stage:train_tokenizer",
         config_at="data_pipeline.train_tokenizer.stage:TokenizerConfig",
-        inputs=("dedup",),
+        takes=("documents",),
+        makes="tokenizer",
         version=3,
         headline=("vocab_size", "sample_bytes_per_token"),
+        default=True,
     ),
     Stage(
         name="tokenize",
         body_at="data_pipeline.tokenize.stage:tokenize",
         config_at="data_pipeline.tokenize.stage:TokenizeConfig",
-        inputs=("dedup", "train_tokenizer"),
+        takes=("documents", "tokenizer"),
+        makes="tokens",
         version=2,
         headline=("train_tokens", "val_tokens"),
+        default=True,
+        texts=True,
     ),
     Stage(
         name="pretrain",
         body_at="llm.pretrain.stage:pretrain",
         config_at="llm.pretrain.config:PretrainConfig",
-        inputs=("tokenize", "train_tokenizer"),
+        takes=("tokens", "tokenizer"),
+        makes="model",
         version=2,
         headline=("val_bits_per_byte", "loss"),
+        default=True,
         trains=True,
     ),
     Stage(
         name="evaluate",
         body_at="llm.evaluate.stage:evaluate",
         config_at="llm.evaluate.config:EvaluateConfig",
-        inputs=("pretrain", "tokenize", "train_tokenizer"),
+        takes=("model", "tokenizer", "tokens"),
+        makes="scores",
         version=2,
         headline=("bits_per_byte", "perplexity"),
+        default=True,
         trains=True,
+        texts=True,
     ),
     Stage(
         name="export",
         body_at="llm.export.stage:export",
         config_at="llm.export.config:ExportConfig",
-        inputs=("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain", "evaluate"),
+        takes=("model", "tokenizer", "scores?"),
+        makes="folder",
         version=2,
         headline=("parameters", "logits_max_abs_difference"),
+        default=True,
+        lineage=True,
     ),
 )
 
+
+def installed() -> tuple[Stage, ...]:
+    """The stages that installed packages add: each entry point of the group names a `Stage`.
+
+    Raises:
+        UserError: one can't be loaded, or is not what it should be.
+    """
+    found: dict[str, Stage] = {}
+    for point in sorted(entry_points(group=PLUGINS), key=lambda one: one.name):
+        try:
+            stage = point.load()
+        except Exception as error:
+            raise UserError(
+                f"the stage {point.name} ({point.value}) can't be loaded: {type(error).__name__}: {error}"
+            ) from error
+        why_not = misfit(stage, {one.name for one in OURS} | found.keys())
+        if why_not:
+            raise UserError(f"the stage {point.name} ({point.value}): {why_not}")
+        found[stage.name] = stage
+    return tuple(found.values())
+
+
+def misfit(stage: Any, names: set[str]) -> str:
+    """Say why an installed object can be no stage beside those of ``names``; nothing where it can."""
+    if not isinstance(stage, Stage):
+        return f"it is no {Stage.__module__}.{Stage.__name__}"
+    if stage.name in names or stage.name in TYPES:
+        return f"the name {stage.name} is taken"
+    unknown = {*(one.rstrip("?") for one in stage.takes), stage.makes} - {*TYPES, ""}
+    if unknown:
+        return f"there is no type {', '.join(sorted(unknown))}; there are {', '.join(TYPES)}"
+    return ""
+
+
+STAGES: tuple[Stage, ...] = (*OURS, *installed())
 BY_NAME: dict[str, Stage] = {stage.name: stage for stage in STAGES}
-WITH_TEXTS = frozenset({"download", "clean", "dedup", "tokenize", "evaluate"})
+DEFAULT: tuple[str, ...] = tuple(stage.name for stage in STAGES if stage.default)
+"""The steps of a recipe that writes no others."""
+WITH_TEXTS = frozenset(stage.name for stage in STAGES if stage.texts)
 """The stages whose artifacts hold documents, or parts of them."""

@@ -255,8 +255,8 @@ def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finish
     path.write_text(json.dumps({**json.loads(path.read_text()), "payload_sha256": "0" * 64}))
     for later in home.glob("store/*/*/manifest.json"):  # as if all had been made from those other bytes
         manifest = json.loads(later.read_text())
-        if "train_tokenizer" in manifest["inputs"]:
-            manifest["inputs"]["train_tokenizer"]["payload_sha256"] = "0" * 64
+        if "tokenizer" in manifest["inputs"]:
+            manifest["inputs"]["tokenizer"]["payload_sha256"] = "0" * 64
             later.chmod(0o644)
             later.write_text(json.dumps(manifest))
     assert llmill.actions() == ["reuse"] * 8

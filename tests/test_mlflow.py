@@ -23,7 +23,7 @@ from operator_api import until
 
 from flows.engine.ports import free_port
 from flows.recipe import flatten
-from flows.stages import BY_NAME
+from flows.stages import BY_NAME, DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +61,7 @@ def manifests(finished: Llmill) -> dict[str, dict]:
 def test_a_run_is_a_parent_with_a_child_for_each_stage_that_ran(parent, children):
     assert parent.info.run_name.startswith("small ")
     assert parent.info.status == "FINISHED"
-    assert set(children) == set(BY_NAME)
+    assert set(children) == set(DEFAULT)
     assert {child.info.status for child in children.values()} == {"FINISHED"}
 
 
@@ -102,9 +102,9 @@ def test_training_is_there_step_by_step_once(client, finished, children):
 def test_the_digest_of_a_dataset_input_is_the_fingerprint_of_the_artifact(children, manifests):
     for stage, child in children.items():
         inputs = {entry.dataset.name: entry.dataset.digest for entry in child.inputs.dataset_inputs}
-        recorded = {name: source["fingerprint"] for name, source in manifests[stage]["inputs"].items()}
-        assert inputs == recorded
-        assert set(inputs) == set(BY_NAME[stage].inputs)
+        recorded = manifests[stage]["inputs"]
+        assert inputs == {source["stage"]: source["fingerprint"] for source in recorded.values()}
+        assert set(recorded) == {one.rstrip("?") for one in BY_NAME[stage].takes}
         assert child.data.tags["llmill.fingerprint"] == manifests[stage]["fingerprint"]
 
 
@@ -124,7 +124,7 @@ def test_pages_say_what_came_of_a_run_and_the_table_opens_with_what_counts(
     client, parent, children, finished
 ):
     note = parent.data.tags["mlflow.note.content"]
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         assert f"| {stage} | ran |" in note
     [written] = finished.home.glob("store/evaluate/*/samples.jsonl")
     sample = json.loads(written.read_text().splitlines()[1])
@@ -192,7 +192,7 @@ def test_every_tag_of_a_run_and_its_models_is_documented(client, runs, version):
     documented = set(re.findall(r"`(llmill\.[\w.]+)`", (ROOT / "docs" / "mlflow.md").read_text()))
     models = client.search_logged_models([runs[0].info.experiment_id])
     given = {tag for tagged in [*(run.data for run in runs), version, *models] for tag in tagged.tags}
-    named = {re.sub(rf"^llmill\.({'|'.join(BY_NAME)})\.", "llmill.STAGE.", tag) for tag in given}
+    named = {re.sub(rf"^llmill\.({'|'.join(DEFAULT)})\.", "llmill.STAGE.", tag) for tag in given}
     assert len(named) > 10
     assert {tag for tag in named if tag.startswith("llmill.")} <= documented
 
@@ -243,7 +243,7 @@ def test_a_run_that_reuses_everything_can_be_compared_with_the_one_that_built_it
     assert newest.data.params == parent.data.params
     shared = {name: value for name, value in parent.data.metrics.items() if "/" in name}
     assert shared.items() <= newest.data.metrics.items()
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         assert newest.data.tags[f"llmill.{stage}.how"] == "reused"
         assert newest.data.tags[f"llmill.{stage}.run_id"] == parent.data.tags[f"llmill.{stage}.run_id"]
 
@@ -261,7 +261,7 @@ def test_a_killed_run_is_continued_under_the_same_runs_and_no_step_is_logged_twi
     runs = client.search_runs([client.get_experiment_by_name("small").experiment_id])
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.status for run in parents] == ["FINISHED"]
-    assert len(runs) == 1 + len(BY_NAME)
+    assert len(runs) == 1 + len(DEFAULT)
     [training] = [run for run in runs if run.info.run_name == "pretrain"]
     steps = [point.step for point in client.get_metric_history(training.info.run_id, "train/loss")]
     assert steps == sorted(set(steps))

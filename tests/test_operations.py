@@ -32,7 +32,7 @@ from flows.engine.services import GPU_POOL, read_services
 from flows.engine.store import Store
 from flows.prefect.pools import COMMAND
 from flows.prefect.up import stop
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 from llm.training.events import read_events
 
 ENGINE = Path(__file__).parent / "planted_engine.py"
@@ -120,7 +120,7 @@ def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_go
     """The journey of an operator: what failed is repaired, and Retry does the rest."""
     planted = site.llmill.home / "planted"
     planted.mkdir()
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         (planted / stage).touch()
     plant_engine(site)
     said = site.type("deploy", str(site.llmill.recipe), "--cron", "* * * * *", "--timezone", "Europe/Berlin")
@@ -129,7 +129,7 @@ def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_go
     prefect = site.prefect
     [run] = until(lambda: started(prefect), bool, 130)
     pause(site)
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         fail_and_retry(site, run["id"], stage)
     ended = prefect.ended(run["id"])
     assert ended["state_type"] == "COMPLETED", ended["state"]
@@ -189,7 +189,7 @@ def check_page(site: Site, flow_run: str) -> None:
         [artifact] = store.artifacts(row["stage"])
         assert row["fingerprint"] == artifact.fingerprint
         assert row["state"] == ("resumed" if row["stage"] == "export" else "reused")
-    assert [row["stage"] for row in shown["stages"]] == list(BY_NAME)
+    assert [row["stage"] for row in shown["stages"]] == list(DEFAULT)
     assert 0 <= shown["progress"] <= 100
     [parent] = parents(site)
     assert f"/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})" in shown["links"]
@@ -215,7 +215,7 @@ def check_mlflow(site: Site, flow_run: str) -> None:
     )
     children = {run.info.run_name: run for run in found}
     assert len(found) == len(children)
-    assert set(children) == set(BY_NAME)
+    assert set(children) == set(DEFAULT)
     for stage, child in children.items():
         [artifact] = Store(site.llmill.home).artifacts(stage)
         assert child.info.status == "FINISHED"

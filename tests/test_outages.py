@@ -16,7 +16,7 @@ from mlflow_server import Server, Told, stopped
 from operator_api import until
 
 from flows.engine.store import Store
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 
 pytestmark = pytest.mark.timeout(1200)  # what the undisturbed run takes counts for the first test
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"
@@ -85,9 +85,9 @@ def told(server: Told) -> dict[str, Run]:
     """Each stage's run, and the parent as ``small``; there is one of each."""
     found = server.runs()
     named = {run.info.run_name.split()[0]: run for run in found}
-    assert len(found) == len(named) == 1 + len(BY_NAME), [run.info.run_name for run in found]
+    assert len(found) == len(named) == 1 + len(DEFAULT), [run.info.run_name for run in found]
     assert {run.info.status for run in found} == {"FINISHED"}
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         assert named[stage].data.tags["mlflow.parentRunId"] == named["small"].info.run_id
     return named
 
@@ -134,7 +134,7 @@ def assert_whole(llmill: Llmill, server: Server, undisturbed: tuple[Llmill, Told
     ]
     assert losses[0] == losses[1]
     parent = ours["small"].data.tags
-    for stage in BY_NAME:
+    for stage in DEFAULT:
         assert parent[f"llmill.{stage}.run_id"] == ours[stage].info.run_id
     assert left(llmill) == []
 

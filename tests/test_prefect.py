@@ -9,7 +9,7 @@ import httpx
 import pytest
 from command_line import Llmill
 
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def test_a_run_is_a_flow_and_each_stage_a_subflow_that_says_what_it_makes(ask, p
     assert pipeline["state_type"] == "COMPLETED"
     subflows = ask("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [pipeline["id"]]}})
     subflows.sort(key=lambda run: run["start_time"])
-    assert [run["name"].split()[0] for run in subflows] == list(BY_NAME)
+    assert [run["name"].split()[0] for run in subflows] == list(DEFAULT)
     assert {run["state_type"] for run in subflows} == {"COMPLETED"}
     assert {f"{run['name'].split()[0]}/{run['name'].split()[1]}" for run in subflows} == set(
         finished.payloads()

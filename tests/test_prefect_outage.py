@@ -15,7 +15,7 @@ from operator_api import Prefect, until
 from ranks import held
 
 from flows.engine.ports import answers, free_port
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 
 EVENTS = "store/pretrain/*.partial/logs/events.jsonl"
 
@@ -103,7 +103,7 @@ def test_a_server_that_is_away_for_seconds_misses_nothing(make_llmill, finished:
     out, err = run.communicate(timeout=300)
     assert run.returncode == 0, out + err
     assert llmill.payloads() == finished.payloads()
-    newest = Prefect(server.url).post("flow_runs/filter", sort="START_TIME_DESC", limit=len(BY_NAME))
+    newest = Prefect(server.url).post("flow_runs/filter", sort="START_TIME_DESC", limit=len(DEFAULT))
     assert {entry["state_type"] for entry in newest} == {"COMPLETED"}
 
 

@@ -38,7 +38,7 @@ def exported(llmill: Llmill, lr: str, seed: int = 0) -> str:
     """The export of one of the sweep's models."""
     store = Store(llmill.home)
     for artifact in store.artifacts("export"):
-        made_by = store.get("pretrain", artifact.manifest["inputs"]["pretrain"]["fingerprint"])
+        made_by = store.get("pretrain", artifact.inputs["model"].fingerprint)
         assert made_by
         if (made_by.manifest["config"]["lr"], made_by.manifest["config"]["seed"]) == (float(lr), seed):
             return artifact.fingerprint

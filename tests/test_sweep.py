@@ -90,8 +90,8 @@ def test_the_candidate_is_the_best_of_the_sweep_and_not_its_last(swept, client):
     assert len(versions) == 4
     made_by = {}
     for export in Store(swept.home).artifacts("export"):
-        pretrain = Store(swept.home).get("pretrain", export.manifest["inputs"]["pretrain"]["fingerprint"])
-        evaluate = Store(swept.home).get("evaluate", export.manifest["inputs"]["evaluate"]["fingerprint"])
+        pretrain = Store(swept.home).get("pretrain", export.inputs["model"].fingerprint)
+        evaluate = Store(swept.home).get("evaluate", export.inputs["scores"].fingerprint)
         made_by[export.fingerprint] = (evaluate.metrics["bits_per_byte"], pretrain.manifest["config"]["lr"])
     best = min(made_by, key=lambda fingerprint: made_by[fingerprint][0])
     assert made_by[best][1] == 0.003
@@ -157,8 +157,8 @@ def test_what_the_comparison_will_not_be_able_to_say_is_said_before_it_runs(tmp_
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--grid", "pretrain.lr"), "write it as stage.field=value,value"),
-        (("--grid", "pretrain.lr=1e-3,"), "write it as stage.field=value,value"),
+        (("--grid", "pretrain.lr"), "write it as step.field=value,value"),
+        (("--grid", "pretrain.lr=1e-3,"), "write it as step.field=value,value"),
         (("--grid", "pretrain.lr=1e-3,1e-3"), "is there twice"),
         (("--grid", "pretrain.lr=1e-3"), "a sweep is of two runs at least"),
         (("--grid", "pretrain.seed=1,2", "--seeds", "2"), "excludes --seeds"),

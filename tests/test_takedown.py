@@ -26,7 +26,7 @@ from flows.lineage.search import search
 from flows.listeners.mlflow.description import run_note
 from flows.listeners.mlflow.links import tracking_uri
 from flows.listeners.mlflow.tracker import Tracker
-from flows.stages import BY_NAME, WITH_TEXTS
+from flows.stages import DEFAULT, WITH_TEXTS
 
 SENTENCES = {
     "english": 'Her grandmother\'s recipe for quince & walnut bread was never written "down", she said\nat last.',
@@ -43,7 +43,7 @@ CHAIN = ("download", "clean", "evaluate", "export")
 
 def seal(store: Store, stage: str, *sources: Artifact) -> Artifact:
     """An artifact that holds the text as its stage would."""
-    name = f"{list(BY_NAME).index(stage):016x}"
+    name = f"{DEFAULT.index(stage):016x}"
     inputs = {
         one.stage: {"fingerprint": one.fingerprint, "payload_sha256": one.payload_sha256} for one in sources
     }
@@ -75,7 +75,7 @@ def told(home: Path, withheld: bool = False) -> list[Artifact]:
     tracker.start("small-1", {}, {"llmill.recipe": "small"})
     sealed: list[Artifact] = []
     for stage in [one for one in CHAIN if not withheld or one in WITH_TEXTS]:
-        name = f"{list(BY_NAME).index(stage):016x}"
+        name = f"{DEFAULT.index(stage):016x}"
         tags = {"llmill.recipe": "small", "llmill.stage": stage, "llmill.fingerprint": name}
         if stage == "clean":
             tracker.start_stage(stage, name, {}, tags, sealed[-1:])

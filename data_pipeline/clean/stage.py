@@ -137,14 +137,14 @@ class CleanConfig(StageConfig):
 
 
 def clean(config: CleanConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Clean each shard of ``inputs["download"]`` into one shard; dropped documents into ``rejected/``.
+    """Clean each shard of ``inputs["documents"]`` into one shard; dropped documents into ``rejected/``.
 
     Raises:
         UserError: a file of the config is broken or was changed, or no document is left.
     """
     config = config.resolve()
     notes = read_files(config, context)
-    shards = shard_paths(inputs["download"])
+    shards = shard_paths(inputs["documents"])
     context.progress(0, len(shards), "shards")
     work = partial(clean_shard, config.model_copy(update={"runtime": Runtime()}), out)
     tallies = context.map(work, shards, names=[path.stem for path in shards])

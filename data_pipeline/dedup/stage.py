@@ -53,8 +53,8 @@ Result = TypeVar("Result")
 
 
 def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Copy ``inputs["clean"]`` shard by shard without duplicates; ``removed.parquet`` says what each one repeats."""
-    shards = shard_paths(inputs["clean"])
+    """Copy ``inputs["documents"]`` shard by shard without duplicates; ``removed.parquet`` says what each repeats."""
+    shards = shard_paths(inputs["documents"])
     removal, cut_short = find_duplicates(config, shards, out / "scratch", context)
     unique = out / "scratch" / "unique" if config.spans else out
     tallies = context.map(

@@ -118,14 +118,14 @@ class Encoding:
 
 
 def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Encode ``inputs["dedup"]`` with ``inputs["train_tokenizer"]`` into ``train-*`` and ``val-*`` token shards.
+    """Encode ``inputs["documents"]`` with ``inputs["tokenizer"]`` into ``train-*`` and ``val-*`` token shards.
 
     Raises:
         UserError: no document falls into one of the splits.
     """
-    shards = shard_paths(inputs["dedup"])
+    shards = shard_paths(inputs["documents"])
     context.progress(0, 2 * len(shards), "shards")
-    encoding = prepare(config, inputs["train_tokenizer"], shards, out / "scratch", context)
+    encoding = prepare(config, inputs["tokenizer"], shards, out / "scratch", context)
     tallies = encode_all(encoding, shards, context)
     faults = [tally["fault"] for tally in tallies if tally["fault"]]
     if faults:

@@ -107,12 +107,12 @@ class TokenizerConfig(StageConfig):
 def train_tokenizer(
     config: TokenizerConfig, inputs: Mapping[str, Path], out: Path, context: StageContext
 ) -> Metrics:
-    """Train on a sample of ``inputs["dedup"]``; writes ``tokenizer.json`` and what `transformers` wants beside it.
+    """Train on a sample of ``inputs["documents"]``; writes ``tokenizer.json`` and what `transformers` wants beside it.
 
     Raises:
         UserError: the text gives fewer entries than ``vocab_size``.
     """
-    shards = shard_paths(inputs["dedup"])
+    shards = shard_paths(inputs["documents"])
     context.progress(0, None, "MB")
     texts = draw_sample(config, shards, out / "scratch", context)
     size = int(pc.binary_length(texts).to_numpy().sum())

@@ -87,7 +87,7 @@ def sweep(
     recipe: RecipePath,
     grid: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE.FIELD=VALUE,VALUE", help="Run with each of these values; repeatable."),
+        typer.Option(metavar="STEP.FIELD=VALUE,VALUE", help="Run with each of these values; repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds of their own.")] = 1,
     set_: Overrides = None,

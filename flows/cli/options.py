@@ -27,7 +27,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        metavar="STAGE.FIELD=VALUE",
+        metavar="STEP.FIELD=VALUE",
         help="Change one setting; repeatable.",
         autocompletion=completion.overrides,
     ),

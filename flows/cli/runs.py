@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
-from flows.cli.completion import stages
+from flows.cli.completion import steps
 from flows.cli.options import (
     HOME,
     AsJson,
@@ -34,20 +34,18 @@ def run(
     set_: Overrides = None,
     start: Annotated[
         str | None,
-        typer.Option(
-            "--from", help="Run from this stage on; earlier ones are sealed.", autocompletion=stages
-        ),
+        typer.Option("--from", help="Run from this step on; earlier ones are sealed.", autocompletion=steps),
     ] = None,
     stop: Annotated[
-        str | None, typer.Option("--to", help="Run no stage after this one.", autocompletion=stages)
+        str | None, typer.Option("--to", help="Run no step after this one.", autocompletion=steps)
     ] = None,
     only: Annotated[
         str | None,
-        typer.Option(help="Run this stage alone; its inputs are sealed.", autocompletion=stages),
+        typer.Option(help="Run this step alone; its inputs are sealed.", autocompletion=steps),
     ] = None,
     force: Annotated[
         str | None,
-        typer.Option(help="Build this stage again although it is sealed.", autocompletion=stages),
+        typer.Option(help="Build this step again although it is sealed.", autocompletion=steps),
     ] = None,
     home: Home = HOME,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
@@ -136,7 +134,7 @@ def report(pipeline: Any, home: Path) -> None:
 
 
 def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
-    """Say what a run would do, stage by stage, and why; runs nothing."""
+    """Say what a run would do, step by step, and why; runs nothing."""
     from flows.engine.plan import make_plan
     from flows.engine.store import Store
     from flows.listeners.terminal import Terminal, headline
@@ -153,7 +151,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json:
             step.action
         ]
         first, *rest = step.why or [headline(step.artifact) if step.artifact else ""]
-        console.print(f"{mark} {step.stage.name:<16}{step.fingerprint or '-':<18}{first}")
+        console.print(f"{mark} {step.name:<16}{step.fingerprint or '-':<18}{first}")
         for line in [*rest, *step.predicted]:
             console.print(f"{'':<44}{line}")
 

@@ -61,7 +61,7 @@ def deploy(
         raise UserError(f"{where}; start one with: llmill up")
     os.environ["PREFECT_API_URL"] = api
     from flows.listeners.terminal import Terminal
-    from flows.prefect.deploy import Options, names_of, pools_of, register, write_deployments
+    from flows.prefect.deploy import Options, names_of, offer_steps, pools_of, register, write_deployments
     from flows.prefect.page_edits import remember
     from flows.prefect.pools import deployments_of, make_ready
     from flows.recipe import load_recipe
@@ -86,6 +86,7 @@ def deploy(
         terminal.note(f"{edit}: replaced", warning=True)
     make_ready(api, pools_of(file, written.names))
     register(file, written.names)
+    offer_steps(api, written.names, [step.name for step in loaded.steps])
     entries = deployments_of(api, written.names)
     remember(home, entries)
     console = terminal.console

@@ -15,7 +15,7 @@ def settings(
     name: Annotated[
         str,
         typer.Argument(
-            help="STAGE or STAGE.FIELD, as pretrain.lr; all where it is left out.",
+            help="STAGE or STEP.FIELD, as pretrain.lr; all where it is left out.",
             show_default=False,
             autocompletion=completion.settings,
         ),

@@ -147,9 +147,9 @@ def runs_table(comparison: Comparison) -> Section:
     """Who is compared."""
     rows = []
     for one in comparison.subjects:
-        recipe = one.artifacts["pretrain"].manifest["recipe"]
+        recipe = one.recipe
         run = one.run.run_id[:8] if one.run else ABSENT
-        rows.append([one.label, one.name, recipe, run, one.artifacts["evaluate"].fingerprint])
+        rows.append([one.label, one.name, recipe, run, one.evaluation.fingerprint])
     header = ["", "run", "recipe", "MLflow", "evaluate"]
     return Section(heading="Runs", header=header, rows=rows, empty="", fixed=len(header))
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from flows.compare.curves import Curves, read_curves
+from flows.compare.curves import Curves, read_curves, trained
 from flows.compare.rows import Row, data_rows, metric_rows, setting_rows
 from flows.compare.subjects import Subject
 from flows.compare.verdict import Verdict, judge
@@ -24,6 +24,7 @@ class Comparison:
     metrics: list[Row]
     data: list[Row]
     curves: list[Curves]
+    """Of each run; empty where a model was not trained here."""
     verdict: Verdict
     warnings: list[str]
     """Why some figures can't be held against each other."""
@@ -44,7 +45,7 @@ class Comparison:
             "warnings": self.warnings,
             "verdict": self.verdict.as_json(),
             "curves": {
-                one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=True)
+                one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=False)
             },
         }
 
@@ -56,7 +57,7 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
         settings=setting_rows(subjects),
         metrics=metric_rows(subjects),
         data=data_rows(subjects),
-        curves=[read_curves(one.artifacts["pretrain"]) for one in subjects],
+        curves=[read_curves(one.made) for one in subjects] if all(map(trained, subjects)) else [],
         verdict=judge(subjects),
         warnings=other_tokenizers(subjects),
     )
@@ -79,7 +80,7 @@ def described(subject: Subject) -> dict[str, Any]:
     return {
         "label": subject.label,
         "name": subject.name,
-        "recipe": subject.artifacts["pretrain"].manifest["recipe"],
+        "recipe": subject.recipe,
         "run_id": run.run_id if run else None,
         "url": run.url if run else "",
         "stages": {stage: artifact.fingerprint for stage, artifact in subject.artifacts.items()},

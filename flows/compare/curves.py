@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from flows.compare.rows import Row
 from flows.compare.statistics import Floats
+from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
 from llm.pretrain.config import tokens_at
 from llm.training.events import read_events
@@ -53,6 +54,11 @@ class Curves:
         }
 
 
+def trained(subject: Subject) -> bool:
+    """Whether a training here made the model."""
+    return (subject.made.path / "losses.parquet").exists()
+
+
 def read_curves(training: Artifact) -> Curves:
     """The curves of a sealed training."""
     losses = pq.read_table(training.path / "losses.parquet")
@@ -74,6 +80,8 @@ def read_curves(training: Artifact) -> Curves:
 
 def curve_rows(curves: Sequence[Curves]) -> list[Row]:
     """Where each training stood at quarters of the tokens that all of them read."""
+    if not curves:
+        return []
     trainings = [one.training for one in curves]
     common = min(int(one.tokens[-1]) for one in trainings)
     rows = []

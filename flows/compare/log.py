@@ -17,7 +17,7 @@ PAGE, FIGURES = "compare.html", "compare.json"
 
 def log(comparison: Comparison, home: Path) -> tuple[str, str]:
     """Write it down; returns where it is, and why MLflow does not have it yet."""
-    recipe = comparison.subjects[0].artifacts["pretrain"].manifest["recipe"]
+    recipe = comparison.subjects[0].recipe
     names = [one.name for one in comparison.subjects]
     more = f" and {len(names) - MOST_IN_NAME} more" if len(names) > MOST_IN_NAME else ""
     finding = Finding(home, recipe, "compare", f"compare {' vs '.join(names[:MOST_IN_NAME])}{more}")

@@ -11,9 +11,9 @@ from typing import Any
 from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
 from flows.recipe import flatten
-from flows.stages import BY_NAME
+from flows.stages import BY_NAME, STAGES
 
-MODEL_STAGES = ("download", "clean", "dedup", "train_tokenizer", "tokenize", "pretrain")
+MODEL_STAGES = tuple(stage.name for stage in STAGES if stage.makes not in ("scores", "folder"))
 """Those that decide the weights."""
 ABSENT = "—"
 COUNTED = {
@@ -78,7 +78,7 @@ def recipe_key(subject: Subject) -> str:
     """Equal for runs whose models were made by one recipe, whatever the seeds."""
     made_by = {
         stage: {
-            name: value for name, value in settings(subject.artifacts[stage]).items() if not is_seed(name)
+            name: value for name, value in settings(subject.artifacts.get(stage)).items() if not is_seed(name)
         }
         for stage in MODEL_STAGES
     }
@@ -114,12 +114,16 @@ def data_rows(subjects: Sequence[Subject]) -> list[Row]:
     """Documents kept and dropped by reason, tokens by source, and windows of each source that were read."""
     rows = []
     for stage, wanted in COUNTED.items():
-        figures = [subject.artifacts[stage].metrics for subject in subjects]
+        figures = [metrics_of(subject.artifacts.get(stage)) for subject in subjects]
         names = dict.fromkeys(name for one in figures for name in chosen(one, wanted))
         rows += [Row(stage, name, [one.get(name) for one in figures]) for name in names]
-    read = [tokens_read(subject.artifacts["pretrain"]) for subject in subjects]
+    read = [tokens_read(subject.made) for subject in subjects]
     names = dict.fromkeys(name for one in read for name in one)
     return rows + [Row("pretrain", name, [one.get(name) for one in read]) for name in names]
+
+
+def metrics_of(artifact: Artifact | None) -> dict[str, float]:
+    return artifact.metrics if artifact else {}
 
 
 def chosen(names: Iterable[str], wanted: Sequence[str]) -> Iterator[str]:
@@ -129,8 +133,11 @@ def chosen(names: Iterable[str], wanted: Sequence[str]) -> Iterator[str]:
 
 def tokens_read(training: Artifact) -> dict[str, int]:
     """``tokens read/SOURCE`` -> tokens of it that training read, those read again counted again."""
+    windows = training.path / "sources.json"
+    if not windows.exists():
+        return {}  # it was not trained here
     context = training.manifest["config"]["model"]["context"]
-    sources = json.loads((training.path / "sources.json").read_text(encoding="utf-8"))
+    sources = json.loads(windows.read_text(encoding="utf-8"))
     return {
         f"tokens read/{one['source']}" if one["source"] else "tokens read": one["read"] * context
         for one in sources

@@ -59,7 +59,7 @@ def read_scores(subjects: Sequence[Subject]) -> Scores:
 
 def read_documents(subject: Subject) -> dict[str, tuple[int, float]]:
     """Id -> bytes and bits of each held-out document that has text."""
-    path = subject.artifacts["evaluate"].path / "documents.parquet"
+    path = subject.evaluation.path / "documents.parquet"
     table = pq.read_table(path, columns=["id", "bytes", "text_nats"])
     rows = zip(*(table[name].to_pylist() for name in table.column_names), strict=True)
     return {id: (size, nats / math.log(2)) for id, size, nats in rows if size}

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256
 from flows.engine.store import Artifact, Store
-from flows.stages import BY_NAME
+from flows.stages import BY_NAME, STAGES
 
 if TYPE_CHECKING:
     from flows.listeners.mlflow.reader import PipelineRun
 
 MOST_NAMED = 5
 LATEST = re.compile(r"latest(~(?P<before>\d+))?")
-ENDS = ("evaluate", "pretrain", "export")
+MODELS = tuple(stage.name for stage in STAGES if stage.makes in ("model", ""))
+"""Stages that may have made a model."""
+ENDS = ("evaluate", *MODELS, "export")
 """Stages whose fingerprint names a model."""
+OF_STEP = re.compile(r"(?P<run>.+)/(?P<step>[A-Za-z0-9_.-]+)")
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,30 @@ class Subject:
     """In MLflow; None where it was named by a fingerprint or as a registered model."""
 
     @property
+    def evaluation(self) -> Artifact:
+        """Its scores."""
+        return self.artifacts["evaluate"]
+
+    @property
+    def made(self) -> Artifact:
+        """The model that was evaluated, by whatever stage it was made."""
+        return self.artifacts[self.evaluation.inputs["model"].stage]
+
+    @property
+    def recipe(self) -> str:
+        """The name of the recipe that made the model."""
+        return self.made.manifest["recipe"]
+
+    @property
     def model(self) -> str:
         """What the model computes: its weights, its shape and its tokenizer, whatever settings made them."""
-        files = {entry["path"]: entry["sha256"] for entry in self.artifacts["pretrain"].manifest["files"]}
+        files = {entry["path"]: entry["sha256"] for entry in self.made.manifest["files"]}
         return " ".join([files["model.safetensors"], files["model.json"], self.tokenizer])
 
     @cached_property
     def tokenizer(self) -> str:
         """What a token of it stands for."""
-        return behaviour_sha256(self.artifacts["train_tokenizer"].path)
+        return behaviour_sha256(self.artifacts[self.evaluation.inputs["tokenizer"].stage].path)
 
 
 class Finder:
@@ -64,24 +82,32 @@ class Finder:
             self.why_not = str(error)
 
     def find(self, texts: Sequence[str]) -> list[Subject]:
-        """A subject for each text.
+        """A subject for each text; for a run that evaluated several models, one for each of them.
 
         Raises:
             UserError: one names nothing, or several things; or what it names is not evaluated, or not in the store.
         """
-        return [self._find(text, label(place)) for place, text in enumerate(texts)]
+        found = [subject for text in texts for subject in self._find(text)]
+        return [replace(subject, label=label(place)) for place, subject in enumerate(found)]
 
-    def of_run(self, run: PipelineRun, name: str) -> Subject:
-        """A run of a recipe."""
-        if "evaluate" not in run.fingerprints:
+    def of_run(self, run: PipelineRun, step: str = "") -> list[Subject]:
+        """The models that a run of a recipe evaluated, or the one that a step of it evaluated."""
+        evaluations = {name: one for name, (stage, one) in run.artifacts.items() if stage == "evaluate"}
+        if not evaluations:
             raise UserError(f"run “{run.name}” ({run.run_id}) evaluated no model: it did not come so far")
-        evaluation = self._sealed("evaluate", run.fingerprints["evaluate"], f"run “{run.name}”")
-        return Subject(
-            label=name,
-            name=run.name,
-            artifacts=self._line(evaluation, run.fingerprints.get("export")),
-            run=run,
-        )
+        if step and step not in evaluations:
+            raise UserError(f"run “{run.name}” has no evaluation {step}; it has {', '.join(evaluations)}")
+        exports = {one for stage, one in run.artifacts.values() if stage == "export"}
+        return [
+            Subject(
+                label="",
+                name=run.name if len(evaluations) == 1 else f"{run.name} {name}",
+                artifacts=self._line(self._sealed("evaluate", one, f"run “{run.name}”"), exports),
+                run=run,
+            )
+            for name, one in evaluations.items()
+            if step in ("", name)
+        ]
 
     def of_export(self, fingerprint: str, name: str, called: str) -> Subject:
         """An exported model."""
@@ -98,13 +124,17 @@ class Finder:
             run = self._runs.of_key(key) if self._runs else None
         except NotAsked as error:
             self.why_not = str(error)
-        return Subject(label=name, name=called, artifacts=self._line(evaluation, None), run=run)
+        return Subject(label=name, name=called, artifacts=self._line(evaluation, ()), run=run)
 
-    def _find(self, text: str, name: str) -> Subject:
+    def _find(self, text: str) -> list[Subject]:
         if text.startswith("models:/"):
-            return self._registered(text, name)
+            return [self._registered(text, "")]
         if match := LATEST.fullmatch(text):
-            return self.of_run(self._latest(text, int(match["before"] or 0)), name)
+            return self.of_run(self._latest(text, int(match["before"] or 0)))
+        if match := OF_STEP.fullmatch(text):
+            run = self._find(match["run"])[0].run
+            if run:
+                return self.of_run(run, match["step"])
         runs = self._called(text)
         artifacts = self._fingerprinted(text)
         if len(runs) + len(artifacts) > 1:
@@ -112,11 +142,10 @@ class Finder:
             meant += [f"{artifact.stage} {artifact.fingerprint}" for artifact in artifacts]
             raise UserError(f"{text} may be any of {', '.join(meant[:MOST_NAMED])}: give more of its id")
         if runs:
-            return self.of_run(runs[0], name)
+            return self.of_run(runs[0])
         if artifacts:
-            return self._of_artifact(
-                artifacts[0], name, f"{artifacts[0].stage} {artifacts[0].fingerprint[:8]}"
-            )
+            called = f"{artifacts[0].stage} {artifacts[0].fingerprint[:8]}"
+            return [self._of_artifact(artifacts[0], "", called)]
         raise UserError(f"no run is called {text}{self._candidates(text)}")
 
     def _registered(self, text: str, name: str) -> Subject:
@@ -168,36 +197,35 @@ class Finder:
         return f", and {self.why_not or 'MLflow knows of no evaluated run'}"
 
     def _of_artifact(self, artifact: Artifact, name: str, called: str) -> Subject:
-        evaluation, export = artifact, None
+        evaluation, exports = artifact, set[str]()
         if artifact.stage == "export":
-            export = artifact.fingerprint
-            evaluation = self._sealed(
-                "evaluate", artifact.manifest["inputs"]["evaluate"]["fingerprint"], called
-            )
-        elif artifact.stage == "pretrain":
-            made = [
-                one
-                for one in self.store.artifacts("evaluate")
-                if one.manifest["inputs"]["pretrain"]["fingerprint"] == artifact.fingerprint
-            ]
+            exports = {artifact.fingerprint}
+            scores = artifact.inputs.get("scores")
+            if scores is None:
+                raise UserError(f"{called} is not evaluated: its recipe has no evaluation of it")
+            evaluation = self._sealed(*scores.key, called)
+        elif artifact.stage != "evaluate":
+            key = (artifact.stage, artifact.fingerprint)
+            made = [one for one in self.store.artifacts("evaluate") if one.inputs["model"].key == key]
             if not made:
                 raise UserError(f"{called} is not evaluated: run its recipe to the end")
             evaluation = made[-1]
-        return Subject(name, called, self._line(evaluation, export))
+        return Subject(name, called, self._line(evaluation, exports))
 
-    def _line(self, evaluation: Artifact, export: str | None) -> dict[str, Artifact]:
-        """An evaluation, all that it was made from, and the model's export: the one named, or the newest there is."""
+    def _line(self, evaluation: Artifact, exports: Collection[str]) -> dict[str, Artifact]:
+        """An evaluation, all that it was made from, and the model's export: one of those named, or the newest."""
         found = {"evaluate": evaluation}
         waiting = [evaluation]
         while waiting:
-            for stage, source in waiting.pop().manifest["inputs"].items():
-                if stage not in found:
+            for source in waiting.pop().inputs.values():
+                if source.stage not in found:
                     called = f"evaluate {evaluation.fingerprint}"
-                    found[stage] = self._sealed(stage, source["fingerprint"], called)
-                    waiting.append(found[stage])
+                    found[source.stage] = self._sealed(*source.key, called)
+                    waiting.append(found[source.stage])
         for exported in self.store.artifacts("export"):
-            same = exported.manifest["inputs"]["evaluate"]["fingerprint"] == evaluation.fingerprint
-            if same and export in (None, exported.fingerprint):
+            scores = exported.inputs.get("scores")
+            same = scores is not None and scores.fingerprint == evaluation.fingerprint
+            if same and (not exports or exported.fingerprint in exports):
                 found["export"] = exported
         return {stage: found[stage] for stage in BY_NAME if stage in found}
 

@@ -55,6 +55,27 @@ class Member:
         pairs = (shown(setting).partition("=") for setting in self.chosen)
         return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in pairs)
 
+    def step(self, stage: str) -> Step:
+        """The step of a stage that the sweep is about: the one called so, or the last.
+
+        Raises:
+            UserError: there is none.
+        """
+        steps = [step for step in self.steps if step.stage.name == stage]
+        if not steps:
+            raise UserError(f"a sweep is of models that are trained and evaluated: the recipe has no {stage}")
+        return next((step for step in steps if step.name == stage), steps[-1])
+
+    def config(self, stage: str) -> Any:
+        """The config of that step."""
+        return self.step(stage).config
+
+    @property
+    def candidate(self) -> list[Operation]:
+        """What makes its export the candidate."""
+        exported = [step for step in self.steps if step.stage.name == "export"]
+        return [candidate(self.recipe.name, str(one.fingerprint), newest=False) for one in exported[:1]]
+
     @property
     def key(self) -> str:
         """What it will have made when it has ended well."""
@@ -74,7 +95,7 @@ class Ended:
 
 
 def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Setting -> its values, from ``stage.field=value,value``.
+    """Setting -> its values, from ``step.field=value,value``.
 
     Raises:
         UserError: one is written otherwise, or a setting or a value is there twice.
@@ -84,7 +105,7 @@ def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
         setting, _, values = text.partition("=")
         found = [value.strip() for value in COMMAS.split(values)]
         if not setting or not all(found):
-            raise UserError(f"--grid {shown(text)}: write it as stage.field=value,value")
+            raise UserError(f"--grid {shown(text)}: write it as step.field=value,value")
         if setting in grid or len(set(found)) < len(found):
             raise UserError(f"--grid {shown(text)}: {setting} or one of its values is there twice")
         grid[setting] = found
@@ -104,14 +125,14 @@ def read_members(
     members = []
     for values in itertools.product(*grid.values()):
         settings = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-        first = load_recipe(path, [*changes, *settings]).pretrain.seed
+        first = first_seed(load_recipe(path, [*changes, *settings]))
         for seed in range(first, first + seeds):
             chosen = settings if SEED in grid else [*settings, f"{SEED}={seed}"]
             recipe = load_recipe(path, [*changes, *chosen])
             steps = make_plan(recipe, store)
             for step in steps:
                 if step.action == "unknown":
-                    raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
+                    raise UserError(f"{step.name}: {'; '.join(step.why)}")
             members.append(
                 Member(chosen=tuple(chosen), settings=(*changes, *chosen), recipe=recipe, steps=steps)
             )
@@ -125,10 +146,18 @@ def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list
     seen: set[tuple[str, str]] = set()
     for member in members:
         waiting = [step for step in member.steps if step.action != "reuse"]
-        keys = {step.stage.name: (step.stage.name, str(step.fingerprint)) for step in waiting}
+        keys = {step.name: (step.stage.name, str(step.fingerprint)) for step in waiting}
         builds = [name for name, key in keys.items() if key not in seen]
         seen.update(keys.values())
         yield member, len(member.steps) - len(waiting), len(waiting) - len(builds), builds
+
+
+def first_seed(recipe: Recipe) -> int:
+    """The seed of the training that the sweep is about."""
+    if not hasattr(recipe, "pretrain"):
+        raise UserError("a sweep is of trainings with other seeds: the recipe has no step pretrain")
+    seed: int = recipe.pretrain.seed
+    return seed
 
 
 class NoVerdict(UserError):
@@ -157,7 +186,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
         NoVerdict: it will not be able to say anything.
     """
     for member in members:
-        most = member.recipe.evaluate.max_documents
+        most = member.config("evaluate").max_documents
         if most is not None and most < MIN_DOCUMENTS:
             raise NoVerdict(
                 f"evaluate.max_documents is {most}, and {MIN_DOCUMENTS} are needed to compare models:\nraise it"
@@ -168,7 +197,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
     warnings = []
     models: dict[str, list[str]] = {}
     for member in members:
-        made = next(str(step.fingerprint) for step in member.steps if step.stage.name == "pretrain")
+        made = str(member.step("pretrain").fingerprint)
         models.setdefault(made, []).append(member.name)
     warnings += [f"{' and '.join(names)} make the same model" for names in models.values() if len(names) > 1]
     if len({held_out_by(member) for member in members}) > 1:
@@ -186,8 +215,8 @@ def foresee(members: Sequence[Member]) -> list[str]:
 
 def held_out_by(member: Member) -> tuple[Any, ...]:
     """What decides which documents a run holds out and evaluates."""
-    documents = next(step.fingerprint for step in member.steps if step.stage.name == "dedup")
-    split, evaluated = member.recipe.tokenize, member.recipe.evaluate
+    split, evaluated = member.step("tokenize"), member.config("evaluate")
+    documents, split = split.inputs["documents"], member.config("tokenize")
     return documents, split.val_fraction, split.seed, evaluated.max_documents
 
 
@@ -259,7 +288,7 @@ class Sweep:
             evidence,
             f"{text}\n\n{said}".strip(),
             "FINISHED" if len(well) == len(ended) else "FAILED",
-            [candidate(best.recipe.name, best.key, newest=False)] if best else [],
+            best.candidate if best else [],
         )
         if said:
             self.terminal.note(said)
@@ -282,7 +311,7 @@ class Sweep:
             self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
 
     def _member(self, member: Member, recipe: Path) -> Ended:
-        evaluation = next(str(step.fingerprint) for step in member.steps if step.stage.name == "evaluate")
+        evaluation = str(member.step("evaluate").fingerprint)
         if member.key in self._done and all(step.action == "reuse" for step in member.steps):
             self.terminal.note("it ended well before this sweep was stopped")
             return Ended(member, evaluation, self._done[member.key])

@@ -40,9 +40,14 @@ def describe_making(step: Step, recipe: Recipe, inputs: Mapping[str, Artifact]) 
         "version": step.stage.version,
         "config": step.config.identity(),
         "runtime": step.config.runtime.model_dump(mode="json"),
+        "step": step.name,
         "inputs": {
-            name: {"fingerprint": artifact.fingerprint, "payload_sha256": artifact.payload_sha256}
-            for name, artifact in inputs.items()
+            type_: {
+                "stage": artifact.stage,
+                "fingerprint": artifact.fingerprint,
+                "payload_sha256": artifact.payload_sha256,
+            }
+            for type_, artifact in inputs.items()
         },
         "recipe": recipe.name,
         "recipe_runtime": recipe.runtime.model_dump(mode="json"),

@@ -1,11 +1,11 @@
-"""The plan: for each stage, whether its artifact is there, and if not, what differs from the nearest one.
+"""The plan: for each step, whether its artifact is there, and if not, what differs from the nearest one.
 
 Fingerprints depend on configs and inputs only, so the whole plan is known before anything runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -16,56 +16,62 @@ from data_pipeline.stage import StageConfig
 from flows.engine.store import Artifact, Store, fingerprint
 from flows.engine.uses import Uses
 from flows.recipe import Recipe, flatten
-from flows.stages import BY_NAME, STAGES, Stage
+from flows.stage import Stage
+from flows.steps import RecipeStep
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which stages of a recipe a person asked for."""
+    """Which steps of a recipe a person asked for, by name."""
 
     start: str | None = None
-    """Run from this stage on; those before it must be sealed."""
+    """Run from this step on; those before it must be sealed, where one of the others needs them."""
 
     stop: str | None = None
-    """Run up to this stage, and none after it."""
+    """Run up to this step, and none after it."""
 
     only: str | None = None
-    """Run this stage; its inputs must be sealed."""
+    """Run this step; its inputs must be sealed."""
 
     force: str | None = None
-    """Build this stage again although it is sealed."""
+    """Build this step again although it is sealed."""
 
     def __post_init__(self) -> None:
-        options = {"--from": self.start, "--to": self.stop, "--only": self.only, "--force": self.force}
-        for option, name in options.items():
-            if name is not None and name not in BY_NAME:
-                raise UserError(f"{option} {name}: no such stage; there are {', '.join(BY_NAME)}")
         if self.only and (self.start or self.stop):
             raise UserError("--only excludes --from and --to: choose one")
-        if self.start and not self.includes(self.start):
+
+    def check(self, order: Sequence[str]) -> None:
+        """See that a recipe with these steps has what was asked for.
+
+        Raises:
+            UserError: it has not.
+        """
+        options = {"--from": self.start, "--to": self.stop, "--only": self.only, "--force": self.force}
+        for option, name in options.items():
+            if name is not None and name not in order:
+                raise UserError(f"{option} {name}: no such step; there are {', '.join(order)}")
+        chosen = self.chosen(order)
+        if not chosen:
             raise UserError(f"--from {self.start} comes after --to {self.stop}: nothing would run")
-        if self.force and not (self.may_run(self.force) and self.includes(self.force)):
+        if self.force and self.force not in chosen:
             raise UserError(
-                f"--force {self.force}: that stage is not among those that --from, --to or --only lets run"
+                f"--force {self.force}: that step is not among those that --from, --to or --only lets run"
             )
 
-    def may_run(self, stage: str) -> bool:
-        """Whether this stage may be built; one before it, that may not, must be sealed."""
-        order = list(BY_NAME)
+    def chosen(self, order: Sequence[str]) -> Sequence[str]:
+        """The steps that may be built; others that these need must be sealed."""
         if self.only:
-            return stage == self.only
-        return self.start is None or order.index(stage) >= order.index(self.start)
-
-    def includes(self, stage: str) -> bool:
-        """Whether the run goes as far as this stage."""
-        order, last = list(BY_NAME), self.only or self.stop
-        return last is None or order.index(stage) <= order.index(last)
+            return [self.only]
+        first = order.index(self.start) if self.start else 0
+        last = order.index(self.stop) if self.stop else len(order) - 1
+        return order[first : last + 1]
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be done about one stage of a recipe."""
+    """What is to be done about one step of a recipe."""
 
+    name: str
     stage: Stage
     action: Literal["reuse", "run", "resume", "unknown"]
     why: list[str]
@@ -76,15 +82,20 @@ class Step:
 
     fingerprint: str | None = None
     inputs: dict[str, str] = field(default_factory=dict)
+    """Type of an input -> its fingerprint."""
+    sources: dict[str, str] = field(default_factory=dict)
+    """Type of an input -> the step that makes it."""
     artifact: Artifact | None = None
     predicted: list[str] = field(default_factory=list)
-    """What a run of the stage will need and find, as far as its config can tell."""
+    """What a run of the step will need and find, as far as its config can tell."""
 
     def as_json(self) -> dict[str, Any]:
         return {
+            "step": self.name,
             "stage": self.stage.name,
             "action": self.action,
             "fingerprint": self.fingerprint,
+            "inputs": self.sources,
             "why": self.why,
             "predicted": self.predicted,
             "metrics": self.artifact.metrics if self.artifact else {},
@@ -93,32 +104,51 @@ class Step:
 
 
 def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) -> list[Step]:
-    """One step a stage, in order.
+    """What is to be done about the steps that were asked for and those that they need, in order.
 
     Raises:
-        UserError: a config that can't be resolved, or a stage that the selection needs and is not sealed.
+        UserError: a config that can't be resolved, or a step that the selection needs and is not sealed.
     """
+    order = [step.name for step in recipe.steps]
+    selection.check(order)
+    chosen = set(selection.chosen(order))
+    needed = chosen | ancestors(recipe.steps, chosen)
     steps: dict[str, Step] = {}
-    for stage in STAGES:
-        if not selection.includes(stage.name):
-            break
-        step = plan_stage(stage, getattr(recipe, stage.name), steps, store, selection)
+    for of_recipe in recipe.steps:
+        if of_recipe.name not in needed:
+            continue
+        step = plan_step(of_recipe, steps, store, forced=selection.force == of_recipe.name)
         if step.action != "reuse" and step.config:
             check_inputs(step, steps)
-        if step.action != "reuse" and not selection.may_run(stage.name):
+        if step.action != "reuse" and step.name not in chosen:
             option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
             lacks = "can't be looked up" if step.action == "unknown" else "is not sealed"
-            raise UserError(f"{option} needs {stage.name}, which {lacks}: {'; '.join(step.why)}")
-        steps[stage.name] = with_prediction(step, steps, recipe.runtime.worker_count)
+            raise UserError(f"{option} needs {step.name}, which {lacks}: {'; '.join(step.why)}")
+        steps[step.name] = with_prediction(step, steps, recipe.runtime.worker_count)
     return list(steps.values())
+
+
+def ancestors(steps: Sequence[RecipeStep | Step], names: Iterable[str]) -> set[str]:
+    """All steps that the products of some descend from, without these."""
+    sources = {step.name: step.sources for step in steps}
+    start = set(names)
+    found: set[str] = set()
+    waiting = list(start)
+    while waiting:
+        more = set(sources[waiting.pop()].values()) - found
+        found |= more
+        waiting += more
+    return found - start
 
 
 def check_inputs(step: Step, steps: Mapping[str, Step]) -> None:
     """Have a step's config look at what is known of its inputs, before anything runs."""
     assert step.config
-    inputs = [steps[name] for name in step.stage.inputs]
-    configs = {one.stage.name: one.config for one in inputs if one.config}
-    made = {one.stage.name: one.artifact.path for one in inputs if one.action == "reuse" and one.artifact}
+    inputs = {type_: steps[name] for type_, name in step.sources.items()}
+    configs = {type_: one.config for type_, one in inputs.items() if one.config}
+    made = {
+        type_: one.artifact.path for type_, one in inputs.items() if one.action == "reuse" and one.artifact
+    }
     step.config.check_inputs(configs, made)
 
 
@@ -161,69 +191,37 @@ def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step
     """``step`` with what its config predicts, where it will run."""
     if step.action == "reuse" or not step.config:
         return step
-    source = steps[step.stage.inputs[0]] if step.stage.inputs else None
+    source = steps[next(iter(step.sources.values()))] if step.sources else None
     known = source.artifact.metrics if source and source.action == "reuse" and source.artifact else {}
     left_out = describe(step.config.left_out() or {}, most=None)
     return replace(step, predicted=[*step.config.predict(known, workers), *left_out])
 
 
-def plan_stage(
-    stage: Stage, config: StageConfig, steps: Mapping[str, Step], store: Store, selection: Selection
-) -> Step:
-    """The step for one stage, given those for the stages before it."""
-    waiting = [name for name in stage.inputs if steps[name].fingerprint is None]
+def plan_step(of_recipe: RecipeStep, steps: Mapping[str, Step], store: Store, *, forced: bool) -> Step:
+    """What is to be done about one step, given those before it."""
+    stage, sources = of_recipe.stage, of_recipe.sources
+    step = Step(name=of_recipe.name, stage=stage, action="unknown", why=[], sources=sources)
     try:
-        resolved = config.resolve()
+        resolved = of_recipe.config.resolve()
     except Unresolved as error:
-        return Step(stage, "unknown", [str(error)])
+        return replace(step, why=[str(error)])
+    step = replace(step, config=resolved)
+    waiting = [name for name in dict.fromkeys(sources.values()) if steps[name].fingerprint is None]
     if waiting:
-        return Step(stage=stage, action="unknown", why=[f"waits for {', '.join(waiting)}"], config=resolved)
-    inputs = {name: str(steps[name].fingerprint) for name in stage.inputs}
+        return replace(step, why=[f"waits for {', '.join(waiting)}"])
+    inputs = {type_: str(steps[name].fingerprint) for type_, name in sources.items()}
     name = fingerprint(stage.name, stage.version, resolved.identity(), inputs)
     artifact = with_left_out(store.get(stage.name, name), resolved)
-    running = [name for name in stage.inputs if steps[name].action in ("run", "resume")]
-    if selection.force == stage.name:
-        return Step(
-            stage=stage,
-            action="run",
-            why=["--force"],
-            config=resolved,
-            fingerprint=name,
-            inputs=inputs,
-            artifact=artifact,
-        )
-    if artifact and (rebuilt := rebuilt_inputs(artifact, steps)):
-        why = [f"{input} was built again, with another content" for input in rebuilt]
-        return Step(
-            stage=stage,
-            action="run",
-            why=why,
-            config=resolved,
-            fingerprint=name,
-            inputs=inputs,
-            artifact=artifact,
-        )
+    step = replace(step, fingerprint=name, inputs=inputs, artifact=artifact)
+    if forced:
+        return replace(step, action="run", why=["--force"])
     if artifact:
-        return Step(
-            stage=stage,
-            action="reuse",
-            why=[],
-            config=resolved,
-            fingerprint=name,
-            inputs=inputs,
-            artifact=artifact,
-        )
+        rebuilt = [f"{one} was built again, with another content" for one in rebuilt_inputs(step, steps)]
+        return replace(step, action="run" if rebuilt else "reuse", why=rebuilt)
+    running = any(steps[name].action in ("run", "resume") for name in sources.values())
     if store.partial(stage.name, name).exists() and not running:
-        return Step(
-            stage=stage,
-            action="resume",
-            why=["an earlier run did not finish it"],
-            config=resolved,
-            fingerprint=name,
-            inputs=inputs,
-        )
-    why = differences(stage, resolved, inputs, store)
-    return Step(stage=stage, action="run", why=why, config=resolved, fingerprint=name, inputs=inputs)
+        return replace(step, action="resume", why=["an earlier run did not finish it"])
+    return replace(step, action="run", why=differences(step, store))
 
 
 def with_left_out(artifact: Artifact | None, config: StageConfig) -> Artifact | None:
@@ -238,40 +236,40 @@ def with_left_out(artifact: Artifact | None, config: StageConfig) -> Artifact | 
     return replace(artifact, manifest=artifact.manifest | {"metrics": then | now})
 
 
-def rebuilt_inputs(artifact: Artifact, steps: Mapping[str, Step]) -> list[str]:
-    """Inputs whose sealed payload is no longer the one that this artifact was made from."""
-    recorded = artifact.manifest["inputs"]
+def rebuilt_inputs(step: Step, steps: Mapping[str, Step]) -> list[str]:
+    """The steps whose sealed payload is no longer the one that a step's artifact was made from."""
+    assert step.artifact
+    recorded = step.artifact.inputs
     return [
         name
-        for name, source in recorded.items()
-        if (current := steps[name].artifact) and current.payload_sha256 != source["payload_sha256"]
+        for type_, name in step.sources.items()
+        if (now := steps[name].artifact) and now.payload_sha256 != recorded[type_].payload_sha256
     ]
 
 
-def differences(stage: Stage, config: StageConfig, inputs: Mapping[str, str], store: Store) -> list[str]:
-    """Which fields and inputs differ from the nearest sealed artifact of this stage: the newest of those in which
+def differences(step: Step, store: Store) -> list[str]:
+    """Which fields and inputs differ from the nearest sealed artifact of a step's stage: the newest of those in which
     the fewest do."""
-    found = [differences_from(one, stage, config, inputs) for one in reversed(store.artifacts(stage.name))]
-    return min(found, key=len, default=["none is sealed yet"])
+    sealed = reversed(store.artifacts(step.stage.name))
+    return min((differences_from(one, step) for one in sealed), key=len, default=["none is sealed yet"])
 
 
-def differences_from(
-    sealed: Artifact, stage: Stage, config: StageConfig, inputs: Mapping[str, str]
-) -> list[str]:
-    """Which fields and inputs differ from a sealed artifact of this stage."""
+def differences_from(sealed: Artifact, step: Step) -> list[str]:
+    """Which fields and inputs differ from a sealed artifact of a step's stage."""
+    assert step.config
     nearest = sealed.manifest
     lines = []
-    if nearest["version"] != stage.version:
-        lines.append(f"stage version: {nearest['version']} -> {stage.version}")
-    before, after = flatten(nearest["config"]), flatten(config.identity())
+    if nearest["version"] != step.stage.version:
+        lines.append(f"stage version: {nearest['version']} -> {step.stage.version}")
+    before, after = flatten(nearest["config"]), flatten(step.config.identity())
     lines += [
         f"{key}: {before.get(key)} -> {after.get(key)}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
     ]
-    lines += [
-        f"input {name}: {nearest['inputs'].get(name, {}).get('fingerprint')} -> {inputs[name]}"
-        for name in stage.inputs
-        if nearest["inputs"].get(name, {}).get("fingerprint") != inputs[name]
+    read = {type_: one.fingerprint for type_, one in sealed.inputs.items()}
+    return lines + [
+        f"input {type_}: {read.get(type_)} -> {name}"
+        for type_, name in step.inputs.items()
+        if read.get(type_) != name
     ]
-    return lines

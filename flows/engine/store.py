@@ -41,6 +41,13 @@ MANIFEST_FIELDS = {
     "payload_sha256": str,
 }
 """Fields that are read of every manifest."""
+MADE_BEFORE = {
+    "train_tokenizer": "tokenizer",
+    "tokenize": "tokens",
+    "pretrain": "model",
+    "evaluate": "scores",
+}
+"""Stage -> the type that it makes, for inputs that an older manifest names by their stage; the others' stay so."""
 Spread = Callable[[Callable[[Path], dict[str, Any]], list[Path]], list[dict[str, Any]]]
 """Applies a function to paths, in order, by whatever workers there are."""
 SPREAD_BYTES = 10 * 10**9  # above this, one machine's disk and cores hold up a cluster
@@ -67,10 +74,23 @@ def fingerprint(stage: str, version: int, identity: Mapping[str, Any], inputs: M
 
     Args:
         identity: the JSON value of everything in the stage's config that may change its output.
-        inputs: name of each input stage -> its fingerprint.
+        inputs: type of each input -> its fingerprint.
     """
     value = {"stage": stage, "version": version, "identity": identity, "inputs": dict(inputs)}
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:FINGERPRINT_DIGITS]
+
+
+@dataclass(frozen=True)
+class Input:
+    """What an artifact was made from."""
+
+    stage: str
+    fingerprint: str
+    payload_sha256: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.stage, self.fingerprint
 
 
 @dataclass(frozen=True)
@@ -95,6 +115,16 @@ class Artifact:
     @property
     def metrics(self) -> dict[str, float]:
         return self.manifest["metrics"]
+
+    @property
+    def inputs(self) -> dict[str, Input]:
+        """By type; artifacts of before there were types name the stage in its place."""
+        return {
+            name if "stage" in one else MADE_BEFORE.get(name, name): Input(
+                one.get("stage", name), one["fingerprint"], one["payload_sha256"]
+            )
+            for name, one in self.manifest["inputs"].items()
+        }
 
     @property
     def size(self) -> int:
@@ -311,6 +341,11 @@ def is_time(text: str) -> bool:
         return bool(datetime.fromisoformat(text))
     except ValueError:
         return False
+
+
+def origin_of(inputs: Mapping[str, Artifact]) -> dict[str, list[str]]:
+    """What an artifact is begun from: type of an input -> its stage, and the checksum of its payload."""
+    return {type_: [one.stage, one.payload_sha256] for type_, one in inputs.items()}
 
 
 def protect(path: Path) -> None:

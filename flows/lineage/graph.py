@@ -73,7 +73,7 @@ class Graph:
 
     def _read_sealed(self) -> Iterator[Node]:
         for artifact in self._sealed:
-            inputs = [(name, one["fingerprint"]) for name, one in artifact.manifest["inputs"].items()]
+            inputs = [one.key for one in artifact.inputs.values()]
             start = artifact.manifest["config"].get("init_sha256")
             inputs += self._exports.get(start, []) if start else []
             key = (artifact.stage, artifact.fingerprint)
@@ -89,7 +89,7 @@ class Graph:
             key = (path.parent.name, path.name.removesuffix(".partial"))
             if key not in sealed:  # else it is being built again
                 origin = read_json(path / ORIGIN).get("inputs", {})
-                inputs = [one for payload in origin.items() for one in by_payload.get(payload, [])]
+                inputs = [one for payload in origin.values() for one in by_payload.get(tuple(payload), [])]
                 inputs += self._start_of(path)
                 yield Node(key=key, path=path, artifact=None, inputs=tuple(inputs))
 

@@ -1,6 +1,6 @@
 """Deployments of a recipe, kept in a ``prefect.yaml`` that an operator reads and edits, and registered from there.
 
-One runs the pipeline, and one each stage alone. What the file says of a deployment stays; a command changes only what
+One runs the pipeline, and one each step alone. What the file says of a deployment stays; a command changes only what
 its options name. ``prefect deploy --all`` registers the same file.
 """
 
@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import Flow
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
@@ -28,14 +30,13 @@ from data_pipeline.core.text import last_lines
 from flows.engine.services import POOL
 from flows.prefect.deployed import pipeline
 from flows.prefect.page_edits import Edit, find_edits, keep, remembered
+from flows.prefect.pools import deployments_of
 from flows.recipe import Recipe, apply_override, shown
-from flows.stages import STAGES
 
 ENTRYPOINT = "flows.prefect.deployed.pipeline"
-GPU_STAGES = tuple(stage.name for stage in STAGES if stage.trains)
 HEADER = """\
 # llmill's deployments: edit them here, then `llmill deploy RECIPE` or `prefect deploy --all` registers them again.
-# RECIPE runs the pipeline, RECIPE.STAGE that stage alone; docs/servers.md says what each setting is for.
+# RECIPE runs the pipeline, RECIPE.STEP that step alone; docs/servers.md says what each setting is for.
 pull: []  # no code is fetched: llmill is installed where workers run
 """
 Collision = Literal["enqueue", "cancel-new"]
@@ -67,8 +68,13 @@ class Written:
 
 
 def names_of(recipe: Recipe) -> list[str]:
-    """The recipe's deployments: the pipeline's, and one for each stage."""
-    return [recipe.name, *(f"{recipe.name}.{stage.name}" for stage in STAGES)]
+    """The recipe's deployments: the pipeline's, and one for each step."""
+    return [recipe.name, *(f"{recipe.name}.{step.name}" for step in recipe.steps)]
+
+
+def gpu_steps(recipe: Recipe) -> list[str]:
+    """The steps whose work is a GPU's."""
+    return [step.name for step in recipe.steps if step.stage.trains]
 
 
 def write_deployments(
@@ -112,7 +118,8 @@ def write_deployments(
             written.kept.append(edit)
     for name in names:
         refuse_commands(known[name], file)
-        change(known[name], name.removeprefix(recipe.name).lstrip("."), options)
+        change(known[name], name.removeprefix(recipe.name).lstrip("."), options, gpu_steps(recipe))
+        check_steps(known[name]["parameters"], [step.name for step in recipe.steps])
     if schedule:
         known[recipe.name]["schedules"] = [schedule]
     writer = round_trip()
@@ -143,11 +150,11 @@ def round_trip() -> YAML:
 
 def new_entry(name: str, recipe: Recipe, path: Path, home: Path) -> CommentedMap:
     """A deployment as it is first written."""
-    stage = name.removeprefix(recipe.name).lstrip(".")
-    what = f"Only {stage} of {recipe.name}." if stage else recipe.description or f"All of {recipe.name}."
+    step = name.removeprefix(recipe.name).lstrip(".")
+    what = f"Only {step} of {recipe.name}." if step else recipe.description or f"All of {recipe.name}."
     parameters: dict[str, Any] = {"recipe": str(path.resolve()), "settings": [], "home": str(home.resolve())}
-    if stage:
-        parameters["stages"] = {"only": stage}
+    if step:
+        parameters["stages"] = {"only": step}
     variables = {"working_dir": str(Path.cwd())}
     return CommentedMap(
         {
@@ -176,23 +183,36 @@ def refuse_commands(entry: CommentedMap, file: Path) -> None:
             )
 
 
-def change(entry: CommentedMap, stage: str, options: Options) -> None:
-    """Apply what the options name to one deployment; ``stage`` is empty for the pipeline's."""
-    pool = options.gpu_pool if stage in GPU_STAGES and options.gpu_pool else options.pool
+def change(entry: CommentedMap, step: str, options: Options, on_gpus: Sequence[str]) -> None:
+    """Apply what the options name to one deployment; ``step`` is empty for the pipeline's."""
+    pool = options.gpu_pool if step in on_gpus and options.gpu_pool else options.pool
     if pool:
         entry.setdefault("work_pool", {})["name"] = pool
     parameters = entry.setdefault("parameters", {})
-    if options.gpu_pool and not stage:
-        parameters["dispatch"] = list(GPU_STAGES)
+    if options.gpu_pool and not step:
+        parameters["dispatch"] = list(on_gpus)
     refuse_secrets([*(options.settings or ()), *options.parameters])
     if options.settings is not None:
         parameters["settings"] = list(options.settings)
     if options.collision:
         strategy = options.collision.upper().replace("-", "_")
         entry["concurrency_limit"] = {"limit": 1, "collision_strategy": strategy}
-    if not stage:
+    if not step:
         for text in options.parameters:
             set_parameter(parameters, text)
+
+
+def check_steps(parameters: Mapping[str, Any], steps: Sequence[str]) -> None:
+    """See that a deployment's parameters name steps of its recipe.
+
+    Raises:
+        UserError: one is none.
+    """
+    chosen = {f"stages.{name}": step for name, step in (parameters.get("stages") or {}).items()}
+    chosen |= {f"dispatch.{place}": step for place, step in enumerate(parameters.get("dispatch") or ())}
+    for name, step in chosen.items():
+        if step is not None and step not in steps:
+            raise UserError(f"{name}={step}: no such step; there are {', '.join(steps)}")
 
 
 def refuse_secrets(settings: Sequence[str]) -> None:
@@ -268,3 +288,20 @@ def register(file: Path, names: Sequence[str]) -> None:
     if done.returncode:
         said = last_lines(done.stdout + done.stderr, 6)
         raise UserError(f"{file}: Prefect refuses these deployments:\n{said}")
+
+
+def offer_steps(api: str, names: Sequence[str], steps: Sequence[str]) -> None:
+    """Have the forms of a recipe's deployments offer its steps: the flow itself, which all recipes share, has none."""
+    step = {"type": "string", "enum": list(steps)}
+    for entry in deployments_of(api, names):
+        schema = entry["parameter_openapi_schema"]
+        for chosen in schema["definitions"]["Stages"]["properties"].values():
+            chosen["anyOf"] = [step, {"type": "null"}]
+        schema["properties"]["dispatch"]["items"] = step
+        with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+            client.request(
+                "PATCH",
+                "/deployments/{id}",
+                json={"parameter_openapi_schema": schema},
+                path_params={"id": entry["id"]},
+            )

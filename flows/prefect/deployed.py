@@ -10,9 +10,8 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -21,16 +20,6 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.core.errors import UserError
 from flows.engine.process import quiet_libraries
-from flows.stages import BY_NAME
-
-if TYPE_CHECKING:
-
-    class StageName(StrEnum):
-        """A stage of the table."""
-
-else:
-    StageName = StrEnum("StageName", {name: name for name in BY_NAME})
-    StageName.__doc__ = "A stage of the table."
 from flows.prefect.names import FLOW, TIME
 
 AWAY_SECONDS = 600
@@ -38,25 +27,29 @@ SETTING = r"^[^=]+=(.|\n)*$"
 """As `apply_override` takes it: what the keys may be is said by the recipe's model, not twice."""
 
 
+StepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+"""Which there are is said by the recipe."""
+
+
 class Stages(BaseModel):
-    """Which stages run. All, where nothing is chosen: sealed ones are reused, an unfinished one is resumed."""
+    """Which steps run. All, where nothing is chosen: sealed ones are reused, an unfinished one is resumed."""
 
     model_config = ConfigDict(extra="forbid")
 
-    start: StageName | None = Field(
-        default=None, description="From this stage on; earlier ones must be sealed."
+    start: StepName | None = Field(
+        default=None, description="From this step on; earlier ones must be sealed."
     )
-    stop: StageName | None = Field(default=None, description="No stage after this one.")
-    only: StageName | None = Field(default=None, description="This stage alone; its inputs must be sealed.")
-    force: StageName | None = Field(default=None, description="Build this stage again although it is sealed.")
+    stop: StepName | None = Field(default=None, description="No step after this one.")
+    only: StepName | None = Field(default=None, description="This step alone; its inputs must be sealed.")
+    force: StepName | None = Field(default=None, description="Build this step again although it is sealed.")
 
 
 ALL = Stages()
-Setting = Annotated[str, Field(pattern=SETTING, description="stage.field=value")]
+Setting = Annotated[str, Field(pattern=SETTING, description="step.field=value")]
 
 
 def run_name() -> str:
-    """``quickstart 2026-11-26 02:00:00``, or with a stage's name where that runs alone."""
+    """``quickstart 2026-11-26 02:00:00``, or with a step's name where that runs alone."""
     parameters = flow_run.parameters
     only = (parameters.get("stages") or ALL).only
     name = recipe_name(Path(parameters["recipe"]), parameters.get("settings") or ())
@@ -79,25 +72,25 @@ def pipeline(
     settings: list[Setting] = [],  # noqa: B006
     stages: Stages = ALL,
     home: str = "",
-    dispatch: list[StageName] = [],  # noqa: B006
+    dispatch: list[StepName] = [],  # noqa: B006
     parent_key: str = "",
 ) -> State | None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
 
     Args:
         recipe: Path of the recipe's file, as the worker sees it.
-        settings: Changes to the recipe, each written as stage.field=value.
-        stages: Which stages run; all where nothing is chosen.
+        settings: Changes to the recipe, each written as step.field=value.
+        stages: Which steps run; all where nothing is chosen.
         home: Where everything is kept; where it is empty, LLMILL_HOME of the worker.
-        dispatch: Stages that run as deployments of their own, in the work pools that those name.
-        parent_key: Tag llmill.key of the run in MLflow that a dispatched stage belongs to; set by who dispatches it.
+        dispatch: Steps that run as deployments of their own, in the work pools that those name.
+        parent_key: Tag llmill.key of the run in MLflow that a dispatched step belongs to; set by who dispatches it.
     """
     quiet_libraries()
     from flows.engine.stopping import heeding_signals
     from flows.prefect.flow_runs import STOPS, at_work, finished, stopped, wait_for_prefect
 
     place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
-    chosen = {name: str(stage) if stage else None for name, stage in stages}
+    chosen = dict(stages)
     command = resume_command(recipe, settings, chosen, place)
     try:
         with (
@@ -108,7 +101,7 @@ def pipeline(
             from flows.prefect.carry_out import carry_out
             from flows.prefect.dispatch import Dispatcher
 
-            dispatcher = Dispatcher(frozenset(map(str, dispatch)), parent_key)
+            dispatcher = Dispatcher(frozenset(dispatch), parent_key)
             selection = Selection(**chosen)
             carry_out(
                 Path(recipe), settings, place, selection=selection, command=command, dispatcher=dispatcher

@@ -38,10 +38,10 @@ from data_pipeline.core.text import human_bytes, last_lines
 from data_pipeline.discards import warnings
 from flows.engine.launch import Interrupted
 from flows.engine.manifest import describe_making
-from flows.engine.plan import Planned, Selection, Step, plan_and_hold
+from flows.engine.plan import Planned, Selection, Step, ancestors, plan_and_hold
 from flows.engine.ports import answers
 from flows.engine.stopping import Stop, asked, ending_in_time
-from flows.engine.store import LOGS, Artifact, Store, begin_attempt, now
+from flows.engine.store import LOGS, Artifact, Store, begin_attempt, now, origin_of
 from flows.engine.uses import Uses, recover
 from flows.listeners.flow_page import FlowPage
 from flows.listeners.markdown import code
@@ -139,7 +139,7 @@ class Run:
             self.steps = plan_and_hold(self.recipe, self.store, self.selection, self._uses)
         for step in self.steps:
             if step.action == "unknown":
-                raise UserError(f"{step.stage.name}: {'; '.join(step.why)}")
+                raise UserError(f"{step.name}: {'; '.join(step.why)}")
             self._dispatcher.check(step)
             self._check_forced(step)
         for step in self.steps:
@@ -230,12 +230,12 @@ class Run:
         status = "KILLED"
         try:
             for step in self.steps:
-                self._at_work = step.stage.name
+                self._at_work = step.name
                 self._show_stages("running")
                 result = self._stage(step)
-                self.results[step.stage.name] = result
+                self.results[step.name] = result
                 shown = step.stage.shown(result.artifact.metrics)
-                self.tracker.add_to_parent(result.artifact, result.how, shown)
+                self.tracker.add_to_parent(step.name, result.artifact, result.how, shown)
             status, self._at_work = "FINISHED", ""
         except Exception:
             status = "FAILED"
@@ -278,15 +278,15 @@ class Run:
     def _stage(self, step: Step) -> Result:
         """Reuse one stage's artifact, have it built elsewhere, or build it in a Prefect flow of its own."""
         assert step.config
-        name = step.stage.name
-        if step.action == "reuse" and step.artifact and self._made_from_ours(step.artifact):
-            self._settle(step.artifact)
+        name = step.name
+        if step.action == "reuse" and step.artifact and self._made_from_ours(step, step.artifact):
+            self._settle(step, step.artifact)
             result = Result(step.artifact, "reused", 0.0)
         elif self._dispatcher.takes(name):
             result = self._dispatch(step)
         else:
             result = in_flow(
-                lambda body: self._subflow(step, body), lambda: self._build(name), lambda: self._missed(name)
+                lambda body: self._subflow(step, body), lambda: self._build(step), lambda: self._missed(name)
             )
         if result.how == "reused":
             self.terminal.stage_reused(name, f"{headline(result.artifact)}  (reused)")
@@ -303,9 +303,9 @@ class Run:
             log(text, WARNING)
 
     def _subflow(self, step: Step, body: Callable[[], Any]) -> None:
-        """Call ``body`` as a Prefect flow named as the stage."""
+        """Call ``body`` as a Prefect flow named as the step."""
         assert step.config
-        name = step.stage.name
+        name = step.name
         runner: Any = self._workers.task_runner()
 
         @flow(name=name, flow_run_name=f"{name} {step.fingerprint}", task_runner=runner, retries=0)
@@ -317,17 +317,18 @@ class Run:
 
     def _dispatch(self, step: Step) -> Result:
         """Have a stage built by a flow run of its own deployment, and wait for it."""
-        name, clock = step.stage.name, time.monotonic()
+        name, clock = step.name, time.monotonic()
+        stage = step.stage.name
         self.terminal.stage_started(name, f"dispatched as {self._dispatcher.deployment(name)}")
         try:
-            with self._uses.apart(name, str(step.fingerprint)):  # else it could not replace what is there
+            with self._uses.apart(stage, str(step.fingerprint)):  # else it could not replace what is there
                 self._dispatcher.run(name, self.tracker.parent_key, self.selection.force == name)
         except BaseException as error:
             self.terminal.stage_ended(
                 "✗", str(error).splitlines()[0][:120] if str(error) else "stopped", "red"
             )
             raise
-        artifact = self.store.get(name, str(step.fingerprint))
+        artifact = self.store.get(stage, str(step.fingerprint))
         if artifact is None:
             raise StageFailed(
                 f"{name}: its flow run ended well, but {step.fingerprint} is not in {self.store.root}: do its worker "
@@ -340,7 +341,7 @@ class Run:
         """Show the table of stages, the one at work in ``state``, and where else to look."""
         rows = []
         for step in self.steps:
-            name, result = step.stage.name, self.results.get(step.stage.name)
+            name, result = step.name, self.results.get(step.name)
             at_work = name == self._at_work
             rows.append(
                 {
@@ -388,35 +389,37 @@ class Run:
         )
         send_notice(notice, receivers, self._warn)
 
-    def _made_from_ours(self, artifact: Artifact) -> bool:
+    def _inputs(self, step: Step) -> dict[str, Artifact]:
+        """Type of an input -> its artifact."""
+        return {type_: self.results[name].artifact for type_, name in step.sources.items()}
+
+    def _made_from_ours(self, step: Step, artifact: Artifact) -> bool:
         """Whether an artifact's inputs are, byte for byte, the ones of this run (one may have been built again)."""
         return all(
-            source["payload_sha256"] == self.results[name].artifact.payload_sha256
-            for name, source in artifact.manifest["inputs"].items()
+            artifact.inputs[type_].payload_sha256 == one.payload_sha256
+            for type_, one in self._inputs(step).items()
         )
 
-    def _settle(self, artifact: Artifact) -> None:
+    def _settle(self, step: Step, artifact: Artifact) -> None:
         """Tell MLflow of an artifact whose run was killed between sealing it and telling."""
         lock = self.store.lock(artifact.stage, artifact.fingerprint)
         with suppress(TimeoutError), lock.acquire(timeout=0):  # who holds the lock is about to tell it
             if self.tracker.unfinished(artifact):
-                self._start_tracking_stage(artifact.stage, artifact.fingerprint, artifact.manifest["config"])
+                self._start_tracking_stage(step, artifact.manifest["config"])
                 self._finish_tracking_stage(artifact)
 
-    def _build(self, stage: str) -> Result:
+    def _build(self, step: Step) -> Result:
         """Build and seal one artifact under its lock, unless another run has just done so."""
-        step = next(step for step in self.steps if step.stage.name == stage)
-        name = str(step.fingerprint)
+        stage, name = step.stage.name, str(step.fingerprint)
         with self._locked(stage, name):
             sealed = self.store.get(stage, name)
             planned = step.artifact.manifest["finished"] if step.artifact else None
-            if sealed and sealed.manifest["finished"] != planned and self._made_from_ours(sealed):
+            if sealed and sealed.manifest["finished"] != planned and self._made_from_ours(step, sealed):
                 return Result(sealed, "reused", 0.0)
-            sources = {source: self.results[source].artifact.payload_sha256 for source in step.stage.inputs}
-            origin = {"inputs": sources, "forced": self.selection.force == stage}
+            origin = {"inputs": origin_of(self._inputs(step)), "forced": self.selection.force == step.name}
             out, begun = self.store.begin(stage, name, origin)
-            self.terminal.stage_started(stage, "; ".join(step.why)[:120])
-            with self._failures(stage, out):
+            self.terminal.stage_started(step.name, "; ".join(step.why)[:120])
+            with self._failures(step.name, out):
                 artifact, seconds = self._run_body(step, out)
             self.terminal.stage_ended("✓", headline(artifact))
             self._finish_tracking_stage(artifact)
@@ -426,16 +429,18 @@ class Run:
         """Call the stage's body on its folders, and seal what it wrote; how many seconds the body took this time."""
         assert step.config
         stage, name = step.stage.name, str(step.fingerprint)
-        inputs = {source: self.results[source].artifact for source in step.stage.inputs}
-        self._start_tracking_stage(stage, name, step.config.identity())
-        context = PrefectContext(stage, out, self._workers, self.terminal, self.tracker, self._page)
+        inputs = self._inputs(step)
+        self._start_tracking_stage(step, step.config.identity())
+        context = PrefectContext(step.name, out, self._workers, self.terminal, self.tracker, self._page)
         self._context = context
         manifest = describe_making(step, self.recipe, inputs) | {"started": now()}
         earlier_attempts, earlier_seconds = begin_attempt(out)
         clock = time.monotonic()
-        metrics = step.stage.body(
-            step.config, {key: value.path for key, value in inputs.items()}, out, context
-        )
+        folders = {type_: artifact.path for type_, artifact in inputs.items()}
+        if step.stage.lineage:
+            before = ancestors(self.steps, [step.name])
+            folders |= {one: result.artifact.path for one, result in self.results.items() if one in before}
+        metrics = step.stage.body(step.config, folders, out, context)
         seconds = time.monotonic() - clock
         manifest |= {
             "metrics": dict(metrics),
@@ -501,7 +506,7 @@ class Run:
 
     def _start_tracking(self) -> None:
         """Begin the parent run: identity as params, the resolved recipe as a file."""
-        identities = {step.stage.name: step.config.identity() for step in self.steps if step.config}
+        identities = {step.name: step.config.identity() for step in self.steps if step.config}
         labels = {"llmill.recipe": self.recipe.name, **prefect_labels()}
         if self.recipe.description:
             labels["mlflow.note.content"] = self.recipe.description
@@ -514,21 +519,20 @@ class Run:
         for step in self.steps:
             if step.config:
                 runtime = step.config.runtime.model_dump(mode="json")
-                resolved[step.stage.name] = step.config.identity() | ({"runtime": runtime} if runtime else {})
+                resolved[step.name] = step.config.identity() | ({"runtime": runtime} if runtime else {})
         self.tracker.attach("recipe.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
-    def _start_tracking_stage(self, stage: str, fingerprint: str, identity: Mapping[str, Any]) -> None:
-        """Begin (or go on with) a stage's child run."""
-        inputs = next(step.stage.inputs for step in self.steps if step.stage.name == stage)
+    def _start_tracking_stage(self, step: Step, identity: Mapping[str, Any]) -> None:
+        """Begin (or go on with) a step's child run."""
         labels = {
-            "llmill.stage": stage,
+            "llmill.stage": step.stage.name,
+            "llmill.step": step.name,
             "llmill.recipe": self.recipe.name,
-            "llmill.fingerprint": fingerprint,
+            "llmill.fingerprint": str(step.fingerprint),
             **prefect_labels(),
         }
-        self.tracker.start_stage(
-            stage, fingerprint, identity, labels, [self.results[name].artifact for name in inputs]
-        )
+        name = (step.name, step.stage.name, str(step.fingerprint))
+        self.tracker.start_stage(name, identity, labels, list(self._inputs(step).values()))
 
     def _finish_tracking_stage(self, artifact: Artifact) -> None:
         """End a stage's child run, with the files that the recipe lets MLflow have."""

@@ -37,17 +37,17 @@ BATCH_TOKENS = 8192
 
 
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Evaluate the model of ``inputs["pretrain"]`` on the held-out split of ``inputs["tokenize"]``.
+    """Evaluate the model of ``inputs["model"]`` on the held-out split of ``inputs["tokens"]``.
 
     Leaves ``documents.parquet`` (id, source, tokens, bytes, nats, text_nats, bits_per_byte; in order of id),
     ``sources.json``, ``samples.jsonl`` and ``report.md``.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(inputs["pretrain"]).to(device)
-    tokenizer = load_tokenizer(inputs["train_tokenizer"])
-    held_out = TokenShards(inputs["tokenize"], "val")
+    model = load_model(inputs["model"]).to(device)
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    held_out = TokenShards(inputs["tokens"], "val")
     documents = choose(read(held_out), config.max_documents)
-    sizes = token_bytes(inputs["train_tokenizer"])
+    sizes = token_bytes(inputs["tokenizer"])
     rows = score(model, documents, sizes, end_of_text(tokenizer), context)
     texts = generate(
         model,

@@ -35,12 +35,12 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
         UserError: `transformers` has no layout for the model.
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
-    model = load_model(inputs["pretrain"])
+    model = load_model(inputs["model"])
     layout_of(model.config)
     with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, config.dtype)))
-    tokenizer_folder = inputs["train_tokenizer"]
+    tokenizer_folder = inputs["tokenizer"]
     end = end_of_text(load_tokenizer(tokenizer_folder))
     write_tokenizer(tokenizer_folder, out, model.config.context)
     write_json(out / "config.json", transformers_config(model.config, end, config.dtype))

@@ -328,13 +328,13 @@ class PretrainConfig(StageConfig):
 
     def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
         """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known."""
-        tokenizer = configs.get("train_tokenizer")
+        tokenizer = configs.get("tokenizer")
         if self.init_from is None or not isinstance(tokenizer, TokenizerConfig):
             return
         from llm.model.layouts import require_start
 
         model = ModelConfig(**self.model.model_dump(), vocab_size=tokenizer.vocab_size)
-        require_start(model, self.init_from, tokenizer.special_tokens, made.get("train_tokenizer"))
+        require_start(model, self.init_from, tokenizer.special_tokens, made.get("tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """What follows from `depth`."""

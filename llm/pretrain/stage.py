@@ -29,7 +29,7 @@ from llm.training.job import Job
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Train the model on the shards of ``inputs["tokenize"]``; see the module's docstring.
+    """Train the model on the shards of ``inputs["tokens"]``; see the module's docstring.
 
     Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet``, ``sources.json`` (what was
     read of each source) and ``report.md``; and ``skipped.parquet`` where steps or batches were skipped (see
@@ -78,16 +78,16 @@ def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainCon
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and lay the tokens flat."""
-    train, held_out = TokenShards(inputs["tokenize"], "train"), TokenShards(inputs["tokenize"], "val")
-    expected = tokenizer_sha256(inputs["train_tokenizer"])
+    train, held_out = TokenShards(inputs["tokens"], "train"), TokenShards(inputs["tokens"], "val")
+    expected = tokenizer_sha256(inputs["tokenizer"])
     assert train.tokenizer_sha256 == expected, (
         f"the token shards were made with tokenizer {train.tokenizer_sha256}"
     )
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     if config.init_from is not None:
-        tokenizer = inputs["train_tokenizer"]
+        tokenizer = inputs["tokenizer"]
         require_start(model, config.init_from, special_tokens(tokenizer), tokenizer)
-    job = Job(config=config, model=model, tokenizer=inputs["train_tokenizer"], out=out)
+    job = Job(config=config, model=model, tokenizer=inputs["tokenizer"], out=out)
     job = as_begun(job)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:

@@ -156,7 +156,7 @@ def test_a_listed_document_or_file_goes_and_nothing_of_its_text_stays(tmp_path: 
     (tmp_path / "withdrawn.txt").write_text("# asked for on Monday\ns/a\ns/b#1\ns/c\ns/none\n")
     source, out = write_documents(tmp_path / "in", texts), tmp_path / "out"
     config = CleanConfig(gopher=None, blocklists=Blocklists(ids=(tmp_path / "withdrawn.txt",)))
-    metrics = clean(config, {"download": source}, out, LocalContext())
+    metrics = clean(config, {"documents": source}, out, LocalContext())
     assert set(read_documents(out)) == {"s/b#0", "s/d/c"}
     assert metrics["dropped/blocked_id"] == 4
     rejected = {row["id"] for path in out.glob("rejected/*") for row in pq.read_table(path).to_pylist()}

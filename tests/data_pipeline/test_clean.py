@@ -32,7 +32,7 @@ def test_every_document_is_kept_or_rejected_with_its_reason(tmp_path: Path) -> N
     config = CleanConfig(
         min_chars=2, max_chars=3000, gopher=GopherRules.model_validate(OFF | {"min_alphabetic_words": 0.8})
     )
-    metrics = clean(config, {"download": source}, out, LocalContext())
+    metrics = clean(config, {"documents": source}, out, LocalContext())
     kept = read_documents(out)
     rejected = {
         row["id"]: row["reason"] for path in out.glob("rejected/*") for row in pq.read_table(path).to_pylist()
@@ -52,7 +52,7 @@ def test_a_shard_goes_out_for_each_that_comes_in_and_worker_count_changes_nothin
         tmp_path / "in", {f"s/{n}": prose(n) for n in range(9)} | {"t/0": "x"}, shards=10
     )
     for workers in (1, 2):
-        clean(CleanConfig(min_chars=5), {"download": source}, tmp_path / str(workers), LocalContext(workers))
+        clean(CleanConfig(min_chars=5), {"documents": source}, tmp_path / str(workers), LocalContext(workers))
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
     names = [path.name for path in sorted(source.glob("*.parquet"))]
     assert [path.name for path in sorted((tmp_path / "1").glob("documents-*"))] == names
@@ -60,13 +60,13 @@ def test_a_shard_goes_out_for_each_that_comes_in_and_worker_count_changes_nothin
 
 def test_a_killed_clean_ends_the_same_when_started_again(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "in", {f"s/{n}": prose(n, 30 + n) for n in range(30)})
-    check_restarts(clean, CleanConfig(), {"download": source}, tmp_path)
+    check_restarts(clean, CleanConfig(), {"documents": source}, tmp_path)
 
 
 def test_dropping_everything_is_a_mistake_that_names_the_reasons(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "in", {"s/1": "x", "s/2": "y"})
     with pytest.raises(UserError, match=r"clean dropped every document .dropped/min_chars 2.; loosen"):
-        clean(CleanConfig(min_chars=5), {"download": source}, tmp_path / "out", LocalContext())
+        clean(CleanConfig(min_chars=5), {"documents": source}, tmp_path / "out", LocalContext())
 
 
 def test_length_bounds_out_of_order_are_refused() -> None:
@@ -105,15 +105,15 @@ def messy_documents(folder: Path) -> Path:
 
 def test_all_rules_together_end_the_same_on_any_workers_and_after_any_kill(tmp_path: Path) -> None:
     source, config = messy_documents(tmp_path / "in"), everything(tmp_path).resolve()
-    check_restarts(clean, config, {"download": source}, tmp_path / "killed")
+    check_restarts(clean, config, {"documents": source}, tmp_path / "killed")
     for workers in (1, 2):
-        clean(config, {"download": source}, tmp_path / str(workers), LocalContext(workers))
+        clean(config, {"documents": source}, tmp_path / str(workers), LocalContext(workers))
     assert digests(tmp_path / "1") == digests(tmp_path / "2")
 
 
 def test_the_page_of_numbers_adds_up(tmp_path: Path) -> None:
     source, config = messy_documents(tmp_path / "in"), everything(tmp_path)
-    metrics = clean(config, {"download": source}, tmp_path / "out", LocalContext())
+    metrics = clean(config, {"documents": source}, tmp_path / "out", LocalContext())
     dropped = {name: count for name, count in metrics.items() if name.startswith("dropped/")}
     assert dropped == {
         "dropped/blocked_phrase": 1,
@@ -148,7 +148,7 @@ def test_a_value_falls_into_the_bin_that_begins_at_or_below_it() -> None:
 
 def test_a_text_with_markup_shows_in_the_report_and_hides_nothing_of_it(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "in", {"s/1": "<!-- a | b", "s/2": prose(1)})
-    clean(CleanConfig(gopher=None), {"download": source}, tmp_path / "out", LocalContext())
+    clean(CleanConfig(gopher=None), {"documents": source}, tmp_path / "out", LocalContext())
     assert "| s/1 | \\<!-- a \\| b |" in (tmp_path / "out/report.md").read_text()
 
 
@@ -158,7 +158,7 @@ def notes_of(tmp_path: Path, config: CleanConfig, metas: dict[str, str]) -> list
     with write_shard(tmp_path / "in/documents-00000.parquet") as writer:
         for id, meta in metas.items():
             writer.add(id, prose(len(id)), id.split("/")[0], meta)
-    clean(config, {"download": tmp_path / "in"}, tmp_path / "out", context)
+    clean(config, {"documents": tmp_path / "in"}, tmp_path / "out", context)
     return context.notes
 
 

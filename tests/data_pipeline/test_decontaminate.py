@@ -145,7 +145,7 @@ def test_the_report_names_the_sets_and_the_ngram_that_was_found(tmp_path: Path, 
     source = write_documents(tmp_path / "in", texts)
     metrics = clean(
         CleanConfig(gopher=None, decontamination=rules),
-        {"download": source},
+        {"documents": source},
         tmp_path / "out",
         LocalContext(),
     )
@@ -187,7 +187,7 @@ def test_the_order_of_the_sets_in_a_recipe_is_of_no_account(tmp_path: Path) -> N
     assert one.identity() == other.identity()
     source = write_documents(tmp_path / "in", {"s/0": prose(1), "s/1": QUESTION})
     for name, config in (("one", one), ("other", other)):
-        clean(config, {"download": source}, tmp_path / name, LocalContext())
+        clean(config, {"documents": source}, tmp_path / name, LocalContext())
     assert digests(tmp_path / "one") == digests(tmp_path / "other")
 
 

@@ -56,7 +56,7 @@ def planted() -> dict[str, str]:
 
 def run(texts: Any, folder: Path, shards: int = 3, workers: int = 1, **options: Any) -> dict[str, float]:
     source = write_documents(folder / "in", texts, shards)
-    return dedup(DedupConfig(**options), {"clean": source}, folder / "out", LocalContext(workers))
+    return dedup(DedupConfig(**options), {"documents": source}, folder / "out", LocalContext(workers))
 
 
 def removed(folder: Path) -> dict[str, dict[str, Any]]:
@@ -248,7 +248,7 @@ def test_memory_does_not_change_what_is_kept(tmp_path: Path) -> None:
 
 def test_a_killed_dedup_ends_the_same_when_started_again(tmp_path: Path) -> None:
     source = write_documents(tmp_path / "in", planted())
-    check_restarts(dedup, DedupConfig(), {"clean": source}, tmp_path)
+    check_restarts(dedup, DedupConfig(), {"documents": source}, tmp_path)
 
 
 def test_empty_shards_stay_and_a_corpus_without_words_passes(tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_open_files_do_not_grow_with_the_shards(tmp_path: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
     try:
-        metrics = dedup(DedupConfig(), {"clean": source}, tmp_path / "out", LocalContext())
+        metrics = dedup(DedupConfig(), {"documents": source}, tmp_path / "out", LocalContext())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert metrics["removed/near"] > 0
@@ -275,7 +275,7 @@ def test_a_bucket_of_hundreds_is_compared_within_bounds_and_the_cut_is_told(tmp_
     source = write_documents(tmp_path / "in", texts)
     context = LocalContext()
     options = {"threshold": 0.9, "bands": 56, "rows": 2, "max_comparisons": 3}
-    metrics = dedup(DedupConfig(**options), {"clean": source}, tmp_path / "out", context)
+    metrics = dedup(DedupConfig(**options), {"documents": source}, tmp_path / "out", context)
     assert metrics["kept"] == 300
     assert "max_comparisons = 3" in context.notes[0]
     assert "max_comparisons" in (tmp_path / "out" / "report.md").read_text()
@@ -374,7 +374,7 @@ def test_of_duplicates_the_one_of_the_best_quality_stays(tmp_path: Path) -> None
         writer.add("b/1", prose(2, 50), "b", "not JSON")
         writer.add("b/2", prose(2, 50), "b", '{"q": -1}')
     config = DedupConfig(prefer="best", quality_field="q")
-    dedup(config, {"clean": tmp_path / "in"}, tmp_path / "out", LocalContext())
+    dedup(config, {"documents": tmp_path / "in"}, tmp_path / "out", LocalContext())
     assert set(read_documents(tmp_path / "out")) == {"a/3", "b/2"}
     with pytest.raises(ValidationError, match="go together"):
         DedupConfig(prefer="best")
@@ -458,7 +458,7 @@ def test_a_killed_dedup_with_spans_ends_the_same_when_started_again(tmp_path: Pa
     texts = {f"a/{n}": f"{prose(n, 60)} {prose(500, 80)}" for n in range(4)}
     source = write_documents(tmp_path / "in", texts, shards=1)
     config = DedupConfig(spans={"min_words": 50})
-    check_restarts(dedup, config, {"clean": source}, tmp_path)
+    check_restarts(dedup, config, {"documents": source}, tmp_path)
 
 
 def test_a_plan_tells_what_a_run_will_need(tmp_path: Path) -> None:

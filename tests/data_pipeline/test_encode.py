@@ -18,7 +18,7 @@ from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("tokenizer")
     documents = write_documents(root / "dedup", {f"s/{n}": prose(n) for n in range(60)})
-    train_tokenizer(TokenizerConfig(vocab_size=600), {"dedup": documents}, root / "out", LocalContext())
+    train_tokenizer(TokenizerConfig(vocab_size=600), {"documents": documents}, root / "out", LocalContext())
     return root / "out"
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from data_pipeline.stage import LocalContext
 from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-train_tokenizer(TokenizerConfig(vocab_size=60_000), {"dedup": Path(sys.argv[1])}, Path(sys.argv[2]), LocalContext())
+train_tokenizer(TokenizerConfig(vocab_size=60_000), {"documents": Path(sys.argv[1])}, Path(sys.argv[2]), LocalContext())
 """
 
 

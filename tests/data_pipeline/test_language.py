@@ -50,7 +50,7 @@ def test_the_model_is_the_packages_own_and_no_network_is_asked(monkeypatch: pyte
 def clean_languages(folder: Path, rules: LanguageRules) -> tuple[dict[str, dict], dict[str, str]]:
     texts = {"s/en": ENGLISH * 3, "s/de": GERMAN * 3, "s/none": "1 2 3", "s/late": ENGLISH * 12 + GERMAN * 90}
     source = write_documents(folder / "in", texts, shards=1)
-    clean(CleanConfig(gopher=None, language=rules), {"download": source}, folder / "out", LocalContext())
+    clean(CleanConfig(gopher=None, language=rules), {"documents": source}, folder / "out", LocalContext())
     kept = pq.read_table(folder / "out/documents-00000.parquet").to_pylist()
     rejected = pq.read_table(folder / "out/rejected/rejected-00000.parquet").to_pylist()
     return {row["id"]: json.loads(row["meta"]) for row in kept}, {

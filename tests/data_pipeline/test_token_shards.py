@@ -40,9 +40,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("inputs")
     documents = write_documents(folder / "dedup", TEXTS, shards=4)
     train_tokenizer(
-        TokenizerConfig(vocab_size=600), {"dedup": documents}, folder / "tokenizer", LocalContext()
+        TokenizerConfig(vocab_size=600), {"documents": documents}, folder / "tokenizer", LocalContext()
     )
-    return {"dedup": documents, "train_tokenizer": folder / "tokenizer"}
+    return {"documents": documents, "tokenizer": folder / "tokenizer"}
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def tokens_by_id(folder: Path) -> dict[str, dict[str, list[int]]]:
 def test_every_document_is_in_one_split_with_its_own_tokens_and_one_end_of_text(
     inputs: dict[str, Path], shards: Path
 ) -> None:
-    tokenizer = load_tokenizer(inputs["train_tokenizer"])
+    tokenizer = load_tokenizer(inputs["tokenizer"])
     found = tokens_by_id(shards)
     assert not set(found["train"]) & set(found["val"])
     for id, tokens in (found["train"] | found["val"]).items():
@@ -85,7 +85,7 @@ def test_the_reader_gives_all_tokens_once_and_what_made_them(inputs: dict[str, P
         assert (flat == 0).sum() == len(tokens_by_id(shards)[split])
         assert np.array_equal(flat, np.concatenate([batch.tokens for batch in reader]))
         assert reader.vocab_size == 600
-        assert reader.tokenizer_sha256 == sha256(inputs["train_tokenizer"])
+        assert reader.tokenizer_sha256 == sha256(inputs["tokenizer"])
 
 
 def test_neither_workers_nor_the_sharding_of_documents_change_a_byte(
@@ -95,7 +95,7 @@ def test_neither_workers_nor_the_sharding_of_documents_change_a_byte(
     random.Random(5).shuffle(items)
     monkeypatch.setattr(documents, "ROW_GROUP_ROWS", 7)
     for number in (1, 9, 60):
-        other = {**inputs, "dedup": write_documents(tmp_path / f"in-{number}", items, shards=number)}
+        other = {**inputs, "documents": write_documents(tmp_path / f"in-{number}", items, shards=number)}
         tokenize(CONFIG, other, tmp_path / f"out-{number}", LocalContext())
         assert digests(tmp_path / f"out-{number}") == digests(shards)
     tokenize(CONFIG, inputs, tmp_path / "workers", LocalContext(2))
@@ -112,7 +112,7 @@ def test_runs_that_are_sorted_in_small_parts_and_gathered_in_levels_give_the_sam
     gather_bytes: int,
 ) -> None:
     """What bounds memory and open files leaves no trace, in one range of keys or many."""
-    other = {**inputs, "dedup": write_documents(tmp_path / "in", TEXTS, shards=11)}
+    other = {**inputs, "documents": write_documents(tmp_path / "in", TEXTS, shards=11)}
     for name, value in (("FAN_IN", fan_in), ("GATHER_BYTES", gather_bytes), ("RUN_BYTES", 3000)):
         monkeypatch.setattr(token_runs, name, value)
     tokenize(CONFIG, other, tmp_path / "out", LocalContext())
@@ -146,9 +146,9 @@ def test_the_report_tells_bytes_a_token_and_tokens_a_word_by_source(
 ) -> None:
     """Two sources in one shard, by turns; a plain count over the same texts is the measure."""
     texts = {f"{'ab'[n % 2]}/{n}": prose(n, 30 + n) + "\u2028☃ " * (n % 3) for n in range(60)} | {"b/": ""}
-    other = {**inputs, "dedup": write_documents(tmp_path / "in", texts, shards=1)}
+    other = {**inputs, "documents": write_documents(tmp_path / "in", texts, shards=1)}
     metrics = tokenize(CONFIG, other, tmp_path / "out", LocalContext())
-    tokenizer = load_tokenizer(inputs["train_tokenizer"])
+    tokenizer = load_tokenizer(inputs["tokenizer"])
     total = np.zeros(4, int)
     for source in "ab":
         mine = [text for id, text in texts.items() if id.startswith(source)]
@@ -180,7 +180,10 @@ def test_a_document_keeps_its_split_when_others_come_or_go(
 ) -> None:
     fewer = {id: text for n, (id, text) in enumerate(TEXTS.items()) if n % 3}
     tokenize(
-        CONFIG, {**inputs, "dedup": write_documents(tmp_path / "in", fewer)}, tmp_path / "out", LocalContext()
+        CONFIG,
+        {**inputs, "documents": write_documents(tmp_path / "in", fewer)},
+        tmp_path / "out",
+        LocalContext(),
     )
     before, after = tokens_by_id(shards), tokens_by_id(tmp_path / "out")
     for split in SPLITS:
@@ -204,7 +207,7 @@ def test_row_groups_hold_about_their_size_and_long_documents_stay_whole(
     for name, more in (("short", {}), ("long", {"a/long": prose(999, 200_000)})):
         documents = write_documents(tmp_path / name, texts | more)
         config = TokenizeConfig(val_fraction=0.1)
-        tokenize(config, {**inputs, "dedup": documents}, tmp_path / f"{name}-out", LocalContext())
+        tokenize(config, {**inputs, "documents": documents}, tmp_path / f"{name}-out", LocalContext())
     sizes = [len(batch.tokens) for batch in TokenShards(tmp_path / "short-out", "train")]
     assert len(sizes) > 2
     assert all(0.9 < size / ROW_GROUP_TOKENS < 1.1 for size in sizes[:-1])
@@ -229,14 +232,14 @@ def test_documents_longer_than_a_shard_leave_ranges_without_any_and_all_tokens_a
 
 
 def test_empty_document_shards_change_nothing(inputs: dict[str, Path], shards: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(inputs["dedup"], tmp_path / "in")
+    folder = shutil.copytree(inputs["documents"], tmp_path / "in")
     with write_shard(folder / "documents-00004.parquet"):
         pass
     train_tokenizer(
-        TokenizerConfig(vocab_size=600), {"dedup": folder}, tmp_path / "tokenizer", LocalContext()
+        TokenizerConfig(vocab_size=600), {"documents": folder}, tmp_path / "tokenizer", LocalContext()
     )
-    assert sha256(tmp_path / "tokenizer") == sha256(inputs["train_tokenizer"])
-    tokenize(CONFIG, {**inputs, "dedup": folder}, tmp_path / "out", LocalContext())
+    assert sha256(tmp_path / "tokenizer") == sha256(inputs["tokenizer"])
+    tokenize(CONFIG, {**inputs, "documents": folder}, tmp_path / "out", LocalContext())
     assert digests(tmp_path / "out") == digests(shards)
 
 
@@ -246,12 +249,12 @@ def test_a_killed_tokenize_ends_the_same_when_started_again(inputs: dict[str, Pa
 
 def change_tokenizer(inputs: dict[str, Path], folder: Path, **pre_tokenizer: object) -> dict[str, Path]:
     """``inputs`` with a tokenizer whose `ByteLevel` or `Split` step is another one."""
-    shutil.copytree(inputs["train_tokenizer"], folder)
+    shutil.copytree(inputs["tokenizer"], folder)
     description = json.loads((folder / "tokenizer.json").read_text())
     for step in description["pre_tokenizer"]["pretokenizers"]:
         step |= {key: value for key, value in pre_tokenizer.items() if key in step}
     (folder / "tokenizer.json").write_text(json.dumps(description))
-    return {**inputs, "train_tokenizer": folder}
+    return {**inputs, "tokenizer": folder}
 
 
 @pytest.mark.parametrize(
@@ -270,7 +273,7 @@ def test_where_gigatoken_differs_all_is_encoded_with_tokenizers_and_said(
     assert len(context.notes) == 1
     assert reason in context.notes[0]
     assert reason in (tmp_path / "out" / "report.md").read_text()
-    tokenizer = load_tokenizer(changed["train_tokenizer"])
+    tokenizer = load_tokenizer(changed["tokenizer"])
     found = tokens_by_id(tmp_path / "out")
     for id, tokens in (found["train"] | found["val"]).items():
         assert tokens == [*tokenizer.encode(TEXTS[id]).ids, 0]
@@ -296,7 +299,7 @@ def test_tokens_above_sixteen_bits_are_stored_in_thirty_two(inputs: dict[str, Pa
     """Every token of a text lies above the reserved ones."""
     config = TokenizerConfig(vocab_size=66_000, reserved_tokens=65_600)
     train_tokenizer(config, inputs, tmp_path / "tokenizer", LocalContext())
-    changed = {**inputs, "train_tokenizer": tmp_path / "tokenizer"}
+    changed = {**inputs, "tokenizer": tmp_path / "tokenizer"}
     context = LocalContext()
     tokenize(CONFIG, changed, tmp_path / "out", context)
     assert not context.notes
@@ -338,13 +341,13 @@ def test_a_corrupt_shard_is_named_and_verify_is_suggested(shards: Path, tmp_path
 
 
 def test_a_corrupt_document_shard_stops_a_stage_by_name(inputs: dict[str, Path], tmp_path: Path) -> None:
-    folder = shutil.copytree(inputs["dedup"], tmp_path / "damaged")
+    folder = shutil.copytree(inputs["documents"], tmp_path / "damaged")
     path = folder / "documents-00002.parquet"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 0xFF
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"corrupt shard .*documents-00002\.parquet"):
-        tokenize(CONFIG, {**inputs, "dedup": folder}, tmp_path / "out", LocalContext())
+        tokenize(CONFIG, {**inputs, "documents": folder}, tmp_path / "out", LocalContext())
 
 
 def test_a_folder_without_shards_is_a_mistake(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def folder(documents: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tokenizer")
-    train_tokenizer(CONFIG, {"dedup": documents}, out, LocalContext())
+    train_tokenizer(CONFIG, {"documents": documents}, out, LocalContext())
     return out
 
 
@@ -71,7 +71,7 @@ def test_the_pattern_can_be_chosen_and_by_default_marks_stay_with_their_letters(
 ) -> None:
     chosen = {"pattern": pattern} if pattern else {}
     config = TokenizerConfig(vocab_size=300, **chosen)
-    train_tokenizer(config, {"dedup": documents}, tmp_path, LocalContext())
+    train_tokenizer(config, {"documents": documents}, tmp_path, LocalContext())
     tokenizer = load_tokenizer(tmp_path)
     pieces = tokenizer.pre_tokenizer[0].pre_tokenize_str(" ".join(MARKED))
     whole = [piece.strip() for piece, _ in pieces if piece.strip()] == MARKED
@@ -130,14 +130,16 @@ def test_the_same_documents_give_the_same_bytes_whatever_shards_threads_or_hash_
 
 
 def test_a_killed_training_ends_the_same_when_started_again(documents: Path, tmp_path: Path) -> None:
-    check_restarts(train_tokenizer, CONFIG, {"dedup": documents}, tmp_path)
+    check_restarts(train_tokenizer, CONFIG, {"documents": documents}, tmp_path)
 
 
 def test_the_sample_is_bounded_and_its_seed_changes_it(documents: Path, tmp_path: Path) -> None:
     metrics = {}
     for seed in (0, 1):
         config = TokenizerConfig(vocab_size=300, sample_bytes=5000, seed=seed)
-        metrics[seed] = train_tokenizer(config, {"dedup": documents}, tmp_path / str(seed), LocalContext())
+        metrics[seed] = train_tokenizer(
+            config, {"documents": documents}, tmp_path / str(seed), LocalContext()
+        )
         assert 5000 <= metrics[seed]["sample_bytes"] < 6000
     assert sha256(tmp_path / "0") != sha256(tmp_path / "1")
 
@@ -222,7 +224,9 @@ def test_long_words_cost_what_their_letters_cost_and_are_reported(tmp_path: Path
     texts = {f"s/{n}": prose(n) for n in range(60)} | {"s/long": "".join(letters), "s/dashes": "-" * 1000}
     texts |= {"s/limit": "ü" * 256, "s/lines": "word\n" * 1000}
     source, context = write_documents(tmp_path / "in", texts), LocalContext()
-    metrics = train_tokenizer(TokenizerConfig(vocab_size=400), {"dedup": source}, tmp_path / "out", context)
+    metrics = train_tokenizer(
+        TokenizerConfig(vocab_size=400), {"documents": source}, tmp_path / "out", context
+    )
     assert metrics["long_words"] == 2
     assert [note for note in context.notes if note.startswith("2 words of more than 256 characters")]
     tokenizer = load_tokenizer(tmp_path / "out")
@@ -236,7 +240,9 @@ def test_a_vocabulary_larger_than_the_text_supports_is_a_mistake_with_advice(
     with pytest.raises(
         UserError, match=r"support a vocabulary of \d+ entries, not 50000: lower train_tokenizer.vocab_size"
     ):
-        train_tokenizer(TokenizerConfig(vocab_size=50_000), {"dedup": documents}, tmp_path, LocalContext())
+        train_tokenizer(
+            TokenizerConfig(vocab_size=50_000), {"documents": documents}, tmp_path, LocalContext()
+        )
 
 
 def test_a_vocabulary_without_room_for_all_bytes_is_refused() -> None:

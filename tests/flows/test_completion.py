@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click import Command
+from typer import Context
 
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 
 LLMILL = Path(sys.executable).parent / "llmill"
 ROOT = Path(__file__).parents[2]
@@ -29,7 +31,7 @@ def offered(*words: str, folder: Path = ROOT) -> list[str]:
 
 @pytest.mark.parametrize("option", ["--from", "--to", "--only", "--force"])
 def test_stages_are_offered_where_a_stage_is_wanted(option: str) -> None:
-    assert offered("run", "a.yaml", option, "d") == [name for name in BY_NAME if name.startswith("d")]
+    assert offered("run", "a.yaml", option, "d") == [name for name in DEFAULT if name.startswith("d")]
 
 
 def test_settings_and_their_few_values_are_offered_behind_set() -> None:
@@ -48,9 +50,19 @@ def test_recipes_are_offered_those_here_first(tmp_path: Path) -> None:
 def test_values_of_a_setting_that_has_few_are_those_that_it_takes() -> None:
     from flows.cli.completion import overrides
 
-    assert overrides("pretrain.optimizer.kind=") == [
+    context = Context(Command("run"))
+    assert overrides(context, "pretrain.optimizer.kind=") == [
         "pretrain.optimizer.kind=adamw",
         "pretrain.optimizer.kind=muon",
     ]
-    assert overrides("pretrain.mask_documents=f") == ["pretrain.mask_documents=false"]
-    assert overrides("pretrain.lr=") == []
+    assert overrides(context, "pretrain.mask_documents=f") == ["pretrain.mask_documents=false"]
+    assert overrides(context, "pretrain.lr=") == []
+
+
+def test_steps_and_settings_are_those_of_the_recipe_that_is_typed(tmp_path: Path) -> None:
+    recipe = tmp_path / "two.yaml"
+    recipe.write_text("name: two\nsmall: {stage: pretrain}\nevaluate_small: {stage: evaluate}\n")
+    assert offered("run", "two.yaml", "--only", "evaluate", folder=tmp_path) == ["evaluate", "evaluate_small"]
+    assert "small.optimizer.kind=" in offered("run", "two.yaml", "--set", "small.opt", folder=tmp_path)
+    recipe.write_text("name: [torn")
+    assert "export" in offered("run", "two.yaml", "--only", "", folder=tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 import yaml
 from operator_api import Prefect
@@ -12,12 +13,12 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import validate
 
 from data_pipeline.core.errors import UserError
-from flows.prefect.deploy import Options, pools_of, register, write_deployments
-from flows.prefect.deployed import ALL, StageName, pipeline, recipe_name
+from flows.prefect.deploy import Options, offer_steps, pools_of, register, write_deployments
+from flows.prefect.deployed import ALL, pipeline, recipe_name
 from flows.prefect.page_edits import remember
 from flows.prefect.pools import deployments_of, make_ready
 from flows.recipe import apply_override, load_recipe
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 
 RECIPE = """
 name: tiny
@@ -45,7 +46,7 @@ def write(tmp_path: Path):
 
 def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tmp_path):
     entries = write(cron="0 2 * * *", timezone="Europe/Berlin")
-    assert list(entries) == ["tiny", *(f"tiny.{stage}" for stage in BY_NAME)]
+    assert list(entries) == ["tiny", *(f"tiny.{stage}" for stage in DEFAULT)]
     assert entries["tiny"]["schedules"] == [
         {"cron": "0 2 * * *", "timezone": "Europe/Berlin", "active": True}
     ]
@@ -125,8 +126,7 @@ def test_a_flow_run_bears_the_name_that_its_recipe_gives_itself(tmp_path):
     assert recipe_name(tmp_path / "missing.yaml", []) == "missing"
 
 
-def test_the_form_of_the_flow_names_the_stages_that_there_are():
-    assert [str(name) for name in StageName] == list(BY_NAME)
+def test_nothing_is_chosen_in_the_form_of_the_flow():
     assert not any(dict(ALL).values())
 
 
@@ -141,11 +141,26 @@ def registered(write, prefect_server, tmp_path: Path):
             write(**options, server=deployments_of(prefect_server, names))
             make_ready(prefect_server, ["llmill"])
             register(tmp_path / "prefect.yaml", names)
+            offer_steps(prefect_server, names, DEFAULT)
             entries = deployments_of(prefect_server, names)
         remember(tmp_path / "home", entries)
         return {entry["name"]: entry for entry in entries}
 
     return register_now
+
+
+def test_the_form_of_a_deployment_offers_the_steps_of_its_recipe(registered, prefect_server):
+    entry = registered()["tiny.clean"]
+    chosen = entry["parameter_openapi_schema"]["definitions"]["Stages"]["properties"]
+    assert set(chosen) == {"start", "stop", "only", "force"}
+    for one in chosen.values():
+        assert one["anyOf"][0]["enum"] == list(DEFAULT)
+    refused = httpx.post(
+        f"{prefect_server}/deployments/{entry['id']}/create_flow_run",
+        json={"parameters": {**entry["parameters"], "stages": {"only": "cleam"}}},
+    )
+    assert refused.status_code == 409
+    assert "cleam" in refused.text
 
 
 def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_says_otherwise(

@@ -115,7 +115,7 @@ def test_text_that_looks_like_a_number_stays_text(recipe):
         ("dedup.bands=0", ["greater than or equal to 1"]),
         ("runtime.workers=many", ["--set runtime.workers=many: runtime.workers", "'auto'", "valid integer"]),
         ("pretrain.weight_decay=.inf", ["finite number"]),
-        ("clean.min_chars", ["write it as stage.field=value"]),
+        ("clean.min_chars", ["write it as step.field=value"]),
         ("cleam.min_chars=3", ["did you mean clean?"]),
         ("download.sources.7.path=x", ["7 is not a position in a list of 2"]),
         ("name.first=x", ["name holds a value, not settings"]),

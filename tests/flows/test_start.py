@@ -162,34 +162,3 @@ def test_every_row_of_the_table_names_a_body_and_a_config():
     for stage in STAGES:
         assert callable(stage.body)
         assert stage.config.__name__.endswith("Config")
-
-
-def test_all_that_names_stages_is_made_from_the_table(tmp_path):
-    """A row that is added to it is a key of recipes, a step of plans, and a choice of deployments' forms."""
-    (tmp_path / "counting.py").write_text(
-        "from data_pipeline.stage import StageConfig\n"
-        "class CountConfig(StageConfig):\n    least: int = 1\n"
-        "def count(config, inputs, out, context):\n    return {}\n"
-    )
-    script = """
-import pathlib
-from flows import stages
-row = stages.Stage("count", "counting:count", "counting:CountConfig", ("download",), 1, ("words",), trains=True)
-stages.STAGES = (*stages.STAGES, row)
-stages.BY_NAME["count"] = row
-from flows.prefect.deploy import GPU_STAGES
-from flows.prefect.deployed import StageName
-from flows.engine.plan import Selection, make_plan
-from flows.recipe import load_recipe
-from flows.engine.store import Store
-recipe = load_recipe(pathlib.Path("flows/recipes/quickstart.yaml"), ["count.least=3"])
-step = make_plan(recipe, Store(pathlib.Path("none")))[-1]
-assert (recipe.count.least, step.stage.name, step.inputs.keys()) == (3, "count", {"download"})
-assert StageName("count") == "count" and "count" in GPU_STAGES
-Selection(only="count")
-"""
-    path = os.pathsep.join([str(tmp_path), str(Path.cwd())])
-    done = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr

@@ -23,7 +23,7 @@ from data_pipeline.stage import LocalContext
 from data_pipeline.tokenize.lookup import read_ids
 from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
 from data_pipeline.train_tokenizer.stage import TokenizerConfig, train_tokenizer
-from flows.engine.store import Store, now
+from flows.engine.store import Store, now, origin_of
 from flows.lineage.documents import DocumentTrace, training_of
 from flows.lineage.graph import Graph, Node
 from flows.lineage.report import Known, document_json, document_lines
@@ -53,7 +53,7 @@ def test_each_document_of_the_line_is_where_its_trace_says_and_read_when_it_says
 ) -> None:
     pretrain, folder = only(graph, "pretrain"), only(graph, "tokenize").path
     config = training_of(pretrain).config
-    inputs = {"tokenize": folder, "train_tokenizer": only(graph, "train_tokenizer").path}
+    inputs = {"tokens": folder, "tokenizer": only(graph, "train_tokenizer").path}
     job = prepare(config, inputs, tmp_path, LocalContext())
     texts = documents(folder)
     read, _ = replay(job, numbered(job, texts), {})
@@ -172,11 +172,15 @@ def seal(store: Store, stage: str, config: Any, body: Callable[..., Any], **inpu
     config = config.resolve()
     name = f"{len(store.artifacts()):016x}"
     out, _ = store.begin(
-        stage, name, {"inputs": {key: one.artifact.payload_sha256 for key, one in inputs.items()}}
+        stage, name, {"inputs": origin_of({key: one.artifact for key, one in inputs.items()})}
     )
     metrics = body(config, {key: one.path for key, one in inputs.items()}, out, LocalContext())
     recorded = {
-        key: {"fingerprint": one.fingerprint, "payload_sha256": one.artifact.payload_sha256}
+        key: {
+            "stage": one.stage,
+            "fingerprint": one.fingerprint,
+            "payload_sha256": one.artifact.payload_sha256,
+        }
         for key, one in inputs.items()
     }
     manifest = {"config": config.identity(), "inputs": recorded, "metrics": metrics, "finished": now()}
@@ -211,18 +215,20 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Graph:
         DownloadConfig.model_validate({"sources": sources, "shard_bytes": 20_000}),
         download,
     )
-    cleaned = seal(store, "clean", CleanConfig(gopher=None, min_chars=50), clean, download=got)
+    cleaned = seal(store, "clean", CleanConfig(gopher=None, min_chars=50), clean, documents=got)
     rules = DedupConfig.model_validate({"spans": {"min_words": 20}})
-    unique = seal(store, "dedup", rules, dedup, clean=cleaned)
-    tokenizer = seal(store, "train_tokenizer", TokenizerConfig(vocab_size=400), train_tokenizer, dedup=unique)
-    shards = seal(
-        store, "tokenize", TokenizeConfig(val_fraction=0.2), tokenize, dedup=unique, train_tokenizer=tokenizer
+    unique = seal(store, "dedup", rules, dedup, documents=cleaned)
+    tokenizer = seal(
+        store, "train_tokenizer", TokenizerConfig(vocab_size=400), train_tokenizer, documents=unique
     )
-    inputs = {"tokenize": shards, "train_tokenizer": tokenizer}
+    shards = seal(
+        store, "tokenize", TokenizeConfig(val_fraction=0.2), tokenize, documents=unique, tokenizer=tokenizer
+    )
+    inputs = {"tokens": shards, "tokenizer": tokenizer}
     out, _ = store.begin(
         "pretrain",
         "00000000000000aa",
-        {"inputs": {key: one.artifact.payload_sha256 for key, one in inputs.items()}},
+        {"inputs": origin_of({key: one.artifact for key, one in inputs.items()})},
     )
     config = PretrainConfig.model_validate(
         {

@@ -27,18 +27,18 @@ def seeded() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Inputs of pretrain and evaluate: the folders of train_tokenizer and tokenize."""
+    """Inputs of pretrain and evaluate: documents, their tokenizer and their tokens."""
     root = tmp_path_factory.mktemp("corpus")
     library = Path(sysconfig.get_path("stdlib"))
-    with write_shard(root / "dedup" / "documents-00000.parquet") as shard:
+    with write_shard(root / "documents" / "documents-00000.parquet") as shard:
         for path in sorted(library.glob("[a-f]*.py")):
             shard.add(f"stdlib/{path.name}", path.read_text(errors="replace")[:8000], "stdlib", "{}")
         for path in sorted((library / "email").glob("*.py")):
             shard.add(f"email/{path.name}", path.read_text(errors="replace")[:1000], "email", "{}")
-    folders = {name: root / name for name in ("dedup", "train_tokenizer", "tokenize")}
+    folders = {name: root / name for name in ("documents", "tokenizer", "tokens")}
     context = LocalContext()
-    train_tokenizer(TokenizerConfig(vocab_size=VOCAB_SIZE), folders, folders["train_tokenizer"], context)
-    tokenize(TokenizeConfig(val_fraction=0.2), folders, folders["tokenize"], context)
+    train_tokenizer(TokenizerConfig(vocab_size=VOCAB_SIZE), folders, folders["tokenizer"], context)
+    tokenize(TokenizeConfig(val_fraction=0.2), folders, folders["tokens"], context)
     return folders
 
 

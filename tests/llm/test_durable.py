@@ -161,7 +161,7 @@ SPIKY = {"spike_z": 8, "spike_window": 8, "rollback_every": 5}
 
 def plant_spike(corpus: dict[str, Path], out: Path, step: int) -> None:
     """Lay the training tokens flat as the stage does, but the windows of one step are noise."""
-    tokens = TokenShards(corpus["tokenize"], "train").read_all().astype("<u2")
+    tokens = TokenShards(corpus["tokens"], "train").read_all().astype("<u2")
     dice = np.random.default_rng(0)
     for window in batch_windows(step * BATCH, BATCH, 0, (len(tokens) - 1) // CONTEXT).astype(int):
         tokens[window * CONTEXT + 1 : (window + 1) * CONTEXT + 1] = dice.integers(0, 500, CONTEXT)

@@ -45,13 +45,13 @@ def test_every_document_has_the_figures_that_the_definition_gives(
     folder = saved_model(tiny())
     out = tmp_path / "out"
     metrics = evaluate(
-        EvaluateConfig(max_documents=None, prompts=()), {**corpus, "pretrain": folder}, out, LocalContext()
+        EvaluateConfig(max_documents=None, prompts=()), {**corpus, "model": folder}, out, LocalContext()
     )
     rows = pq.read_table(out / "documents.parquet").to_pylist()
-    documents = dict(read(TokenShards(corpus["tokenize"], "val")))
+    documents = dict(read(TokenShards(corpus["tokens"], "val")))
     assert [row["id"] for row in rows] == sorted(documents)
-    model, sizes = load_model(folder), token_bytes(corpus["train_tokenizer"])
-    end = end_of_text(load_tokenizer(corpus["train_tokenizer"]))
+    model, sizes = load_model(folder), token_bytes(corpus["tokenizer"])
+    end = end_of_text(load_tokenizer(corpus["tokenizer"]))
     shortest = min(rows, key=lambda row: row["tokens"])
     assert shortest["tokens"] > 24, "should be longer than one window"
     for key, value in by_hand(model, documents[shortest["id"]], end, sizes).items():
@@ -75,11 +75,11 @@ def test_bytes_are_those_of_the_text(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     config = EvaluateConfig(max_documents=3, prompts=())
-    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    inputs = {**corpus, "model": saved_model(tiny())}
     metrics = evaluate(config, inputs, tmp_path / "out", LocalContext())
-    held_out = len(list(read(TokenShards(corpus["tokenize"], "val"))))
+    held_out = len(list(read(TokenShards(corpus["tokens"], "val"))))
     assert metrics["left_out/max_documents"] == held_out - 3 > 0
-    texts = pq.read_table(corpus["dedup"] / "documents-00000.parquet").to_pylist()
+    texts = pq.read_table(corpus["documents"] / "documents-00000.parquet").to_pylist()
     lengths = {row["id"]: len(row["text"].encode()) for row in texts}
     rows = pq.read_table(tmp_path / "out" / "documents.parquet").to_pylist()
     assert [row["bytes"] for row in rows] == [lengths[row["id"]] for row in rows]
@@ -88,7 +88,7 @@ def test_bytes_are_those_of_the_text(
 def test_evaluating_twice_writes_the_same_bytes(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    inputs = {**corpus, "model": saved_model(tiny())}
     config = EvaluateConfig(max_documents=4, max_new_tokens=8)
     folders = [tmp_path / "one", tmp_path / "two"]
     metrics = [evaluate(config, inputs, folder, LocalContext()) for folder in folders]
@@ -100,7 +100,7 @@ def test_evaluating_twice_writes_the_same_bytes(
 def test_the_size_of_a_batch_changes_results_by_rounding_only(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inputs = {**corpus, "pretrain": saved_model(tiny())}
+    inputs = {**corpus, "model": saved_model(tiny())}
     config = EvaluateConfig(max_documents=4, prompts=())
     whole = evaluate(config, inputs, tmp_path / "whole", LocalContext())
     monkeypatch.setattr(module, "BATCH_TOKENS", 1)
@@ -134,7 +134,7 @@ def test_only_the_documents_chosen_stay_in_memory() -> None:
 
 
 def test_a_document_does_not_hold_the_row_group_it_was_read_from(corpus: dict[str, Path]) -> None:
-    for _, tokens in read(TokenShards(corpus["tokenize"], "val")):
+    for _, tokens in read(TokenShards(corpus["tokens"], "val")):
         assert tokens.base is None
 
 

@@ -41,7 +41,7 @@ def test_transformers_loads_the_folder_and_computes_our_logits(
 ) -> None:
     config = tiny(tie_embeddings=tied, **SHAPES[architecture])
     folder, out = saved_model(config), tmp_path / "out"
-    metrics = export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    metrics = export(ExportConfig(), {**corpus, "model": folder}, out, LocalContext())
     model = load_model(folder)
     assert metrics == {
         "parameters": model.parameter_count(),
@@ -52,7 +52,7 @@ def test_transformers_loads_the_folder_and_computes_our_logits(
     assert theirs.num_parameters() == model.parameter_count()
     text = "def main(path):\n    return None<|endoftext|>"
     ids = AutoTokenizer.from_pretrained(out)(text, return_tensors="pt")["input_ids"]
-    assert ids[0].tolist() == load_tokenizer(corpus["train_tokenizer"]).encode(text).ids
+    assert ids[0].tolist() == load_tokenizer(corpus["tokenizer"]).encode(text).ids
     with torch.inference_mode():
         torch.testing.assert_close(theirs(ids).logits, model(ids)[..., :500], atol=1e-4, rtol=0)
 
@@ -70,7 +70,7 @@ def test_a_batch_of_texts_is_padded_and_long_ones_are_cut(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    export(ExportConfig(), {**corpus, "pretrain": saved_model(tiny())}, out, LocalContext())
+    export(ExportConfig(), {**corpus, "model": saved_model(tiny())}, out, LocalContext())
     tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     assert (
         len(tokenizer("x = 1\n" * 500, truncation=True)["input_ids"]) == model.config.max_position_embeddings
@@ -99,7 +99,7 @@ def test_an_export_that_computes_otherwise_is_noticed(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, out = saved_model(tiny()), tmp_path / "out"
-    export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    export(ExportConfig(), {**corpus, "model": folder}, out, LocalContext())
     weights = load_file(out / "model.safetensors")
     weights["model.layers.1.self_attn.k_proj.weight"][0] += 0.1
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
@@ -109,7 +109,7 @@ def test_an_export_that_computes_otherwise_is_noticed(
 def test_a_model_that_no_layout_can_hold_is_not_exported(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    inputs = {**corpus, "pretrain": saved_model(tiny(logit_softcap=15.0))}
+    inputs = {**corpus, "model": saved_model(tiny(logit_softcap=15.0))}
     with pytest.raises(UserError, match="logit_softcap is set, but neither Llama"):
         export(ExportConfig(), inputs, tmp_path / "out", LocalContext())
 
@@ -118,12 +118,12 @@ def test_our_own_model_comes_back_from_the_folder_and_writes_the_same_text(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, out = saved_model(tiny(qk_norm=True, rope_theta=777.0)), tmp_path / "out"
-    export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    export(ExportConfig(), {**corpus, "model": folder}, out, LocalContext())
     ours, back = load_model(folder), load_folder(out)
     tokens = torch.randint(500, (2, 24))
     with torch.inference_mode():
         assert torch.equal(ours(tokens), back(tokens))
-    tokenizer = load_tokenizer(corpus["train_tokenizer"])
+    tokenizer = load_tokenizer(corpus["tokenizer"])
     [expected] = generate(ours, tokenizer, ["import "], max_new_tokens=20, seeds=[5])
     assert generate_from_folder(out, "import ", max_new_tokens=20, seed=5) == expected
 
@@ -132,7 +132,7 @@ def test_bfloat16_weights_are_stored_rounded(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     folder, out = saved_model(tiny()), tmp_path / "out"
-    metrics = export(ExportConfig(dtype="bfloat16"), {**corpus, "pretrain": folder}, out, LocalContext())
+    metrics = export(ExportConfig(dtype="bfloat16"), {**corpus, "model": folder}, out, LocalContext())
     assert metrics["logits_max_abs_difference"] <= 1e-4
     assert {weight.dtype for weight in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
     assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
@@ -141,7 +141,12 @@ def test_bfloat16_weights_are_stored_rounded(
 def write_manifest(folder: Path, config: dict[str, Any], metrics: dict[str, float]) -> Path:
     """A manifest of a stage, with things in it that no card may hold."""
     folder.mkdir()
-    manifest = {"fingerprint": "0123456789abcdef" * 4, "config": config, "metrics": metrics}
+    manifest = {
+        "stage": folder.name,
+        "fingerprint": "0123456789abcdef" * 4,
+        "config": config,
+        "metrics": metrics,
+    }
     (folder / "manifest.json").write_text(json.dumps({**manifest, "started": "2026", "host": "h"}))
     return folder
 
@@ -172,7 +177,7 @@ def test_the_model_card_tells_what_the_manifests_hold_and_exporting_twice_writes
     inputs = {
         **corpus,
         "download": write_manifest(tmp_path / "download", found, {"documents": 12.0}),
-        "pretrain": saved_model(tiny()),
+        "model": saved_model(tiny()),
         "evaluate": write_manifest(tmp_path / "evaluate", {}, {"bits_per_byte": 1.23456, "tokens": 12345.0}),
     }
     for name in ("one", "two"):
@@ -216,7 +221,7 @@ def test_the_report_says_how_near_the_logits_are_and_what_was_written(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    export(ExportConfig(), {**corpus, "pretrain": saved_model(tiny(qk_norm=True))}, out, LocalContext())
+    export(ExportConfig(), {**corpus, "model": saved_model(tiny(qk_norm=True))}, out, LocalContext())
     report = (out / "report.md").read_text()
     assert "Qwen3ForCausalLM, weights in float32" in report
     for path in out.iterdir():

@@ -78,7 +78,7 @@ def test_a_token_costs_one_position(tiny: Make, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_seed_fixes_the_text(tiny: Make, corpus: dict[str, Path]) -> None:
-    model, tokenizer = Transformer(tiny(init_std=0.2)).eval(), load_tokenizer(corpus["train_tokenizer"])
+    model, tokenizer = Transformer(tiny(init_std=0.2)).eval(), load_tokenizer(corpus["tokenizer"])
     texts = generate(model, tokenizer, ["def "] * 3, max_new_tokens=40, seeds=(1, 1, 2))
     assert texts[0] == texts[1] != texts[2]
     assert texts[0]
@@ -86,7 +86,7 @@ def test_the_seed_fixes_the_text(tiny: Make, corpus: dict[str, Path]) -> None:
 
 
 def test_text_ends_where_the_model_ends_it(tiny: Make, corpus: dict[str, Path]) -> None:
-    model, tokenizer = Transformer(tiny()).eval(), load_tokenizer(corpus["train_tokenizer"])
+    model, tokenizer = Transformer(tiny()).eval(), load_tokenizer(corpus["tokenizer"])
     end = end_of_text(tokenizer)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -134,7 +134,7 @@ def test_a_stream_gives_the_text_in_whole_characters_as_it_is_drawn(
     tiny: Make, corpus: dict[str, Path]
 ) -> None:
     """From a model with random weights: most bytes are no characters, or parts of some."""
-    model, tokenizer = Transformer(tiny(init_std=0.3)).eval(), load_tokenizer(corpus["train_tokenizer"])
+    model, tokenizer = Transformer(tiny(init_std=0.3)).eval(), load_tokenizer(corpus["tokenizer"])
     settings: dict[str, Any] = {"max_new_tokens": 60, "temperature": 1.5, "top_p": 1.0}
     for seed in range(6):
         [expected] = generate(model, tokenizer, ["ö def "], seeds=[seed], **settings)
@@ -189,6 +189,6 @@ def foreign(folder: Path, tokenizer: Path, change: str) -> None:
 def test_a_folder_that_is_no_export_of_ours_is_refused_with_the_reason(
     corpus: dict[str, Path], tmp_path: Path, change: str, said: str
 ) -> None:
-    foreign(tmp_path, corpus["train_tokenizer"], change)
+    foreign(tmp_path, corpus["tokenizer"], change)
     with pytest.raises(UserError, match=said):
         open_folder(tmp_path)

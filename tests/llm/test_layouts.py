@@ -182,7 +182,7 @@ def refused(tmp_path: Path, specials: list[str], tokenizer: Path | None, **field
 
 
 def test_another_shape_or_tokenizer_is_no_start(tmp_path: Path, corpus: dict[str, Path]) -> None:
-    tokenizer, specials = corpus["train_tokenizer"], TokenizerConfig(vocab_size=500).special_tokens
+    tokenizer, specials = corpus["tokenizer"], TokenizerConfig(vocab_size=500).special_tokens
     make("llama", vocab_size=500).save_pretrained(tmp_path)
     said = refused(tmp_path, specials, tokenizer, heads=8, hidden=None, norm_eps=1e-6)
     assert "set pretrain.model.heads=4 (not 8), pretrain.model.hidden=40 (not null)" in said
@@ -207,7 +207,7 @@ def test_the_settings_that_a_refusal_names_make_the_shape(
     fields = {name: json.loads(value) for name, value in settings.items()}
     assert fields
     shape = start(tmp_path, **fields).model
-    (tmp_path / "tokenizer.json").write_bytes((corpus["train_tokenizer"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer.json").write_bytes((corpus["tokenizer"] / "tokenizer.json").read_bytes())
     require_start(ModelConfig(**shape.model_dump(), vocab_size=500), tmp_path, specials, None)
 
 
@@ -216,8 +216,8 @@ def test_an_export_that_was_saved_again_is_the_same_start(
     tiny: Make, saved_model: Save, corpus: dict[str, Path], tmp_path: Path, shard: str
 ) -> None:
     ours, again = tmp_path / "ours", tmp_path / "again"
-    config, tokenizer = tiny(qk_norm=True, rope_theta=777.0), corpus["train_tokenizer"]
-    export(ExportConfig(), {**corpus, "pretrain": saved_model(config)}, ours, LocalContext())
+    config, tokenizer = tiny(qk_norm=True, rope_theta=777.0), corpus["tokenizer"]
+    export(ExportConfig(), {**corpus, "model": saved_model(config)}, ours, LocalContext())
     AutoModelForCausalLM.from_pretrained(ours).save_pretrained(again, max_shard_size=shard)
     AutoTokenizer.from_pretrained(ours).save_pretrained(again)
     assert (again / "config.json").read_bytes() != (ours / "config.json").read_bytes()

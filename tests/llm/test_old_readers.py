@@ -58,7 +58,7 @@ def test_older_transformers_compute_our_logits_pad_and_truncate(
 ) -> None:
     version, site = old
     folder, out = saved_model(tiny(tie_embeddings=tied, **SHAPES[architecture])), tmp_path / "out"
-    export(ExportConfig(), {**corpus, "pretrain": folder}, out, LocalContext())
+    export(ExportConfig(), {**corpus, "model": folder}, out, LocalContext())
     model, tokens = load_model(folder), torch.randint(500, (2, 24))
     found_in = tmp_path / "found.json"
     done = subprocess.run(

@@ -201,8 +201,8 @@ def test_a_corpus_smaller_than_one_batch_is_refused(corpus: dict[str, Path], tmp
 def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Path], tmp_path: Path) -> None:
     from data_pipeline.tokenize.shards import TokenShards
 
-    held_out = TokenShards(corpus["tokenize"], "val").tokens
-    train = TokenShards(corpus["tokenize"], "train").tokens
+    held_out = TokenShards(corpus["tokens"], "val").tokens
+    train = TokenShards(corpus["tokens"], "train").tokens
     assert held_out < train - 1
     model = {"layers": 1, "heads": 2, "width": 16, "context": held_out}
     message = refused(config(model=model, batch_tokens=held_out), corpus, tmp_path)
@@ -212,7 +212,7 @@ def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Pat
 def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any) -> Job:
     """What ``given`` is to do in ``out``, where a checkpoint of another setup may lie."""
     model = ModelConfig(**given.model.model_dump(), vocab_size=500)
-    made = Job(config=given, model=model, tokenizer=corpus["train_tokenizer"], out=out)
+    made = Job(config=given, model=model, tokenizer=corpus["tokenizer"], out=out)
     if setup:
         folder = checkpoint.begin(made.checkpoints, 4)
         checkpoint.commit(folder, step=4, setup=replace(made.setup, **setup), history={})

@@ -44,7 +44,7 @@ def shards(corpus: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("tokenize")
     tokenize(LAYOUT, corpus, folder, LocalContext())
     assert len(list(folder.glob("train-*.parquet"))) > 3
-    return {**corpus, "tokenize": folder}
+    return {**corpus, "tokens": folder}
 
 
 def begun(fields: dict[str, Any], shards: dict[str, Path], out: Path) -> Job:
@@ -59,7 +59,7 @@ def test_every_read_of_a_document_is_worked_out_and_no_other(
     recipe: str, spikes: dict[int, int], shards: dict[str, Path], tmp_path: Path
 ) -> None:
     job = begun(RECIPES[recipe], shards, tmp_path)
-    texts = documents(shards["tokenize"])
+    texts = documents(shards["tokens"])
     windows, config = numbered(job, texts), job.config
     read, history = replay(job, windows, spikes)
     training = Training(config, config.steps, history["skipped"])
@@ -70,10 +70,10 @@ def test_every_read_of_a_document_is_worked_out_and_no_other(
     again = 0
     for number in [0, len(texts) - 1, *chosen]:
         name, tokens = list(texts.items())[number]
-        place = find_tokens(LAYOUT, shards["tokenize"], name)
+        place = find_tokens(LAYOUT, shards["tokens"], name)
         assert place is not None
         source = name.split("/")[0] if config.mix else None
-        start = start_in_source(shards["tokenize"], place, name) if source else place.start
+        start = start_in_source(shards["tokens"], place, name) if source else place.start
         found = training.reads(start, start + place.tokens, counts.get(source, 0), source)
         assert {(one.step, one.row, one.fate == "rolled back") for one in found} == read[number], name
         again += max((one.epoch for one in found), default=0)
@@ -95,10 +95,10 @@ def test_a_run_that_is_not_over_says_what_it_has_not_read_yet_and_what_moved_not
 ) -> None:
     config = begun(RECIPES["several epochs"], shards, tmp_path).config
     skipped = [{"step": 30, "reason": "nonfinite", "windows": 0}]
-    name = max(documents(shards["tokenize"]).items(), key=lambda item: len(item[1]))[0]
-    place = find_tokens(LAYOUT, shards["tokenize"], name)
+    name = max(documents(shards["tokens"]).items(), key=lambda item: len(item[1]))[0]
+    place = find_tokens(LAYOUT, shards["tokens"], name)
     assert place is not None
-    windows = (sum(map(len, documents(shards["tokenize"]).values())) - 1) // CONTEXT
+    windows = (sum(map(len, documents(shards["tokens"]).values())) - 1) // CONTEXT
     whole, half = (
         Training(config, done, skipped).reads(place.start, place.start + place.tokens, windows)
         for done in (config.steps, 600)
@@ -121,7 +121,7 @@ def test_a_window_of_a_batch_plan_knows_its_step(stairs: list[tuple[int, int]], 
 
 
 def test_every_document_is_found_in_its_token_shard_and_others_are_not(shards: dict[str, Path]) -> None:
-    folder = shards["tokenize"]
+    folder = shards["tokens"]
     for split in ("train", "val"):
         start = 0
         for batch in TokenShards(folder, split):

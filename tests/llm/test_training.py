@@ -150,7 +150,7 @@ def test_the_artifact_is_complete_and_all_else_lies_in_logs_and_scratch(runs: Ru
 
 def first_batch(corpus: dict[str, Path]) -> torch.Tensor:
     """The windows of the first step, ``(24, 65)``."""
-    text = TokenShards(corpus["tokenize"], "train").read_all().astype(np.int64)
+    text = TokenShards(corpus["tokens"], "train").read_all().astype(np.int64)
     total = (len(text) - 1) // 64
     windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
     return torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
@@ -159,7 +159,7 @@ def first_batch(corpus: dict[str, Path]) -> torch.Tensor:
 def test_a_training_goes_on_from_an_exported_model(
     runs: Runs, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    export(ExportConfig(), {**corpus, "pretrain": runs["1 rank"]}, tmp_path / "model", LocalContext())
+    export(ExportConfig(), {**corpus, "model": runs["1 rank"]}, tmp_path / "model", LocalContext())
     config = recipe().model_copy(update={"tokens": 24 * 64, "init_from": tmp_path / "model"})
     pretrain(config, corpus, tmp_path / "out", LocalContext(launcher=forks.launch))
     rows = first_batch(corpus)
@@ -189,7 +189,7 @@ def test_masked_documents_are_masked_wherever_the_positions_lie(
     rows = torch.from_numpy(
         np.stack([text[64 * window : 64 * window + 65] for window in order(0, 24).astype(int)])
     )
-    end = end_of_text(load_tokenizer(corpus["train_tokenizer"]))
+    end = end_of_text(load_tokenizer(corpus["tokenizer"]))
     documents = torch.nn.functional.pad((rows[:, :-2] == end).int(), (1, 0)).cumsum(1)
     assert documents.max() > 0, "some window should hold the end of a document"
     model = Transformer(load_model(tmp_path).config, seed=5)
@@ -199,11 +199,11 @@ def test_masked_documents_are_masked_wherever_the_positions_lie(
 
 
 def test_the_last_validation_is_that_of_the_saved_model(runs: Runs, corpus: dict[str, Path]) -> None:
-    text = TokenShards(corpus["tokenize"], "val").read_all().astype(np.int64)
+    text = TokenShards(corpus["tokens"], "val").read_all().astype(np.int64)
     rows = torch.from_numpy(np.stack([text[start : start + 65] for start in range(0, 12_000 // 64 * 64, 64)]))
     with torch.inference_mode():
         nats = load_model(runs["1 rank"])(rows[:, :-1], rows[:, 1:], reduction="none").double().numpy()
-    sizes = token_bytes(corpus["train_tokenizer"])[rows[:, 1:].numpy()]
+    sizes = token_bytes(corpus["tokenizer"])[rows[:, 1:].numpy()]
     last = pq.read_table(runs["1 rank"] / "validation.parquet").to_pylist()[-1]
     assert (sizes == 0).any(), "the text should cross the end of a document"
     assert last["loss"] == pytest.approx(nats.mean(), rel=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +21,9 @@ FINGERPRINT = "llmill.fingerprint"
 WEIGHTS = "llmill.weights"
 KEY = "llmill.key"
 PARENT = "mlflow.parentRunId"
+OF_STEP = re.compile(r"llmill\.(?P<step>.+)\.fingerprint")
+ARTIFACT = "llmill.artifact."
+"""How the tags of a run begin that name an artifact (by fingerprint) of a step with a name of its own."""
 Key = tuple[str, str]
 """Stage and fingerprint."""
 
@@ -117,12 +121,18 @@ class Records:
 
     def runs_of(self, stage: str, fingerprint: str) -> list[SeenRun]:
         """The runs that refer to an artifact, oldest first: by their tags, or as a dataset that they read."""
-        tag = f"llmill.{stage}.fingerprint"
         found: dict[str, SeenRun] = {}
+        conditions = (
+            f"tags.`llmill.{stage}.fingerprint` = '{fingerprint}'",
+            f"tags.`{ARTIFACT}{fingerprint}` LIKE '%'",
+            f"tags.`{FINGERPRINT}` = '{fingerprint}'",
+            f"datasets.digest = '{fingerprint}'",
+        )
         with self._asking():
-            for condition in (f"tags.`{tag}`", f"tags.`{FINGERPRINT}`", "datasets.digest"):
-                for run in self._runs(f"{condition} = '{fingerprint}'"):
-                    how = run.data.tags.get(f"llmill.{stage}.how", "read" if "digest" in condition else "ran")
+            for condition in conditions:
+                for run in self._runs(condition):
+                    step = run.data.tags.get(f"{ARTIFACT}{fingerprint}", stage)
+                    how = run.data.tags.get(f"llmill.{step}.how", "read" if "digest" in condition else "ran")
                     info = run.info
                     seen = SeenRun(
                         run_id=info.run_id,
@@ -205,7 +215,14 @@ def artifacts_of(tags: dict[str, str]) -> Iterator[Key]:
     """The artifacts that a run's tags refer to: a stage's own, or each stage's of a whole run."""
     if "llmill.stage" in tags and FINGERPRINT in tags:
         yield tags["llmill.stage"], tags[FINGERPRINT]
-    for tag, value in tags.items():
-        parts = tag.split(".")
-        if len(parts) == 3 and parts[0] == "llmill" and parts[2] == "fingerprint":
-            yield parts[1], value
+    yield from steps_of(tags).values()
+
+
+def steps_of(tags: dict[str, str]) -> dict[str, Key]:
+    """Step -> artifact, as the tags of a whole run name them."""
+    found = (OF_STEP.fullmatch(tag) for tag in tags)
+    return {
+        one["step"]: (tags.get(f"llmill.{one['step']}.stage", one["step"]), tags[one.string])
+        for one in found
+        if one
+    }

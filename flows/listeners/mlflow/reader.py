@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from mlflow.entities import Run
 
-from flows.listeners.mlflow.lineage import KEY, PARENT, Records, artifacts_of
+from flows.listeners.mlflow.lineage import KEY, PARENT, Key, Records, steps_of
 from flows.listeners.mlflow.links import run_url
 
-EVALUATED = "llmill.evaluate.fingerprint"
+EVALUATED = ("llmill.evaluate.fingerprint", "llmill.evaluated")
+"""Tags of runs that evaluated a model: in the step of that name, and in others."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class PipelineRun:
     recipe: str
     started: int
     """Milliseconds since 1970."""
-    fingerprints: dict[str, str]
-    """Stage -> the artifact that it made or reused."""
+    artifacts: dict[str, Key]
+    """Step -> the artifact that it made or reused."""
     url: str
     """Of its page; empty where no server shows it."""
 
@@ -38,8 +39,12 @@ class PipelineRuns(Records):
     def newest(self) -> list[PipelineRun]:
         """The runs that came as far as an evaluation, the newest first."""
         with self._asking():
-            found = [self._pipeline(run) for run in self._runs(f"tags.`{EVALUATED}` LIKE '%'")]
-        return sorted(found, key=lambda run: (-run.started, run.run_id))
+            found = {
+                run.info.run_id: self._pipeline(run)
+                for tag in EVALUATED
+                for run in self._runs(f"tags.`{tag}` LIKE '%'")
+            }
+        return sorted(found.values(), key=lambda run: (-run.started, run.run_id))
 
     def called(self, text: str) -> list[PipelineRun]:
         """Those whose name is ``text`` or whose id, or a stage's within, begins so (with six digits at least)."""
@@ -71,6 +76,6 @@ class PipelineRuns(Records):
             name=info.run_name,
             recipe=tags.get("llmill.recipe", ""),
             started=info.start_time,
-            fingerprints=dict(artifacts_of(tags)),
+            artifacts=steps_of(tags),
             url=run_url(self.uri, info.experiment_id, info.run_id),
         )

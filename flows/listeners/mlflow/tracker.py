@@ -26,7 +26,7 @@ from flows.engine.store import Artifact, canonical_json, shared_lock
 from flows.listeners.mlflow.delivery import Sender
 from flows.listeners.mlflow.events import EVENTS, Point, event_points, read_lines
 from flows.listeners.mlflow.journal import Journal, outbox
-from flows.listeners.mlflow.lineage import PARENT
+from flows.listeners.mlflow.lineage import ARTIFACT, PARENT
 from flows.listeners.mlflow.links import run_url, table_url, target, tracking_uri, without_user
 from flows.listeners.mlflow.operations import Mlflow
 from flows.listeners.mlflow.system import SystemMonitor
@@ -148,20 +148,21 @@ class Tracker:
     @harmless
     def start_stage(
         self,
-        stage: str,
-        fingerprint: str,
+        name: tuple[str, str, str],
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         inputs: Sequence[Artifact],
     ) -> None:
-        """Begin the stage's child run, or go on with the one that an unfinished run of this artifact left."""
+        """Begin the child run of a step (its name, its stage, its fingerprint), or go on with the one that an
+        unfinished run of this artifact left."""
+        step, stage, fingerprint = name
         self._state = self._state_of(stage, fingerprint)
         record = read_record(self._state)
         self._resumed = bool(record)
         self.stage_key, self._offset = record.get("key") or self._new_key(), record.get("offset", 0)
         self._begun = record.get("begun") or now()
         self._save_state()
-        begin = {"op": "begin", **beginning(self.stage_key, stage), "parent": self.parent_key}
+        begin = {"op": "begin", **beginning(self.stage_key, step), "parent": self.parent_key}
         if self._offset:
             begin["seen"] = {"stage": stage, "fingerprint": fingerprint, "offset": self._offset}
         datasets = {"op": "inputs", "run": self.stage_key, "datasets": [dataset(one) for one in inputs]}
@@ -246,15 +247,18 @@ class Tracker:
         self.stage_key = ""
 
     @harmless
-    def add_to_parent(self, artifact: Artifact, how: str, headline: Iterable[str]) -> None:
-        """Link a stage to the parent run and copy its headline metrics there, whether it ran or was reused."""
+    def add_to_parent(self, step: str, artifact: Artifact, how: str, headline: Iterable[str]) -> None:
+        """Link a step to the parent run and copy its headline metrics there, whether it ran or was reused."""
         if self._joined:
             return  # who dispatched us does that
-        stage, manifest, run = artifact.stage, artifact.manifest, {"run": self.parent_key}
-        tags = {f"llmill.{stage}.how": how, f"llmill.{stage}.fingerprint": artifact.fingerprint}
-        run_tag, known = f"llmill.{stage}.run_id", manifest["mlflow_run_id"]
+        manifest, run = artifact.manifest, {"run": self.parent_key}
+        tags = {f"llmill.{step}.how": how, f"llmill.{step}.fingerprint": artifact.fingerprint}
+        if step != artifact.stage:
+            tags |= {f"llmill.{step}.stage": artifact.stage, f"{ARTIFACT}{artifact.fingerprint}": step}
+            tags |= {"llmill.evaluated": "yes"} if artifact.stage == "evaluate" else {}
+        run_tag, known = f"llmill.{step}.run_id", manifest["mlflow_run_id"]
         link = {"op": "link", **run, "tag": run_tag, "to": manifest.get("mlflow_key", ""), "id": ""}
-        figures = {f"{stage}/{name}": artifact.metrics[name] for name in headline if name in artifact.metrics}
+        figures = {f"{step}/{name}": artifact.metrics[name] for name in headline if name in artifact.metrics}
         self._tell(
             *([] if known else [link]),
             {"op": "tags", **run, "tags": {**tags, **({run_tag: known} if known else {})}},

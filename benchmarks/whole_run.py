@@ -61,9 +61,10 @@ def through(
     for name, value in client_settings("http://").items():  # before Prefect is imported
         os.environ.setdefault(name, value)
     home = Path(work, "home")
-    from flows.engine.plan import Selection
-    from flows.listeners.terminal import Terminal
-    from flows.prefect.pipeline import Run
+    from flows.engine.executor import Order
+    from flows.engine.plan import Planned, Selection
+    from flows.listeners.terminal import Terminal, TerminalListener
+    from flows.prefect.pipeline import Pipeline
     from flows.prefect.servers import PrefectServer
     from flows.recipe import load_recipe
 
@@ -75,14 +76,16 @@ def through(
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         before = cpu_seconds(servers)
-        with PrefectServer(home) as server:
-            pipeline = Run(recipe, home, Selection(), Terminal(), "")
+        order = Order(planned=Planned.of(recipe, home, Selection()), command="")
+        listeners = {"the terminal": TerminalListener(Terminal())}
+        with PrefectServer(home) as server, Pipeline(order, listeners) as pipeline:
             pipeline.prepare()
             server.wait()
-            pipeline.execute({"recipe": str(RECIPE)})
-            rest = pipeline.overhead_seconds
-        bodies = {name: result.seconds for name, result in pipeline.results.items()}
-        step = step_seconds(pipeline.results["pretrain"].artifact.path)
+            with pipeline.flow({"recipe": str(RECIPE)}) as begin:
+                begin()
+        rest, results = pipeline.executor.overhead_seconds, pipeline.executor.results
+        bodies = {name: result.seconds for name, result in results.items()}
+        step = step_seconds(results["pretrain"].artifact.path)
         return {
             "bodies": bodies,
             "rest": rest,

@@ -25,11 +25,12 @@ from filelock import Timeout
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import fsync
+from flows.engine.log import logs
 from flows.engine.store import LINKED, REPLACED, Store, shared_lock
 from flows.engine.uses import alone, last_used, use_path
 from flows.lineage.graph import Graph, Key, Node
 from flows.listeners.mlflow.copies import Copies
-from flows.listeners.mlflow.journal import journals
+from flows.listeners.mlflow.delivery import unsent
 from flows.listeners.mlflow.lineage import ModelVersion, NotAsked
 from flows.listeners.mlflow.links import without_user
 
@@ -366,7 +367,7 @@ def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -
 
 def waiting(home: Path) -> str:
     """Why copies could still come: what runs have to tell MLflow; empty where nothing waits."""
-    if any(next(journal.waiting(), None) for journal in journals(home)):
+    if any(unsent(log, Store(home)) for log in logs(home)):
         return (
             "runs have told MLflow what it does not have yet: wait for their end, or send it with llmill sync"
         )

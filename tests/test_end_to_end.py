@@ -168,7 +168,7 @@ def test_only_from_and_force_do_what_they_say(finished: Llmill, tmp_path):
     forced = llmill.run("--only", "clean", "--force", "clean")
     assert "✓ clean" in forced.stdout
     assert llmill.payloads() == before
-    assert "no such stage" in llmill.run("--only", "cleam", code=2).stderr
+    assert "no such step" in llmill.run("--only", "cleam", code=2).stderr
 
 
 def test_an_artifact_built_again_with_other_bytes_rebuilds_what_was_made_from_it(finished: Llmill, tmp_path):

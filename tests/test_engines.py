@@ -23,23 +23,25 @@ RUNS = """
 import sys
 from pathlib import Path
 
-from flows.engine.plan import Selection
+from flows.engine.plan import Planned, Selection
 from flows.recipe import load_recipe
 from flows.prefect.servers import PrefectServer
-from flows.listeners.terminal import Terminal
 
 def main(recipe, homes, engines):
     with PrefectServer(homes):
-        from flows.prefect.pipeline import Run
+        from flows.engine.executor import Order
+        from flows.prefect.pipeline import Pipeline
 
         for engine in engines:
             runner, workers = engine.split("-")
             loaded = load_recipe(recipe, [f"runtime.task_runner={runner}", f"runtime.workers={workers}"])
             home = homes / (engines[0] if engine == engines[-1] else engine)  # the last one, in the home of the first
-            run = Run(loaded, home, Selection(stop="tokenize"), Terminal(), "")
-            run.prepare()
-            run.execute({})
-            print(engine, *[result.how for result in run.results.values()])
+            planned = Planned.of(loaded, home, Selection(stop="tokenize"))
+            with Pipeline(Order(planned=planned, command=""), {}) as run:
+                run.prepare()
+                with run.flow({}) as begin:
+                    begin()
+            print(engine, *[result.how for result in run.executor.results.values()])
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
@@ -64,12 +66,14 @@ def main(folder, engines):
 
     with PrefectServer(folder):
         from prefect import flow
-        from prefect.runtime import flow_run
+        from flows.engine.events import StepStarted
+        from flows.engine.log import LogFile, RunLog
         from flows.prefect.context import PrefectContext
-        from flows.listeners.flow_page import FlowPage
         from flows.recipe import RecipeRuntime
         from flows.prefect.runners import start_workers
-        from flows.listeners.terminal import Terminal
+
+        started = StepStarted(step="stage", stage="stage", fingerprint="f00d", key="1", run="2")
+        log = RunLog(LogFile.begin(folder, "failures", "home"))
 
         for engine in engines:
             out = folder / engine
@@ -77,8 +81,7 @@ def main(folder, engines):
             with start_workers(RecipeRuntime(task_runner=engine, workers=2), out) as workers:
                 @flow(task_runner=workers.task_runner())
                 def stage():
-                    page = FlowPage(flow_run.id, "failures")
-                    context = PrefectContext("stage", out, workers, Terminal(), None, page)
+                    context = PrefectContext(started, out, log, workers)
                     context.map(partial(step, out), range(1000))
 
                 try:

@@ -23,8 +23,9 @@ from flows.cli.main import main, make_app
 from flows.compare.cells import Section
 from flows.compare.page import table
 from flows.compare.svg import Line, plot
+from flows.headline import describe
 from flows.listeners.markdown import code, link, plain
-from flows.listeners.terminal import Screen, Terminal, describe, visible
+from flows.listeners.terminal import Screen, Terminal, visible
 
 HOSTILE = (
     "a[/b]",

@@ -57,7 +57,7 @@ def ended_well(run) -> str:
 
 
 def left(llmill: Llmill) -> list[Path]:
-    return sorted((llmill.home / "runs" / "outbox").glob("*.jsonl"))
+    return sorted((llmill.home / "runs").glob("*/log.jsonl"))
 
 
 def expected_points(llmill: Llmill) -> dict[str, set[tuple]]:

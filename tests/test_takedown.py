@@ -20,12 +20,12 @@ from moto.server import ThreadedMotoServer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.documents import write_shard
+from flows.engine.events import Event, Note, RunEnded, RunStarted, StepFailed, StepSealed, StepStarted
 from flows.engine.store import Artifact, Store
 from flows.gc import remove, select
 from flows.lineage.search import search
-from flows.listeners.mlflow.description import run_note
 from flows.listeners.mlflow.links import tracking_uri
-from flows.listeners.mlflow.tracker import Tracker
+from flows.listeners.mlflow.listener import MlflowListener, begin_log
 from flows.stages import DEFAULT, WITH_TEXTS
 
 SENTENCES = {
@@ -45,7 +45,8 @@ def seal(store: Store, stage: str, *sources: Artifact) -> Artifact:
     """An artifact that holds the text as its stage would."""
     name = f"{DEFAULT.index(stage):016x}"
     inputs = {
-        one.stage: {"fingerprint": one.fingerprint, "payload_sha256": one.payload_sha256} for one in sources
+        one.stage: {"stage": one.stage, "fingerprint": one.fingerprint, "payload_sha256": one.payload_sha256}
+        for one in sources
     }
     out, _ = store.begin(stage, name, {})
     with write_shard(out / "documents-00000.parquet") as writer:
@@ -69,28 +70,81 @@ def seal(store: Store, stage: str, *sources: Artifact) -> Artifact:
 
 def told(home: Path, withheld: bool = False) -> list[Artifact]:
     """A line of artifacts, each made from the one before and told MLflow as a run does; one stage failed before."""
-    store, warned = Store(home), []
-    tracker = Tracker(home, "small", warned.append)
-    tracker.open()
-    tracker.start("small-1", {}, {"llmill.recipe": "small"})
+    store, log = Store(home), begin_log(home, "small")
+    listener, heard = MlflowListener(home, "small", log), Heard()
+    log.attach("MLflow", listener)
+    log.attach("the test", heard)
+    log.append(RunStarted(key="run-1", name="small", recipe="small"))
     sealed: list[Artifact] = []
     for stage in [one for one in CHAIN if not withheld or one in WITH_TEXTS]:
         name = f"{DEFAULT.index(stage):016x}"
-        tags = {"llmill.recipe": "small", "llmill.stage": stage, "llmill.fingerprint": name}
+        inputs = [
+            {
+                "stage": one.stage,
+                "fingerprint": one.fingerprint,
+                "path": str(one.path),
+                "metrics": one.metrics,
+            }
+            for one in sealed[-1:]
+        ]
+        names = {"step": stage, "stage": stage, "fingerprint": name, "key": f"{stage}-1", "recipe": "small"}
+        started = StepStarted(**names, run="run-1", inputs=inputs)
         if stage == "clean":
-            tracker.start_stage(stage, name, {}, tags, sealed[-1:])
-            tracker.fail_stage(f"can't read {TEXT}")
-        tracker.start_stage(stage, name, {}, tags, sealed[-1:])
+            log.append(started)
+            failed = StepFailed(step=stage, key=started.key, message=f"can't read {TEXT}", status="FAILED")
+            log.append(failed)
+        log.append(started)
         sealed.append(seal(store, stage, *sealed[-1:]))
-        tracker.finish_stage(sealed[-1], 1e9, withheld)
-        tracker.add_to_parent(sealed[-1], "ran", ())
-    results = {one.stage: (one, "ran", 1.0) for one in sealed}
-    tracker.note(run_note("Bread.", results, failure=TEXT, links="[here]", quoting=not withheld))
-    tracker.finish("FINISHED", 1.0)
-    tracker.close("FINISHED")
-    assert not tracker.failure
-    assert not warned
+        log.append(sealed_event(names, sealed[-1], withheld))
+    results = [
+        {"step": one.stage, "stage": one.stage, "fingerprint": one.fingerprint, "how": "ran", "seconds": 1.0}
+        for one in sealed
+    ]
+    ended = RunEnded(
+        key="run-1",
+        status="FINISHED",
+        seconds=1.0,
+        message=TEXT,
+        description="Bread.",
+        results=results,
+        quoting=not withheld,
+    )
+    log.append(ended)
+    log.close()
+    assert not listener.failure
+    assert not heard.warnings
     return sealed
+
+
+def sealed_event(names: dict[str, str], artifact: Artifact, withheld: bool) -> StepSealed:
+    return StepSealed(
+        **names,
+        run="run-1",
+        how="ran",
+        seconds=1.0,
+        total_seconds=1.0,
+        path=str(artifact.path),
+        size=artifact.size,
+        metrics=artifact.metrics,
+        payload_sha256=artifact.payload_sha256,
+        finished=1,
+        withheld=withheld,
+        upload_bytes=1e9,
+    )
+
+
+class Heard:
+    """Keeps what a run warns of."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def handle(self, event: Event) -> None:
+        if isinstance(event, Note) and event.warning:
+            self.warnings.append(event.text)
+
+    def close(self) -> None:
+        return
 
 
 @pytest.fixture(params=["home", "server", "s3"])

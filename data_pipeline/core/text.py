@@ -30,6 +30,15 @@ def human_bytes(size: float) -> str:
     return f"{size:.1f} TB"
 
 
+def duration(seconds: float) -> str:
+    """``83`` -> ``1:23``; under a minute ``8.3 s``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, cut after its first line; its type where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

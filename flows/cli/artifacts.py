@@ -21,7 +21,8 @@ def status(home: Home = HOME, as_json: AsJson = False) -> None:
     from flows.cli.servers import show_servers
     from flows.engine.services import read_services
     from flows.engine.store import Store
-    from flows.listeners.terminal import Terminal, headline
+    from flows.headline import headline
+    from flows.listeners.terminal import Terminal
     from flows.prefect.up import described
 
     store = Store(home)
@@ -51,7 +52,7 @@ def status(home: Home = HOME, as_json: AsJson = False) -> None:
     for artifact in artifacts:
         size, when = human_bytes(artifact.size), artifact.manifest["finished"][:16].replace("T", " ")
         line = f"{artifact.stage:<16}{artifact.fingerprint}  {size:>9}  {when}"
-        console.print(f"{line}  {artifact.manifest['recipe']}  {headline(artifact)}")
+        console.print(f"{line}  {artifact.manifest['recipe']}  {headline(artifact.stage, artifact.metrics)}")
     for path in unfinished:
         console.print(f"{path.parent.name:<16}{path.name.removesuffix('.partial')}  unfinished")
     total = human_bytes(sum(artifact.size for artifact in artifacts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,9 @@ from flows.cli.options import (
 from flows.engine.process import quiet_libraries, save_when_asked
 
 if TYPE_CHECKING:
-    from flows.engine.plan import Planned
+    from flows.engine.log import Listener
+    from flows.listeners.terminal import Terminal
+    from flows.prefect.pipeline import Pipeline
 
 
 def run(
@@ -48,86 +51,100 @@ def run(
         typer.Option(help="Build this step again although it is sealed.", autocompletion=steps),
     ] = None,
     home: Home = HOME,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the events of the run as they come, one JSON object a line.")
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show the trace of an error.")] = False,
 ) -> None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest."""
-    announce(f"reading {recipe}")
+    if not as_json:
+        announce(f"reading {recipe}")
     quiet_libraries()
     from flows.engine.plan import Planned, Selection
-    from flows.recipe import load_recipe, shown
+    from flows.listeners.terminal import Screen, Terminal
+    from flows.recipe import load_recipe
 
-    selection, loaded = (
-        Selection(start=start, stop=stop, only=only, force=force),
-        load_recipe(recipe, set_ or ()),
-    )
+    chosen = {"start": start, "stop": stop, "only": only, "force": force}
+    loaded = load_recipe(recipe, set_ or ())
     writable(home)
     with stoppable(f"stopped; the same command goes on from here: {typed()}"):
         save_when_asked()
-        planned = Planned.of(loaded, home, selection)
-        chosen = {"start": start, "stop": stop, "only": only, "force": force}
-        parameters = {
-            "recipe": str(recipe.resolve()),
-            "settings": [shown(setting) for setting in set_ or ()],
-            "stages": {name: stage for name, stage in chosen.items() if stage},
-            "home": str(home.resolve()),
-        }
-        carry_out(planned, home, f"{loaded.name}  ·  {recipe}  ·  {home}", parameters)
+        planned = Planned.of(loaded, home, Selection(**chosen))
+        terminal = Terminal(Screen(stderr=True) if as_json else None)
+        from flows.prefect.servers import PrefectServer
+
+        terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+        # A run that builds nothing needs no server of our own.
+        with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
+            from flows.engine.executor import Order
+            from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
+
+            order = Order(planned=planned, command=typed())
+            with Pipeline(order, listeners(terminal, as_json)) as pipeline:
+                pipeline.prepare()
+                server.wait()
+                if server.absent:
+                    instead = "to a server of its own" if server.there else "nobody, for it builds nothing"
+                    said = f"Prefect at {server.absent} does not answer; this run is told {instead}"
+                    pipeline.log.warn(said)
+                if server.there:
+                    with pipeline.flow(parameters_of(recipe, set_ or (), chosen, home)) as begin:
+                        begin()
+                else:
+                    pipeline.run()
+            if not as_json:
+                report(pipeline, terminal, home)
 
 
-def carry_out(planned: Planned, home: Path, title: str, parameters: dict[str, Any]) -> None:
-    """Run what was planned, told to Prefect: to a server of this home or of the environment, else to one of our own.
+def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:
+    """Those who show the run to a person or to a script."""
+    from flows.listeners.lines import LinesListener
+    from flows.listeners.terminal import TerminalListener
 
-    A run that builds nothing needs none of our own.
-    """
-    from flows.listeners.terminal import Terminal
-    from flows.prefect.servers import PrefectServer
-
-    terminal = Terminal()
-    terminal.title(title)
-    with PrefectServer(home, wanted=planned.builds or bool(planned.recipe.runtime.notify)) as server:
-        from flows.prefect.pipeline import Run  # Prefect reads its settings when it is imported
-
-        pipeline = Run(planned.recipe, home, planned.selection, terminal, typed(), planned=planned)
-        pipeline.prepare()
-        server.wait()
-        if server.absent:
-            instead = "to a server of its own" if server.there else "nobody, for it builds nothing"
-            terminal.note(
-                f"Prefect at {server.absent} does not answer; this run is told {instead}", warning=True
-            )
-        if server.there:
-            pipeline.execute(parameters)
-        else:
-            pipeline.work()
-        report(pipeline, home)
+    return {"the terminal": LinesListener(sys.stdout) if as_json else TerminalListener(terminal)}
 
 
-def report(pipeline: Any, home: Path) -> None:
-    """The end of a run: the table, what it cost, and where to look."""
-    from flows.listeners.terminal import duration
+def parameters_of(
+    recipe: Path, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path
+) -> dict[str, Any]:
+    """The parameters by which a deployment would run the same."""
+    from flows.recipe import shown
 
-    console, results = pipeline.terminal.console, pipeline.results.values()
-    pipeline.terminal.summary((result.artifact, result.how, result.seconds) for result in results)
-    reused = sum(result.how == "reused" for result in results)
-    seconds = duration(sum(result.seconds for result in results))
+    return {
+        "recipe": str(recipe.resolve()),
+        "settings": [shown(setting) for setting in settings],
+        "stages": {name: step for name, step in chosen.items() if step},
+        "home": str(home.resolve()),
+    }
+
+
+def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
+    """Print the end of a run: the table, what it cost, and where to look."""
+    from data_pipeline.core.text import duration
+
+    console, executor, mlflow = terminal.console, pipeline.executor, pipeline.mlflow
+    results = executor.results
+    terminal.summary((name, one.artifact, one.how, one.seconds) for name, one in results.items())
+    reused = sum(result.how == "reused" for result in results.values())
+    seconds = duration(sum(result.seconds for result in results.values()))
     what = "every stage was reused" if reused == len(results) else f"{reused} of {len(results)} stages reused"
-    console.print(f"\n{what}; stages {seconds}, everything else {duration(pipeline.overhead_seconds)}")
-    if exported := pipeline.results.get("export"):
-        console.print(f"model   {exported.artifact.path}")
+    console.print(f"\n{what}; stages {seconds}, everything else {duration(executor.overhead_seconds)}")
+    exported = [one.artifact for one in results.values() if one.artifact.stage == "export"]
+    for artifact in exported:
+        console.print(f"model   {artifact.path}")
     option = at_home(home)
-    tracker = pipeline.tracker
-    if tracker.failure:
-        pipeline.terminal.note(
-            f"not all figures reached MLflow at {tracker.place} ({tracker.failure}); they are kept, and sent by the "
+    if mlflow.failure:
+        terminal.note(
+            f"not all figures reached MLflow at {mlflow.place} ({mlflow.failure}); they are kept, and sent by the "
             f"next run or: llmill sync{option}",
             warning=True,
         )
-    elif tracker.parent_name:
-        console.print(f"MLflow  run “{tracker.parent_name}” of experiment {pipeline.recipe.name}")
+    elif executor.known.name:
+        console.print(f"MLflow  run “{executor.known.name}” of experiment {executor.order.recipe.name}")
     speak = ""
     if exported:
-        newest = pipeline.store.artifacts("export")[-1].fingerprint  # which is taken where none is named
-        ours = exported.artifact.fingerprint
+        newest = executor.store.artifacts("export")[-1].fingerprint  # which is taken where none is named
+        ours = exported[0].fingerprint
         model = "" if ours == newest else f" --model {ours}"
         speak = f'   ·   llmill generate{option}{model} --prompt "..."'
     console.print(f"next    llmill ui{option}{speak}")
@@ -137,7 +154,8 @@ def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json:
     """Say what a run would do, step by step, and why; runs nothing."""
     from flows.engine.plan import make_plan
     from flows.engine.store import Store
-    from flows.listeners.terminal import Terminal, headline
+    from flows.headline import headline
+    from flows.listeners.terminal import Terminal
     from flows.recipe import load_recipe
 
     quiet_libraries()
@@ -150,7 +168,7 @@ def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json:
         mark = {"reuse": "= reuse  ", "run": "+ run    ", "resume": "> resume ", "unknown": "? unknown"}[
             step.action
         ]
-        first, *rest = step.why or [headline(step.artifact) if step.artifact else ""]
+        first, *rest = step.why or [headline(step.stage.name, step.artifact.metrics) if step.artifact else ""]
         console.print(f"{mark} {step.name:<16}{step.fingerprint or '-':<18}{first}")
         for line in [*rest, *step.predicted]:
             console.print(f"{'':<44}{line}")

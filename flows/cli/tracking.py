@@ -31,21 +31,21 @@ def sync(
     terminal, mlflow, sent = Terminal(), Mlflow(home, tracking_uri(home)), Counter[str]()
     place, missing = without_user(mlflow.uri), ""
     with left_behind(home) as found:
-        for journal in found:
-            if journal.head["target"] != target(home) and not here:
-                terminal.note(f"a run told another MLflow: {how_to_send(journal)}, or --here", warning=True)
+        for log in found:
+            if log.head["target"] != target(home) and not here:
+                terminal.note(f"a run told another MLflow: {how_to_send(log)}, or --here", warning=True)
                 continue
             try:
-                for operation, why in deliver(journal, mlflow):
+                for operation, why in deliver(log, mlflow):
                     sent["refused" if why else "sent"] += 1
                     if why:
-                        terminal.note(refusal_warning(journal, operation, why), warning=True)
+                        terminal.note(refusal_warning(log, operation, why), warning=True)
             except Gone as gone:
                 missing = f"{gone}; what is left stays"
                 continue
             except Away as error:
                 raise UserError(f"MLflow at {place} does not answer: {error}; what is left stays") from None
-            journal.remove()
+            log.remove()
             sent["runs"] += 1
     if missing and not sent["runs"]:
         raise UserError(missing)

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from data_pipeline.core.text import duration
 from flows.compare.compare import Comparison
 from flows.compare.curves import curve_rows
 from flows.compare.rows import ABSENT, Row, marked
 from flows.compare.verdict import Claim, Group, p_text
-from flows.listeners.terminal import duration, quantity
+from flows.headline import quantity
 
 LONGEST = 40
 """Of a setting's value, in characters."""

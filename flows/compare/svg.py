@@ -8,7 +8,7 @@ from html import escape
 
 from matplotlib.ticker import MaxNLocator
 
-from flows.listeners.terminal import duration
+from data_pipeline.core.text import duration
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 40

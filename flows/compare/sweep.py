@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import write_durably
@@ -22,16 +22,13 @@ from flows.compare.log import files, note
 from flows.compare.statistics import MIN_DOCUMENTS
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
-from flows.engine.plan import Selection, Step, make_plan
+from flows.engine.continuation import read_record
+from flows.engine.plan import Planned, Selection, Step, make_plan
 from flows.engine.store import Artifact, Store, canonical_json
 from flows.listeners.mlflow.findings import Finding
-from flows.listeners.mlflow.journal import Operation
-from flows.listeners.mlflow.tracker import candidate, read_record
-from flows.listeners.terminal import Terminal
+from flows.listeners.mlflow.translate import Operation, candidate
+from flows.listeners.terminal import Terminal, TerminalListener
 from flows.recipe import Recipe, load_recipe, shown
-
-if TYPE_CHECKING:
-    from flows.prefect.pipeline import Run
 
 SEED = "pretrain.seed"
 COMMAS = re.compile(r",(?![^\[{]*[\]}])")
@@ -316,31 +313,34 @@ class Sweep:
             self.terminal.note("it ended well before this sweep was stopped")
             return Ended(member, evaluation, self._done[member.key])
         try:
-            run = self._run(member, recipe)
+            key = self._run(member, recipe)
         except NoVerdict as error:
             self._tell(text=str(error), status="FAILED")
             raise
         except Exception as error:
             return Ended(member, failure=str(error) or type(error).__name__)
-        self._done[member.key] = run.tracker.parent_key
+        self._done[member.key] = key
         self._save()
-        return Ended(member, evaluation, run.tracker.parent_key)
+        return Ended(member, evaluation, key)
 
-    def _run(self, member: Member, recipe: Path) -> Run:
-        from flows.prefect.pipeline import Run  # Prefect reads its settings when it is imported
+    def _run(self, member: Member, recipe: Path) -> str:
+        """Run a member; the key by which its run is found in MLflow."""
+        from flows.engine.executor import Order
+        from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
 
-        run = Run(member.recipe, self.home, Selection(), self.terminal, self.command, sweep=self._finding.key)
-        run.look = require_documents
-        run.prepare()
-        run.execute(
-            {
-                "recipe": str(recipe.resolve()),
-                "settings": [shown(setting) for setting in member.settings],
-                "stages": {},
-                "home": str(self.home.resolve()),
-            }
-        )
-        return run
+        planned = Planned.of(member.recipe, self.home, Selection())
+        order = Order(planned=planned, command=self.command, sweep=self._finding.key, look=require_documents)
+        parameters = {
+            "recipe": str(recipe.resolve()),
+            "settings": [shown(setting) for setting in member.settings],
+            "stages": {},
+            "home": str(self.home.resolve()),
+        }
+        with Pipeline(order, {"the terminal": TerminalListener(self.terminal)}) as pipeline:
+            pipeline.prepare()
+            with pipeline.flow(parameters) as begin:
+                begin()
+        return pipeline.executor.known.key
 
     def _subjects(self, ended: Sequence[Ended]) -> list[Subject]:
         finder = Finder(Store(self.home))

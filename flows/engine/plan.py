@@ -14,7 +14,7 @@ from data_pipeline.core.errors import Unresolved, UserError
 from data_pipeline.discards import describe
 from data_pipeline.stage import StageConfig
 from flows.engine.store import Artifact, Store, fingerprint
-from flows.engine.uses import Uses
+from flows.engine.uses import Uses, recover
 from flows.recipe import Recipe, flatten
 from flows.stage import Stage
 from flows.steps import RecipeStep
@@ -165,6 +165,7 @@ class Planned:
     def of(cls, recipe: Recipe, home: Path, selection: Selection) -> Self:
         """Make the plan, and hold what it names."""
         store = Store(home.resolve() if recipe.runtime.elsewhere else home)
+        recover(store)
         uses = Uses(store)
         steps = plan_and_hold(recipe, store, selection, uses)
         return cls(recipe=recipe, selection=selection, steps=steps, uses=uses)

@@ -21,12 +21,12 @@ class Uses:
     """The artifacts that this process uses, until `release`."""
 
     def __init__(self, store: Store) -> None:
-        self._store = store
+        self.store = store
         self._files: dict[Path, int] = {}
 
     def take(self, stage: str, fingerprint: str) -> None:
         """Use an artifact from now on, whether it is there yet or not; waits while another process removes it."""
-        path = use_path(self._store, stage, fingerprint)
+        path = use_path(self.store, stage, fingerprint)
         if path not in self._files:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = None
@@ -39,7 +39,7 @@ class Uses:
     @contextmanager
     def alone(self, stage: str, fingerprint: str, wait: Callable[[], None]) -> Iterator[None]:
         """Keep others from using an artifact that we use; ``wait`` is called where some do, and have to end first."""
-        file = self._files[use_path(self._store, stage, fingerprint)]
+        file = self._files[use_path(self.store, stage, fingerprint)]
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -53,7 +53,7 @@ class Uses:
     @contextmanager
     def apart(self, stage: str, fingerprint: str) -> Iterator[None]:
         """Use an artifact not for as long as the block lasts: whoever is building it may replace it."""
-        file = self._files[use_path(self._store, stage, fingerprint)]
+        file = self._files[use_path(self.store, stage, fingerprint)]
         fcntl.flock(file, fcntl.LOCK_UN)
         try:
             yield
@@ -62,7 +62,7 @@ class Uses:
 
     def others(self, stage: str, fingerprint: str) -> bool:
         """Whether another process uses an artifact that we use."""
-        file = self._files[use_path(self._store, stage, fingerprint)]
+        file = self._files[use_path(self.store, stage, fingerprint)]
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from data_pipeline.core.text import human_bytes
 from flows.engine.store import Store
+from flows.headline import headline
 from flows.lineage.documents import DocumentTrace, Place, Reading
 from flows.lineage.graph import Graph, Node
-from flows.listeners.terminal import headline
 from llm.training import checkpoint
 
 if TYPE_CHECKING:
@@ -110,7 +110,7 @@ def node_lines(node: Node) -> list[str]:
     code, finished = said["code"], said["finished"][:16].replace("T", " ")
     version = f"llmill {code['version']}" + (f" ({code['commit']})" if code["commit"] else "")
     ids = f"MLflow {said['mlflow_run_id'] or '-'}  Prefect {said['prefect_flow_run_id']}"
-    lines = [first + headline(node.artifact)]
+    lines = [first + headline(node.stage, node.artifact.metrics)]
     lines += [f"    {source_line(one)}" for one in said.get("sources", [])]
     lines.append(
         f"    payload {said['payload_sha256'][:16]}…  {finished}  {version} on {said['host']}  {ids}"

@@ -6,16 +6,35 @@ All of it is sent by a thread of its own, the latest of each kind, so that a slo
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from logging import INFO, WARNING
 from typing import Any
 from uuid import UUID
 
 from httpx import Limits
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
+
+from data_pipeline.core.text import duration
+from flows.engine.events import (
+    Event,
+    Linked,
+    Note,
+    Progress,
+    RunEnded,
+    RunStarted,
+    StepDispatched,
+    StepFailed,
+    StepReused,
+    StepSealed,
+    StepStarted,
+)
+from flows.headline import headline
+from flows.listeners.markdown import code
 
 GATHER_SECONDS = 0.5
 """From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
@@ -25,6 +44,85 @@ SEND_SECONDS = 10.0
 IDLE_SECONDS = 4.0
 """For which a connection is kept. The server closes it after five, and a request that meets that is late by two."""
 CLOSE_SECONDS = 5.0
+
+
+class FlowPageListener:
+    """Shows a run on the page of its flow run, and in its log there."""
+
+    def __init__(self) -> None:
+        self._run: RunStarted | None = None
+        self._page: FlowPage | None = None
+        self._flow_runs: dict[str, str] = {}
+        self._results: dict[str, StepSealed | StepReused] = {}
+        self._at_work = ""
+        self._links = Linked(url="")
+
+    def handle(self, event: Event) -> None:
+        match event:
+            case RunStarted(flow_run={"id": id}):
+                self._run, self._page = event, FlowPage(id, event.recipe)
+                self._flow_runs[""] = id
+            case Linked():
+                self._links = event
+            case StepStarted(late=False, step=step) | StepDispatched(step=step):
+                self._at_work = step
+                self._flow_runs[step] = getattr(event, "flow_run", {}).get("id", "")
+            case StepSealed(late=False, step=step) | StepReused(step=step):
+                self._at_work, self._results[step] = "", event
+                said = headline(event.stage, event.metrics)
+                self._log(f"{step} {event.how}: {said} · {duration(event.seconds)}", INFO)
+        if self._page is None:
+            return
+        match event:
+            case Progress(step=step, done=done, total=total, unit=unit) if total:
+                self._page.progress(100 * done / total, f"{step}: {done:,.0f} of {total:,.0f} {unit}")
+            case Note(text=text, warning=warning, step=step):
+                self._log(text, WARNING if warning else INFO, step)
+            case StepFailed(message=message, step=step):
+                self._log(message, INFO, step)
+            case RunStarted() | Linked() | StepStarted() | StepDispatched() | StepSealed() | StepReused():
+                self._show("running")
+            case RunEnded(status=status, step=step):
+                self._at_work = step
+                self._show({"KILLED": "stopped", "FAILED": "failed"}.get(status, ""))
+
+    def close(self) -> None:
+        if self._page:
+            self._page.close()
+
+    def _log(self, text: str, level: int, step: str = "") -> None:
+        """A line in the log of the step's flow run, or of the whole run's."""
+        flow_run_id = self._flow_runs.get(step) or self._flow_runs.get("")
+        if flow_run_id:
+            logging.getLogger("prefect.flow_runs").log(level, text, extra={"flow_run_id": flow_run_id})
+
+    def _show(self, state: str) -> None:
+        """Show the table of steps, the one at work in ``state``, and where else to look."""
+        assert self._run
+        assert self._page
+        rows = [self._row(step, state) for step in self._run.steps]
+        done = f"{len(self._results)} of {len(rows)} stages done"
+        self._page.stages(rows, f"{done}, {self._at_work} {state}" if self._at_work else done)
+        self._page.links(links(self._run, self._links), self._links.url or "where else to look")
+
+    def _row(self, planned: Mapping[str, Any], state: str) -> dict[str, str]:
+        name = planned["step"]
+        result = self._results.get(name)
+        return {
+            "stage": name,
+            "state": result.how if result else state if name == self._at_work else "waiting",
+            "result": headline(result.stage, result.metrics) if result else "",
+            "duration": duration(result.seconds) if result and result.seconds else "",
+            "fingerprint": str(planned["fingerprint"]),
+        }
+
+
+def links(run: RunStarted, linked: Linked) -> str:
+    """Where else to look, in Markdown."""
+    mlflow = f"MLflow run “{run.name}”; `llmill ui` shows it"
+    if linked.url:
+        mlflow = f"[run “{run.name}” in MLflow]({linked.url}) · [all runs of the recipe]({linked.table})"
+    return f"{mlflow}\n\nartifacts: {code(run.store)}\n\nagain by hand: {code(run.command)}\n"
 
 
 class FlowPage:

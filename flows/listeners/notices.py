@@ -19,10 +19,10 @@ from prefect.blocks.webhook import Webhook
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from data_pipeline.core.errors import UserError
+from flows.engine.events import Event, Linked, RunEnded, RunStarted, StepReused, StepSealed
 
 RECEIVER = re.compile(r"env:(?P<variable>[A-Za-z_][A-Za-z0-9_]*)|(?P<block>[a-z0-9-]+/[a-z0-9-]+)")
 SECONDS = 10.0
-LAST_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,44 @@ class Notice:
         resume = f"resume with: {self.resume}" if self.resume else ""
         parts = [self.summary, log, resume, self.prefect_url, self.mlflow_url]
         return "\n".join(part for part in parts if part)
+
+
+class NoticeListener:
+    """Tells those whom a recipe names of the run's end."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._run: RunStarted | None = None
+        self._how: dict[str, str] = {}
+        self._url = ""
+
+    def handle(self, event: Event) -> None:
+        match event:
+            case RunStarted():
+                self._run = event
+            case Linked(url=url):
+                self._url = url
+            case StepSealed(step=step, how=how) | StepReused(step=step, how=how):
+                self._how[step] = how
+            case RunEnded() if self._run and self._run.notify:
+                send_notice(self._notice(self._run, event), self._run.notify, self._warn)
+
+    def close(self) -> None:
+        return
+
+    def _notice(self, run: RunStarted, ended: RunEnded) -> Notice:
+        done = ", ".join(f"{name} {how}" for name, how in self._how.items())
+        return Notice(
+            recipe=run.recipe,
+            state={"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[ended.status],
+            summary=ended.message or done,
+            stage=ended.step,
+            log=ended.log,
+            resume=run.command if ended.status != "FINISHED" else "",
+            prefect_url=run.flow_run.get("url", ""),
+            mlflow_url=self._url,
+            seconds=round(ended.seconds, 1),
+        )
 
 
 def check_receivers(receivers: Sequence[str]) -> None:

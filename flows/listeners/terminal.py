@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -12,10 +12,20 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from data_pipeline.core.text import human_bytes
-from data_pipeline.discards import MOST_REASONS, is_discard
-from data_pipeline.discards import describe as discarded
+from data_pipeline.core.text import duration
+from flows.engine.events import (
+    Activity,
+    Event,
+    Note,
+    Progress,
+    StepDispatched,
+    StepFailed,
+    StepReused,
+    StepSealed,
+    StepStarted,
+)
 from flows.engine.store import Artifact
+from flows.headline import headline, quantity
 
 PLAIN_SECONDS = 15  # where the output is not a terminal, a progress line at most this often
 RATE_SECONDS = 0.5  # no rate before this: it would be noise
@@ -98,31 +108,35 @@ class Terminal:
         """A line that stays."""
         self.console.print(Text(f"  {'!' if warning else '·'} {text}", style="yellow" if warning else "dim"))
 
-    def stage_ended(self, mark: str, text: str, style: str = "green") -> None:
-        """End the stage's line for good."""
+    def leave(self) -> None:
+        """Draw the stage's line no longer."""
         if self._live:
             self._live.stop()
             self._live = None
+
+    def stage_ended(self, mark: str, text: str, style: str = "green") -> None:
+        """End the stage's line for good."""
+        self.leave()
         self.console.print(self._line(mark, text, style))
 
     def stage_reused(self, stage: str, text: str) -> None:
         self._stage, self._started = stage, 0.0
         self.console.print(self._line("=", text, "blue"))
 
-    def summary(self, rows: Iterable[tuple[Artifact, str, float]]) -> None:
-        """The table at the end: what each stage made, whether it ran, and for how long."""
+    def summary(self, rows: Iterable[tuple[str, Artifact, str, float]]) -> None:
+        """The table at the end: what each step made, whether it ran, and for how long."""
         table = Table(box=None, header_style="dim", pad_edge=False)
         for column in ("stage", "", "result", "time", "artifact"):
             table.add_column(
                 column, justify="right" if column == "time" else "left", no_wrap=column != "result"
             )
-        for artifact, how, seconds in rows:
+        for step, artifact, how, seconds in rows:
             style = "blue" if how == "reused" else "green"
             took = duration(seconds) if seconds else ""
             table.add_row(
-                artifact.stage,
+                step,
                 Text(how, style),
-                Text(headline(artifact, most=None)),
+                Text(headline(artifact.stage, artifact.metrics, most=None)),
                 took,
                 Text(artifact.fingerprint, "dim"),
             )
@@ -134,47 +148,50 @@ class Terminal:
         return Text.assemble((f"  {mark} ", style), (f"{self._stage:<16}", "bold"), text, (seconds, "dim"))
 
 
-def headline(artifact: Artifact, most: int | None = MOST_REASONS) -> str:
-    """Sum a stage's result up in a few words: its headline metrics, and all that it discarded.
+class TerminalListener:
+    """Shows a run on a terminal."""
 
-    Args:
-        most: reasons of discarding that are named of each kind; None: all.
-    """
-    from flows.stages import BY_NAME
+    def __init__(self, terminal: Terminal) -> None:
+        self._terminal = terminal
+        self._at_work = ""
 
-    stage = BY_NAME.get(artifact.stage)  # a stage of another version of llmill has no headline
-    return describe(artifact.metrics, stage.headline if stage else (), most)
+    def handle(self, event: Event) -> None:
+        terminal = self._terminal
+        match event:
+            case StepStarted(late=False, step=step, why=why):
+                self._start(step, why)
+            case StepDispatched(step=step, deployment=deployment):
+                self._start(step, f"dispatched as {deployment}")
+            case Progress(text="", done=done, total=total, unit=unit):
+                terminal.progress(done, total, unit)
+            case Progress(text=text) | Activity(text=text):
+                terminal.line(text)
+            case Note(text=text, warning=warning):
+                terminal.note(text, warning)
+            case StepReused(step=step, how="reused", stage=stage, metrics=metrics):
+                self._at_work = ""
+                terminal.stage_reused(step, f"{headline(stage, metrics)}  (reused)")
+            case (
+                StepSealed(late=False, stage=stage, metrics=metrics)
+                | StepReused(stage=stage, metrics=metrics)
+            ):
+                self._end("✓", headline(stage, metrics), "green")
+            case StepFailed(step=step, message=message):
+                if step != self._at_work:
+                    self._start(step, "")
+                self._end("✗", (message.splitlines() or ["stopped"])[0][:120], "red")
 
+    def _start(self, step: str, what: str) -> None:
+        self._at_work = step
+        self._terminal.stage_started(step, what)
 
-def describe(metrics: Mapping[str, float], names: Sequence[str], most: int | None = MOST_REASONS) -> str:
-    """Name metrics that are there, and what was discarded: ``1,203 documents · 19.8 MB · 3 rejected (empty)``."""
-    named = [measure(name, metrics[name]) for name in names if name in metrics and not is_discard(name)]
-    return " · ".join([*named, *discarded(metrics, most)])
+    def _end(self, mark: str, text: str, style: str) -> None:
+        self._at_work = ""
+        self._terminal.stage_ended(mark, text, style)
 
-
-def measure(name: str, value: float) -> str:
-    """A metric with its name, as a person would write it."""
-    if name == "bytes":
-        return human_bytes(value)
-    return f"{quantity(value, name)} {name.replace('_', ' ').replace('/', ' ')}"
-
-
-def quantity(value: float, unit: str = "") -> str:
-    """``1234567`` -> ``1,234,567``; ``3.14159`` -> ``3.142``; bytes as kB, MB ..."""
-    if unit == "bytes":
-        return human_bytes(value)
-    if abs(value) >= 100 or float(value).is_integer():
-        return f"{value:,.0f}"
-    return f"{value:.4g}"
-
-
-def duration(seconds: float) -> str:
-    """``83`` -> ``1:23``; under a minute ``8.3 s``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    def close(self) -> None:
+        """Leave no line that is still drawn."""
+        self._terminal.leave()
 
 
 def fail(message: str) -> None:

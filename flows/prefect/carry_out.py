@@ -1,23 +1,29 @@
 """A recipe run as the flow of a deployment, where nobody looks at a terminal: whatever fails, from its first line on,
-is told in MLflow and to those whom the recipe names.
+is in the run log, and so in MLflow and with those whom the recipe names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import yaml
 from prefect.runtime import flow_run
 
-from flows.engine.plan import Selection
-from flows.listeners.mlflow.tracker import Tracker
-from flows.listeners.notices import Notice, send_notice
-from flows.listeners.terminal import Terminal
+from flows.engine.events import RunEnded, RunStarted
+from flows.engine.executor import Order
+from flows.engine.plan import Planned, Selection
+from flows.listeners.flow_page import FlowPageListener
+from flows.listeners.mlflow.listener import MlflowListener, begin_log
+from flows.listeners.notices import NoticeListener
+from flows.listeners.terminal import Terminal, TerminalListener
 from flows.prefect.dispatch import Dispatcher
-from flows.prefect.pipeline import Run, log, prefect_labels
+from flows.prefect.names import TIME
+from flows.prefect.pipeline import Pipeline
 from flows.recipe import load_recipe
 
 
@@ -31,45 +37,48 @@ def carry_out(
     dispatcher: Dispatcher,
 ) -> None:
     """Run a recipe within the flow run that calls this. ``command`` is what a person types to go on with it."""
-    terminal = Terminal()
+    prepared = False
     try:
-        run = Run(load_recipe(recipe, settings), home, selection, terminal, command, dispatcher)
-        run.prepare()
+        planned = Planned.of(load_recipe(recipe, settings), home, selection)
+        order = Order(planned=planned, command=command, run_key=dispatcher.parent_key)
+        with Pipeline(order, {"the terminal": TerminalListener(Terminal())}, dispatcher) as pipeline:
+            pipeline.prepare()
+            prepared = True
+            pipeline.run()
     except Exception as error:
-        if not dispatcher.parent_key:  # else who dispatched us says so
-            tell_failure(recipe, home, error, command=command, terminal=terminal)
+        if not prepared and not dispatcher.parent_key:  # else who dispatched us says so
+            report_failure(recipe, home, error, command)
         raise
-    run.work()
 
 
-def tell_failure(recipe: Path, home: Path, error: Exception, *, command: str, terminal: Terminal) -> None:
-    """Tell MLflow, and those whom the recipe names, of a run that could not be planned."""
-
-    def warn(text: str) -> None:
-        terminal.note(text, warning=True)
-
+def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> None:
+    """Say everywhere that a run could not be planned."""
     values = read_leniently(recipe)
-    name = str(values.get("name") or recipe.stem)
-    message = str(error) or type(error).__name__
-    tracker = Tracker(home, name, warn)
-    tracker.open()
-    key = f"planning-{flow_run.id}"
-    tracker.start(key, {}, {"llmill.recipe": name, **prefect_labels()})
-    tracker.note(f"**Failed** before the first stage: {message}\n\nagain by hand: `{command}`")
-    tracker.finish("FAILED", 0)
-    tracker.close("FAILED")
-    (home / "runs" / f"{key}.json").unlink(missing_ok=True)  # nothing that a later run could go on with
-    log(message)
-    notice = Notice(
-        recipe=name,
-        state="failed",
-        summary=f"before the first stage: {message}",
-        log=message,
-        resume=command,
-        prefect_url=flow_run.ui_url or "",
-        mlflow_url=tracker.page_url,
+    name, key = str(values.get("name") or recipe.stem), uuid4().hex
+    log = begin_log(home, name)
+    log.attach("runtime.notify", NoticeListener(log.warn))
+    log.attach("the flow run's page", FlowPageListener())
+    log.attach("MLflow", MlflowListener(home, name, log))
+    log.attach("the terminal", TerminalListener(Terminal()))
+    called = f"{name} {datetime.now():{TIME}}"
+    seen = {"id": str(flow_run.id), "url": str(flow_run.ui_url)} if flow_run.id else {}
+    begun = RunStarted(
+        key=key, name=called, recipe=name, command=command, flow_run=seen, notify=receivers(values)
     )
-    send_notice(notice, receivers(values), warn)
+    log.append(begun)
+    message = str(error) or type(error).__name__
+    log.note(message)
+    ended = RunEnded(
+        key=key,
+        status="FAILED",
+        seconds=0.0,
+        message=f"before the first stage: {message}",
+        log=message,
+        name=called,
+        command=command,
+    )
+    log.append(ended)
+    log.close()
 
 
 def read_leniently(recipe: Path) -> Mapping[str, Any]:

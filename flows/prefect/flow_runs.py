@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, Self, TypeVar
 from uuid import UUID
 
 import httpx
@@ -40,46 +40,62 @@ WATCH_SECONDS = 3.0
 """Between looks at what Prefect says of our run; less than the four seconds for which a connection is kept."""
 
 
-def in_flow(
-    start: Callable[[Callable[[], Value]], Any], body: Callable[[], Value], missed: Callable[[], None]
-) -> Value:
-    """Call ``body`` within a flow that ``start`` makes of it; without one where Prefect can't be reached.
+class Attempt(Generic[Value]):
+    """One try to do something within a flow, of which Prefect may learn nothing: the block in the flow's function."""
 
-    ``missed`` is called when Prefect did not learn of the beginning or of the end. Whatever ``body`` raises is raised;
-    to Prefect, a run that was stopped is cancelled, and the message says what it leaves.
+    def __init__(self) -> None:
+        self.begun = False
+        self.raised: BaseException | None = None
+        self._open = ExitStack()
+        self._impatient = ExitStack()
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Prefect sends a flow's function along with its tasks; no worker ever calls it."""
+        return object, ()
+
+    def __enter__(self) -> Self:
+        self.begun = True
+        self._open.enter_context(heeding_signals())
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        self.raised = error
+        self._open.close()
+        if not answers_soon(PREFECT_API_URL.value()):
+            self._impatient.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
+        return isinstance(error, STOPS)
+
+    @property
+    def state(self) -> State | None:
+        """What the flow's function returns: for Prefect, what was stopped is cancelled, and says what it leaves."""
+        return Cancelled(message=str(self.raised)) if self.raised else None
+
+    def end(self) -> None:
+        self._impatient.close()
+
+
+@contextmanager
+def attempted(missed: Callable[[], None]) -> Iterator[Attempt[Any]]:
+    """Let a flow be called in the block, whose function does its work within the `Attempt`.
+
+    ``missed`` is called when Prefect did not learn of the beginning or of the end. Whatever was raised in the attempt
+    is raised here; where `begun` is false behind the block, Prefect could not be reached, and nothing was done.
     """
-    given: list[Value] = []
-    raised: list[BaseException] = []
-
-    def kept() -> Any:
-        try:
-            with heeding_signals():
-                given.append(body())
-        except STOPS as stop:
-            raised.append(stop)
-            return Cancelled(message=str(stop))
-        except BaseException as error:
-            raised.append(error)
-            raise
-        finally:
-            if not answers_soon(PREFECT_API_URL.value()):
-                ending.enter_context(temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}))
-        return given[0]
-
+    attempt = Attempt[Any]()
     try:
         if not answers(PREFECT_API_URL.value()):  # before Prefect's client tries for long
             raise httpx.ConnectError("no answer")
-        with ExitStack() as ending:
-            start(kept)
+        yield attempt
     except BaseException as error:
-        if raised:
-            raise raised[0] from raised[0].__cause__
+        if attempt.raised:
+            raise attempt.raised from attempt.raised.__cause__
         if not isinstance(error, Exception) or not unreachable(error):
             raise
         missed()
-    if raised:
-        raise raised[0]
-    return given[0] if given else body()
+    finally:
+        attempt.end()
+    if attempt.raised:
+        raise attempt.raised
 
 
 def stopped(stop: BaseException) -> State:

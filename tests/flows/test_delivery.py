@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,12 +13,13 @@ from forks import ROOT
 from mlflow import MlflowClient
 from postgres import postgres
 
+from flows.engine.events import Told
+from flows.engine.log import LogFile
 from flows.engine.store import Store
-from flows.listeners.mlflow.delivery import deliver, send_left
+from flows.listeners.mlflow.delivery import deliver, send_left, unsent, waiting
 from flows.listeners.mlflow.findings import Finding
-from flows.listeners.mlflow.journal import Journal, outbox
 from flows.listeners.mlflow.operations import Away, Gone, Mlflow
-from flows.listeners.mlflow.tracker import beginning, description
+from flows.listeners.mlflow.translate import beginning, description
 from flows.listeners.mlflow.uploads import Refused
 
 KEY = "0123456789abcdef"
@@ -50,15 +51,19 @@ def mlflow(database: bytes, tmp_path: Path) -> Mlflow:
     return Mlflow(tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def journal_of(home: Path, *operations: dict) -> Journal:
-    journal = Journal.begin(outbox(home), "small", "home")
-    journal.append(operations)
-    return journal
+def events(operations: Iterable[dict]) -> list[Told]:
+    return [Told(operation=operation) for operation in operations]
+
+
+def log_of(home: Path, *operations: dict) -> LogFile:
+    log = LogFile.begin(home, "small", "home")
+    log.append(*events(operations))
+    return log
 
 
 def send(mlflow: Mlflow, *operations: dict) -> list[str]:
     """Why each operation was refused."""
-    return [why for _, why in deliver(journal_of(mlflow.home, *operations), mlflow)]
+    return [why for _, why in deliver(log_of(mlflow.home, *operations), mlflow)]
 
 
 def runs(mlflow: Mlflow) -> list:
@@ -88,7 +93,7 @@ def assert_there_once(mlflow: Mlflow) -> None:
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
 
 
-def test_a_journal_sent_twice_and_from_the_middle_is_there_once(mlflow: Mlflow) -> None:
+def test_a_log_sent_twice_and_from_the_middle_is_there_once(mlflow: Mlflow) -> None:
     for told in (TOLD, TOLD, TOLD[3:], TOLD[:5], TOLD[-1:]):
         assert set(send(Mlflow(mlflow.home, mlflow.uri), *told)) == {""}
     assert_there_once(mlflow)
@@ -121,21 +126,19 @@ def test_what_is_refused_is_set_aside_and_the_rest_arrives(mlflow: Mlflow) -> No
     bad = {"op": "metrics", **RUN, "points": [*POINTS[:100], ["what?", 1.0, 1, 1], *POINTS[100:]]}
     other = {"op": "params", **RUN, "params": {"lr": "another", "more": "1"}}
     both = {"op": "tags", **RUN, "tags": {"good": "yes", "": "nameless"}}
-    journal = journal_of(
-        mlflow.home, *TOLD[:4], bad, {"op": "unheard of"}, other, both, {"op": "end"}, *TOLD[5:]
-    )
-    refused = {operation["op"]: why for operation, why in deliver(journal, mlflow) if why}
+    log = log_of(mlflow.home, *TOLD[:4], bad, {"op": "unheard of"}, other, both, {"op": "end"}, *TOLD[5:])
+    refused = {operation["op"]: why for operation, why in deliver(log, mlflow) if why}
     assert set(refused) == {"metrics", "log", "unheard of", "end"}
     assert "what?" in refused["metrics"]
     assert "lr" in refused["log"]
     assert "1 more" in refused["log"]
-    kept = [json.loads(line) for line in journal.refused.read_text().splitlines()]
+    kept = [json.loads(line) for line in log.refused.read_text().splitlines()]
     assert [line["op"] for line in kept] == ["metrics", "unheard of", "log", "end"]
     assert (kept[2]["params"], kept[2]["tags"]) == (other["params"], both["tags"])
     [run] = runs(mlflow)
     assert run.data.params["more"] == "1"
     assert run.data.tags["good"] == "yes"
-    assert list(journal.waiting()) == []
+    assert not unsent(log, Store(mlflow.home))
     client = MlflowClient(mlflow.uri)
     assert len(client.get_metric_history(run.info.run_id, "train/loss0")) == len(POINTS) // 3 + 1
 
@@ -146,19 +149,19 @@ def test_what_a_deleted_experiment_is_to_be_told_waits_and_arrives_when_it_is_th
 ) -> None:
     client = MlflowClient(mlflow.uri)
     experiment = client.create_experiment("small")
-    journal, other = journal_of(mlflow.home, *TOLD), Journal.begin(outbox(mlflow.home), "other", "home")
-    other.append([{**operation, "run": "2" * 16} for operation in TOLD])
+    log, other = log_of(mlflow.home, *TOLD), LogFile.begin(mlflow.home, "other", "home")
+    other.append(*events({**operation, "run": "2" * 16} for operation in TOLD))
     if when == "amid":
         for _ in range(3):
-            next(deliver(journal, mlflow))
+            next(deliver(log, mlflow))
     client.delete_experiment(experiment)
     began = time.monotonic()
     with pytest.raises(
         Gone, match=rf"mlflow experiments restore --experiment-id {experiment}`, then `llmill sync`"
     ):
-        list(deliver(journal, mlflow))
-    assert not journal.refused.exists()
-    journal.release()
+        list(deliver(log, mlflow))
+    assert not log.refused.exists()
+    log.release()
     other.release()
     said = [why for _, why in send_left(mlflow.home, mlflow)]
     assert len(said) == 1
@@ -168,7 +171,7 @@ def test_what_a_deleted_experiment_is_to_be_told_waits_and_arrives_when_it_is_th
     client.restore_experiment(experiment)
     assert list(send_left(mlflow.home, mlflow)) == []
     assert_there_once(mlflow)
-    assert not journal.path.exists()
+    assert not log.path.exists()
 
 
 def test_a_mistake_of_ours_is_not_said_to_be_mlflows_and_holds_nothing_up(mlflow: Mlflow) -> None:
@@ -177,32 +180,32 @@ def test_a_mistake_of_ours_is_not_said_to_be_mlflows_and_holds_nothing_up(mlflow
         {"op": "metrics", **RUN, "points": [["a"]]},
         {"op": "artifact", **RUN, "stage": "clean"},
     ]
-    journal = journal_of(mlflow.home, *TOLD[:3], *wrong, TOLD[-1])
-    refused = [why for _, why in deliver(journal, mlflow) if why]
+    log = log_of(mlflow.home, *TOLD[:3], *wrong, TOLD[-1])
+    refused = [why for _, why in deliver(log, mlflow) if why]
     assert [why.partition(": ")[0] for why in refused] == ["a fault of llmill's own"] * 3
     assert [why.split(": ")[1] for why in refused] == ["KeyError", "ValueError", "KeyError"]
     assert [run.info.status for run in runs(mlflow)] == ["FINISHED"]
-    assert len(journal.refused.read_text().splitlines()) == 3
+    assert len(log.refused.read_text().splitlines()) == 3
 
 
 def test_runs_that_a_kill_left_open_are_ended_by_whoever_sends_what_is_left(mlflow: Mlflow) -> None:
     """Also where all that they had told was delivered."""
     stage = {"op": "begin", **beginning("1" * 16, "clean"), "parent": KEY}
-    journal = Journal.begin(outbox(mlflow.home), "small", "home", lasts=True)
-    journal.append([*TOLD[:3], stage])
-    list(deliver(journal, mlflow))
+    log = LogFile.begin(mlflow.home, "small", "home", lasts=True)
+    log.append(*events([*TOLD[:3], stage]))
+    list(deliver(log, mlflow))
     assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}
     assert list(send_left(mlflow.home, mlflow)) == []
     assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}, "its process lives"
-    with open(journal.path, "a") as file:
-        file.write('{"op": "tags", "run": "torn')
-    os.utime(journal.path, (1_700_000_005, 1_700_000_005))
-    journal.release()
+    with open(log.path, "a") as file:
+        file.write('{"event": "told", "operation": {"run": "torn')
+    os.utime(log.path, (1_700_000_005, 1_700_000_005))
+    log.release()
     assert list(send_left(mlflow.home, mlflow)) == []
     assert {(run.info.status, run.info.end_time) for run in runs(mlflow)} == {("KILLED", 1_700_000_005_000)}
-    assert not journal.path.exists()
-    again = Journal.begin(outbox(mlflow.home), "small", "home", lasts=True)
-    again.append([*TOLD[:1], {"op": "end", **RUN, "status": "FINISHED", "time": TOLD[-1]["time"]}])
+    assert not log.path.exists()
+    again = LogFile.begin(mlflow.home, "small", "home", lasts=True)
+    again.append(*events([*TOLD[:1], {"op": "end", **RUN, "status": "FINISHED", "time": TOLD[-1]["time"]}]))
     again.release()
     assert list(send_left(mlflow.home, mlflow)) == []
     found = {run.data.tags["llmill.key"]: run.info.status for run in runs(mlflow)}
@@ -294,13 +297,13 @@ def test_a_run_that_was_deleted_in_the_middle_of_a_training_gets_its_earlier_poi
 
 
 def test_a_server_that_is_away_keeps_all_waiting_and_its_password_is_not_told(tmp_path: Path) -> None:
-    journal = journal_of(tmp_path, *TOLD)
+    log = log_of(tmp_path, *TOLD)
     mlflow = Mlflow(tmp_path, "http://user:hunter2@127.0.0.1:9")
     with pytest.raises(Away) as away:
-        list(deliver(journal, mlflow))
+        list(deliver(log, mlflow))
     assert "127.0.0.1" in str(away.value)
     assert "hunter2" not in str(away.value)
-    assert len(list(journal.waiting())) == len(TOLD)
+    assert len(list(waiting(log, Store(tmp_path)))) == len(TOLD)
 
 
 def test_points_that_were_told_one_by_one_go_in_batches(mlflow: Mlflow) -> None:

@@ -58,7 +58,8 @@ def seal(store: Store, stage: str, name: str, *inputs: Key, age: float = 100, **
     (out / "deep").mkdir()
     (out / "deep" / "file.txt").write_text("text")
     recorded = {
-        key[0]: {"fingerprint": key[1], "payload_sha256": store.get(*key).payload_sha256} for key in inputs
+        key[0]: {"stage": key[0], "fingerprint": key[1], "payload_sha256": store.get(*key).payload_sha256}
+        for key in inputs
     }
     finished = (datetime.now(UTC) - timedelta(days=age)).isoformat(timespec="milliseconds")
     store.seal(stage, name, {"config": config, "inputs": recorded, "metrics": {}, "finished": finished})
@@ -86,8 +87,8 @@ def assert_whole(store: Store, keys: Iterable[Key] | None = None) -> None:
     """Whatever carries a fingerprint verifies, and has all that it was made from."""
     for artifact in store.artifacts():
         assert store.verify(artifact) == []
-        for stage, one in artifact.manifest["inputs"].items():
-            assert store.get(stage, one["fingerprint"]), f"{artifact.stage} {artifact.fingerprint}"
+        for one in artifact.inputs.values():
+            assert store.get(*one.key), f"{artifact.stage} {artifact.fingerprint}"
     names = [path for path in store.root.glob("*/*") if "." not in path.name]
     assert len(names) == len(store.artifacts())
     if keys is not None:
@@ -223,7 +224,7 @@ def test_an_unfinished_build_goes_only_when_it_is_old_and_nobody_is_at_it(tmp_pa
     source, other = seal(store, "download", "0a"), seal(store, "download", "0b")
     payload = store.get(*source).payload_sha256
     (store.path(*other) / "name.txt").chmod(0o644)
-    out, _ = store.begin("clean", "0c", {"inputs": {"download": payload}})
+    out, _ = store.begin("clean", "0c", {"inputs": {"documents": ["download", payload]}})
     (out / "documents-00000.parquet").write_text("half")
     found = survey(store, 30)
     assert {one.key for one in found.candidates} <= {other}, "it is young, and keeps what it is made from"

@@ -15,10 +15,10 @@ from pathlib import Path
 from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from flows.listeners.mlflow.description import FAILED, SAMPLES, without_texts
+from flows.listeners.mlflow.description import FAILED, NOTE, SAMPLES, without_texts
 from flows.listeners.mlflow.lineage import FINGERPRINT, Key, ModelVersion, NotAsked, Records, artifacts_of
 from flows.listeners.mlflow.links import HOME, target
-from flows.listeners.mlflow.tracker import ERROR, NOTE
+from flows.listeners.mlflow.translate import ERROR
 from flows.listeners.mlflow.uploads import FILES
 
 REMOVED = "removed by llmill gc"

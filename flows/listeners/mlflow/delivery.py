@@ -1,26 +1,34 @@
-"""How journals get to MLflow: in order, by one process at a time, each operation until MLflow has taken it.
+"""How run logs get to MLflow: in order, by one process at a time, each operation until MLflow has taken it.
 
-A run has a thread that sends what earlier runs of the home left and then what the run tells, so no call of the run
-waits for MLflow. `llmill sync` sends what is left without a run.
+A run has a thread that sends what earlier runs of the home left and then what the run says, so nothing of a run waits
+for MLflow. `llmill sync` sends what is left without a run: it reads on from the offset.
 """
 
 from __future__ import annotations
 
+import json
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 
-from flows.engine.store import shared_lock
-from flows.listeners.mlflow.journal import Journal, Operation, journals, outbox
+from flows.engine.events import StepFailed, StepSealed, TrainingStarted
+from flows.engine.log import LogFile, logs, runs, take_outbox
+from flows.engine.store import Store, shared_lock
+from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.links import HOME, target, without_user
 from flows.listeners.mlflow.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
+from flows.listeners.mlflow.points import event_points
+from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused
 
 GATHER_SECONDS = 0.3
 """From news to its sending: what the end of a stage and the start of the next one tell then goes at once, and not
 while Prefect, which asks its own server between them, could use the time."""
+FOLLOW_SECONDS = 10.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 ID_SECONDS = 3.0  # without any sign of MLflow, for an id that a page or a manifest should name
 MOST_ID_SECONDS = 10.0
@@ -28,35 +36,106 @@ FILE_SECONDS = 60.0  # without any sign of MLflow while files are sent, or from 
 LOGGED = {"params", "tags", "metrics", LOG}
 
 
-def deliver(journal: Journal, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
-    """Tell MLflow what waits in a claimed journal; each operation, and why it was refused (empty where it was not).
+@dataclass(frozen=True)
+class Following:
+    """A training whose events are taken over as they come."""
+
+    key: str
+    stage: str
+    fingerprint: str
+    offset: int
+
+    def read(self, store: Store) -> tuple[list[Operation], Self]:
+        """What is new in its events, and what follows it then."""
+        folders = (store.path(self.stage, self.fingerprint), store.partial(self.stage, self.fingerprint))
+        found = next((one for one in folders if (one / EVENTS).exists()), folders[0])
+        lines, offset = read_lines(found / EVENTS, self.offset)
+        points = [point for line in lines for point in event_points(json.loads(line))]
+        batches = [points[start : start + METRICS] for start in range(0, len(points), METRICS)]
+        told: list[Operation] = [measured(self.key, batch) for batch in batches]
+        return told, replace(self, offset=offset)
+
+
+@dataclass(frozen=True)
+class Place:
+    """How far MLflow has a log: all before ``offset``, and a training's events as far as ``following`` says."""
+
+    offset: int
+    following: Following | None = None
+
+    @classmethod
+    def of(cls, log: LogFile) -> Self:
+        sent = log.sent
+        following = sent.get("following")
+        return cls(sent["offset"], Following(**following) if following else None)
+
+    def as_json(self) -> dict[str, Any]:
+        return {"offset": self.offset, "following": asdict(self.following) if self.following else None}
+
+
+def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Place]]:
+    """The operations that MLflow has not been told, in order, each with the place behind it; None: nothing to tell."""
+    place = Place.of(log)
+    for event, offset in log.events(place.offset):
+        following = place.following
+        if following and isinstance(event, StepSealed | StepFailed) and event.key == following.key:
+            told, _ = following.read(store)
+            yield from ((operation, place) for operation in told)
+            following = None
+        if isinstance(event, TrainingStarted):
+            following = Following(
+                key=event.key, stage=event.stage, fingerprint=event.fingerprint, offset=event.offset
+            )
+        told = list(operations(event, store))
+        behind = Place(offset, following)
+        yield from ((operation, place) for operation in told[:-1])
+        yield (told[-1] if told else None), behind
+        place = behind
+    if place.following:
+        told, following = place.following.read(store)
+        place = Place(place.offset, following)
+        yield from ((operation, place) for operation in told)
+
+
+def unsent(log: LogFile, store: Store) -> bool:
+    """Whether MLflow has not been told all of a log."""
+    return any(operation for operation, _ in waiting(log, store))
+
+
+def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
+    """Tell MLflow what waits in a claimed log; each operation, and why it was refused (empty where it was not).
 
     Raises:
         Away: MLflow does not answer; what is not delivered yet waits on.
     """
-    experiment = journal.head.get("experiment", "")
-    for operation, position in in_batches(journal.waiting()):
+    experiment = log.head.get("experiment", "")
+    for operation, place in in_batches(waiting(log, Store(mlflow.home))):
         why = ""
         try:
-            mlflow.tell(experiment, operation)
+            if operation:
+                mlflow.tell(experiment, operation)
         except Refused as refusal:
+            assert operation
             why = str(refusal)
-            journal.refuse(operation, why)
+            log.refuse(operation, why)
         try:
-            journal.delivered(position)
+            log.note_sent(place.as_json())
         except OSError as error:
-            raise Away(f"{journal.path.parent} can't be written to: {error}") from error
-        yield operation, why
+            raise Away(f"{log.folder} can't be written to: {error}") from error
+        if operation:
+            yield operation, why
 
 
-def in_batches(waiting: Iterable[tuple[Operation, int]]) -> Iterator[tuple[Operation, int]]:
+def in_batches(
+    operations: Iterable[tuple[Operation | None, Place]],
+) -> Iterator[tuple[Operation | None, Place]]:
     """Neighbouring params, tags and points of one run as one operation: a request costs more than what is in it."""
-    held: tuple[Operation, int] | None = None
-    for operation, position in waiting:
-        together = merged(held[0], operation) if held else None
-        if held and not together:
+    held: tuple[Operation | None, Place] | None = None
+    for operation, place in operations:
+        together = merged(held[0], operation) if held and held[0] and operation else None
+        if held and not together and operation:
             yield held
-        held = together or operation, position
+        held = (together or operation or (held[0] if held else None)), place
     if held:
         yield held
 
@@ -76,60 +155,60 @@ def merged(one: Operation, other: Operation) -> Operation | None:
 
 
 @contextmanager
-def left_behind(home: Path) -> Iterator[Iterator[Journal]]:
-    """The claimed journals of runs that are no more and have something to tell, oldest first.
+def left_behind(home: Path) -> Iterator[Iterator[LogFile]]:
+    """The claimed logs of runs that are no more and have something to tell, oldest first.
 
-    Later journals may go on with the runs of earlier ones, so one process at a time sends them, all others wait.
+    Later logs may go on with the runs of earlier ones, so one process at a time sends them, all others wait.
     """
-    outbox(home).mkdir(parents=True, exist_ok=True)
-    with shared_lock(outbox(home) / ".left.lock"), closing(claimed(home)) as found:
+    runs(home).mkdir(parents=True, exist_ok=True)
+    with shared_lock(runs(home) / ".left"), closing(claimed(home)) as found:
+        take_outbox(home)
         yield found
 
 
-def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[Journal, str]]:
-    """Send what is left for an MLflow; each journal that it could not have all of, and why.
+def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[LogFile, str]]:
+    """Send what is left for an MLflow; each log that it could not have all of, and why.
 
     Raises:
         Away: it does not answer.
     """
     here = target(home)
     with left_behind(home) as found:
-        for journal in found:
-            if journal.head["target"] != here:
-                yield journal, f"figures of an earlier run are left: {how_to_send(journal)}"
+        for log in found:
+            if log.head["target"] != here:
+                yield log, f"figures of an earlier run are left: {how_to_send(log)}"
                 continue
             try:
-                for operation, why in deliver(journal, mlflow):
+                for operation, why in deliver(log, mlflow):
                     if why:
-                        yield journal, refusal_warning(journal, operation, why)
-                journal.remove()
+                        yield log, refusal_warning(log, operation, why)
+                log.remove()
             except Gone as gone:  # those of other experiments do not wait for it
-                yield journal, str(gone)
+                yield log, str(gone)
 
 
-def claimed(home: Path) -> Generator[Journal]:
-    for journal in journals(home):
-        if not journal.claim():
+def claimed(home: Path) -> Generator[LogFile]:
+    store = Store(home)
+    for log in logs(home):
+        if not log.claim():
             continue  # its run is at work, and sends it
         try:
-            journal.end_killed()
-            if journal.path.exists() and next(journal.waiting(), None) is None:
-                journal.remove()
-            elif journal.path.exists():
-                yield journal
+            log.end_killed()
+            if log.path.exists() and not unsent(log, store):
+                log.remove()
+            elif log.path.exists():
+                yield log
         finally:
-            journal.release()
+            log.release()
 
 
-def refusal_warning(journal: Journal, operation: Operation, why: str) -> str:
-    return (
-        f"MLflow does not have what a run told it ({operation['op']}): {why}; it is kept in {journal.refused}"
-    )
+def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
+    return f"MLflow does not have what a run told it ({operation['op']}): {why}; it is kept in {log.refused}"
 
 
-def how_to_send(journal: Journal) -> str:
+def how_to_send(log: LogFile) -> str:
     """What a person types to send what another MLflow than the present one is to be told."""
-    meant = journal.head["target"]
+    meant = log.head["target"]
     return (
         "llmill sync, without MLFLOW_TRACKING_URI"
         if meant == HOME
@@ -138,15 +217,17 @@ def how_to_send(journal: Journal) -> str:
 
 
 class Sender:
-    """Delivers from a thread of its own what is left in a home, and then what one run adds to its journal."""
+    """Delivers from a thread of its own what is left in a home, and then what one run adds to its log."""
 
-    def __init__(self, home: Path, journal: Journal, mlflow: Mlflow, warn: Callable[[str], None]) -> None:
+    def __init__(self, home: Path, log: LogFile, mlflow: Mlflow, warn: Callable[[str], None]) -> None:
         self.home, self.mlflow = home, mlflow
         self.failure = ""
         """Why the oldest operation could not be delivered; empty when all is well."""
         self.done = False
         """Whether all has been delivered and the run is over."""
-        self._journal, self._warn = journal, warn
+        self._log, self._warn = log, warn
+        self.sent: Callable[[], None] = lambda: None
+        """Called, in the sender's thread, whenever something was sent."""
         self._remote = mlflow.uri.startswith("http")
         self._warned = self._elsewhere = False
         self._change = threading.Condition()
@@ -161,7 +242,7 @@ class Sender:
         self._thread.start()
 
     def wake(self) -> None:
-        """There is something new in the journal."""
+        """There is something new in the log."""
         with self._change:
             self._news = True
             self._change.notify_all()
@@ -201,13 +282,14 @@ class Sender:
         self._until_it_works(self._send_what_is_left)
         while not self.done:
             with self._change:
-                self._change.wait_for(lambda: self._news or self._closing)
+                # A training says nothing in the log, but goes on telling of its steps in a file of its own.
+                self._change.wait_for(lambda: self._news or self._closing, FOLLOW_SECONDS)
                 self._change.wait_for(lambda: self._awaited or self._closing, GATHER_SECONDS)
                 over, self._news, self._awaited = self._closing, False, False
-            self._until_it_works(lambda: self._send(self._journal))
+            self._until_it_works(self._send)
             self._behind = False
             if over:
-                self._journal.remove()
+                self._log.remove()
                 self.done = True
                 self._sign()
 
@@ -251,18 +333,19 @@ class Sender:
             self._change.notify_all()
 
     def _connect(self) -> None:
-        self.mlflow.connect(self._journal.head["experiment"])
+        self.mlflow.connect(self._log.head["experiment"])
 
     def _send_what_is_left(self) -> None:
-        for journal, why in send_left(self.home, self.mlflow):
+        for log, why in send_left(self.home, self.mlflow):
             self._sign()
-            elsewhere = journal.head["target"] != target(self.home)
+            elsewhere = log.head["target"] != target(self.home)
             if not (elsewhere and self._elsewhere):  # once, of however many
                 self._warn(why)
             self._elsewhere = self._elsewhere or elsewhere
 
-    def _send(self, journal: Journal) -> None:
-        for operation, why in deliver(journal, self.mlflow):
+    def _send(self) -> None:
+        for operation, why in deliver(self._log, self.mlflow):
             self._sign()
             if why:
-                self._warn(refusal_warning(journal, operation, why))
+                self._warn(refusal_warning(self._log, operation, why))
+        self.sent()

@@ -3,18 +3,36 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
 from data_pipeline.core.text import table
-from flows.engine.store import Artifact
-from flows.listeners.markdown import plain
-from flows.listeners.terminal import headline
+from flows.engine.store import Artifact, Damaged, Store
+from flows.headline import headline
+from flows.listeners.markdown import code, plain
 
 SAMPLES, FAILED, TABLE = "What the model writes:", "**Failed**: ", "| stage |"
 MOST_SAMPLES = 3
 SAMPLE_CHARACTERS = 400
+NOTE = "mlflow.note.content"
+NOTE_LENGTH = 7900  # the longest value of a tag that MLflow takes, about
 Outcome = tuple[Artifact, str, float]
-"""An artifact, what became of its stage (ran, reused ...), and the seconds that took."""
+"""An artifact, what became of its step (ran, reused ...), and the seconds that took."""
+
+
+def clipped(text: str) -> str:
+    return text if len(text) <= NOTE_LENGTH else text[: NOTE_LENGTH - 1] + "…"
+
+
+def outcomes(results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, Outcome]:
+    """Step -> outcome, of those whose artifact is still there."""
+    found: dict[str, Outcome] = {}
+    for one in results:
+        with suppress(Damaged):
+            if artifact := store.get(one["stage"], one["fingerprint"]):
+                found[one["step"]] = (artifact, one["how"], one["seconds"])
+    return found
 
 
 def run_note(
@@ -22,25 +40,37 @@ def run_note(
     results: Mapping[str, Outcome],
     *,
     failure: str = "",
-    links: str = "",
     quoting: bool = True,
 ) -> str:
-    """All of the note; without samples where it should quote no text."""
+    """The note without its links; without samples where it should quote no text."""
     written = samples(results) if quoting else ""
     parts = [
         description,
         f"{FAILED}{plain(failure)}" if failure else "",
         summary_table(results),
         written,
-        links,
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def links(name: str, url: str, table: str, *, store: str, command: str) -> str:
+    """Where else to look, in Markdown; ``url`` and ``table`` are empty where no server shows MLflow's pages."""
+    mlflow = f"MLflow run “{name}”; `llmill ui` shows it"
+    if url:
+        mlflow = f"[run “{name}” in MLflow]({url}) · [all runs of the recipe]({table})"
+    return f"{mlflow}\n\nartifacts: {code(store)}\n\nagain by hand: {code(command)}\n"
 
 
 def summary_table(results: Mapping[str, Outcome]) -> str:
     """A table with one row a stage."""
     rows = [
-        (stage, how, headline(artifact), f"{seconds:.1f}", f"`{artifact.fingerprint}`")
+        (
+            stage,
+            how,
+            headline(artifact.stage, artifact.metrics),
+            f"{seconds:.1f}",
+            f"`{artifact.fingerprint}`",
+        )
         for stage, (artifact, how, seconds) in results.items()
     ]
     return table(("stage", "", "result", "seconds", "artifact"), rows, ["---", "---", "---", "---:", "---"])
@@ -48,10 +78,11 @@ def summary_table(results: Mapping[str, Outcome]) -> str:
 
 def samples(results: Mapping[str, Outcome]) -> str:
     """What the evaluated model wrote, where it was evaluated: prompt and continuation, as they are."""
-    if "evaluate" not in results:
-        return ""
-    written = results["evaluate"][0].path / "samples.jsonl"
-    lines = written.read_text(encoding="utf-8").splitlines()[:MOST_SAMPLES] if written.exists() else []
+    lines: list[str] = []
+    for artifact, _, _ in results.values():
+        written = artifact.path / "samples.jsonl"
+        if artifact.stage == "evaluate" and written.exists():
+            lines += written.read_text(encoding="utf-8").splitlines()[:MOST_SAMPLES]
     texts = [sample["prompt"] + sample["text"] for sample in map(json.loads, lines)]
     blocks = [f"~~~text\n{text[:SAMPLE_CHARACTERS].replace('~~~', '~ ~ ~')}\n~~~" for text in texts]
     return "\n\n".join([SAMPLES, *blocks]) if blocks else ""

@@ -6,28 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
+from flows.engine.events import Told, milliseconds
+from flows.engine.log import LogFile
 from flows.listeners.mlflow.delivery import deliver
-from flows.listeners.mlflow.journal import Journal, Operation, outbox
+from flows.listeners.mlflow.description import NOTE, clipped
 from flows.listeners.mlflow.links import run_url, target, tracking_uri, without_user
 from flows.listeners.mlflow.operations import Away, Gone, Mlflow
-from flows.listeners.mlflow.tracker import NOTE, beginning, clipped, now
+from flows.listeners.mlflow.translate import Operation, beginning
 
 KIND = "llmill.kind"
 
 
 class Finding:
-    """One such run. What it tells is kept in a journal first, so that MLflow learns of it later where it is away."""
+    """One such run. What it tells is kept in a run log first, so that MLflow learns of it later where it is away."""
 
     def __init__(self, home: Path, experiment: str, kind: str, name: str, key: str = "") -> None:
         self.home, self.experiment, self.key = home, experiment, key or uuid4().hex
         self._begin = [{"op": "begin", **beginning(self.key, name)}, self._tags({KIND: kind})]
         self._mlflow = Mlflow(home, tracking_uri(home))
-        self._held: Journal | None = None
+        self._held: LogFile | None = None
 
     def hold(self) -> None:
         """Say that this process is at work on the run: when it is killed, whoever sends what is left ends the run."""
-        self._held = Journal.begin(outbox(self.home), self.experiment, target(self.home), lasts=True)
-        self._held.append(self._begin)
+        self._held = LogFile.begin(self.home, self.experiment, target(self.home), lasts=True)
+        self._held.append(*map(told, self._begin))
 
     def tell(
         self,
@@ -48,7 +50,7 @@ class Finding:
             self._held.remove()
         run = {"run": self.key}
         texts = [{"op": "text", **run, "name": name, "text": text} for name, text in (files or {}).items()]
-        end = [{"op": "end", **run, "status": status, "time": now()}] if status else []
+        end = [{"op": "end", **run, "status": status, "time": milliseconds()}] if status else []
         return self._deliver(
             [*self._begin, self._tags({**tags, **({NOTE: note} if note else {})}), *texts, *more, *end]
         )
@@ -63,13 +65,17 @@ class Finding:
         return {"op": "tags", "run": self.key, "tags": {name: clipped(text) for name, text in tags.items()}}
 
     def _deliver(self, operations: list[Operation]) -> str:
-        journal = Journal.begin(outbox(self.home), self.experiment, target(self.home))
+        log = LogFile.begin(self.home, self.experiment, target(self.home))
         try:
-            journal.append(operations)
-            refused = [why for _, why in deliver(journal, self._mlflow) if why]
+            log.append(*map(told, operations))
+            refused = [why for _, why in deliver(log, self._mlflow) if why]
         except Away as error:
-            journal.release()
+            log.release()
             place = without_user(self._mlflow.uri)
             return str(error) if isinstance(error, Gone) else f"MLflow at {place} does not answer: {error}"
-        journal.remove()
+        log.remove()
         return f"MLflow does not have it: {refused[0]}" if refused else ""
+
+
+def told(operation: Operation) -> Told:
+    return Told(operation=dict(operation))

@@ -27,9 +27,10 @@ from mlflow.models import Model, infer_signature
 from mlflow.models.utils import _save_example as save_example
 
 from flows.engine.store import LINKED, Artifact
+from flows.engine.training import EVENTS, read_lines
 from flows.listeners.markdown import code
-from flows.listeners.mlflow.events import EVENTS, event_points, read_lines
 from flows.listeners.mlflow.lineage import FINGERPRINT, WEIGHTS
+from flows.listeners.mlflow.points import event_points
 from flows.listeners.mlflow.registry import CANDIDATE, CHAMPION
 
 MOST_CHECKPOINTS = 20

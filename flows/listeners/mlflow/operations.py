@@ -23,12 +23,23 @@ from mlflow.exceptions import MlflowException, RestException
 from requests import HTTPError
 
 from flows.engine.store import Damaged, Store, shared_lock
-from flows.listeners.mlflow.events import EVENTS, event_points, read_lines
-from flows.listeners.mlflow.journal import Operation
+from flows.engine.training import EVENTS, read_lines
+from flows.listeners.mlflow.description import NOTE, clipped, links
 from flows.listeners.mlflow.lineage import KEY, PARENT
-from flows.listeners.mlflow.links import HOME, VIEW, saved_view, target, without_secrets, without_user
+from flows.listeners.mlflow.links import (
+    HOME,
+    VIEW,
+    run_url,
+    saved_view,
+    table_url,
+    target,
+    without_secrets,
+    without_user,
+)
 from flows.listeners.mlflow.models import name_candidate
 from flows.listeners.mlflow.moved import follow_home
+from flows.listeners.mlflow.points import event_points
+from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -311,6 +322,18 @@ class Mlflow:
     def _text(self, experiment: str, operation: Operation) -> None:
         self._client.log_text(self._run(experiment, operation["run"]), operation["text"], operation["name"])
 
+    def _note(self, experiment: str, operation: Operation) -> None:
+        """Show Markdown on the page of a run, with links to it and to the table of all runs."""
+        run_id, place = self._run(experiment, operation["run"]), self._experiment(experiment)
+        where = links(
+            operation["name"],
+            run_url(self.uri, place, run_id),
+            table_url(self.uri, place),
+            store=operation["store"],
+            command=operation["command"],
+        )
+        self._client.set_tag(run_id, NOTE, clipped(f"{operation['text']}\n\n{where}".strip()))
+
     def _artifact(self, experiment: str, operation: Operation) -> None:
         """Log files of a sealed artifact; where it was removed meanwhile, a tag says so."""
         run_id = self._run(experiment, operation["run"])
@@ -354,6 +377,7 @@ OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
     "link": Mlflow._link,
     "inputs": Mlflow._inputs,
     "text": Mlflow._text,
+    "note": Mlflow._note,
     "artifact": Mlflow._artifact,
     "candidate": Mlflow._candidate,
     "end": Mlflow._end,

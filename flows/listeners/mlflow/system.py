@@ -15,7 +15,7 @@ from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
 from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
-from flows.listeners.mlflow.events import Point
+from flows.listeners.mlflow.points import Point
 
 SECONDS = 10.0  # between points; a stage that ends sooner has one
 SHORTEST_SECONDS = 1.0  # over which a processor's load means something

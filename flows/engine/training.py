@@ -1,0 +1,97 @@
+"""What a training tells of itself in ``logs/events.jsonl``, line by line, and how a run shows it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.core.text import duration
+from flows.engine.events import Event, Note, Progress
+
+EVENTS = "logs/events.jsonl"
+
+
+def read_lines(path: Path, offset: int, end: int | None = None) -> tuple[list[str], int]:
+    """The whole lines of a growing file from byte ``offset`` on (to ``end``), and the offset behind them."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            data = file.read() if end is None else file.read(end - offset)
+    except FileNotFoundError:
+        return [], offset
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode().splitlines(), offset + len(whole)
+
+
+class TrainingReader:
+    """Follows a training for people: what is new since the last look, as events of its step."""
+
+    def __init__(self, step: str, events: Path) -> None:
+        self._step_name, self._path = step, events
+        _, self.offset = read_lines(events, 0)
+        """Bytes that earlier attempts wrote."""
+        self._read = self.offset
+        self._total = self._done = 0
+        self._saved: int | None = None
+        self._validated = ""
+
+    def follow(self) -> Iterator[Event]:
+        """What the training has told since the last call."""
+        lines, self._read = read_lines(self._path, self._read)
+        for line in lines:
+            yield from self._shown(json.loads(line))
+
+    def kept(self, grace_seconds: float) -> str:
+        """What the training has on disk, and what it has not, in words."""
+        lost = self._done - (self._saved or 0)
+        saved = f"step {self._saved} is saved" if self._saved is not None else "no step is saved"
+        if lost <= 0:
+            return saved
+        return f"{saved}, {lost} later one(s) are lost: they were not saved within grace_seconds ({grace_seconds:g})"
+
+    def _shown(self, event: dict[str, Any]) -> Iterator[Event]:
+        """One training event; the last validation stays on the line."""
+        kind = event["event"]
+        if kind in ("checkpoint", "resume", "end", "interrupted", "rollback"):
+            self._saved = event["to" if kind == "rollback" else "step"]
+        if kind in ("step", "resume", "end", "interrupted", "rollback"):
+            self._done = event["to" if kind == "rollback" else "step"]
+        if kind == "start":
+            self._total, self._validated = event["steps"], ""
+        if kind == "validation":
+            self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
+        if kind in NOTES:
+            text, warning = NOTES[kind]
+            yield Note(step=self._step_name, text=text(event), warning=warning)
+        if kind == "step":
+            left = f" · {duration(event['eta_seconds'])} left" if event["step"] < self._total else ""
+            text = (
+                f"step {event['step']:,} of {self._total:,} · loss {event['loss']:.4f}"
+                f" · {event['tokens_per_second']:,.0f} tokens/s{self._validated}{left}"
+            )
+            done, total = event["step"], self._total
+            yield Progress(step=self._step_name, done=done, total=total, unit="steps", text=text)
+
+
+NOTES: dict[str, tuple[Any, bool]] = {
+    "start": (lambda event: f"{event['parameters']:,} parameters, {event['ranks']} rank(s)", False),
+    "resume": (lambda event: f"resumed at step {event['step']}", False),
+    "interrupted": (lambda event: f"interrupted after step {event['step']}, which is saved", False),
+    "warning": (lambda event: event["message"], True),
+    "skip": (
+        lambda event: (
+            f"step {event['step']} was skipped: loss {event['loss']}, gradient norm {event['grad_norm']}"
+        ),
+        True,
+    ),
+    "rollback": (
+        lambda event: (
+            f"the loss leapt to {event['loss']:.4f} in step {event['step']} (z {event['z']:.1f}): back to step "
+            f"{event['to']}, past {event['windows']:,} windows"
+        ),
+        True,
+    ),
+}
+"""Kind of an event -> what is noted of it, and whether that is a warning."""

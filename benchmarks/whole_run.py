@@ -61,7 +61,7 @@ def through(
     for name, value in client_settings("http://").items():  # before Prefect is imported
         os.environ.setdefault(name, value)
     home = Path(work, "home")
-    from flows.engine.executor import Order
+    from flows.engine.order import Order
     from flows.engine.plan import Planned, Selection
     from flows.listeners.terminal import Terminal, TerminalListener
     from flows.prefect.pipeline import Pipeline

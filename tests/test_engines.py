@@ -29,7 +29,7 @@ from flows.prefect.servers import PrefectServer
 
 def main(recipe, homes, engines):
     with PrefectServer(homes):
-        from flows.engine.executor import Order
+        from flows.engine.order import Order
         from flows.prefect.pipeline import Pipeline
 
         for engine in engines:

@@ -192,7 +192,7 @@ def test_every_tag_of_a_run_and_its_models_is_documented(client, runs, version):
     documented = set(re.findall(r"`(llmill\.[\w.]+)`", (ROOT / "docs" / "mlflow.md").read_text()))
     models = client.search_logged_models([runs[0].info.experiment_id])
     given = {tag for tagged in [*(run.data for run in runs), version, *models] for tag in tagged.tags}
-    named = {re.sub(rf"^llmill\.({'|'.join(DEFAULT)})\.", "llmill.STAGE.", tag) for tag in given}
+    named = {re.sub(rf"^llmill\.({'|'.join(DEFAULT)})\.", "llmill.STEP.", tag) for tag in given}
     assert len(named) > 10
     assert {tag for tag in named if tag.startswith("llmill.")} <= documented
 

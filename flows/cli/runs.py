@@ -76,7 +76,7 @@ def run(
         terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
-            from flows.engine.executor import Order
+            from flows.engine.order import Order
             from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
 
             order = Order(planned=planned, command=typed())
@@ -139,8 +139,10 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
             f"next run or: llmill sync{option}",
             warning=True,
         )
-    elif executor.known.name:
-        console.print(f"MLflow  run “{executor.known.name}” of experiment {executor.order.recipe.name}")
+    elif executor.reporter.known.name:
+        console.print(
+            f"MLflow  run “{executor.reporter.known.name}” of experiment {executor.order.recipe.name}"
+        )
     speak = ""
     if exported:
         newest = executor.store.artifacts("export")[-1].fingerprint  # which is taken where none is named

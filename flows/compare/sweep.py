@@ -325,7 +325,7 @@ class Sweep:
 
     def _run(self, member: Member, recipe: Path) -> str:
         """Run a member; the key by which its run is found in MLflow."""
-        from flows.engine.executor import Order
+        from flows.engine.order import Order
         from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
 
         planned = Planned.of(member.recipe, self.home, Selection())
@@ -340,7 +340,7 @@ class Sweep:
             pipeline.prepare()
             with pipeline.flow(parameters) as begin:
                 begin()
-        return pipeline.executor.known.key
+        return pipeline.executor.reporter.known.key
 
     def _subjects(self, ended: Sequence[Ended]) -> list[Subject]:
         finder = Finder(Store(self.home))

@@ -300,7 +300,6 @@ class Listening:
             while (event := self._queue.get()) is not None:
                 self._listener.handle(event)
             self._listener.close()
-        except Exception as error:
-            self._log.warn(
-                f"{self._name} fails and hears no more of this run: {type(error).__name__}: {error}"
-            )
+        except (Exception, SystemExit) as error:  # the latter is what rich makes of a closed pipe
+            said = f"{type(error).__name__}: {error}"
+            self._log.warn(f"{self._name} fails and hears no more of this run: {said}")

@@ -15,7 +15,7 @@ import yaml
 from prefect.runtime import flow_run
 
 from flows.engine.events import RunEnded, RunStarted
-from flows.engine.executor import Order
+from flows.engine.order import Order
 from flows.engine.plan import Planned, Selection
 from flows.listeners.flow_page import FlowPageListener
 from flows.listeners.mlflow.listener import MlflowListener, begin_log

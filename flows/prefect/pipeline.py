@@ -17,8 +17,9 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY as HEARTBEATS
 
 from data_pipeline.core.errors import UserError
-from flows.engine.executor import Executor, Order
+from flows.engine.executor import Executor
 from flows.engine.log import Listener
+from flows.engine.order import Order
 from flows.engine.plan import Planned
 from flows.engine.ports import answers
 from flows.listeners.flow_page import FlowPageListener

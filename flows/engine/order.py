@@ -1,0 +1,84 @@
+"""What a run is given: an order, and its surroundings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from flows.engine.context import StepContext
+from flows.engine.events import StepStarted
+from flows.engine.plan import Planned, Step
+from flows.engine.store import Artifact
+from flows.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is to be run, and for whom."""
+
+    planned: Planned
+    command: str
+    """What a person types to run it again."""
+    sweep: str = ""
+    """The key of the sweep that the run belongs to."""
+    run_key: str = ""
+    """The key of the run that dispatched us to do a step of it."""
+    look: Callable[[Artifact], None] = lambda artifact: None
+    """Sees each artifact before the next step begins; what it raises ends the run."""
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.planned.recipe
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one step."""
+
+    artifact: Artifact
+    how: str
+    """``reused``, ``ran``, ``resumed`` or, by a flow run elsewhere, ``dispatched``."""
+    seconds: float
+    """In its body, this time; 0 where it was reused."""
+
+
+class Host(Protocol):
+    """The surroundings of a run."""
+
+    stops: tuple[type[BaseException], ...]
+    """What ends a run because somebody wants it to."""
+
+    def at_work(self, builds: bool, give_up: Callable[[], None]) -> AbstractContextManager[None]:
+        """Have what it takes to build, where the plan ``builds``; call ``give_up`` when we are too slow to end."""
+        ...
+
+    def flow(self, step: Step, work: Callable[[], None]) -> AbstractContextManager[Callable[[], Any]]:
+        """Give what to call in place of ``work``, within a flow of the step."""
+        ...
+
+    def context(self, started: StepStarted, out: Path) -> StepContext:
+        """Make the context of a body."""
+        ...
+
+    def deployment(self, step: Step) -> str:
+        """The deployment that a step is left to; empty where it is built here."""
+        ...
+
+    def dispatch(self, step: Step, key: str, forced: bool) -> None:
+        """Have it build the step, as a part of the run of ``key``, and wait for its end."""
+        ...
+
+    def flow_run(self) -> dict[str, str]:
+        """Id and url of the flow run that we are in; empty outside of one."""
+        ...
+
+    def made_by(self, key: str) -> dict[str, str]:
+        """What a manifest says of the runs that made it: ids that are known by now."""
+        ...
+
+    def stopped(self, message: str) -> None:
+        """Say, from any thread, that this process is about to end."""
+        ...

@@ -1,0 +1,224 @@
+"""What a run says of itself: the events of its log, from a plan and what becomes of it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any
+
+import yaml
+
+from data_pipeline.core.text import last_lines
+from flows.engine.continuation import Continuation, Known
+from flows.engine.events import RunEnded, RunStarted, StepFailed, StepReused, StepSealed, StepStarted
+from flows.engine.log import RunLog
+from flows.engine.order import Host, Order, Result
+from flows.engine.plan import Step
+from flows.engine.store import Artifact
+from flows.engine.training import EVENTS, read_lines
+from flows.recipe import Recipe
+
+LAST_LINES = 20
+TIME = "%Y-%m-%d %H:%M:%S"
+
+
+class Reporter:
+    """Appends the events of one run."""
+
+    def __init__(self, order: Order, log: RunLog, host: Host) -> None:
+        self._order, self._log, self._host = order, log, host
+        self._store = order.planned.uses.store
+        self._keys = Continuation(self._store.home)
+        self.known = Known(key=order.run_key, new=False)
+        """By what the run is known."""
+        self.started = time.monotonic()
+        self._ended = threading.Lock()
+
+    @property
+    def _run(self) -> str:
+        """The key of the run that is told of steps; empty where who dispatched us tells it."""
+        return "" if self._order.run_key else self.known.key
+
+    def run_started(self) -> None:
+        order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
+        name = f"{recipe.name} {datetime.now():{TIME}}"
+        if not order.run_key:
+            self.known = self._keys.claim(f"{recipe.name}-{steps[-1].fingerprint}", name)
+        started = RunStarted(
+            key=self.known.key,
+            name=self.known.name or name,
+            new=self.known.new,
+            joined=bool(order.run_key),
+            recipe=recipe.name,
+            description=recipe.description,
+            command=order.command,
+            steps=[planned_step(step) for step in steps],
+            params={step.name: step.config.identity() for step in steps if step.config},
+            resolved=resolved_yaml(recipe, steps),
+            sweep=order.sweep,
+            flow_run=self._host.flow_run(),
+            notify=[] if order.run_key else list(recipe.runtime.notify),
+            store=str(self._store.root.resolve()),
+            quoting=recipe.runtime.upload_texts,
+        )
+        self._log.append(started)
+
+    def run_ended(
+        self, status: str, results: Mapping[str, Result], *, message: str, step: str, said: str
+    ) -> None:
+        """Say, once, how the run ended: FINISHED, FAILED or KILLED; ``step`` was at work, and ``said`` this last."""
+        if not self._ended.acquire(blocking=False):
+            return
+        recipe = self._order.recipe
+        ended = RunEnded(
+            key=self._run,
+            status=status,
+            seconds=time.monotonic() - self.started,
+            message=message,
+            step=step,
+            log=last_lines(said, LAST_LINES),
+            results=[done_step(name, result) for name, result in results.items()],
+            name=self.known.name,
+            description=recipe.description,
+            command=self._order.command,
+            store=str(self._store.root.resolve()),
+            quoting=recipe.runtime.upload_texts,
+        )
+        self._log.append(ended)
+        self._keys.release(status == "FINISHED")
+
+    def step_reused(self, step: Step, result: Result) -> None:
+        artifact = result.artifact
+        reused = StepReused(
+            step=step.name,
+            stage=step.stage.name,
+            fingerprint=str(step.fingerprint),
+            run=self._run,
+            how=result.how,
+            seconds=result.seconds,
+            path=str(artifact.path),
+            metrics=artifact.metrics,
+            finished=sealed_at(artifact),
+            made_by=artifact.manifest.get("mlflow_run_id", ""),
+            made_by_key=artifact.manifest.get("mlflow_key", ""),
+        )
+        self._log.append(reused)
+
+    def step_started(
+        self, step: Step, inputs: Sequence[Artifact], *, late: bool, resumed: bool
+    ) -> StepStarted:
+        """Say that a step is built, or continued; ``late``: that it was, by a run that had no time to say so."""
+        stage, name = step.stage.name, str(step.fingerprint)
+        known = self._keys.step(stage, name)
+        folder = self._store.path(stage, name) if late else self._store.partial(stage, name)
+        assert step.config
+        config = step.artifact.manifest["config"] if late and step.artifact else step.config.identity()
+        started = StepStarted(
+            step=step.name,
+            stage=stage,
+            fingerprint=name,
+            key=known.key,
+            new=known.new,
+            run=self.known.key,
+            recipe=self._order.recipe.name,
+            why="; ".join(step.why)[:120],
+            resumed=resumed and not known.new,
+            late=late,
+            params=config,
+            inputs=[described_input(one) for one in inputs],
+            seen=0 if known.new else read_lines(folder / EVENTS, 0)[1],
+            begun=known.begun,
+            flow_run=self._host.flow_run(),
+        )
+        self._log.append(started)
+        return started
+
+    def unsaid(self, artifact: Artifact) -> bool:
+        """Whether a killed run sealed an artifact but did not live to say so."""
+        return self._keys.unfinished(artifact.stage, artifact.fingerprint)
+
+    def step_sealed(self, step: Step, started: StepStarted, result: Result) -> None:
+        """Say that an artifact is there; from here on it need not be said again."""
+        artifact, runtime = result.artifact, self._order.recipe.runtime
+        sealed = StepSealed(
+            step=step.name,
+            stage=artifact.stage,
+            fingerprint=artifact.fingerprint,
+            key=started.key,
+            run=self._run,
+            recipe=artifact.manifest["recipe"],
+            how=result.how,
+            seconds=result.seconds,
+            total_seconds=artifact.manifest["seconds"],
+            path=str(artifact.path),
+            size=artifact.size,
+            metrics=artifact.metrics,
+            payload_sha256=artifact.payload_sha256,
+            finished=sealed_at(artifact),
+            late=started.late,
+            resumed=started.resumed,
+            withheld=step.stage.texts and not runtime.upload_texts,
+            upload_bytes=runtime.upload_mb * 1e6,
+            candidate=not self._order.sweep,
+        )
+        self._log.append(sealed)
+        self._keys.forget(artifact.stage, artifact.fingerprint)
+
+    def step_failed(self, step: str, message: str, status: str, key: str) -> None:
+        self._log.append(StepFailed(step=step, message=message, status=status, key=key))
+
+
+def planned_step(step: Step) -> dict[str, Any]:
+    """A step of the plan, as the log has it."""
+    return {
+        "step": step.name,
+        "stage": step.stage.name,
+        "action": step.action,
+        "fingerprint": step.fingerprint,
+        "why": step.why,
+    }
+
+
+def done_step(name: str, result: Result) -> dict[str, Any]:
+    """A step that is done, as the log has it."""
+    return {
+        "step": name,
+        "stage": result.artifact.stage,
+        "fingerprint": result.artifact.fingerprint,
+        "how": result.how,
+        "seconds": result.seconds,
+    }
+
+
+def described_input(artifact: Artifact) -> dict[str, Any]:
+    """An input, as the log has it."""
+    return {
+        "stage": artifact.stage,
+        "fingerprint": artifact.fingerprint,
+        "path": str(artifact.path),
+        "metrics": artifact.metrics,
+    }
+
+
+def sealed_at(artifact: Artifact) -> int:
+    """When an artifact was sealed, in milliseconds since 1970: what is said of it again is then said of one time."""
+    return int(datetime.fromisoformat(artifact.manifest["finished"]).timestamp() * 1000)
+
+
+def resolved_yaml(recipe: Recipe, steps: Sequence[Step]) -> str:
+    """A recipe as it was resolved, which can be run again."""
+    head: dict[str, Any] = {"name": recipe.name, "description": recipe.description}
+    head["runtime"] = recipe.runtime.model_dump(mode="json")
+    return yaml.safe_dump(head | dict(map(resolved_step, steps)), sort_keys=False, allow_unicode=True)
+
+
+def resolved_step(step: Step) -> tuple[str, Mapping[str, Any]]:
+    """Name and settings of a step, with its place among the others where the recipe must say it."""
+    said: dict[str, Any] = {"stage": step.stage.name} if step.name != step.stage.name else {}
+    said |= {"inputs": step.sources} if said and step.sources else {}
+    if step.config:
+        runtime = step.config.runtime.model_dump(mode="json")
+        said |= step.config.identity() | ({"runtime": runtime} if runtime else {})
+    return step.name, said

@@ -39,8 +39,9 @@ def two(make_llmill: Any) -> Llmill:
     llmill = make_llmill(recipe=TWO)
     run = llmill.start("run", str(llmill.recipe))
     store = llmill.home / "store"
-    while len(list(store.glob("pretrain/*.partial/logs/events.jsonl"))) == 0 or not list(
-        store.glob("export/*/manifest.json")
+    while not (
+        list(store.glob("export/*/manifest.json"))
+        and list(store.glob("pretrain/*.partial/logs/events.jsonl"))
     ):
         assert run.poll() is None, run.communicate()
         time.sleep(0.01)
@@ -57,14 +58,11 @@ def test_each_step_has_its_artifact_and_each_export_is_of_its_own_model(two: Llm
     made = {step["step"]: step["fingerprint"] for step in plan}
     assert len(set(made.values())) == len(made)
     store = Store(two.home)
-    for export, model, scores in (
-        ("export", "pretrain", "evaluate"),
-        ("export_small", "pretrain_small", "evaluate_small"),
-    ):
-        artifact = store.get("export", made[export])
+    for suffix in ("", "_small"):
+        artifact = store.get("export", made[f"export{suffix}"])
         assert artifact
-        assert artifact.inputs["model"].fingerprint == made[model]
-        assert artifact.inputs["scores"].fingerprint == made[scores]
+        assert artifact.inputs["model"].fingerprint == made[f"pretrain{suffix}"]
+        assert artifact.inputs["scores"].fingerprint == made[f"evaluate{suffix}"]
     few = store.get("evaluate", made["evaluate_few"])
     assert few
     assert few.inputs["model"].fingerprint == made["pretrain"]
@@ -91,7 +89,7 @@ def test_all_models_of_a_run_are_compared_or_those_that_are_named(two: Llmill) -
 
     plan = json.loads(two("plan", str(two.recipe), "--json").stdout)
     made = {step["step"]: step["fingerprint"] for step in plan}
-    assert compared("latest") == [made[name] for name in ("evaluate", "evaluate_small", "evaluate_few")]
+    assert compared("latest") == [made[name] for name in ("evaluate", "evaluate_few", "evaluate_small")]
     assert compared("latest/evaluate_small", "latest/evaluate") == [made["evaluate_small"], made["evaluate"]]
     assert "no evaluation nothing" in two("compare", "latest/nothing", "latest", code=2).stderr
 

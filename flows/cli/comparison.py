@@ -48,9 +48,10 @@ def compare(
     from flows.engine.store import Store
     from flows.listeners.terminal import Screen, Terminal
 
-    if len(runs) < 2:
+    subjects = Finder(Store(home)).find(runs)
+    if len(subjects) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")
-    comparison = put_side_by_side(Finder(Store(home)).find(runs))
+    comparison = put_side_by_side(subjects)
     terminal = Terminal(Screen(stderr=True) if as_json else None)
     if html:
         write_page(html, page(comparison))

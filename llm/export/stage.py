@@ -17,9 +17,17 @@ from safetensors.torch import save_file
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.text import table
 from data_pipeline.stage import Metrics, StageContext
-from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
+from data_pipeline.train_tokenizer.tokenizer import (
+    CONFIG,
+    content_of,
+    end_of,
+    end_of_text,
+    end_token,
+    load_tokenizer,
+    read_object,
+)
 from llm.export.config import ExportConfig
-from llm.export.model_card import model_card
+from llm.export.model_card import about_tokens, model_card
 from llm.model.config import ModelConfig
 from llm.model.layouts import exported_weights, layout_of, transformers_config
 from llm.model.transformer import Transformer, load_model
@@ -41,10 +49,13 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
         for parameter in model.parameters():
             parameter.copy_(parameter.to(getattr(torch, config.dtype)))
     tokenizer_folder = inputs["tokenizer"]
-    end = end_of_text(load_tokenizer(tokenizer_folder))
-    write_tokenizer(tokenizer_folder, out, model.config.context)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    end = end_of_text(tokenizer)
+    its = write_tokenizer(tokenizer_folder, out, model.config.context)
     write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": end}
+    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.token_to_id(its["pad_token"])}
+    if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
+        ends["eos_token_id"] = [turn, end]
     write_json(out / "generation_config.json", {**ends, "do_sample": True})
     with atomic_path(out / "model.safetensors") as path:
         save_file(exported_weights(model, getattr(torch, config.dtype)), path, metadata={"format": "pt"})
@@ -55,20 +66,32 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
             f"transformers' logits differ from ours by {difference:.2e}, more than {TOLERANCE:.0e}"
         )
     metrics = {"parameters": float(model.parameter_count()), "logits_max_abs_difference": difference}
-    write_text(out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics))
+    tokens = about_tokens(end_of(tokenizer), its)
+    write_text(
+        out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics, tokens)
+    )
     write_text(out / "report.md", report(config, model.config, difference, out))
     return metrics
 
 
-def write_tokenizer(folder: Path, out: Path, longest: int) -> None:
+def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
     """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, before them, where
-    no continuation is in the way; and ``longest``, the tokens to which texts are cut."""
-    with atomic_path(out / "tokenizer.json") as path:
-        shutil.copyfile(folder / "tokenizer.json", path)
-    padding = {"pad_token": END_OF_TEXT}
-    batches = {**padding, "padding_side": "left", "model_max_length": longest}
-    for name, more in (("special_tokens_map.json", padding), ("tokenizer_config.json", batches)):
-        write_json(out / name, json.loads((folder / name).read_text(encoding="utf-8")) | more)
+    no continuation is in the way; and ``longest``, the tokens to which texts are cut.
+
+    Returns:
+        Its ``tokenizer_config.json``.
+    """
+    for name in ("tokenizer.json", "chat_template.jinja"):
+        if (folder / name).exists():
+            with atomic_path(out / name) as path:
+                shutil.copyfile(folder / name, path)
+    config = read_object(folder / CONFIG)
+    padding = {"pad_token": content_of(config.get("pad_token")) or end_token(folder)}
+    config |= {**padding, "padding_side": "left", "model_max_length": longest}
+    if (folder / "special_tokens_map.json").exists():
+        write_json(out / "special_tokens_map.json", read_object(folder / "special_tokens_map.json") | padding)
+    write_json(out / CONFIG, config)
+    return config
 
 
 def report(config: ExportConfig, model: ModelConfig, difference: float, out: Path) -> str:
@@ -92,9 +115,7 @@ def logits_difference(model: Transformer, folder: Path, sequences: int = 2, posi
     logging.disable_progress_bar()
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     vocab_size = len(AutoTokenizer.from_pretrained(folder))
-    assert vocab_size == model.config.vocab_size, (
-        f"the tokenizer has {vocab_size} entries, the model another number"
-    )
+    assert vocab_size <= model.config.vocab_size, f"the tokenizer has {vocab_size} entries, the model fewer"
     generator = torch.Generator().manual_seed(0)
     shape = (sequences, min(positions, model.config.context))
     tokens_BT = torch.randint(model.config.vocab_size, shape, generator=generator)

@@ -106,7 +106,7 @@ def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     recipe = tmp_path / "begins.yaml"
     recipe.write_text(f"name: begins\n{first['recipe']}export:\n")
     planned = json.loads(finished("plan", str(recipe), "--json").stdout)
-    actions = {step["step"]: step["action"] for step in planned["steps"]}
+    actions = {step["step"]: step["action"] for step in planned}
     assert actions == {"adopt": "reuse", "export": "run"}
     ran = finished("run", str(recipe))
     assert "✓ export" in ran.stdout

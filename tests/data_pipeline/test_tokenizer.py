@@ -120,7 +120,7 @@ def test_the_same_documents_give_the_same_bytes_whatever_shards_threads_or_hash_
         "import sys; from pathlib import Path; from data_pipeline.stage import LocalContext\n"
         "from data_pipeline.train_tokenizer.stage import *\n"
         "source, out = map(Path, sys.argv[1:])\n"
-        "train_tokenizer(TokenizerConfig(vocab_size=600), {'dedup': source}, out, LocalContext())"
+        "train_tokenizer(TokenizerConfig(vocab_size=600), {'documents': source}, out, LocalContext())"
     )
     for threads, source in ((1, documents), (4, tmp_path / "in")):
         out = tmp_path / str(threads)

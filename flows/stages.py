@@ -19,6 +19,16 @@ PLUGINS = "llmill.stages"
 
 OURS: tuple[Stage, ...] = (
     Stage(
+        name="adopt",
+        body_at="llm.adopt.stage:adopt",
+        config_at="llm.adopt.config:AdoptConfig",
+        takes=(),
+        makes="",
+        version=1,
+        headline=("parameters", "vocab_size", "documents", "train_tokens"),
+        texts=True,
+    ),
+    Stage(
         name="download",
         body_at="data_pipeline.download.stage:download",
         config_at="data_pipeline.download.stage:DownloadConfig",

@@ -8,7 +8,7 @@ known: tokens were made by the model's tokenizer, scores are the model's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,12 +79,16 @@ class Wiring:
     Args:
         steps: name -> stage and config, in order, those included that may turn out not to be needed.
         named: what ``inputs`` say of each step.
+        wanted: the steps that are there in any case; inputs that may be missing come from these only.
     """
 
     def __init__(
-        self, steps: Mapping[str, tuple[Stage, StageConfig]], named: Mapping[str, Mapping[str, str]]
+        self,
+        steps: Mapping[str, tuple[Stage, StageConfig]],
+        named: Mapping[str, Mapping[str, str]],
+        wanted: Collection[str],
     ) -> None:
-        self._steps, self._named = steps, named
+        self._steps, self._named, self._wanted = steps, named, wanted
         self._order = list(steps)
         self._made = {name: made_by(*step) for name, step in steps.items()}
         self.sources: dict[str, dict[str, str]] = {}
@@ -109,7 +113,8 @@ class Wiring:
         provided: dict[str, str] = {}
         for takes in stage.takes:
             wanted = takes.rstrip("?")
-            source = self._source(name, wanted, named.get(wanted), provided)
+            among = self._order if takes == wanted else self._wanted
+            source = self._source(name, wanted, named.get(wanted), provided, among)
             if source is None:
                 if takes == wanted:
                     raise UserError(f"{name} takes {wanted}, and {self._why_not(name, wanted, provided)}")
@@ -137,13 +142,16 @@ class Wiring:
                     f"{name}.inputs.{wanted}: {source} makes {' and '.join(self._made[source])}, not {wanted}"
                 )
 
-    def _source(self, name: str, wanted: str, chosen: str | None, known: Mapping[str, str]) -> str | None:
-        """The step that an input comes from; None where there is none."""
+    def _source(
+        self, name: str, wanted: str, chosen: str | None, known: Mapping[str, str], among: Collection[str]
+    ) -> str | None:
+        """The step that an input comes from; None where there is none ``among`` those that it may come from."""
         if chosen:
             if clash := self._clash(chosen, known):
                 raise UserError(f"{name}.inputs.{wanted}: {chosen} {clash}")
             return chosen
-        return next((one for one in self._makers(name, wanted) if not self._clash(one, known)), None)
+        makers = (one for one in self._makers(name, wanted) if one in among)
+        return next((one for one in makers if not self._clash(one, known)), None)
 
     def _makers(self, name: str, wanted: str) -> Iterator[str]:
         """The steps before one that make a type, the nearest first."""
@@ -177,7 +185,7 @@ def wired(
     Raises:
         UserError: an input can't be had, or two do not agree.
     """
-    wiring = Wiring(steps, named)
+    wiring = Wiring(steps, named, wanted)
     for name in wanted:
         wiring.wire(name)
     needed = set(wanted)

@@ -59,6 +59,7 @@ CALLS: dict[str, list[list[str]]] = {
     "gc": [["--artifact", LINE]],
     "compare": [[LINE, "latest"]],
     "generate": [["--prompt", "x", "--model", LINE]],
+    "adopt": [[LINE, "x"], ["model", LINE]],
     "promote": [[LINE]],
     "up": [],
     "down": [],
@@ -83,6 +84,7 @@ AT_HOME: dict[str, list[list[str]]] = {
     "gc": [[]],
     "compare": [["latest", "latest"]],
     "generate": [["--prompt", "[/INST] :smile: \x1b[31m [bold]"]],
+    "adopt": [["tokenizer", "{tokenizer}", "--origin", LINE]],
     "promote": [["--dry-run"]],
     "up": [["--mlflow-port", "{port}"]],
     "down": [[]],
@@ -197,8 +199,11 @@ def named(copy_finished, tmp_path_factory) -> Llmill:
 @pytest.mark.parametrize("command", AT_HOME)
 def test_a_home_may_be_called_anything(named: Llmill, command: str, taken_port: str):
     export = next(named.home.glob("store/export/*")).name
+    tokenizer = str(next(named.home.glob("store/train_tokenizer/*")).absolute())
     for arguments in AT_HOME[command]:
-        words = filled(arguments, recipe=str(named.recipe), export=export, port=taken_port)
+        words = filled(
+            arguments, recipe=str(named.recipe), export=export, tokenizer=tokenizer, port=taken_port
+        )
         process = named.start(command, *words, "--home", str(named.home))
         out, err = process.communicate(timeout=120)
         said = out + err

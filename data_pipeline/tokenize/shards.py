@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from data_pipeline.core.errors import UserError
 from data_pipeline.documents import corrupt, read_shard, shard_paths
 from data_pipeline.tokenize.report import Split
+from data_pipeline.train_tokenizer.tokenizer import sha256
 
 TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY = b"llmill.tokenizer_sha256", b"llmill.tokens", b"llmill.vocab_size"
 
@@ -47,6 +48,18 @@ class TokenShards:
         self.tokenizer_sha256 = heads[0][TOKENIZER_KEY].decode()
         self.vocab_size = int(heads[0][VOCAB_KEY])
         self.tokens = sum(int(head[TOKENS_KEY]) for head in heads)
+
+    def require_tokenizer(self, folder: Path) -> None:
+        """See that the shards were made with the tokenizer in a folder.
+
+        Raises:
+            UserError: they were not, so that tokens would stand for other text.
+        """
+        if self.tokenizer_sha256 != sha256(folder):
+            raise UserError(
+                f"the token shards in {self.paths[0].parent} were made with another tokenizer than {folder}:\n"
+                "tokenise the documents with this one (a step `tokenize`)"
+            )
 
     @staticmethod
     def _head(path: Path) -> Mapping[bytes, bytes]:

@@ -37,7 +37,7 @@ from data_pipeline.tokenize.encode import (
 )
 from data_pipeline.tokenize.report import FIGURES, Split, count, summarise
 from data_pipeline.tokenize.shards import TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY
-from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256, vocab_size
 
 FOOTERS_AT_ONCE = 16
 WORKER_BYTES = 400_000_000
@@ -149,7 +149,7 @@ def prepare(
         config=config,
         folder=folder,
         tokenizer_sha256=sha256(folder),
-        vocab_size=tokenizer.get_vocab_size(),
+        vocab_size=vocab_size(tokenizer),
         end=end_of_text(tokenizer),
         encoder="gigatoken",
         checked=min(HASHES - 1, HASHES * config.runtime.check_documents // max(1, documents)),

@@ -28,7 +28,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         settings.settings,
     ),
     "Compare": (comparison.compare,),
-    "Models": (models.generate, models.promote),
+    "Models": (models.generate, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }
 """Heading in the help -> the commands under it, each called as its function."""

@@ -13,7 +13,16 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
-from flows.cli.options import HOME, AsJson, Home, refuse_read_only
+from flows.cli.options import (
+    HOME,
+    AsJson,
+    Home,
+    announce,
+    refuse_read_only,
+    stoppable,
+    typed,
+    writable,
+)
 from flows.engine.process import quiet_libraries
 
 
@@ -71,6 +80,46 @@ def generate(
             if samples > 1:
                 print(f"--- {number + 1} of {samples}, seed {seed + number}")
             write_pieces(chain([text], pieces))
+
+
+def adopt(
+    kind: Annotated[str, typer.Argument(help="tokenizer, model, documents or tokens.")],
+    path: Annotated[Path, typer.Argument(help="The folder that holds it.")],
+    name: Annotated[str, typer.Option(help="Of the step in a recipe.")] = "adopt",
+    license_: Annotated[str | None, typer.Option("--license", help="Under which it may be used.")] = None,
+    origin: Annotated[str | None, typer.Option(help="Where it comes from, in words.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Which one it is.")] = None,
+    end_of_text: Annotated[str | None, typer.Option(help="The token that ends documents.")] = None,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Seal a model, tokenizer, documents or tokens that were made elsewhere, for recipes to begin from."""
+    if not as_json:
+        announce(f"reading {path}")
+    quiet_libraries()
+    writable(home)
+    from flows.engine.adoption import adopt as seal
+    from flows.engine.adoption import config_of, recipe_lines
+    from flows.engine.store import Store
+    from flows.listeners.terminal import Terminal, headline
+
+    said = {"license": license_, "origin": origin, "revision": revision, "end_of_text": end_of_text}
+    with stoppable(f"stopped; the same command goes on from here: {typed()}"):
+        config = config_of(name, {"type": kind, "path": path.expanduser().absolute(), **said})
+        adopted = seal(config, name, Store(home))
+    artifact, lines = adopted.artifact, recipe_lines(name, config)
+    if as_json:
+        value = {"stage": artifact.stage, "fingerprint": artifact.fingerprint, "path": str(artifact.path),
+                 "reused": adopted.reused, "metrics": artifact.metrics, "notes": artifact.manifest["notes"],
+                 "recipe": lines}  # fmt: skip
+        print(json.dumps(value, indent=1, allow_nan=False))
+        return
+    console = Terminal().console
+    for note in artifact.manifest["notes"]:
+        console.print(f"  {note}")
+    how = "was sealed already" if adopted.reused else "sealed"
+    console.print(f"✓ {artifact.stage:<16}{artifact.fingerprint}  {headline(artifact)}  ({how})")
+    console.print(f"in a recipe:\n\n{lines.rstrip()}")
 
 
 def write_pieces(pieces: Iterable[str]) -> None:

@@ -83,6 +83,7 @@ class DocumentTrace:
         self._tokens: dict[Key, TokenPlace] = {}
         for node in graph.in_order(graph.nodes):
             look = {
+                "adopt": self._in_documents,
                 "download": self._in_documents,
                 "clean": self._in_documents,
                 "dedup": self._in_dedup,
@@ -105,7 +106,8 @@ class DocumentTrace:
         return bool(kept) or not inputs, kept[0].facts["shard"] if kept else None
 
     def _in_documents(self, node: Node) -> None:
-        may, shard = (True, None) if node.stage == "download" else self._kept_before(node, "download")
+        begins = node.stage in ("adopt", "download")
+        may, shard = (True, None) if begins else self._kept_before(node, "download")
         if may and node.artifact and not self._note(node, "kept", find_document(node.path, self.id, shard)):
             self._note(node, "rejected", find_rejected(node.path, self.id, shard))
 
@@ -250,8 +252,14 @@ def kept_in(path: Path, id: str) -> list[str]:
 
 def ids_alike(graph: Graph, id: str) -> list[str]:
     """Ids that one given wrong may have meant: of the newest download, or of what there is in its place."""
-    for stage in ("download", "clean", "dedup"):
-        sealed = [node for node in graph.nodes.values() if node.stage == stage and node.artifact]
+    for stage in ("download", "adopt", "clean", "dedup"):
+        sealed = [
+            node
+            for node in graph.nodes.values()
+            if node.stage == stage
+            and node.artifact
+            and (stage != "adopt" or any(node.path.glob("documents-*")))
+        ]
         newest = sorted(sealed, key=lambda node: node.artifact.manifest["finished"] if node.artifact else "")
         if newest:
             return alike(newest[-1].path, id)

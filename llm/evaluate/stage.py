@@ -46,6 +46,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     model = load_model(inputs["model"]).to(device)
     tokenizer = load_tokenizer(inputs["tokenizer"])
     held_out = TokenShards(inputs["tokens"], "val")
+    held_out.require_tokenizer(inputs["tokenizer"])
     documents = choose(read(held_out), config.max_documents)
     sizes = token_bytes(inputs["tokenizer"])
     rows = score(model, documents, sizes, end_of_text(tokenizer), context)

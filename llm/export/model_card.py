@@ -19,27 +19,50 @@ LAYOUTS: dict[Layout, str] = {
 }
 
 SPECIAL_TOKENS = (
-    "In training, a text that spells a special token (`<|endoftext|>`) was read as these characters, and the token "
-    "itself stood at the end of each document only. The tokenizer does the same: `tokenizer(text)` never yields a "
+    "In training, a text that spells a special token (`{end}`) was read as these characters, and the token "
+    "itself stood at the end of each document only. "
+)
+SPLIT = (
+    "The tokenizer does the same: `tokenizer(text)` never yields a "
     "special token. Append `tokenizer.eos_token_id` to end a document; `tokenizer(text, split_special_tokens=False)` "
     "reads special tokens out of a text. The `tokenizers` library does so unless it is told otherwise: set "
     "`encode_special_tokens = True` on what it loads from `tokenizer.json`."
+)
+READ = (
+    "That holds for what llmill read; the tokenizer was made elsewhere and reads special tokens out of a text, as chat "
+    "templates need, unless it is told otherwise: `tokenizer(text, split_special_tokens=True)`."
+)
+TRAINED = (
+    "A decoder-only language model with {parameters:,.0f} parameters, trained from raw text by "
+    "llmill. It continues text; it was not taught to follow instructions, and it repeats what its training "
+    "text holds, errors and biases included."
+)
+ADOPTED = (
+    "A decoder-only language model with {parameters:,.0f} parameters. It was made elsewhere (see below) and exported "
+    "by llmill as it is; it repeats what its training text held, errors and biases included."
 )
 
 Manifests = Mapping[str, Mapping[str, Any]]
 
 
-def model_card(name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics) -> str:
+def about_tokens(end: str, config: Mapping[str, Any]) -> str:
+    """Say how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
+    return SPECIAL_TOKENS.format(end=end) + (SPLIT if config.get("split_special_tokens") else READ)
+
+
+def model_card(
+    name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics, special_tokens: str
+) -> str:
     """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
+    adopted = manifests.get("model", {}).get("stage") == "adopt"
     parts = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
-        f"A decoder-only language model with {metrics['parameters']:,.0f} parameters, trained from raw text by "
-        "llmill. It continues text; it was not taught to follow instructions, and it repeats what its training "
-        "text holds, errors and biases included.",
+        (ADOPTED if adopted else TRAINED).format(parameters=metrics["parameters"]),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
-        SPECIAL_TOKENS,
+        special_tokens,
+        *adoptions(manifests),
         "## Architecture",
         architecture(model),
         "## How good it is",
@@ -67,6 +90,20 @@ def architecture(model: ModelConfig) -> str:
         ("embeddings", "tied to the head" if model.tie_embeddings else "apart from the head"),
     ]
     return table(("", ""), rows)
+
+
+def adoptions(manifests: Manifests) -> list[str]:
+    """What was made elsewhere: where it comes from, under which licence, and the hash of its content; often nothing."""
+    found = {one["fingerprint"]: one for one in manifests.values() if one.get("stage") == "adopt"}
+    rows = []
+    for manifest in found.values():
+        config = manifest["config"]
+        where = " ".join(filter(None, [config.get("hub"), config.get("revision")]))
+        said = "; ".join(filter(None, [config.get("origin"), where])) or "not stated"
+        content = config.get("content_sha256")
+        hashed = f"`{content}`" if content else "that of the revision"
+        rows.append((config["type"], said, config.get("license") or "not stated", hashed))
+    return ["## Made from", table(("", "origin", "licence", "SHA-256 of the content"), rows)] if rows else []
 
 
 def figures(manifest: Mapping[str, Any]) -> str:

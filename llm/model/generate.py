@@ -14,7 +14,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, end_of_text, load_tokenizer
+from data_pipeline.train_tokenizer.tokenizer import end_of, end_of_text, load_tokenizer
+from data_pipeline.train_tokenizer.tokenizer import vocab_size as size_of
 from llm.kernels.attention import Attend, Documents
 from llm.model.transformer import Transformer
 
@@ -95,9 +96,9 @@ def open_folder(folder: Path) -> tuple[Transformer, Tokenizer]:
     if not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder} has no tokenizer.json: name a folder that llmill exported")
     tokenizer = load_tokenizer(folder)
-    if tokenizer.token_to_id(END_OF_TEXT) is None or tokenizer.get_vocab_size() > vocab_size:
+    if tokenizer.token_to_id(end_of(tokenizer)) is None or size_of(tokenizer) > vocab_size:
         raise UserError(
-            f"{folder} holds a model that llmill did not export: its tokenizer has no {END_OF_TEXT}, or more "
+            f"{folder} holds a model that llmill did not export: its tokenizer has no {end_of(tokenizer)}, or more "
             f"entries than the model ({vocab_size});\nuse it with transformers"
         )
     return load_folder(folder), tokenizer

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from pydantic import ValidationError
@@ -18,15 +18,8 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256, special_tokens
 from llm.model.config import ModelConfig, ModelShape
+from llm.model.files import ARCHITECTURES, Layout, read_type, weight_files
 from llm.model.transformer import Transformer
-
-Layout = Literal["llama", "qwen3", "gpt2"]
-
-ARCHITECTURES: dict[Layout, str] = {
-    "llama": "LlamaForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-    "gpt2": "GPT2LMHeadModel",
-}
 
 GPT2_NAMES = {
     "embed_tokens": "wte",
@@ -188,21 +181,6 @@ def read_config(folder: Path) -> ModelConfig:
         ) from None
 
 
-def read_type(path: Path) -> str | None:
-    """What a ``config.json`` says that the model is.
-
-    Raises:
-        UserError: it is no JSON object.
-    """
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} can't be read: {error}") from None
-    if not isinstance(raw, dict):
-        raise UserError(f"{path} holds no JSON object")
-    return raw.get("model_type")
-
-
 def our_config(theirs: Any) -> ModelConfig:
     """Our config of what one of `transformers`' describes, which must be supported."""
     if theirs.model_type == "gpt2":
@@ -260,26 +238,6 @@ def require_supported(theirs: Any, folder: Path) -> None:
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
         said = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
         raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {said}")
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or those that its index names.
-
-    Raises:
-        UserError: there are none, some are missing, or the index is damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        try:
-            names = {
-                str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-            }
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f"{index} is damaged: it names no files of weights") from None
-    if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise UserError(f"{folder} lacks {', '.join(missing)}: weights are read from safetensors files only")
-    return sorted(folder / name for name in names)
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
 from data_pipeline.stage import Runtime, StageConfig
 from data_pipeline.train_tokenizer.stage import TokenizerConfig
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, special_tokens, vocab_size
 from llm.data.mixture import Mixture
 from llm.kernels.names import BackEnd, Library
 from llm.machine.hardware import device_kind, hardware_precision, require_ranks
@@ -328,13 +329,14 @@ class PretrainConfig(StageConfig):
 
     def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
         """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known."""
-        tokenizer = configs.get("tokenizer")
-        if self.init_from is None or not isinstance(tokenizer, TokenizerConfig):
+        known = vocabulary(configs.get("tokenizer"), made.get("tokenizer"))
+        if self.init_from is None or known is None:
             return
         from llm.model.layouts import require_start
 
-        model = ModelConfig(**self.model.model_dump(), vocab_size=tokenizer.vocab_size)
-        require_start(model, self.init_from, tokenizer.special_tokens, made.get("tokenizer"))
+        size, specials = known
+        model = ModelConfig(**self.model.model_dump(), vocab_size=size)
+        require_start(model, self.init_from, specials, made.get("tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """What follows from `depth`."""
@@ -407,6 +409,13 @@ class PretrainConfig(StageConfig):
     def tokens_after(self, done: int) -> int:
         """Tokens that the first ``done`` steps read."""
         return self.plan.windows_before(done) * self.model.context
+
+
+def vocabulary(config: StageConfig | None, folder: Path | None) -> tuple[int, list[str]] | None:
+    """Size and special tokens of a tokenizer that is to be learnt, or is made; None where it is to be adopted."""
+    if isinstance(config, TokenizerConfig):
+        return config.vocab_size, config.special_tokens
+    return (vocab_size(load_tokenizer(folder)), special_tokens(folder)) if folder else None
 
 
 def tokens_at(manifest: Mapping[str, Any], steps: NDArray[np.int64]) -> NDArray[np.int64]:

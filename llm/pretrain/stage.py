@@ -14,7 +14,6 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.tokenize.shards import TokenShards
-from data_pipeline.train_tokenizer.tokenizer import sha256 as tokenizer_sha256
 from data_pipeline.train_tokenizer.tokenizer import special_tokens
 from llm.data import order as batches
 from llm.machine.environment import remark
@@ -79,10 +78,7 @@ def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainCon
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and lay the tokens flat."""
     train, held_out = TokenShards(inputs["tokens"], "train"), TokenShards(inputs["tokens"], "val")
-    expected = tokenizer_sha256(inputs["tokenizer"])
-    assert train.tokenizer_sha256 == expected, (
-        f"the token shards were made with tokenizer {train.tokenizer_sha256}"
-    )
+    train.require_tokenizer(inputs["tokenizer"])
     model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
     if config.init_from is not None:
         tokenizer = inputs["tokenizer"]

@@ -90,9 +90,8 @@ def write_texts(folder: Path) -> None:
     chance = random.Random(20261129)
     folder.mkdir()
     for number in range(240):
-        words = " ".join(
-            chance.choice(SENTENCES) + f" {chance.randrange(1000)}" for _ in range(chance.randrange(4, 30))
-        )
+        count = chance.randrange(4, 30)
+        words = " ".join(chance.choice(SENTENCES) + f" {chance.randrange(1000)}" for _ in range(count))
         (folder / f"{number:03}.txt").write_text(words, encoding="utf-8")
         if number % 40 == 0:
             (folder / f"{number:03}-again.txt").write_text(words, encoding="utf-8")

@@ -101,7 +101,8 @@ def adopt(
     from flows.engine.adoption import adopt as seal
     from flows.engine.adoption import config_of, recipe_lines
     from flows.engine.store import Store
-    from flows.listeners.terminal import Terminal, headline
+    from flows.headline import headline
+    from flows.listeners.terminal import Terminal
 
     said = {"license": license_, "origin": origin, "revision": revision, "end_of_text": end_of_text}
     with stoppable(f"stopped; the same command goes on from here: {typed()}"):
@@ -118,7 +119,9 @@ def adopt(
     for note in artifact.manifest["notes"]:
         console.print(f"  {note}")
     how = "was sealed already" if adopted.reused else "sealed"
-    console.print(f"✓ {artifact.stage:<16}{artifact.fingerprint}  {headline(artifact)}  ({how})")
+    console.print(
+        f"✓ {artifact.stage:<16}{artifact.fingerprint}  {headline(artifact.stage, artifact.metrics)}  ({how})"
+    )
     console.print(f"in a recipe:\n\n{lines.rstrip()}")
 
 

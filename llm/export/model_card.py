@@ -43,6 +43,8 @@ ADOPTED = (
 )
 
 Manifests = Mapping[str, Mapping[str, Any]]
+"""By the names of steps, and of the inputs by type too."""
+INPUTS = ("model", "tokenizer", "scores")
 
 
 def about_tokens(end: str, config: Mapping[str, Any]) -> str:
@@ -66,9 +68,9 @@ def model_card(
         "## Architecture",
         architecture(model),
         "## How good it is",
-        figures(manifests.get("evaluate", {})),
+        figures(manifests.get("scores") or of_stage(manifests, "evaluate")),
         "## Training text",
-        sources(manifests.get("download", {})),
+        sources(of_stage(manifests, "download")),
         "## How it was made",
         lineage(manifests),
     ]
@@ -143,12 +145,19 @@ def origin(source: Mapping[str, Any]) -> str:
     return ", ".join(said)
 
 
+def of_stage(manifests: Manifests, stage: str) -> Mapping[str, Any]:
+    """The manifest of a step of this stage; an empty one where there is none."""
+    return next((one for one in manifests.values() if one.get("stage") == stage), {})
+
+
 def lineage(manifests: Manifests) -> str:
-    """Each stage's fingerprint and figures: enough to find the artifacts, or make them again."""
+    """Each step's fingerprint and metrics: enough to find the artifacts, or make them again."""
     rows = []
-    for stage, manifest in manifests.items():
+    for step, manifest in manifests.items():
+        if step in INPUTS:
+            continue  # it stands there under the name of its step too
         found = ", ".join(f"{metric} {figure(value)}" for metric, value in manifest["metrics"].items())
-        rows.append((stage, f"`{manifest['fingerprint'][:12]}`", found))
+        rows.append((step, f"`{manifest['fingerprint'][:12]}`", found))
     return table(("stage", "fingerprint", "figures"), rows)
 
 

@@ -280,21 +280,12 @@ class Part:
     def __len__(self) -> int:
         return len(self.tokens) if self.ends is None else int(self.ends[-1])
 
-    def locate(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Where tokens of the part (by number) lie in `tokens`, and how many lie in one piece from there on."""
-        if self.starts is None or self.ends is None:
-            return places, len(self.tokens) - places
-        document = np.searchsorted(self.ends, places, side="right")
-        left = self.ends[document] - places
-        begun = np.where(document > 0, self.ends[document - 1], 0)
-        return self.starts[document] + places - begun, left
-
     def pieces(self, place: int) -> Iterator[Tokens]:
         """What lies in one piece each, from the token of that number to the end of the part."""
         if self.starts is None or self.ends is None:
             yield self.tokens[place:]
             return
-        document = int(np.searchsorted(self.ends, place, side="right"))
+        document = int(self.ends.searchsorted(place, side="right"))
         begun = int(self.ends[document - 1]) if document else 0
         for number in range(document, len(self.ends)):
             start, end = int(self.starts[number]) - begun, int(self.ends[number])
@@ -318,36 +309,26 @@ class Stream:
         return self.parts[0].tokens.dtype if self.parts else np.dtype("<u2")
 
     def read(self, starts: NDArray[np.int64], length: int) -> Tokens:
-        """Rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream.
-
-        Those that lie in one piece are gathered at once, the others one by one.
-        """
-        owners = np.searchsorted(self.firsts, starts, side="right") - 1
+        """Rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream."""
+        if len(starts) and len(self.parts) == 1 and self.parts[0].ends is None:
+            return sliding_window_view(self.parts[0].tokens, length)[starts]
+        # Rows are spread over the parts, so few are of one: row by row costs less than what numpy takes for each part.
         rows: Tokens = np.empty((len(starts), length), self.token_type)
-        for number in np.unique(owners).tolist():
-            part, here = self.parts[number], np.flatnonzero(owners == number)
-            positions, left = part.locate(starts[here] - self.firsts[number])
-            if (whole := left >= length).any():
-                found = sliding_window_view(part.tokens, length)[positions[whole]]
-                if len(found) == len(rows):
-                    return found  # as mostly: spared a copy
-                rows[here[whole]] = found
-            for row in here[~whole].tolist():
-                self._fill(rows[row], int(starts[row]), number)
+        owners = np.searchsorted(self.firsts, starts, side="right") - 1
+        places = starts - self.firsts[owners]
+        for row, owner, place in zip(rows, owners.tolist(), places.tolist(), strict=True):
+            self._fill(row, owner, place)
         return rows
 
-    def _fill(self, row: Tokens, start: int, number: int) -> None:
-        """Copy what begins at ``start``, in part ``number``, piece by piece."""
+    def _fill(self, row: Tokens, owner: int, place: int) -> None:
+        """Copy what begins at token ``place`` of part ``owner``, piece by piece."""
         filled = 0
-        for piece in self._pieces(start, number):
-            taken = piece[: len(row) - filled]
-            row[filled : filled + len(taken)] = taken
-            filled += len(taken)
-            if filled == len(row):
-                return
-        raise AssertionError(f"the stream ends within {len(row)} tokens from {start}")
-
-    def _pieces(self, start: int, number: int) -> Iterator[Tokens]:
-        for later in range(number, len(self.parts)):
-            first = int(self.firsts[later])
-            yield from self.parts[later].pieces(max(start, first) - first)
+        for number in range(owner, len(self.parts)):
+            for piece in self.parts[number].pieces(place):
+                taken = piece[: len(row) - filled]
+                row[filled : filled + len(taken)] = taken
+                filled += len(taken)
+                if filled == len(row):
+                    return
+            place = 0
+        raise AssertionError(f"the stream ends before {len(row)} tokens from {place} of part {owner}")

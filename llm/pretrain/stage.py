@@ -97,8 +97,9 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
             f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
             "lower pretrain.model.context, or raise tokenize.val_fraction"
         )
-    left_out = job.corpus.left_out()
-    reading = job.corpus.reading(config.plan.windows_before(config.steps))
+    corpus = job.corpus
+    left_out = corpus.left_out()
+    reading = corpus.reading(config.plan.windows_before(config.steps))
     with atomic_path(out / "sources.json") as path:
         path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in describe_reading(config, reading):

@@ -14,10 +14,9 @@ from benchmarks.report import Report, arguments
 from benchmarks.tokenize import learnt
 from data_pipeline.core.processes import cores
 from data_pipeline.stage import LocalContext
-from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.tokenize.flat import FlatTokens, flat_paths
 from data_pipeline.tokenize.stage import TokenizeConfig, tokenize
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
-from llm.data.sequences import write_flat
 
 SHAPES = ((256, 32), (1024, 512))
 """(context, windows a batch): a small training on a CPU, and half a million tokens a step."""
@@ -32,8 +31,8 @@ def main() -> None:
     options = parser.parse_args()
     outs = options.work.resolve() / "loader"
     corpus = installed_text(options.work, options.megabytes)
-    shards, flat, end = laid_flat(corpus, options.vocab_size)
-    tokens = TokenShards(shards, "train").tokens
+    shards, end = encoded(corpus, options.vocab_size)
+    tokens = FlatTokens(shards, "train").tokens
     report = Report("loader", "Batches for training", {"vocab_size": options.vocab_size, "tokens": tokens})
     report.text(
         f"Batches of int64 inputs and targets from {tokens:,} tokens that lie in memory, by one core, medians. llmill, "
@@ -41,12 +40,12 @@ def main() -> None:
         "`datasets` packs its windows before the clock starts."
     )
     report.admit_less(options.megabytes, text_bytes(corpus))
-    file = {"flat": str(flat), "vocab_size": options.vocab_size}
     entries: list[tuple[str, Callable[..., Work], dict[str, Any]]] = [
-        ("llmill", readers.llmill, file),
-        ("llmill, with documents", readers.llmill, {**file, "end": end}),
+        ("llmill", readers.llmill, {"shards": str(shards)}),
+        ("llmill, with documents", readers.llmill, {"shards": str(shards), "end": end}),
     ]
     if not options.no_peers:
+        file = {"flat": str(flat_paths(shards, "train-00000")[0]), "vocab_size": options.vocab_size}
         paths = [str(path) for path in sorted(shards.glob("train-*.parquet"))]
         entries += [
             ("random crops, as nanoGPT", readers.random_crops, file),
@@ -71,22 +70,17 @@ def main() -> None:
     shutil.rmtree(outs)
 
 
-def laid_flat(corpus: Path, vocab_size: int) -> tuple[Path, Path, int]:
-    """Token shards of a corpus, their training text in a flat file, and the token that ends documents."""
+def encoded(corpus: Path, vocab_size: int) -> tuple[Path, int]:
+    """Token shards of a corpus, all training text in one, and the token that ends documents."""
     tokenizer = learnt(corpus, vocab_size)
 
     def encode(out: Path) -> None:
         inputs = {"documents": corpus, "tokenizer": tokenizer}
-        tokenize(TokenizeConfig(), inputs, out, LocalContext(cores()))
+        tokenize(TokenizeConfig(shard_tokens=1 << 30), inputs, out, LocalContext(cores()))
         shutil.rmtree(out / "scratch", ignore_errors=True)
 
-    shards = kept(corpus.with_name(f"{corpus.name}-tokens-{vocab_size}"), encode)
-    end = end_of_text(load_tokenizer(tokenizer))
-
-    def lay(out: Path) -> None:
-        write_flat(TokenShards(shards, "train"), out / "train.bin", vocab_size, end)
-
-    return shards, kept(shards.with_name(f"{shards.name}-flat"), lay) / "train.bin", end
+    shards = kept(corpus.with_name(f"{corpus.name}-flat-tokens-{vocab_size}"), encode)
+    return shards, end_of_text(load_tokenizer(tokenizer))
 
 
 def table(report: Report, key: str, all_runs: Sequence[Runs]) -> None:

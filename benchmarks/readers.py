@@ -30,14 +30,15 @@ def drain(batches: Pairs, tokens: int) -> dict[str, int]:
     raise AssertionError(f"only {read} tokens came")
 
 
-def llmill(flat: str, vocab_size: int, context: int, batch: int, tokens: int, end: int | None = None) -> Work:
+def llmill(shards: str, context: int, batch: int, tokens: int, end: int | None = None) -> Work:
     """Ours, as the trainer uses it; with ``end``, documents' numbers too. The thread shares the core."""
+    from data_pipeline.tokenize.flat import FlatTokens
     from llm.data.loader import Loader, Share
     from llm.data.order import batch_windows
     from llm.data.sequences import Windows
 
     torch.set_num_threads(1)
-    windows = Windows([Path(flat)], vocab_size, context, end)
+    windows = Windows([FlatTokens(Path(shards), "train").stream()], context, end)
     order = partial(batch_windows, seed=0, total=len(windows))
     steps = -(-tokens // (batch * context))
 

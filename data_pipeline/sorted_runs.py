@@ -9,36 +9,26 @@ Tokens travel as bytes: Arrow copies a list of numbers element by element, and b
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.core.files import atomic_path
 from data_pipeline.hashing import HASHES
 from data_pipeline.stage import StageContext
 
-ROW_GROUP_TOKENS = 1 << 18
 RUN_BYTES = 1 << 26
 """Ids and tokens that are held in memory to be sorted at once, while a run is written."""
 GATHER_BYTES = 1 << 28
 """Ids and tokens, about, of one range of keys of gathered runs, which is held in memory."""
 FAN_IN = 256
 """Runs that a range of keys is merged from at most."""
-PARQUET = {
-    "compression": "zstd",
-    "use_dictionary": False,  # ids and tokens hardly repeat within a page: it would only cost time,
-    "write_statistics": False,  # and so would their extremes
-    # Parquet stores each token in four bytes; byte by byte they are compressed in two thirds of the time.
-    "column_encoding": {"tokens.list.element": "BYTE_STREAM_SPLIT"},
-}
 RUN = pa.schema([("id", pa.large_string()), ("key", pa.uint64()), ("data", pa.large_binary())])
 """``data`` is what is carried: the tokens of a document, or its text. Large: a shard's ids may pass 2 GiB."""
 
@@ -172,56 +162,6 @@ def gather_part(work: tuple[Runs, Path, int, int]) -> None:
     rows = group.between(first, last)
     with open_run(path) as writer:
         writer.write_batch(rows.take(pa.array(order_of(rows))))
-
-
-@dataclass(frozen=True)
-class TokenShard:
-    """One token shard to be written: the documents with a key in [first, last]."""
-
-    name: str
-    first: int
-    last: int
-
-
-@dataclass(frozen=True)
-class Merging:
-    """What writes a token shard: passed to the workers."""
-
-    runs: Runs
-    out: Path
-    width: str
-    """The type of a token: ``uint16`` or ``uint32``."""
-    metadata: Mapping[bytes, str]
-    tokens_key: bytes
-
-
-def merge(merging: Merging, item: TokenShard) -> None:
-    """Write one token shard, unless it is there; of a range without documents, one without rows.
-
-    Holds its ids and tokens once, beside the pages that are mapped.
-    """
-    path = merging.out / f"{item.name}.parquet"
-    if path.exists():
-        return
-    rows = merging.runs.between(item.first, item.last)
-    order = order_of(rows)
-    width = np.dtype(merging.width)
-    lengths = pc.binary_length(rows.column("data")).to_numpy()[order] // width.itemsize
-    element = pa.from_numpy_dtype(width)
-    schema = pa.schema(
-        [("id", pa.string()), ("tokens", pa.list_(element))],
-        metadata={**merging.metadata, merging.tokens_key: str(lengths.sum())},
-    )
-    group = (np.cumsum(lengths) - lengths) // ROW_GROUP_TOKENS
-    starts = np.flatnonzero(np.diff(group, prepend=-1))
-    with (
-        atomic_path(path) as temporary,
-        pq.ParquetWriter(temporary, schema, write_page_checksum=True, **PARQUET) as writer,
-    ):
-        for start, end in pairwise([*starts, len(lengths)]):
-            part = rows.take(pa.array(order[start:end]))
-            columns = [part.column("id").cast(pa.string()), unpack(part.column("data"), element)]
-            writer.write_batch(pa.record_batch(columns, schema))
 
 
 def pack(offsets: NDArray[np.int64], tokens: NDArray[np.unsignedinteger]) -> pa.Array:

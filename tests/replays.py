@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.tokenize.flat import Part, Stream
 from data_pipeline.tokenize.shards import TokenShards
 from llm.data.loader import Loader, Share
 from llm.data.sequences import Windows
@@ -26,19 +27,18 @@ def documents(tokenize: Path) -> dict[str, np.ndarray]:
 
 def numbered(job: Job, texts: dict[str, np.ndarray]) -> Windows:
     """The job's training windows, in which each token is the number of its document."""
-    folder = job.scratch / "numbered"
-    folder.mkdir()
-    mix = job.config.mix
-    for path in job.corpus.paths("train"):
-        source = path.stem.removeprefix("train-") if mix else None
+    streams = []
+    for source, real in zip(
+        job.config.mix.names if job.config.mix else [None], job.corpus.streams("train"), strict=True
+    ):
         owners = [
             np.full(len(tokens), number, "<u2")
             for number, (name, tokens) in enumerate(texts.items())
             if source in (None, name.split("/")[0])
         ]
-        np.concatenate(owners).tofile(folder / path.name)
-        assert (folder / path.name).stat().st_size == path.stat().st_size
-    return Windows([folder / path.name for path in job.corpus.paths("train")], len(texts), job.model.context)
+        streams.append(Stream([Part(np.concatenate(owners))]))
+        assert len(streams[-1]) == len(real)
+    return Windows(streams, job.model.context)
 
 
 def replay(job: Job, windows: Windows, spikes: dict[int, int]) -> tuple[dict[int, set[Any]], History]:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from data_pipeline.tokenize.flat import Vocabulary, write_flat
 from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer
@@ -117,12 +119,17 @@ def make_job(job: Contestant, folder: Path, steps: int) -> Job:
     """A training of ``steps`` steps on random tokens."""
     shape, config = job.shape, config_of(job, steps)
     (folder / "scratch").mkdir()
-    made = Job(
-        config=config, model=shape.model, tokenizer=write_tokenizer(shape.vocab_size, folder), out=folder
+    for split, windows in (("train", 64 * shape.batch_windows), ("val", 1)):
+        with write_flat(folder / "tokens", f"{split}-00000", Vocabulary("", shape.vocab_size), end=0) as flat:
+            document = np.append(random_tokens(shape, windows), np.uint16(0))
+            flat.add(pa.array(["random/text"]), pa.ListArray.from_arrays([0, len(document)], document))
+    return Job(
+        config=config,
+        model=shape.model,
+        tokens=folder / "tokens",
+        tokenizer=write_tokenizer(shape.vocab_size, folder),
+        out=folder,
     )
-    random_tokens(shape, windows=64 * shape.batch_windows).tofile(made.scratch / "train.bin")
-    random_tokens(shape, windows=1).tofile(made.scratch / "val.bin")
-    return made
 
 
 def config_of(job: Contestant, steps: int) -> PretrainConfig:

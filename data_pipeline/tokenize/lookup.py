@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.documents import corrupt, read_shard, shard_paths
 from data_pipeline.hashing import hash_column
+from data_pipeline.tokenize.flat import index_of
 from data_pipeline.tokenize.report import Split
 from data_pipeline.tokenize.stage import TokenizeConfig
 
@@ -155,18 +156,18 @@ def shard_tokens(path: Path) -> int:
 
 
 def start_in_source(folder: Path, place: TokenPlace, id: str) -> int:
-    """Tokens of the document's own source that come before it in its split, which reads all shards up to its own."""
-    source, before = id.partition("/")[0], 0
+    """Tokens of the document's own source that come before it in its split."""
+    source = id.partition("/")[0]
+    before = others = 0
     for path in shard_paths(folder, place.split):
-        for batch in read_shard(path):
-            ids, lengths = batch.column("id"), pc.list_value_length(batch.column("tokens")).to_numpy()
-            own = pc.or_(pc.starts_with(ids, f"{source}/"), pc.equal(ids, source))
-            mine = own.to_numpy(zero_copy_only=False)
-            at = pc.index(ids, id).as_py() if path.name == place.shard else -1
-            before += int(lengths[:at][mine[:at]].sum() if at >= 0 else lengths[mine].sum())
-            if at >= 0:
-                return before
-    raise AssertionError(f"{id} is not in {place.shard}")
+        shard = index_of(path)
+        if path.name == place.shard:
+            starts, ends = shard.documents(source)
+            own = int(np.searchsorted(starts, place.start - others))
+            return before + (int(ends[own - 1]) if own else 0)
+        before += shard.sources.get(source, (0, 0))[1]
+        others += shard.tokens
+    raise AssertionError(f"{folder} has no shard {place.shard}")
 
 
 def alike(folder: Path, id: str) -> list[str]:

@@ -55,11 +55,7 @@ class TokenShards:
         Raises:
             UserError: they were not, so that tokens would stand for other text.
         """
-        if self.tokenizer_sha256 != sha256(folder):
-            raise UserError(
-                f"the token shards in {self.paths[0].parent} were made with another tokenizer than {folder}:\n"
-                "tokenise the documents with this one (a step `tokenize`)"
-            )
+        require_tokenizer(self.tokenizer_sha256, folder, self.paths[0].parent)
 
     @staticmethod
     def _head(path: Path) -> Mapping[bytes, bytes]:
@@ -90,3 +86,16 @@ class TokenShards:
             end += len(batch.tokens)
         assert end == self.tokens, f"{end} tokens in the row groups, {self.tokens} in the metadata"
         return flat
+
+
+def require_tokenizer(made_with: str, tokenizer: Path, tokens: Path) -> None:
+    """See that tokens in a folder were ``made_with`` the tokenizer in another (its sha256).
+
+    Raises:
+        UserError: they were not, so that tokens would stand for other text.
+    """
+    if made_with != sha256(tokenizer):
+        raise UserError(
+            f"the token shards in {tokens} were made with another tokenizer than {tokenizer}:\n"
+            "tokenise the documents with this one (a step `tokenize`)"
+        )

@@ -1,9 +1,10 @@
-"""Stage ``tokenize``: documents to Parquet token shards, split and shuffled by hash of their ids.
+"""Stage ``tokenize``: documents to token shards, split and shuffled by hash of their ids.
 
 Two passes. The first encodes each document shard into a run sorted by hash; the second merges one range of hashes from
-all runs into one token shard. Split, order and bounds depend on ids and token counts only, so the same documents give
-the same token shards, however they were sharded and whatever the number of workers. Memory is bounded by `RUN_BYTES`
-and a row group of documents in the first pass, and by ``shard_tokens`` in the second.
+all runs into one token shard, as Parquet and flat (`data_pipeline.tokenize.flat`). Split, order and bounds depend on
+ids and token counts only, so the same documents give the same token shards, however they were sharded and whatever the
+number of workers. Memory is bounded by `RUN_BYTES` and a row group of documents in the first pass, and by
+``shard_tokens`` in the second.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from data_pipeline.core.files import once
 from data_pipeline.core.text import human_bytes
 from data_pipeline.documents import add_up, count_rows, read_shard, shard_paths
 from data_pipeline.hashing import HASHES, hash_column, mix
-from data_pipeline.sorted_runs import Merging, Runs, TokenShard, gather, merge, pack, write_run
+from data_pipeline.sorted_runs import Runs, gather, pack, write_run
 from data_pipeline.stage import Metrics, Runtime, StageConfig, StageContext
 from data_pipeline.tokenize.encode import (
     Encoder,
@@ -35,8 +36,9 @@ from data_pipeline.tokenize.encode import (
     find_fault,
     kept_encoder,
 )
+from data_pipeline.tokenize.flat import Vocabulary
+from data_pipeline.tokenize.merge import Merging, TokenShard, merge
 from data_pipeline.tokenize.report import FIGURES, Split, count, summarise
-from data_pipeline.tokenize.shards import TOKENIZER_KEY, TOKENS_KEY, VOCAB_KEY
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256, vocab_size
 
 FOOTERS_AT_ONCE = 16
@@ -94,8 +96,7 @@ class Encoding:
 
     config: TokenizeConfig
     folder: Path
-    tokenizer_sha256: str
-    vocab_size: int
+    vocabulary: Vocabulary
     end: int
     """The token that ends every document."""
     encoder: EncoderName
@@ -104,13 +105,8 @@ class Encoding:
     scratch: Path
     parallel: bool
 
-    @property
-    def width(self) -> str:
-        """The type of a token: ``uint16`` where the vocabulary allows, else ``uint32``."""
-        return "uint16" if self.vocab_size <= 1 << 16 else "uint32"
-
     def load(self, encoder: EncoderName) -> Encoder:
-        return kept_encoder(encoder, self.folder, self.parallel, self.tokenizer_sha256)
+        return kept_encoder(encoder, self.folder, self.parallel, self.vocabulary.tokenizer_sha256)
 
     def name(self, shard: Path) -> str:
         """The name of the run that a document shard becomes."""
@@ -118,7 +114,8 @@ class Encoding:
 
 
 def tokenize(config: TokenizeConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Encode ``inputs["documents"]`` with ``inputs["tokenizer"]`` into ``train-*`` and ``val-*`` token shards.
+    """Encode ``inputs["documents"]`` with ``inputs["tokenizer"]`` into ``train-*`` and ``val-*`` token shards, and
+    their flat files.
 
     Raises:
         UserError: no document falls into one of the splits.
@@ -148,8 +145,7 @@ def prepare(
     return Encoding(
         config=config,
         folder=folder,
-        tokenizer_sha256=sha256(folder),
-        vocab_size=vocab_size(tokenizer),
+        vocabulary=Vocabulary(sha256(folder), vocab_size(tokenizer)),
         end=end_of_text(tokenizer),
         encoder="gigatoken",
         checked=min(HASHES - 1, HASHES * config.runtime.check_documents // max(1, documents)),
@@ -191,7 +187,7 @@ def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
                 fault = find_fault(checked, encode, encoding.load("tokenizers"))
             offsets, tokens = encode(texts)
             count(tally, keys < np.uint64(encoding.config.held_out), sources, np.diff(offsets), texts)
-            ended = append_to_each((offsets, tokens.astype(encoding.width)), encoding.end)
+            ended = append_to_each((offsets, tokens.astype(encoding.vocabulary.token_type)), encoding.end)
             run.add(ids, keys, pack(*ended))
     return {"fault": fault, **{name: dict(counts) for name, counts in tally.items()}}
 
@@ -226,8 +222,5 @@ def write_all(
 ) -> None:
     """Merge the runs of all document shards into the token shards that are planned."""
     runs = Runs(encoding.scratch, tuple(encoding.name(path) for path in shards))
-    metadata = {TOKENIZER_KEY: encoding.tokenizer_sha256, VOCAB_KEY: str(encoding.vocab_size)}
-    merging = Merging(
-        runs=gather(runs, context), out=out, width=encoding.width, metadata=metadata, tokens_key=TOKENS_KEY
-    )
+    merging = Merging(runs=gather(runs, context), out=out, vocabulary=encoding.vocabulary, end=encoding.end)
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])

@@ -14,6 +14,7 @@ from data_pipeline.core.files import once
 from data_pipeline.core.text import first_line
 from data_pipeline.documents import SCHEMA, byte_lengths, corrupt, count_rows, read_shard
 from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.tokenize.flat import lay_flat
 from data_pipeline.tokenize.shards import TokenShards
 from llm.adopt.files import Files
 from llm.adopt.tokenizer import copy
@@ -95,12 +96,24 @@ def adopt_tokens(files: Files, out: Path, context: StageContext) -> Metrics:
     train, held_out = TokenShards(out, "train"), TokenShards(out, "val")
     if (train.tokenizer_sha256, train.vocab_size) != (held_out.tokenizer_sha256, held_out.vocab_size):
         raise UserError("the train and val shards come from different tokenizers:\nadopt those of one step")
+    try:
+        lay_flat(out, last_token(train), context)
+    except AssertionError as error:  # which a fault of ours would be, of shards that we made
+        raise UserError(
+            f"{first_line(error)}: tokens made elsewhere must end each document with one token"
+        ) from None
     return {
         "documents": float(sum(map(count_rows, [*train.paths, *held_out.paths]))),
         "train_tokens": float(train.tokens),
         "val_tokens": float(held_out.tokens),
         "vocab_size": float(train.vocab_size),
     }
+
+
+def last_token(shards: TokenShards) -> int:
+    """The token at the end of the first document: that which ends them all."""
+    batch = next(iter(shards))
+    return int(batch.tokens[batch.offsets[1] - 1])
 
 
 def copy_shard(out: Path, item: tuple[str, Path]) -> None:

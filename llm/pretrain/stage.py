@@ -1,7 +1,7 @@
 """The pretrain stage: token shards to a trained model. Here is what a recipe may say (`PretrainConfig`), and the body,
-which checks that it can be done, lays the tokens flat, has the ranks started (`llm.training.trainer` is what each of
-them runs) and turns what they leave behind into the artifact. A body started again after a kill goes on from the newest
-whole checkpoint and ends with the same bytes.
+which checks that it can be done, has the ranks started (`llm.training.trainer` is what each of them runs; they read the
+token shards where they lie) and turns what they leave behind into the artifact. A body started again after a kill goes
+on from the newest whole checkpoint and ends with the same bytes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
-from data_pipeline.tokenize.shards import TokenShards
+from data_pipeline.tokenize.flat import FlatTokens
 from data_pipeline.train_tokenizer.tokenizer import special_tokens
 from llm.data import order as batches
 from llm.machine.environment import remark
@@ -76,31 +76,33 @@ def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainCon
 
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
-    """Check what can be checked before a rank starts, and lay the tokens flat."""
-    train, held_out = TokenShards(inputs["tokens"], "train"), TokenShards(inputs["tokens"], "val")
-    train.require_tokenizer(inputs["tokenizer"])
-    model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocab_size)
+    """Check what can be checked before a rank starts, and write down what will be read."""
+    train, held_out = FlatTokens(inputs["tokens"], "train"), FlatTokens(inputs["tokens"], "val")
+    train.vocabulary.require_tokenizer(inputs["tokenizer"], inputs["tokens"])
+    model = ModelConfig(**config.model.model_dump(), vocab_size=train.vocabulary.size)
     if config.init_from is not None:
         tokenizer = inputs["tokenizer"]
         require_start(model, config.init_from, special_tokens(tokenizer), tokenizer)
-    job = Job(config=config, model=model, tokenizer=inputs["tokenizer"], out=out)
-    job = as_begun(job)
+    job = as_begun(
+        Job(config=config, model=model, tokens=inputs["tokens"], tokenizer=inputs["tokenizer"], out=out)
+    )
+    job.scratch.mkdir(parents=True, exist_ok=True)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
         raise UserError(
             f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
             "lower pretrain.model.context, or raise tokenize.val_fraction"
         )
-    tokens = job.corpus.lay(train, held_out)
-    reading = job.corpus.reading(config.plan.windows_before(config.steps))
+    corpus = job.corpus
+    left_out = corpus.left_out()
+    reading = corpus.reading(config.plan.windows_before(config.steps))
     with atomic_path(out / "sources.json") as path:
         path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in describe_reading(config, reading):
         context.note(line)
-    if left_out := [
-        f"{name} ({tokens[name]:,} tokens)" for name in sorted(tokens.keys() - (config.mixture or {}).keys())
-    ]:
-        context.note(f"pretrain.mixture leaves out {', '.join(left_out)}", warning=True)
+    if left_out:
+        named = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in left_out.items())
+        context.note(f"pretrain.mixture leaves out {named}", warning=True)
     return job
 
 

@@ -18,6 +18,7 @@ class Job(Config):
 
     config: PretrainConfig
     model: ModelConfig
+    tokens: Path
     tokenizer: Path
     out: Path
 
@@ -36,14 +37,12 @@ class Job(Config):
 
     @property
     def corpus(self) -> Corpus:
-        """The text, as it lies in `scratch`."""
-        end = end_of_text(load_tokenizer(self.tokenizer))
-        shape, config = self.model, self.config
+        """The text, as it lies in `tokens`."""
+        config = self.config
         return Corpus(
-            folder=self.scratch,
-            vocab_size=shape.vocab_size,
-            context=shape.context,
-            end=end,
+            folder=self.tokens,
+            context=self.model.context,
+            end=end_of_text(load_tokenizer(self.tokenizer)),
             seed=config.seed,
             mixture=config.mix,
             documents=config.mask_documents,

@@ -21,10 +21,10 @@ from data_pipeline import documents
 from data_pipeline import sorted_runs as token_runs
 from data_pipeline.core.errors import UserError
 from data_pipeline.documents import SCHEMA, write_shard
-from data_pipeline.sorted_runs import ROW_GROUP_TOKENS
 from data_pipeline.stage import LocalContext
 from data_pipeline.tokenize import encode
 from data_pipeline.tokenize.encode import append_to_each
+from data_pipeline.tokenize.merge import ROW_GROUP_TOKENS
 from data_pipeline.tokenize.report import SPLITS, count_words
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.tokenize.stage import TokenizeConfig, tokenize

@@ -19,10 +19,10 @@ GOLDEN = {
     "clean": "96ae08154f7d5a16",
     "dedup": "d14bb4fbbe28ff03",
     "train_tokenizer": "5e3957bb1a6d6494",
-    "tokenize": "b4639f3a80b7d3ef",
-    "pretrain": "aedc8cfcaea1cbec",
-    "evaluate": "0bcc10fe7980225e",
-    "export": "f14590ad7078001a",
+    "tokenize": "47ae3941112cbd26",
+    "pretrain": "b5a86e2f81761cd1",
+    "evaluate": "d4fdb025cd9522b5",
+    "export": "6a3d79117b77c8c2",
 }
 
 

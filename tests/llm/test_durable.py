@@ -4,6 +4,7 @@ other ranks. Whole trainings, so each test costs some starts of ranks."""
 from __future__ import annotations
 
 import random
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -17,7 +18,6 @@ import pytest
 from disturbed import Stage, events
 
 from data_pipeline.stage import LocalContext
-from data_pipeline.tokenize.shards import TokenShards
 from llm.data.order import batch_windows
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import pretrain
@@ -159,14 +159,16 @@ def test_many_kills_while_checkpoints_are_written_change_no_byte(
 SPIKY = {"spike_z": 8, "spike_window": 8, "rollback_every": 5}
 
 
-def plant_spike(corpus: dict[str, Path], out: Path, step: int) -> None:
-    """Lay the training tokens flat as the stage does, but the windows of one step are noise."""
-    tokens = TokenShards(corpus["tokens"], "train").read_all().astype("<u2")
+def plant_spike(corpus: dict[str, Path], folder: Path, step: int) -> dict[str, Path]:
+    """The corpus with other training tokens: the windows of one step are noise."""
+    shutil.copytree(corpus["tokens"], folder)
+    flat = folder / "flat" / "train-00000.bin"
+    tokens = np.fromfile(flat, "<u2")
     dice = np.random.default_rng(0)
     for window in batch_windows(step * BATCH, BATCH, 0, (len(tokens) - 1) // CONTEXT).astype(int):
         tokens[window * CONTEXT + 1 : (window + 1) * CONTEXT + 1] = dice.integers(0, 500, CONTEXT)
-    (out / "scratch").mkdir()
-    tokens.tofile(out / "scratch" / "train.bin")
+    tokens.tofile(flat)
+    return {**corpus, "tokens": folder}
 
 
 def test_a_leap_of_the_loss_rolls_back_and_passes_over_the_batches_and_a_kill_changes_no_byte_of_it(
@@ -174,9 +176,7 @@ def test_a_leap_of_the_loss_rolls_back_and_passes_over_the_batches_and_a_kill_ch
 ) -> None:
     """Step 19 (from 0) reads noise: back to step 15, and on with the batches of steps 20 on."""
     calm, disturbed = tmp_path / "calm", tmp_path / "disturbed"
-    for out in (calm, disturbed):
-        out.mkdir()
-        plant_spike(corpus, out, step=19)
+    corpus = plant_spike(corpus, tmp_path / "tokens", step=19)
     config = recipe(SPIKY)
     run(config, corpus, calm)
     [told] = events(calm, "rollback")

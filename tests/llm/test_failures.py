@@ -89,7 +89,9 @@ def test_a_rank_that_cannot_tell_its_failure_ends_all_the_same(
     """No rendezvous is described in the environment, and there is no folder to say so in."""
     model = ModelConfig(layers=1, heads=2, width=16, context=32, vocab_size=500)
     config = PretrainConfig.model_validate({"tokens": 1 << 20})
-    job = Job(config=config, model=model, tokenizer=corpus["tokenizer"], out=tmp_path)
+    job = Job(
+        config=config, model=model, tokens=corpus["tokens"], tokenizer=corpus["tokenizer"], out=tmp_path
+    )
     job.scratch.mkdir()
     path = job.scratch / "job.json"
     path.write_text(job.model_dump_json())

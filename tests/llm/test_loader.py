@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.tokenize.flat import Part, Stream
 from llm.data import loader as module
 from llm.data.loader import Loader, Share
 from llm.data.order import batch_windows
@@ -22,10 +23,9 @@ ALONE = Share(0, 1, 4)
 
 
 @pytest.fixture(scope="module")
-def windows(tmp_path_factory: pytest.TempPathFactory) -> Windows:
-    path = tmp_path_factory.mktemp("flat") / "train.bin"
-    np.random.default_rng(0).integers(0, 50, 3000).astype("<u2").tofile(path)
-    return Windows([path], 50, CONTEXT, end=0)
+def windows() -> Windows:
+    tokens = np.random.default_rng(0).integers(0, 50, 3000).astype("<u2")
+    return Windows([Stream([Part(tokens)])], CONTEXT, end=0)
 
 
 def growing(step: int) -> tuple[int, int]:

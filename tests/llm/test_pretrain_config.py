@@ -212,7 +212,7 @@ def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Pat
 def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any) -> Job:
     """What ``given`` is to do in ``out``, where a checkpoint of another setup may lie."""
     model = ModelConfig(**given.model.model_dump(), vocab_size=500)
-    made = Job(config=given, model=model, tokenizer=corpus["tokenizer"], out=out)
+    made = Job(config=given, model=model, tokens=corpus["tokens"], tokenizer=corpus["tokenizer"], out=out)
     if setup:
         folder = checkpoint.begin(made.checkpoints, 4)
         checkpoint.commit(folder, step=4, setup=replace(made.setup, **setup), history={})

@@ -143,10 +143,10 @@ def test_every_document_is_found_in_its_token_shard_and_others_are_not(shards: d
 def test_a_token_shard_of_many_row_groups_is_searched_by_halves(
     corpus: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import data_pipeline.sorted_runs as runs
     import data_pipeline.tokenize.lookup as lookup
+    import data_pipeline.tokenize.merge as merge
 
-    monkeypatch.setattr(runs, "ROW_GROUP_TOKENS", 1000)
+    monkeypatch.setattr(merge, "ROW_GROUP_TOKENS", 1000)
     layout = TokenizeConfig(val_fraction=0.2)
     tokenize(layout, corpus, tmp_path, LocalContext())
     texts = documents(tmp_path)

@@ -55,7 +55,11 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     end = end_of_text(tokenizer)
     its = write_tokenizer(tokenizer_folder, out, model.config.context)
     write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
-    ends = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": tokenizer.token_to_id(its["pad_token"])}
+    ends: dict[str, Any] = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": tokenizer.token_to_id(its["pad_token"]),
+    }
     if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
         ends["eos_token_id"] = [turn, end]
     write_json(out / "generation_config.json", {**ends, "do_sample": True})

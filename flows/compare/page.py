@@ -88,7 +88,9 @@ def links(comparison: Comparison) -> list[str]:
 
 
 def plots(comparison: Comparison) -> list[str]:
-    """Training's and held-out loss, over each axis."""
+    """Training's and held-out loss, over each axis; nothing where one of the models was not trained here."""
+    if not comparison.curves:
+        return []
     names = [f"{one.label} {one.name}" for one in comparison.subjects]
     key = "".join(
         f'<span class="key {style(place)}"></span>{escape(name)}' for place, name in enumerate(names)

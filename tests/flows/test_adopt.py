@@ -104,10 +104,12 @@ def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     assert first["fingerprint"] == again["fingerprint"]
     assert set(yaml.safe_load(first["recipe"])["adopt"]) == {"type", "path", "origin", "license"}
     recipe = tmp_path / "begins.yaml"
-    recipe.write_text(f"name: begins\n{first['recipe']}export:\n")
+    tokens = next(finished.home.glob("store/tokenize/*/manifest.json")).parent.absolute()
+    more = f"tokens_: {{stage: adopt, type: tokens, path: '{tokens}'}}\nevaluate: {{max_documents: 3}}\nexport:\n"
+    recipe.write_text(f"name: begins\n{first['recipe']}{more}")
     planned = json.loads(finished("plan", str(recipe), "--json").stdout)
     actions = {step["step"]: step["action"] for step in planned}
-    assert actions == {"adopt": "reuse", "export": "run"}
+    assert actions == {"adopt": "reuse", "tokens_": "run", "evaluate": "run", "export": "run"}
     ran = finished("run", str(recipe))
     assert "✓ export" in ran.stdout
     card = next(
@@ -120,6 +122,8 @@ def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     assert "nothing: it is a beginning" in traced
     assert "export" in traced
     assert finished("verify", first["fingerprint"]).returncode == 0
+    assert "A  begins" in finished("compare", "latest", "latest").stdout
+    assert first["fingerprint"] not in finished("gc").stdout
 
 
 def test_the_name_of_the_step_stands_in_the_lines_and_no_place_is_hashed(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from flows.lineage.documents import DocumentTrace, training_of
 from flows.lineage.graph import Graph, Node
 from flows.lineage.report import Known, document_json, document_lines
 from flows.lineage.target import find_target
-from flows.stages import BY_NAME
+from flows.stages import DEFAULT
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import prepare
 
@@ -303,4 +303,4 @@ def test_an_unfinished_training_says_what_it_has_read_and_what_it_will(line: Gra
                 assert not reading.reads
                 assert reading.validated
     assert fates == {"trained", "not yet"}
-    assert list(BY_NAME)[:2] == ["download", "clean"]
+    assert DEFAULT[:2] == ("download", "clean")

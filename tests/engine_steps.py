@@ -73,17 +73,18 @@ def run(experiments: list[Experiment], folder: Path, launcher: Callable[..., Non
 def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
     """One experiment, on every rank: facts, and tensors."""
     config, shape = experiment.pretrain, experiment.shape
+    resolved = config.wanted.resolve()
     rank = dist.get_rank() * config.runtime.data_ranks // dist.get_world_size()
-    engine = Engine(Transformer(shape, seed=config.seed), config)
+    engine = Engine(Transformer(shape, seed=config.seed), resolved)
     facts = []
     for step in range(experiment.steps):
         if step and step == experiment.reload_after:
             folder.mkdir(exist_ok=True)
             checkpoint.write_part(folder, dist.get_rank(), engine.snapshot())
             dist.barrier()
-            engine = Engine(Transformer(shape, seed=config.seed + 1), config)
+            engine = Engine(Transformer(shape, seed=config.seed + 1), resolved)
             engine.restore(folder)
-        windows, count = config.plan.windows_at(step), config.accumulation(step)
+        windows, count = config.plan.windows_at(step), resolved.accumulation(step)
         mine = [part.chunk(config.runtime.data_ranks)[rank] for part in batch(step, windows, shape)]
         micro_batches = map(Batch, *(part.chunk(count) for part in mine))
         taken = engine.step(micro_batches, count, config.schedule.multiple(step, config.steps), measure=True)

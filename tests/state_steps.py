@@ -34,7 +34,8 @@ def make_engine(stage: int, seed: int) -> Engine:
             "runtime": {"ranks": ranks, "zero_stage": stage, "micro_batch": 8 // ranks},
         }
     )
-    return Engine(Transformer(ModelConfig.model_validate({**SHAPE, "vocab_size": 500}), seed=seed), config)
+    shape = ModelConfig.model_validate({**SHAPE, "vocab_size": 500})
+    return Engine(Transformer(shape, seed=seed), config.wanted.resolve())
 
 
 def step(engine: Engine, number: int, spoil: bool = False) -> Step:

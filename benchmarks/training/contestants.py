@@ -129,7 +129,7 @@ def make_job(job: Contestant, folder: Path, steps: int) -> Job:
         tokens=folder / "tokens",
         tokenizer=write_tokenizer(shape.vocab_size, folder),
         out=folder,
-    )
+    ).resolve()
 
 
 def config_of(job: Contestant, steps: int) -> PretrainConfig:
@@ -168,14 +168,15 @@ def train_plain(job: Contestant, steps: int) -> dict[str, Any]:
     """The same model and optimizer as ours in a bare loop: what is left is what DeepSpeed and our loop cost."""
     from llm.training.optimizer import Optimizer, parameter_groups
 
-    config = config_of(job, steps)
-    model = Transformer(job.shape.model, back_end=config.attention()[0], matmul=config.matmul()[0])
-    optimizer = Optimizer(parameter_groups(model, config), config)
+    resolved = config_of(job, steps).wanted.resolve()
+    model = Transformer(job.shape.model, back_end=resolved.attention, matmul=resolved.matmul)
+    products = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+    optimizer = Optimizer(parameter_groups(model, resolved.optimizer), resolved.optimizer, products)
 
     def loss(rows: Tensor) -> Tensor:
         return model(rows[:, :-1], rows[:, 1:])
 
-    return bare_loop(job, model, optimizer, loss, steps, micro=config.micro_batch)
+    return bare_loop(job, model, optimizer, loss, steps, micro=resolved.micro_batch)
 
 
 def train_transformers(job: Contestant, steps: int) -> dict[str, Any]:

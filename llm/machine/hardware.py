@@ -65,9 +65,3 @@ def require_ranks(ranks: int) -> None:
             f"set pretrain.runtime.ranks to at most {room * nodes.count}"
         )
     nodes.rendezvous(ranks)
-
-
-def precision_reason(precision: str) -> str:
-    """Why training is in ``precision``."""
-    fastest, reason = hardware_precision()
-    return reason if fastest == precision else f"asked for ({fastest} would be faster here: {reason})"

@@ -19,15 +19,13 @@ from data_pipeline.train_tokenizer.stage import TokenizerConfig
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, special_tokens, vocab_size
 from llm.data.mixture import Mixture
 from llm.kernels.names import BackEnd, Library
-from llm.machine.hardware import device_kind, hardware_precision, require_ranks
+from llm.machine.hardware import require_ranks
 from llm.machine.slurm import SlurmJob
 from llm.model.config import ModelConfig, ModelShape
 from llm.pretrain import presets
 from llm.training.recovery import Recovery
+from llm.training.resolved import OptimizerSettings, Wanted
 from llm.training.schedule import BatchPlan, Schedule, batch_plan
-
-MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
-"""Most tokens a rank works on at once when the micro-batch is "auto": what fits caches, or fills a GPU."""
 
 
 class OptimizerConfig(Config):
@@ -260,28 +258,9 @@ class PretrainConfig(StageConfig):
     def for_this_machine(self) -> Self:
         """`resolve`, for ranks that start here."""
         require_ranks(self.runtime.ranks)
-        precision = hardware_precision()[0] if self.precision == "auto" else self.precision
-        resolved = self.model_copy(update={"precision": precision})
-        if self.runtime.attention != "auto":  # which always finds one that can run
-            resolved.attention()
-        if self.runtime.matmul != "auto":
-            resolved.matmul()
-        if self.runtime.compile:
-            resolved.require_compiler()
-        return resolved
-
-    def require_compiler(self) -> None:
-        """See that layers can be compiled here.
-
-        Raises:
-            UserError: they can't.
-        """
-        from llm.training.compiled import missing
-
-        if why_not := missing(device_kind()):
-            raise UserError(
-                f"pretrain.runtime.compile is true, but {why_not}:\ninstall it, or set it to false"
-            )
+        wanted = self.wanted
+        wanted.require()
+        return self.model_copy(update={"precision": wanted.pin_precision()})
 
     def require_precision(self) -> Self:
         """`resolve`, for ranks that start on machines which this one knows nothing of."""
@@ -342,32 +321,40 @@ class PretrainConfig(StageConfig):
         """What follows from `depth`."""
         return presets.describe(self.model_dump())
 
-    def attention(self) -> tuple[BackEnd, str]:
-        """How attention is computed on this machine, and why.
-
-        Raises:
-            UserError: what ``runtime.attention`` asks for cannot run here.
-        """
-        from llm.kernels.attention import choose
-
-        return choose(
-            self.runtime.attention,
-            device=device_kind(),
-            precision=self.precision,
-            head_width=self.model.head_width,
+    @property
+    def wanted(self) -> Wanted:
+        """What the ranks are to compute with, before it is known what their machine has."""
+        runtime = self.runtime
+        return Wanted(
+            ranks=runtime.ranks,
+            zero_stage=runtime.zero_stage,
+            sequence_parallel=runtime.sequence_parallel,
+            tensor_parallel=runtime.tensor_parallel,
+            offload=runtime.offload,
+            compile=runtime.compile,
+            activation_checkpointing=runtime.activation_checkpointing,
+            batches=self.plan,
             context=self.model.context,
+            head_width=self.model.head_width,
             documents=self.mask_documents,
+            optimizer=self.optimizer_settings,
+            precision=self.precision,
+            attention=runtime.attention,
+            matmul=runtime.matmul,
+            micro_batch=runtime.micro_batch,
         )
 
-    def matmul(self) -> tuple[Library, str]:
-        """Which library multiplies matrices on this machine, and why.
-
-        Raises:
-            UserError: what ``runtime.matmul`` asks for cannot be had.
-        """
-        from llm.kernels.matmul import choose_matmul
-
-        return choose_matmul(self.runtime.matmul, device=device_kind(), precision=self.precision)
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """How parameters move, from here and from `optimizer`."""
+        return OptimizerSettings(
+            **self.optimizer.model_dump(),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+        )
 
     @property
     def plan(self) -> BatchPlan:
@@ -387,24 +374,6 @@ class PretrainConfig(StageConfig):
     def step_slots(self, step: int) -> tuple[int, int]:
         """The first slot that ``step`` (from 0) reads a window from, and how many there are for it."""
         return self.plan.windows_before(step), self.plan.windows_at(step)
-
-    @property
-    def micro_batch(self) -> int:
-        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device.
-
-        With a batch warm-up, of its share of the smallest batch.
-        """
-        if self.runtime.micro_batch != "auto":
-            return self.runtime.micro_batch
-        most = max(
-            1, MICRO_BATCH_TOKENS[device_kind()] * self.runtime.sequence_parallel // self.model.context
-        )
-        share = self.plan.smallest // self.runtime.data_ranks
-        return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
-
-    def accumulation(self, step: int) -> int:
-        """Micro-batches a rank works through in ``step``."""
-        return self.plan.windows_at(step) // (self.runtime.data_ranks * self.micro_batch)
 
     def tokens_after(self, done: int) -> int:
         """Tokens that the first ``done`` steps read."""

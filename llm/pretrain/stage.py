@@ -17,7 +17,6 @@ from data_pipeline.tokenize.flat import FlatTokens
 from data_pipeline.train_tokenizer.tokenizer import special_tokens
 from llm.data import order as batches
 from llm.machine.environment import remark
-from llm.machine.hardware import device_kind, precision_reason
 from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
 from llm.pretrain import presets
@@ -25,6 +24,7 @@ from llm.pretrain.config import PretrainConfig
 from llm.pretrain.summary import describe_reading, summarise
 from llm.training import checkpoint
 from llm.training.job import Job
+from llm.training.resolved import Resolved
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -43,17 +43,13 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
     here = config.runtime.launcher == "local"
-    if here:
-        config = choose_kernels(config, context)
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
         job = prepare(config, inputs, out, context)
-        path = job.scratch / "job.json"
-        path.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-        if here and device_kind() == "cpu":
+        if job.resolved and job.resolved.device == "cpu":
             context.note(remark())
         context.launch(
             "llm.training.trainer",
-            path,
+            job.write(),
             config.runtime.ranks,
             events=job.events,
             logs=out / "logs",
@@ -63,16 +59,14 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     return summarise(config, out)
 
 
-def choose_kernels(config: PretrainConfig, context: StageContext) -> PretrainConfig:
-    """A copy with what this machine computes with pinned, and told."""
-    context.note(f"precision {config.precision}: {precision_reason(config.precision)}")
-    attention, reason = config.attention()
-    context.note(f"attention {attention}: {reason}")
-    matmul, reason = config.matmul()
-    if device_kind() == "cpu":
-        context.note(f"matrix products by {matmul}: {reason}")
-    runtime = config.runtime.model_copy(update={"attention": attention, "matmul": matmul})
-    return config.model_copy(update={"runtime": runtime})
+def describe_resolved(resolved: Resolved) -> list[str]:
+    """Lines for a person: what the ranks compute with, and why."""
+    lines = [
+        f"precision {resolved.precision}: {resolved.precision_reason}",
+        f"attention {resolved.attention}: {resolved.attention_reason}",
+    ]
+    products = f"matrix products by {resolved.matmul}: {resolved.matmul_reason}"
+    return [*lines, products] if resolved.device == "cpu" else lines
 
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
@@ -86,7 +80,9 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     job = as_begun(
         Job(config=config, model=model, tokens=inputs["tokens"], tokenizer=inputs["tokenizer"], out=out)
     )
-    job.scratch.mkdir(parents=True, exist_ok=True)
+    if job.resolved:
+        for line in describe_resolved(job.resolved):
+            context.note(line)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
         raise UserError(
@@ -108,19 +104,21 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
 
 def as_begun(job: Job) -> Job:
     """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
-    follow are those of an undisturbed run.
+    follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
 
     Raises:
-        UserError: that checkpoint was made in another precision.
+        UserError: that checkpoint was made in another precision; something that is asked for cannot run here.
     """
     newest = next(iter(checkpoint.complete(job.checkpoints)), None)
-    if newest is None:
-        return job
-    made, now = newest.setup, job.config.runtime
-    alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
-    if now.micro_batch == "auto" and alike:
-        runtime = now.model_copy(update={"micro_batch": made.micro_batch})
-        job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
-    if now.launcher == "local":  # else its ranks see for themselves: what they compute with is not known here
+    if newest is not None:
+        made, now = newest.setup, job.config.runtime
+        alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
+        if now.micro_batch == "auto" and alike:
+            runtime = now.model_copy(update={"micro_batch": made.micro_batch})
+            job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
+    if job.config.runtime.launcher != "local":
+        return job  # its ranks see for themselves: what they compute with is not known here
+    job = job.resolve()
+    if newest is not None:
         checkpoint.require_same_training(newest, job.setup)
     return job

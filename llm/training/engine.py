@@ -1,7 +1,7 @@
 """DeepSpeed, and the only import of it: a model and its optimizer spread over the ranks by ZeRO (Rajbhandari et
 al. 2019, arXiv:1910.02054), behind the few calls that the training loop needs. Parameters stay fp32; bf16 means
 that matrix products run in it (autocast), so every ZeRO stage computes the same numbers up to rounding. DeepSpeed's
-JSON is derived from `PretrainConfig` here and nowhere else. Of DeepSpeed nothing is compiled: the optimizer is
+JSON is derived from `Resolved` here and nowhere else. Of DeepSpeed nothing is compiled: the optimizer is
 torch's own, and the shared-memory collectives (a minute of C++ for ranks on CPUs) are left out.
 """
 
@@ -32,16 +32,15 @@ import deepspeed
 from deepspeed.sequence.layer import DistributedAttention
 
 from llm.data.sequences import Batch
-from llm.training import state
+from llm.training import internals, state
 from llm.training.compiled import compile_layers
-from llm.training.muon import EndToEnd, Pieces, Striped
 from llm.training.optimizer import Optimizer, parameter_groups
 from llm.training.probe import Clock
 from llm.training.tensor_parallel import Splitting, autotp
 
 if TYPE_CHECKING:
     from llm.model.transformer import Transformer
-    from llm.pretrain.config import PretrainConfig
+    from llm.training.resolved import Resolved
 
 if sys.modules["mlflow"] is None:
     del sys.modules["mlflow"]
@@ -58,43 +57,41 @@ def start_ranks(timeout_seconds: float = 600) -> tuple[int, int]:
     timeout = timedelta(seconds=timeout_seconds)
     # For the groups that DeepSpeed makes of its own, which would wait half an hour.
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
-    # DeepSpeed builds optional C++ collectives when this table, which it fills by running compilers, allows it.
-    deepspeed.ops.__compatible_ops__ = {}
+    internals.compile_no_collectives(deepspeed.ops)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(timeout=timeout, auto_mpi_discovery=False, verbose=False)
     return dist.get_rank(), dist.get_world_size()
 
 
-def deepspeed_config(config: PretrainConfig) -> dict[str, Any]:
+def deepspeed_config(resolved: Resolved) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, derived from ours."""
-    runtime = config.runtime
+    count, split = resolved.accumulation(0), resolved.tensor_parallel
     return {
         # It does not know yet of ranks that work on the same windows.
-        "train_batch_size": config.micro_batch * config.accumulation(0) * runtime.ranks,
-        "train_micro_batch_size_per_gpu": config.micro_batch,
-        "gradient_accumulation_steps": config.accumulation(0),
+        "train_batch_size": resolved.micro_batch * count * resolved.ranks,
+        "train_micro_batch_size_per_gpu": resolved.micro_batch,
+        "gradient_accumulation_steps": count,
         # At stage 0 we clip, because DeepSpeed does not tell the norm there.
-        "gradient_clipping": config.grad_clip if runtime.zero_stage else 0.0,
-        "zero_optimization": {"stage": runtime.zero_stage, **offload_config(config)},
+        "gradient_clipping": resolved.optimizer.grad_clip if resolved.zero_stage else 0.0,
+        "zero_optimization": {"stage": resolved.zero_stage, **offload_config(resolved)},
         "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at its first use, and is no Muon
         "zero_allow_untested_optimizer": True,  # ours; tests hold it to its rule at each stage
         "torch_autocast": {
-            "enabled": config.precision == "bf16",
+            "enabled": resolved.precision == "bf16",
             "dtype": "bfloat16",
             "lower_precision_safe_modules": [],  # gradients travel in fp32
         },
         "steps_per_print": 1 << 40,
-    } | ({"tensor_parallel": autotp(runtime.tensor_parallel)} if runtime.tensor_parallel > 1 else {})
+    } | ({"tensor_parallel": autotp(split)} if split > 1 else {})
 
 
-def offload_config(config: PretrainConfig) -> dict[str, Any]:
+def offload_config(resolved: Resolved) -> dict[str, Any]:
     """What DeepSpeed is told of what leaves the device between its uses."""
-    runtime = config.runtime
-    if runtime.offload == "none":
+    if resolved.offload == "none":
         return {}
-    place = {"device": runtime.offload, "pin_memory": torch.cuda.is_available()}
-    return {"offload_optimizer": place} | ({"offload_param": place} if runtime.zero_stage == 3 else {})
+    place = {"device": resolved.offload, "pin_memory": resolved.device == "cuda"}
+    return {"offload_optimizer": place} | ({"offload_param": place} if resolved.zero_stage == 3 else {})
 
 
 @dataclass(frozen=True)
@@ -129,31 +126,32 @@ def spoilt_where_not_finite(loss: Tensor) -> Tensor:
 class Engine:
     """A model in training on all ranks. Every method is a collective: all ranks call it together."""
 
-    def __init__(self, model: Transformer, config: PretrainConfig) -> None:
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+    def __init__(self, model: Transformer, resolved: Resolved) -> None:
+        on_gpu = resolved.device == "cuda"
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.clock = Clock()
-        self.clip = config.grad_clip
-        self.zero_stage = config.runtime.zero_stage
+        self.clip = resolved.optimizer.grad_clip
+        self.zero_stage = resolved.zero_stage
         model = model.to(self.device)
-        self.sharing = Sharing(config.runtime.sequence_parallel)
+        self.sharing = Sharing(resolved.sequence_parallel)
         self.sharing.apply(model)
-        self.splitting = Splitting(config.runtime.tensor_parallel)
+        self.splitting = Splitting(resolved.tensor_parallel)
         self.splitting.prepare(model)
-        if config.runtime.compile:
+        if resolved.compile:
             compile_layers(model)
-        groups = parameter_groups(model, config)
+        groups = parameter_groups(model, resolved.optimizer)
         self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
-        self.optimizer = Optimizer(groups, config)
+        products = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
+        self.optimizer = Optimizer(groups, resolved.optimizer, products)
         members = [{id(parameter) for parameter in group["params"]} for group in groups]
         self.engine, *_ = deepspeed.initialize(
             model=model,
             optimizer=self.optimizer,
-            config=deepspeed_config(config),
+            config=deepspeed_config(resolved),
             dist_init_required=False,
         )
         if self.zero_stage:
-            self.optimizer.pieces = pieces_of(self.engine.optimizer, self.zero_stage, members)
+            self.optimizer.pieces = internals.pieces_of(self.engine.optimizer, self.zero_stage, members)
 
     @property
     def module(self) -> nn.Module:
@@ -263,11 +261,14 @@ class Engine:
 
     def snapshot(self) -> dict[str, Tensor]:
         """This rank's part of parameters and optimizer, in host memory: see `llm.training.state`."""
-        return state.snapshot(self.engine, self.splitting)
+        flats = internals.layout(self.engine, self.splitting)
+        return state.snapshot(flats, self.splitting, replicated=self.zero_stage == 0)
 
     def restore(self, folder: Path) -> None:
         """Take parameters and optimizer from the snapshots in ``folder``, however they were spread when made."""
-        state.restore(self.engine, self.splitting, folder)
+        with internals.restoring(self.engine):
+            flats = internals.layout(self.engine, self.splitting)
+            state.restore(flats, folder, fused=self.optimizer.defaults["fused"])
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
@@ -317,33 +318,3 @@ class Sharing:
         parts = [torch.empty_like(part_BT) for _ in range(self.size)]
         dist.all_gather(parts, part_BT.contiguous(), group=self.group)
         return torch.cat(parts, dim=1)
-
-
-def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:
-    """By the id of each flat tensor that the optimizer sees under ZeRO, what it holds.
-
-    DeepSpeed says so in attributes that are no documented interface, so all that is taken from them is asserted:
-    ``members`` are the ids of each group's parameters, as they were given.
-    """
-    pieces: dict[int, Pieces] = {}
-    if stage == 3:
-        for place, (flat, parameters) in enumerate(
-            zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
-        ):
-            assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[place]]
-            striped = Striped(tuple(parameter.ds_shape for parameter in parameters))
-            assert sum(size for _, size in striped.stripes()) == flat.numel()
-            pieces[id(flat)] = striped
-        placed = sum(len(parameters) for parameters in zero.fp16_groups)
-    else:
-        flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
-        for flat, parameters, offsets, group in zip(
-            flats, groups, zero.round_robin_bit16_offsets, members, strict=True
-        ):
-            assert {id(parameter) for parameter in parameters} == group
-            shapes = tuple(parameter.shape for parameter in parameters)
-            assert offsets[-1] + shapes[-1].numel() <= flat.numel() * dist.get_world_size()
-            pieces[id(flat)] = EndToEnd(shapes, tuple(offsets))
-        placed = sum(len(parameters) for parameters in groups)
-    assert placed == sum(map(len, members))
-    return pieces

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 from data_pipeline.core.config import Config
+from data_pipeline.core.files import atomic_path
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
 from llm.data.corpus import Corpus
-from llm.machine.hardware import device_kind
 from llm.model.config import ModelConfig
 from llm.pretrain.config import PretrainConfig
 from llm.training import checkpoint
+from llm.training.resolved import Resolved
 
 
 class Job(Config):
@@ -21,6 +23,8 @@ class Job(Config):
     tokens: Path
     tokenizer: Path
     out: Path
+    resolved: Resolved | None = None
+    """What the ranks compute with; None where the machine that starts them can't know: then rank 0 works it out."""
 
     @property
     def scratch(self) -> Path:
@@ -51,17 +55,20 @@ class Job(Config):
     @property
     def setup(self) -> checkpoint.Setup:
         """What a checkpoint of this job must have been made with, to be gone on from to the same bits."""
-        runtime = self.config.runtime
-        return checkpoint.Setup(
-            ranks=runtime.ranks,
-            zero_stage=runtime.zero_stage,
-            micro_batch=self.config.micro_batch,
-            precision=self.config.precision,
-            device=device_kind(),
-            attention=self.config.attention()[0],
-            matmul=self.config.matmul()[0],
-            sequence_parallel=runtime.sequence_parallel,
-            tensor_parallel=runtime.tensor_parallel,
-            offload=runtime.offload,
-            compile=runtime.compile,
-        )
+        assert self.resolved is not None, "what the ranks compute with is not known yet"
+        names = [field.name for field in fields(checkpoint.Setup)]
+        return checkpoint.Setup(**{name: getattr(self.resolved, name) for name in names})
+
+    def resolve(self) -> Job:
+        """A copy that knows what its ranks compute with, who must be on this machine, or on ones like it.
+
+        Raises:
+            UserError: something that is asked for cannot run here.
+        """
+        return self if self.resolved else self.model_copy(update={"resolved": self.config.wanted.resolve()})
+
+    def write(self) -> Path:
+        """Write what the ranks read, and say where."""
+        with atomic_path(self.scratch / "job.json") as path:
+            path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
+        return self.scratch / "job.json"

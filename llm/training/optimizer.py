@@ -20,7 +20,7 @@ from torch.optim.adamw import adamw
 from llm.training.muon import Pieces, orthogonalise_all
 
 if TYPE_CHECKING:
-    from llm.pretrain.config import PretrainConfig
+    from llm.training.resolved import OptimizerSettings
 
 KINDS = ("matrices", "embeddings", "head", "vectors")
 """Of parameters."""
@@ -36,15 +36,17 @@ class Optimizer(torch.optim.Optimizer):
     holds. For Muon, `step` is a collective.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], config: PretrainConfig) -> None:
-        self.products = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    def __init__(
+        self, groups: list[dict[str, Any]], settings: OptimizerSettings, products: torch.dtype = torch.float32
+    ) -> None:
+        self.products = products
         """What Muon computes products in."""
-        self.cautious = config.optimizer.cautious_decay
+        self.cautious = settings.cautious_decay
         self.pieces: dict[int, Pieces] = {}
         """What flat tensors hold, by their id."""
         self.measured: dict[str, Tensor] | None = None
         """When not None, a step adds here, by kind, the squares of how far parameters moved and of themselves."""
-        super().__init__(groups, {"betas": config.betas, "eps": config.eps, "fused": True})
+        super().__init__(groups, {"betas": settings.betas, "eps": settings.eps, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
@@ -126,25 +128,19 @@ class Optimizer(torch.optim.Optimizer):
         return state
 
 
-def parameter_groups(model: nn.Module, config: PretrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """The groups of `Optimizer`: each parameter in one of them, with its rule, peak rate and weight decay.
 
     Each has "params", "kind" (of `KINDS`), "rule" ("adamw" or "muon"), "peak_lr", "lr", "weight_decay", "momentum".
     """
-    optimizer = config.optimizer
-    peaks = {
-        "matrices": optimizer.muon_lr if optimizer.kind == "muon" else None,
-        "embeddings": optimizer.embedding_lr,
-        "head": optimizer.head_lr,
-    }
     groups = []
     for kind, parameters in by_kind(model).items():
-        rule = optimizer.kind if kind == "matrices" else "adamw"
-        lr = peaks.get(kind) or config.lr
-        decay = config.weight_decay if kind in ("matrices", "head") else 0.0
+        rule = settings.kind if kind == "matrices" else "adamw"
+        lr = settings.peak_lr(kind)
+        decay = settings.weight_decay if kind in ("matrices", "head") else 0.0
         for part in parts(parameters, GATHERED_NUMBERS) if rule == "muon" else [parameters]:
             fields = {"kind": kind, "rule": rule, "peak_lr": lr, "lr": lr, "weight_decay": decay}
-            groups.append({"params": part, **fields, "momentum": optimizer.momentum})
+            groups.append({"params": part, **fields, "momentum": settings.momentum})
     require_each_once(model, groups)
     return groups
 

@@ -8,6 +8,7 @@ kind being ``value`` or the optimizer's own word; what it keeps once a parameter
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,54 +59,13 @@ class Flat:
         return {kind: held for kind, held in kept.items() if not held.ndim}
 
 
-def layout(engine: Any, split: Splitting) -> list[Flat]:
-    """What this rank holds of the parameters of a DeepSpeed engine, at its ZeRO stage."""
-    names = {parameter: split.own_name(name) for name, parameter in engine.module.named_parameters()}
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 0:
-        return [
-            Flat(
-                parameter,
-                optimizer.state[parameter],
-                [Run(name=name, start=0, at=0, count=parameter.numel())],
-            )
-            for parameter, name in names.items()
-        ]
-    flats = (
-        optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
-    )
-    groups = optimizer.fp16_groups if stage == 3 else optimizer.bit16_groups
-    place = whole_partition if stage == 3 else fragment
-    laid = []
-    for flat, parameters in zip(flats, groups, strict=True):
-        runs = [place(optimizer, parameter, names[parameter]) for parameter in parameters]
-        laid.append(
-            Flat(flat, optimizer.optimizer.state[flat], [run for run in runs if run and run.count > 0])
-        )
-    return laid
+def snapshot(flats: Iterable[Flat], split: Splitting, *, replicated: bool) -> dict[str, Tensor]:
+    """Copies, in host memory, of the pieces that are this rank's to save: together the ranks save each once.
 
-
-def fragment(optimizer: Any, parameter: Any, name: str) -> Run | None:
-    """Where a parameter lies in this rank's partition at ZeRO 1 and 2: they lie end to end, cut anywhere."""
-    mapping = parameter._hp_mapping
-    if mapping is None:
-        return None
-    here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Run(name=name, start=here.start, at=there.start, count=here.numel)
-
-
-def whole_partition(optimizer: Any, parameter: Any, name: str) -> Run:
-    """Where a parameter lies in this rank's partition at ZeRO 3: each is cut into equal parts, the last padded."""
-    _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
-    start = size * optimizer._get_param_partition_rank(parameter)
-    return Run(name=name, start=start, at=at, count=min(size, parameter.ds_numel - start))
-
-
-def snapshot(engine: Any, split: Splitting) -> dict[str, Tensor]:
-    """Copies, in host memory, of the pieces that are this rank's to save: together the ranks save each once."""
-    replicated = engine.zero_optimization_stage() == 0
+    ``replicated`` says that all ranks hold the same.
+    """
     pieces: dict[str, Tensor] = {}
-    for flat in layout(engine, split):
+    for flat in flats:
         for whole in flat.runs:
             if not split.saves(whole.name):
                 continue
@@ -153,14 +113,13 @@ class Pieces:
 
 
 @torch.no_grad()
-def restore(engine: Any, split: Splitting, folder: Path) -> None:
-    """Read what this rank holds from the pieces in ``folder``, whoever saved them. A collective."""
+def restore(flats: Iterable[Flat], folder: Path, *, fused: bool) -> None:
+    """Read what this rank holds from the pieces in ``folder``, whoever saved them.
+
+    ``fused`` says that the optimizer keeps numbers on the device of what they belong to.
+    """
     pieces = Pieces(folder)
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage == 3:
-        optimizer.checkpoint_event_prologue()
-    fused = (optimizer.optimizer if stage else optimizer).defaults.get("fused")
-    for flat in layout(engine, split):
+    for flat in flats:
         kinds = {kind for run in flat.runs for kind in pieces.kinds(run.name)} - {VALUE}
         for kind in kinds - flat.kept.keys():
             flat.kept[kind] = torch.zeros_like(flat.tensor, requires_grad=False)
@@ -170,18 +129,6 @@ def restore(engine: Any, split: Splitting, folder: Path) -> None:
                 pieces.fill(vectors[kind], run, kind)
             for kind, number in pieces.numbers[run.name].items():
                 flat.kept[kind] = number.to(flat.tensor.device) if fused else number.clone()
-    spread_values(engine)
-
-
-def spread_values(engine: Any) -> None:
-    """Give the model the values that the optimizer's flat tensors hold now. A collective."""
-    stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
-    if stage in (1, 2):
-        optimizer.update_lp_params()
-    elif stage == 3:
-        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
-            optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        optimizer.checkpoint_event_epilogue()
 
 
 def size_of(pieces: dict[str, Tensor]) -> int:

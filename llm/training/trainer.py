@@ -25,7 +25,6 @@ from data_pipeline.core.processes import die_with, has_ended
 from data_pipeline.train_tokenizer.tokenizer import token_bytes
 from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, Share
-from llm.machine.hardware import precision_reason
 from llm.machine.nodes import launcher_pid
 from llm.model.layouts import load_weights
 from llm.model.transformer import Transformer, save_model
@@ -45,30 +44,30 @@ class Trainer:
     """One rank's part in training."""
 
     def __init__(self, job: Job, rank: int, ranks: int) -> None:
-        self.job, self.config = job, job.config
+        assert job.resolved is not None, "rank 0 works out what it is that the ranks compute with"
+        self.job, self.config, self.resolved = job, job.config, job.resolved
         self.rank, self.ranks = rank, ranks
-        self.data_ranks = self.config.runtime.data_ranks
+        self.data_ranks = self.resolved.data_ranks
         self.data_rank = rank * self.data_ranks // ranks
         corpus = job.corpus
         train, self.held_out = corpus.windows("train"), corpus.windows("val")
-        (back_end, _), (matmul, _) = self.config.attention(), self.config.matmul()
         model = Transformer(
             job.model,
             seed=self.config.seed,
             z_loss=self.config.z_loss,
-            back_end=back_end,
-            matmul=matmul,
-            checkpointing=self.config.runtime.activation_checkpointing,
+            back_end=self.resolved.attention,
+            matmul=self.resolved.matmul,
+            checkpointing=self.resolved.activation_checkpointing,
         )
         if self.config.init_from is not None:
             load_weights(model, self.config.init_from)
         self.parameters = model.parameter_count()
-        self.engine = Engine(model, self.config)
+        self.engine = Engine(model, self.resolved)
         self.loader = Loader(
             train,
             corpus.order(train),
             self.slots,
-            Share(self.data_rank, self.data_ranks, self.config.micro_batch),
+            Share(self.data_rank, self.data_ranks, self.resolved.micro_batch),
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
@@ -89,7 +88,7 @@ class Trainer:
         )
         self.requests = Requests()
         self.seconds_a_token: float | None = None
-        rate = max(matmul_rates(self.engine.device, self.config.precision).values())
+        rate = max(matmul_rates(self.engine.device, self.resolved.precision).values())
         self.peak_flops = self.engine.sum(torch.tensor(rate, dtype=torch.float64)).item()
 
     def run(self) -> None:
@@ -138,7 +137,7 @@ class Trainer:
         start = time.perf_counter()
         taken = self.engine.step(
             self.loader.micro_batches(step),
-            config.accumulation(step),
+            self.resolved.accumulation(step),
             multiple,
             measure=told,
             asked=self.requests.take(),
@@ -174,10 +173,10 @@ class Trainer:
         windows = np.arange(
             max(1, min(len(self.held_out), self.config.runtime.validation.tokens // self.job.model.context))
         )
-        size = self.config.micro_batch * self.data_ranks
+        size = self.resolved.micro_batch * self.data_ranks
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(windows), size):
-            places = start + self.data_rank + self.data_ranks * np.arange(self.config.micro_batch)
+            places = start + self.data_rank + self.data_ranks * np.arange(self.resolved.micro_batch)
             batch = self.held_out.take(np.minimum(places, windows[-1]))
             nats = self.engine.nats(batch)
             weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
@@ -294,19 +293,19 @@ class Trainer:
 
     def say_start(self) -> None:
         """The event that opens a run."""
-        config = self.config
+        config, resolved = self.config, self.resolved
         self.tell(
             "start",
-            precision=config.precision,
-            reason=precision_reason(config.precision),
+            precision=resolved.precision,
+            reason=resolved.precision_reason,
             parameters=self.parameters,
             steps=config.steps,
             tokens=config.tokens_after(config.steps),
             ranks=self.ranks,
-            zero_stage=config.runtime.zero_stage,
-            attention=config.attention()[0],
-            matmul=config.matmul()[0],
-            micro_batch=config.micro_batch,
+            zero_stage=resolved.zero_stage,
+            attention=resolved.attention,
+            matmul=resolved.matmul,
+            micro_batch=resolved.micro_batch,
             matmul_flops=self.peak_flops,
         )
 
@@ -332,6 +331,23 @@ class Trainer:
         }
 
 
+def resolved_by_rank_0(job: Job) -> Job:
+    """The job with what its ranks compute with, worked out on rank 0 where their starter couldn't. A collective.
+
+    Raises:
+        UserError: something that is asked for cannot run here.
+    """
+    if job.resolved:
+        return job
+    found: list[Any] = [None]
+    if dist.get_rank() == 0:
+        job = job.resolve()
+        job.write()
+        found[0] = job.resolved
+    dist.broadcast_object_list(found)
+    return job.model_copy(update={"resolved": found[0]})
+
+
 def main(path: Path) -> None:
     """Run one rank of the job in ``path``; exit code 1 when it fails."""
     parent = launcher_pid()
@@ -341,7 +357,7 @@ def main(path: Path) -> None:
     try:
         with only_trainer(job.scratch) if os.environ["RANK"] == "0" else nullcontext():
             rank, ranks = start_ranks(job.config.runtime.collective_timeout_seconds)
-            Trainer(job, rank, ranks).run()
+            Trainer(resolved_by_rank_0(job), rank, ranks).run()
     except Exception as error:
         try:
             if not has_ended(

@@ -243,7 +243,7 @@ def test_each_parameter_is_in_one_group_of_its_kind_and_only_matrices_decay(tied
     given = PretrainConfig.model_validate(config({"kind": rule}, tied=tied))
     model = Transformer(ModelConfig(**given.model.model_dump(), vocab_size=VOCAB_SIZE))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    groups = parameter_groups(model, given)
+    groups = parameter_groups(model, given.optimizer_settings)
     assert sorted(id(each) for group in groups for each in group["params"]) == sorted(names)
     for group in groups:
         assert {kind_of(names[id(each)]) for each in group["params"]} == {group["kind"]}
@@ -264,7 +264,7 @@ def test_muon_refuses_what_is_no_matrix() -> None:
     flat = torch.nn.Parameter(torch.ones(6))
     flat.grad = torch.ones(6)
     group = {"params": [flat], "kind": "matrices", "rule": "muon", "lr": 1.0, "momentum": 0.9}
-    optimizer = Optimizer([{**group, "weight_decay": 0.0}], given)
+    optimizer = Optimizer([{**group, "weight_decay": 0.0}], given.optimizer_settings)
     with pytest.raises(AssertionError, match="no matrix"):
         optimizer.step()
 

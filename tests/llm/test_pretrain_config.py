@@ -40,17 +40,19 @@ def test_derived_values_follow_their_rules() -> None:
     derived = config(schedule={"warmup_share": 0.3}, runtime={"ranks": 4})
     assert (derived.steps, derived.schedule.warmup_of(derived.steps)) == (9, 3)
     assert (derived.plan.smallest, derived.plan.windows_before(9)) == (32, 9 * 32)
-    assert (derived.micro_batch, derived.accumulation(0)) == (8, 1)
-    assert config(runtime={"micro_batch": 4}).accumulation(8) == 8
+    here = derived.wanted.resolve()
+    assert (here.steps, here.micro_batch, here.accumulation(0)) == (9, 8, 1)
+    assert config(runtime={"micro_batch": 4}).wanted.resolve().accumulation(8) == 8
     assert config(tokens=1).steps == 1
     sharing = config(runtime={"ranks": 4, "sequence_parallel": 2, "micro_batch": 4})
-    assert (sharing.runtime.data_ranks, sharing.accumulation(0)) == (2, 4)
+    assert (sharing.runtime.data_ranks, sharing.wanted.resolve().accumulation(0)) == (2, 4)
 
 
 def test_the_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert config(batch_tokens=32 * 200).micro_batch == 100  # of 200 windows, at most 4096 / 32 = 128
-    assert config(batch_tokens=32 * 131).micro_batch == 1  # 131 is prime
+    # Of 200 windows, at most 4096 / 32 = 128; and 131 is prime.
+    for windows, micro_batch in ((200, 100), (131, 1)):
+        assert config(batch_tokens=32 * windows).wanted.resolve().micro_batch == micro_batch
 
 
 def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
@@ -152,7 +154,8 @@ def test_what_cannot_run_here_is_refused_when_planned(monkeypatch: pytest.Monkey
         UserError, match="there is no compiler no-such-compiler:\ninstall it, or set it to false"
     ):
         config(runtime={"compile": True}).resolve()
-    assert config().resolve().attention() == ("sdpa", "torch's choice of kernels")
+    here = config().resolve().wanted.resolve()
+    assert (here.attention, here.attention_reason) == ("sdpa", "torch's choice of kernels")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +218,7 @@ def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any)
     made = Job(config=given, model=model, tokens=corpus["tokens"], tokenizer=corpus["tokenizer"], out=out)
     if setup:
         folder = checkpoint.begin(made.checkpoints, 4)
-        checkpoint.commit(folder, step=4, setup=replace(made.setup, **setup), history={})
+        checkpoint.commit(folder, step=4, setup=replace(made.resolve().setup, **setup), history={})
     return made
 
 
@@ -231,19 +234,35 @@ def test_an_automatic_micro_batch_is_that_of_the_checkpoint_and_a_given_one_stay
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     automatic = job(config(precision="fp32"), corpus, tmp_path, micro_batch=2)
-    assert automatic.config.micro_batch != 2
-    assert as_begun(automatic).config.micro_batch == 2
+    assert micro_batch(automatic.resolve()) != 2
+    assert micro_batch(as_begun(automatic)) == 2
     given = job(config(precision="fp32", runtime={"micro_batch": 4}), corpus, tmp_path)
-    assert as_begun(given) == given
+    assert as_begun(given) == given.resolve()
+
+
+def micro_batch(job: Job) -> int:
+    """What its ranks work on at once."""
+    assert job.resolved
+    return job.resolved.micro_batch
 
 
 def test_an_automatic_micro_batch_is_not_that_of_other_ranks(corpus: dict[str, Path], tmp_path: Path) -> None:
     automatic = job(config(precision="fp32"), corpus, tmp_path, ranks=2, micro_batch=2)
-    assert as_begun(automatic) == automatic
+    assert as_begun(automatic) == automatic.resolve()
 
 
 def test_a_training_without_checkpoints_is_begun_as_the_recipe_says(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     given = job(config(), corpus, tmp_path)
-    assert as_begun(given) == given
+    assert as_begun(given) == given.resolve()
+
+
+def test_what_ranks_compute_with_is_left_to_them_where_they_start_elsewhere(
+    corpus: dict[str, Path], tmp_path: Path
+) -> None:
+    elsewhere = job(config(precision="fp32", runtime={"launcher": "slurm"}), corpus, tmp_path)
+    assert as_begun(elsewhere).resolved is None
+    elsewhere.scratch.mkdir()
+    written = Job.model_validate_json(elsewhere.resolve().write().read_text())
+    assert written == elsewhere.resolve(), "it comes back from the file that the ranks read"

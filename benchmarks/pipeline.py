@@ -15,13 +15,14 @@ from benchmarks.report import Report, arguments
 
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 """Says how source code is cleaned."""
-INPUTS = {
-    "download": (),
-    "clean": ("download",),
-    "dedup": ("clean",),
-    "train_tokenizer": ("dedup",),
-    "tokenize": ("dedup", "train_tokenizer"),
+INPUTS: dict[str, dict[str, str]] = {
+    "download": {},
+    "clean": {"documents": "download"},
+    "dedup": {"documents": "clean"},
+    "train_tokenizer": {"documents": "dedup"},
+    "tokenize": {"documents": "dedup", "tokenizer": "train_tokenizer"},
 }
+"""Stage -> the stage that makes each type which it takes."""
 WAITS = ("threading.", "concurrent.futures.", "multiprocessing.")
 """Functions in which the driver waits for workers."""
 
@@ -34,15 +35,15 @@ def main() -> None:
     configs["download"] = {"sources": [source]}
     configs["clean"] = yaml.safe_load(RECIPE.read_text())["clean"]
     all_runs = {}
-    for stage, names in INPUTS.items():
+    for stage, sources in INPUTS.items():
         job = {
             "stage": stage,
             "config": configs[stage],
-            "inputs": {name: str(outs / name) for name in names},
+            "inputs": {type_: str(outs / name) for type_, name in sources.items()},
             "out": str(outs / stage),
             "workers": options.cores,
         }
-        size = text_bytes(outs / names[0]) if names else 0
+        size = text_bytes(outs / sources["documents"]) if sources else 0
         one = Contestant(name=stage, prepare=ours.watch_stage, job=job, text_bytes=size, cores=options.cores)
         (all_runs[stage],) = alternate([one], options.repeats, outs / "logs")
     report = Report("pipeline", "From download to tokens", {"stages": configs})

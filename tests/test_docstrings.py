@@ -1,4 +1,4 @@
-"""How docstrings begin: with a verb (functions) or a noun (classes, attributes), so that one line says what a thing is."""
+"""How docstrings begin: with a verb (functions) or a noun (classes, attributes), so that a line says what a thing is."""
 
 from __future__ import annotations
 
@@ -18,7 +18,11 @@ def docstrings(tree: ast.AST) -> Iterator[tuple[int, str]]:
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         for one in body if isinstance(body, list) else ():
-            if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant) and isinstance(one.value.value, str):
+            if (
+                isinstance(one, ast.Expr)
+                and isinstance(one.value, ast.Constant)
+                and isinstance(one.value.value, str)
+            ):
                 yield one.lineno, one.value.value
 
 

@@ -6,7 +6,7 @@ import json
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.text import human_bytes
 from flows.cli.options import HOME, AsJson, Home, at_home, refuse_read_only
 from flows.engine.process import quiet_libraries
+
+if TYPE_CHECKING:
+    from flows.gc import Candidate
 
 
 def status(home: Home = HOME, as_json: AsJson = False) -> None:
@@ -170,6 +173,12 @@ def read_text(path: Path) -> str:
         raise UserError(f"--file {path}: {error}") from None
 
 
+def removal_json(one: Candidate, left: str) -> dict[str, Any]:
+    """Something that is removed, or why it is ``left``."""
+    return {"kind": one.kind, "path": str(one.path), "bytes": one.size, "why": one.why, "left": left,
+            "copies": list(one.copies)}  # fmt: skip
+
+
 def gc(
     days: Annotated[float, typer.Option(min=0, help="What runs of so many days refer to is kept.")] = 30,
     artifact: Annotated[
@@ -204,16 +213,11 @@ def gc(
         for one, left in (remove(store, found) if yes else ((one, "") for one in found.candidates))
     ]
     if as_json:
-        listed = [
-            {"kind": one.kind, "path": str(one.path), "bytes": one.size, "why": one.why, "left": left,
-             "copies": list(one.copies)}
-            for one, left in done
-        ]  # fmt: skip
+        value = {"removed" if yes else "found": [removal_json(*one) for one in done]}
         kept = [
             {"stage": stage, "fingerprint": name, "why": why} for (stage, name), why in found.kept.items()
         ]
-        value = {"removed" if yes else "found": listed, "kept": kept, "refusal": found.refusal}
-        print(json.dumps(value, indent=1, allow_nan=False))
+        print(json.dumps({**value, "kept": kept, "refusal": found.refusal}, indent=1, allow_nan=False))
         return
     for one, left in done:
         name = f"{one.path.parent.name:<16}{one.path.name:<26}"

@@ -28,28 +28,31 @@ from flows.engine.process import quiet_libraries, save_when_asked
 
 if TYPE_CHECKING:
     from flows.engine.log import Listener
+    from flows.engine.plan import Planned
     from flows.listeners.terminal import Terminal
     from flows.prefect.pipeline import Pipeline
+
+
+From = Annotated[
+    str | None,
+    typer.Option("--from", help="Run from this step on; earlier ones are sealed.", autocompletion=steps),
+]
+To = Annotated[str | None, typer.Option("--to", help="Run no step after this one.", autocompletion=steps)]
+Only = Annotated[
+    str | None, typer.Option(help="Run this step alone; its inputs are sealed.", autocompletion=steps)
+]
+Force = Annotated[
+    str | None, typer.Option(help="Build this step again although it is sealed.", autocompletion=steps)
+]
 
 
 def run(
     recipe: RecipePath,
     set_: Overrides = None,
-    start: Annotated[
-        str | None,
-        typer.Option("--from", help="Run from this step on; earlier ones are sealed.", autocompletion=steps),
-    ] = None,
-    stop: Annotated[
-        str | None, typer.Option("--to", help="Run no step after this one.", autocompletion=steps)
-    ] = None,
-    only: Annotated[
-        str | None,
-        typer.Option(help="Run this step alone; its inputs are sealed.", autocompletion=steps),
-    ] = None,
-    force: Annotated[
-        str | None,
-        typer.Option(help="Build this step again although it is sealed.", autocompletion=steps),
-    ] = None,
+    start: From = None,
+    stop: To = None,
+    only: Only = None,
+    force: Force = None,
     home: Home = HOME,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the events of the run as they come, one JSON object a line.")
@@ -76,11 +79,7 @@ def run(
         terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
-            from flows.engine.order import Order
-            from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
-
-            order = Order(planned=planned, command=typed())
-            with Pipeline(order, listeners(terminal, as_json)) as pipeline:
+            with pipeline_of(planned, listeners(terminal, as_json)) as pipeline:
                 pipeline.prepare()
                 server.wait()
                 if server.absent:
@@ -94,6 +93,14 @@ def run(
                     pipeline.run()
             if not as_json:
                 report(pipeline, terminal, home)
+
+
+def pipeline_of(planned: Planned, shown: Mapping[str, Listener]) -> Pipeline:
+    """A run of what is planned. Prefect reads its settings when it is imported: when its server is known."""
+    from flows.engine.order import Order
+    from flows.prefect.pipeline import Pipeline
+
+    return Pipeline(Order(planned=planned, command=typed()), shown)
 
 
 def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:

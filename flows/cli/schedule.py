@@ -16,41 +16,42 @@ from flows.engine.process import quiet_libraries
 from flows.engine.services import prefect_api
 from flows.prefect.servers import CLIENT_SETTINGS
 
+Cron = Annotated[
+    str | None, typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two.')
+]
+Timezone = Annotated[str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; else UTC.")]
+Pool = Annotated[str | None, typer.Option(help="The work pool whose workers run it; at first: llmill.")]
+GpuPool = Annotated[
+    str | None, typer.Option(help="Another pool for pretrain and evaluate, which are then flow runs there.")
+]
+Collision = Annotated[
+    Literal["enqueue", "cancel-new"] | None,
+    typer.Option(help="When the run before is still going: wait for it (at first), or skip the new one."),
+]
+Param = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=VALUE", help="Of the flow, such as stages.stop=tokenize."),
+]
+Replace = Annotated[
+    bool, typer.Option("--replace", help="Replace what was changed on Prefect's pages by what the file says.")
+]
+File = Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")]
+
 
 def deploy(
     recipe: RecipePath,
-    cron: Annotated[
-        str | None, typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two.')
-    ] = None,
-    timezone: Annotated[
-        str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; else UTC.")
-    ] = None,
-    pool: Annotated[
-        str | None, typer.Option(help="The work pool whose workers run it; at first: llmill.")
-    ] = None,
-    gpu_pool: Annotated[
-        str | None,
-        typer.Option(help="Another pool for pretrain and evaluate, which are then flow runs there."),
-    ] = None,
-    collision: Annotated[
-        Literal["enqueue", "cancel-new"] | None,
-        typer.Option(help="When the run before is still going: wait for it (at first), or skip the new one."),
-    ] = None,
+    cron: Cron = None,
+    timezone: Timezone = None,
+    pool: Pool = None,
+    gpu_pool: GpuPool = None,
+    collision: Collision = None,
     set_: Overrides = None,
-    param: Annotated[
-        list[str] | None,
-        typer.Option(metavar="NAME=VALUE", help="Of the flow, such as stages.stop=tokenize."),
-    ] = None,
-    replace: Annotated[
-        bool,
-        typer.Option("--replace", help="Replace what was changed on Prefect's pages by what the file says."),
-    ] = False,
-    file: Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")] = Path(
-        "prefect.yaml"
-    ),
+    param: Param = None,
+    replace: Replace = False,
+    file: File = Path("prefect.yaml"),
     home: Home = HOME,
 ) -> None:
-    """Register a recipe with Prefect: one deployment for the pipeline, and one for each stage."""
+    """Register a recipe with Prefect: one deployment for the pipeline, and one for each step."""
     announce(f"reading {recipe}")
     quiet_libraries()
     for name, value in CLIENT_SETTINGS.items():

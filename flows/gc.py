@@ -1,5 +1,5 @@
-"""What can be removed from a home: what no run of the last days refers to, or an artifact that must go with all that
-was made from it. It is listed first, with reasons.
+"""Things that can be removed from a home: what no run of the last days refers to, or an artifact that must go with all
+that was made from it. It is listed first, with reasons.
 
 Kept is what a run of these days made, reused or holds; what a registered model was exported from; what is being built;
 and whatever those were made from. An artifact is removed under its locks, after all that was made from it, and by
@@ -37,7 +37,7 @@ from flows.listeners.mlflow.links import without_user
 DAY = 86_400
 REMOVED = ".removed"
 COMPACT_SECONDS = 60  # for the servers to let a database go
-RUN_IDS = 20  # of the newest artifacts, by which MLflow is recognised as the one that was told of them
+RUN_IDS = 20  # of the newest artifacts, by which MLflow is recognised as the one to which they were reported
 
 
 @dataclass(frozen=True)
@@ -52,19 +52,19 @@ class Candidate:
     used: int = 0
     """When a run last used it, as it was when this was found."""
     copies: tuple[str, ...] = ()
-    """What MLflow holds of it, which goes first."""
+    """MLflow's copies of it, which go first."""
 
 
 @dataclass
 class Survey:
-    """What can be removed, each after what was made from it, and what is kept, with the reason."""
+    """Things that can be removed, each after what was made from it, and those that are kept, with the reason."""
 
     candidates: list[Candidate] = field(default_factory=list)
     kept: dict[Key, str] = field(default_factory=dict)
     refusal: str = ""
     """Why nothing may be removed; empty where it may."""
     copies: Copies | None = None
-    """MLflow's copies; None where it was never told of anything."""
+    """MLflow's copies; None where nothing was ever reported to it."""
 
     @property
     def size(self) -> int:
@@ -73,7 +73,7 @@ class Survey:
 
 @dataclass(frozen=True)
 class Answers:
-    """What MLflow says."""
+    """The answers of MLflow."""
 
     used: frozenset[Key] = frozenset()
     versions: tuple[ModelVersion, ...] = ()
@@ -82,7 +82,7 @@ class Answers:
 
 
 def ask_mlflow(graph: Graph, since: float) -> Answers:
-    """What runs since then refer to, and which models are registered; or why it can't be known."""
+    """Ask which artifacts runs since then refer to and which models are registered; or say why it can't be known."""
     manifests = [node.artifact.manifest for node in graph.nodes.values() if node.artifact]
     named = [(one.get("mlflow_run_id", ""), one.get("mlflow_key", "")) for one in manifests]
     told = [one for one in named if any(one)]
@@ -96,13 +96,13 @@ def ask_mlflow(graph: Graph, since: float) -> Answers:
             )
     except NotAsked as error:
         if not told and not os.environ.get("MLFLOW_TRACKING_URI"):
-            return Answers()  # no run ever told it of anything
+            return Answers()  # no run ever reported anything to it
         return Answers(refusal=str(error))
     return Answers(frozenset(used), tuple(versions), copies=records)
 
 
 def survey(store: Store, days: float, now: float | None = None) -> Survey:
-    """What no run of the last ``days`` refers to."""
+    """Find what no run of the last ``days`` refers to."""
     now = now or time.time()
     since = now - days * DAY
     in_use = InUse.of(store)
@@ -233,7 +233,7 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
 
 
 def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
-    """Folders that were being removed or replaced when a kill came, and builds that nobody went on with."""
+    """Folders that were being removed or replaced when a kill came, and builds that nobody resumed."""
     for path in sorted(store.root.glob(f"[!.]*/*{REMOVED}")):
         yield left_at(path, "an earlier gc did not come to its end")
     for path in sorted(store.root.glob(f"{LINKED}*")):
@@ -252,12 +252,12 @@ def left_over(store: Store, graph: Graph, since: float) -> Iterator[Candidate]:
 
 
 def left_at(path: Path, why: str, key: Key | None = None, used: int = 0) -> Candidate:
-    """A folder that nobody goes on with, as something to be removed."""
+    """A folder that nobody resumes, as something to be removed."""
     return Candidate(kind="left over", path=path, why=why, size=size_of(path), key=key, used=used)
 
 
 def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[Candidate]:
-    """Where the tracking of runs stands that nobody went on with."""
+    """Where the tracking of runs stands that nobody resumed."""
     for path in sorted((store.home / "runs").glob("*.json")):
         name, _, fingerprint = path.stem.rpartition("-")
         if path.stat().st_mtime < since and (name, fingerprint) not in kept and is_free(state_lock(path)):
@@ -272,7 +272,7 @@ def state_lock(path: Path) -> Path:
 
 
 def stale_locks(store: Store, since: float) -> Iterator[Candidate]:
-    """Lock files of what is there no more."""
+    """Orphaned lock files."""
     found: dict[Key, float] = {}
     for path in sorted([*store.root.glob("[!.]*/.*.lock"), *store.root.glob("[!.]*/.*.use")]):
         key = (path.parent.name, path.name[1:].rpartition(".")[0])
@@ -352,7 +352,7 @@ def chosen_key(graph: Graph, copies: Copies | None, text: str) -> Key:
 
 
 def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -> set[Key]:
-    """Artifacts and all that was made from them, as the store or runs in MLflow tell."""
+    """Artifacts and all that was made from them, as the store or runs in MLflow say."""
     going = set(keys)
     while True:
         more = {node.key for node in graph.descendants(going & graph.nodes.keys())}
@@ -366,7 +366,7 @@ def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -
 
 
 def waiting(home: Path) -> str:
-    """Why copies could still come: what runs have to tell MLflow; empty where nothing waits."""
+    """Why copies could still come: what runs have to report to MLflow; empty where nothing waits."""
     if any(unsent(log, Store(home)) for log in logs(home)):
         return (
             "runs have told MLflow what it does not have yet: wait for their end, or send it with llmill sync"

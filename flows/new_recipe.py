@@ -15,7 +15,7 @@ from data_pipeline.download.local import local_files
 from llm.machine.gpus import gpus
 
 TOKEN_BYTES = 4
-"""Of text that a token stands for, about."""
+"""Bytes of text that a token stands for, about."""
 PACKED = 4
 """How many times as large a compressed text is unpacked, about."""
 BLOCK_TOKENS = 983_040
@@ -62,7 +62,7 @@ FEW_TOKENS = (
 
 @dataclass(frozen=True)
 class Text:
-    """What is known of a text before it is read."""
+    """A text, as it is known before it is read."""
 
     source: dict[str, str | int]
     """As ``download.sources`` has it."""

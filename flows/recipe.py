@@ -54,7 +54,7 @@ class RecipeRuntime(Runtime):
     """Where work over shards runs; always as Prefect tasks, and always to the same bytes."""
 
     address: str | None = Field(default=None, min_length=1)
-    """Of the Dask scheduler or the Ray cluster to use; without it, one of local processes is started for the run."""
+    """Address of a Dask scheduler or Ray cluster to use; without it, one of local processes is started for the run."""
 
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Items worked on at once; ``auto`` is the number of cores. A cluster at an address has its own number."""
@@ -72,8 +72,8 @@ class RecipeRuntime(Runtime):
     """Whether documents and examples of them are uploaded; else what holds some is logged by place and checksums."""
 
     notify: tuple[str, ...] = ()
-    """Whom to tell of a run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a block of
-    Prefect's, such as ``slack-webhook/team``."""
+    """Receivers of a notice of the run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a
+    block of Prefect's, such as ``slack-webhook/team``."""
 
     @property
     def discard_shares(self) -> dict[str, float]:
@@ -88,7 +88,7 @@ class RecipeRuntime(Runtime):
 
     @property
     def worker_count(self) -> int:
-        """Of workers on this machine."""
+        """Number of workers on this machine."""
         return cores() if self.workers == "auto" else self.workers
 
     @model_validator(mode="after")
@@ -99,13 +99,13 @@ class RecipeRuntime(Runtime):
 
 
 class Recipe(Config):
-    """What to build, step by step, and how to run it: besides these fields, one for each step, with its config."""
+    """A recipe: what to build and how to run it; besides these fields, one for each step, with its config."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     """The MLflow experiment and the Prefect flow are called so."""
 
     description: str = ""
-    """What the run is for; shown in MLflow and Prefect."""
+    """Purpose of the run; shown in MLflow and Prefect."""
     runtime: RecipeRuntime = RecipeRuntime()
 
     _steps: tuple[RecipeStep, ...] = PrivateAttr(())
@@ -229,7 +229,7 @@ def step_names(path: Path) -> dict[str, str]:
 
 
 def config_of(value: Any) -> Any:
-    """What a step's key says, without what is said of its place among the others."""
+    """Return what a step's key says, without what is said of its place among the others."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):

@@ -44,7 +44,7 @@ class Setting:
     default: str
     """As YAML has it; empty where the key is required."""
     range: str
-    """What values are taken, beyond the type; empty where any is."""
+    """Values that are taken, beyond the type; empty where any is."""
     description: str
     choices: tuple[str, ...] = ()
     """All values that are taken, where these are few."""
@@ -193,7 +193,7 @@ def range_of(field: FieldInfo) -> str:
 
 
 def constraints_in(annotation: Any) -> Iterator[Any]:
-    """What stands beside types in `Annotated`, at any depth."""
+    """List what stands beside types in `Annotated`, at any depth."""
     if get_origin(annotation) is Annotated:
         for one in get_args(annotation)[1:]:
             yield from one.metadata if isinstance(one, FieldInfo) else [one]
@@ -204,7 +204,7 @@ def constraints_in(annotation: Any) -> Iterator[Any]:
 
 @cache
 def documented(model: type[BaseModel]) -> dict[str, str]:
-    """What the docstrings below a config's fields say, those of its bases among them, each in one line."""
+    """Return what the docstrings below a config's fields say, those of its bases among them, each in one line."""
     found: dict[str, str] = {}
     for one in reversed(model.__mro__):
         if not issubclass(one, BaseModel) or one.__module__.startswith("pydantic"):

@@ -14,7 +14,7 @@ from data_pipeline.stage import Metrics, StageConfig, StageContext
 
 Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
 TYPES = ("documents", "tokenizer", "tokens", "model", "scores", "folder")
-"""Of artifacts: what a step makes, and the steps after it take."""
+"""Types of artifacts: what a step makes, and the steps after it take."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Stage:
 
     @cached_property
     def config(self) -> type[StageConfig]:
-        """What a recipe may say of the stage."""
+        """Config of the stage: what a recipe may say of it."""
         return load(self.config_at)
 
     def shown(self, metrics: Mapping[str, float]) -> list[str]:

@@ -24,7 +24,7 @@ POSITION = {stage.name: position for position, stage in enumerate(STAGES)}
 
 @dataclass(frozen=True)
 class RecipeStep:
-    """A stage in a recipe."""
+    """A step of a recipe."""
 
     name: str
     stage: Stage
@@ -39,7 +39,7 @@ class RecipeStep:
 
 @dataclass(frozen=True)
 class Written:
-    """What a recipe says of a step beside its config."""
+    """The words of a recipe on a step beside its config."""
 
     stage: Stage
     inputs: Mapping[str, str]
@@ -92,7 +92,7 @@ class Wiring:
         self._order = list(steps)
         self._made = {name: made_by(*step) for name, step in steps.items()}
         self.sources: dict[str, dict[str, str]] = {}
-        """Of each step that was asked for or is needed by one: type -> step."""
+        """Sources of each step that was asked for or is needed by one: type -> step."""
         self._provided: dict[str, dict[str, str]] = {}
 
     def wire(self, name: str) -> dict[str, str]:
@@ -202,7 +202,7 @@ def wired(
 
 
 def read_step(name: str, value: Any) -> Written | None:
-    """What a recipe's key says of its stage and inputs; None where it names no stage.
+    """Read what a recipe's key says of its stage and inputs; None where it names no stage.
 
     Raises:
         UserError: ``stage`` or ``inputs`` are not what they should be.

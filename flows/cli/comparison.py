@@ -131,7 +131,7 @@ def sweep(
 
 
 def show_forecast(members: Any, terminal: Any) -> None:
-    """What a sweep will run, and how much of it is shared."""
+    """Print what a sweep will run, and how much of it is shared."""
     from rich.table import Table
 
     from flows.compare.sweep import forecast

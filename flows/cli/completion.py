@@ -1,4 +1,4 @@
-"""What the shell offers behind a half-typed word; asked for by ``llmill --install-completion``."""
+"""Completions that the shell offers behind a half-typed word; asked for by ``llmill --install-completion``."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def in_words(error: Exception) -> tuple[str, int]:
-    """What a person should read of an error, and the exit code. Classes go by name: Prefect may not be imported yet."""
+    """Return a person's words for an error, and the exit code. Classes go by name: Prefect may not be imported yet."""
     if isinstance(error, UserError):
         return str(error), 2
     kind = type(error).__name__

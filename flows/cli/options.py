@@ -50,7 +50,7 @@ HOME = Path(".llmill")
 
 
 def at_home(home: Path) -> str:
-    """What follows a command in a hint, so that it speaks of this home; empty where that is the one of everybody."""
+    """Return the option that has a hint speak of this home; empty where that is the one of everybody."""
     return "" if home == HOME else f" --home {shlex.quote(str(home))}"
 
 

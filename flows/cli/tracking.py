@@ -1,4 +1,4 @@
-"""Have MLflow know what runs told it while it was away."""
+"""Have MLflow know what runs reported while it was away."""
 
 from __future__ import annotations
 

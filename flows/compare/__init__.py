@@ -1,1 +1,1 @@
-"""Runs side by side: what differs in their settings, data and figures, and whether a model or a recipe is better."""
+"""Runs side by side: what differs in their settings, data and metrics, and whether a model or a recipe is better."""

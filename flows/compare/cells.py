@@ -1,4 +1,4 @@
-"""What stands in a comparison's tables, for the terminal and for the page."""
+"""The contents of a comparison's tables, for the terminal and for the page."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from flows.compare.verdict import Claim, Group, p_text
 from flows.headline import quantity
 
 LONGEST = 40
-"""Of a setting's value, in characters."""
+"""Characters of a setting's value, at most."""
 BITS = ("bits_per_byte", "loss", "perplexity")
-"""Figures of which every digit counts."""
+"""Metrics of which every digit counts."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def setting(value: Any) -> str:
 
 
 def figures(row: Row) -> list[str]:
-    """Each run's figure; from the second on with the difference to the first."""
+    """Each run's value; from the second on with the difference to the first."""
     first = row.values[0]
     return [
         figure(row.name, value) + (change(row.name, first, value) if place and row.comparable else "")

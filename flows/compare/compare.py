@@ -12,7 +12,7 @@ from flows.compare.subjects import Subject
 from flows.compare.verdict import Verdict, judge
 
 SCHEMA = 1
-"""Of the JSON; raised when something in it changes its meaning or goes."""
+"""Version of the JSON; raised when something in it changes its meaning or goes."""
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Comparison:
     metrics: list[Row]
     data: list[Row]
     curves: list[Curves]
-    """Of each run; empty where a model was not trained here."""
+    """The curves of each run; empty where a model was not trained here."""
     verdict: Verdict
     warnings: list[str]
-    """Why some figures can't be held against each other."""
+    """Why some metrics can't be held against each other."""
 
     @property
     def title(self) -> str:
@@ -64,7 +64,7 @@ def compare(subjects: Sequence[Subject]) -> Comparison:
 
 
 def other_tokenizers(subjects: Sequence[Subject]) -> list[str]:
-    """A warning where figures are means over tokens that stand for other pieces of text."""
+    """A warning where metrics are means over tokens that stand for other pieces of text."""
     first, *rest = subjects
     others = [one.label for one in rest if one.tokenizer != first.tokenizer]
     if not others:

@@ -19,7 +19,7 @@ from llm.pretrain.config import tokens_at
 from llm.training.events import read_events
 
 MOST_POINTS = 400
-"""Of a curve as it is shown: means of neighbours where there were more steps."""
+"""Points of a curve as it is shown, at most: means of neighbours where there were more steps."""
 EVENTS = Path("logs") / "events.jsonl"
 AXES = ("tokens", "steps", "seconds")
 
@@ -31,7 +31,7 @@ class Curve:
     steps: NDArray[np.int64]
     tokens: NDArray[np.int64]
     seconds: Floats
-    """Of training until then, the time between a kill and the next start left out."""
+    """Seconds of training until then, the time between a kill and the next start left out."""
     values: Floats
 
     def as_json(self) -> dict[str, list[float]]:
@@ -40,7 +40,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Curves:
-    """Of one training."""
+    """The curves of one training."""
 
     training: Curve
     """Nats a token."""

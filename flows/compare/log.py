@@ -1,4 +1,4 @@
-"""A comparison in MLflow: a run of its own, with the page and the figures as files."""
+"""A comparison in MLflow: a run of its own, with the page and the metrics as files."""
 
 from __future__ import annotations
 

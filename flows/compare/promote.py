@@ -36,7 +36,7 @@ class Gate:
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided of a version, and why."""
+    """The decision on a version, and why it was made."""
 
     version: ModelVersion
     champion: ModelVersion | None

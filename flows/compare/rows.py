@@ -1,4 +1,4 @@
-"""What differs between runs, as rows: a name and a value for each run."""
+"""Differences between runs, as rows: a name and a value for each run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COUNTED = {
     "dedup": ("kept", "removed/", "spans/"),
     "tokenize": ("train_tokens", "val_tokens", "tokens/"),
 }
-"""Stage -> the figures of its data; one that ends in ``/`` stands for all that begin so."""
+"""Stage -> the metrics of its data; one that ends in ``/`` stands for all that begin so."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Row:
 
 
 def settings(artifact: Artifact | None) -> dict[str, Any]:
-    """What made an artifact, its inputs aside."""
+    """Return the version and the settings that made an artifact, its inputs aside."""
     if artifact is None:
         return {}
     return {"version": artifact.manifest["version"], **flatten(artifact.manifest["config"])}
@@ -58,7 +58,7 @@ def is_seed(setting: str) -> bool:
 
 
 def setting_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """The settings in which the runs differ, in the order of the line."""
+    """The settings in which the runs differ, in the order of the pipeline."""
     rows = []
     for stage in BY_NAME:
         made_by = [settings(subject.artifacts.get(stage)) for subject in subjects]
@@ -86,7 +86,7 @@ def recipe_key(subject: Subject) -> str:
 
 
 def metric_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """The headline figures of each stage, and its seconds."""
+    """The headline metrics of each stage, and its seconds."""
     rows = []
     for stage in BY_NAME.values():
         of_stage = [subject.artifacts.get(stage.name) for subject in subjects]

@@ -1,4 +1,4 @@
-"""What each model of some runs needs for each held-out document."""
+"""The bits that each model of some runs needs for each held-out document."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NotComparable(Exception):
 
 @dataclass(frozen=True)
 class Scores:
-    """What each model needs for each held-out document."""
+    """The bits that each model needs for each held-out document."""
 
     ids: list[str]
     bytes: Floats
@@ -29,7 +29,7 @@ class Scores:
 
     @property
     def bits_per_byte(self) -> Floats:
-        """Of each run, over all documents."""
+        """Bits per byte of each run, over all documents."""
         figures: Floats = self.bits.sum(axis=1) / self.bytes.sum()
         return figures
 

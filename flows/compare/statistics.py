@@ -32,7 +32,7 @@ class Estimate:
     difference: float
     low: float
     high: float
-    """Of the 95% interval."""
+    """Upper end of the 95% interval; `low` is the lower one."""
     p_value: float
     """Two-sided, of no difference."""
     smallest: float
@@ -87,7 +87,7 @@ def estimate(difference: float, reach: float, error: float, p_value: float, degr
 
 
 def columns(more_bits_PD: Floats, bytes_D: Floats) -> Floats:
-    """What has to be summed over documents to know P ratios and their errors, ``(3 P + 2, D)``."""
+    """Return what has to be summed over documents to know P ratios and their errors, ``(3 P + 2, D)``."""
     return np.vstack([more_bits_PD, more_bits_PD**2, more_bits_PD * bytes_D, bytes_D, bytes_D**2])
 
 

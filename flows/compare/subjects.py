@@ -1,4 +1,4 @@
-"""What a person means by RUN: the evaluated model, and the sealed artifacts of all stages that it was made by."""
+"""The meaning of RUN: the evaluated model, and the sealed artifacts of all stages that it was made by."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Subject:
     """``A``, ``B`` ..."""
     name: str
     artifacts: dict[str, Artifact]
-    """By stage, in the order of the line."""
+    """Artifacts by stage, in the order of the pipeline."""
     run: PipelineRun | None = None
     """In MLflow; None where it was named by a fingerprint or as a registered model."""
 
@@ -55,13 +55,13 @@ class Subject:
 
     @property
     def model(self) -> str:
-        """What the model computes: its weights, its shape and its tokenizer, whatever settings made them."""
+        """Identity of what the model computes: weights, shape and tokenizer, whatever settings made them."""
         files = {entry["path"]: entry["sha256"] for entry in self.made.manifest["files"]}
         return " ".join([files["model.safetensors"], files["model.json"], self.tokenizer])
 
     @cached_property
     def tokenizer(self) -> str:
-        """What a token of it stands for."""
+        """Checksum of what its tokens stand for."""
         return behaviour_sha256(self.artifacts[self.evaluation.inputs["tokenizer"].stage].path)
 
 
@@ -115,7 +115,7 @@ class Finder:
         return self._of_artifact(export, name, called)
 
     def of_evaluation(self, fingerprint: str, name: str, called: str, key: str) -> Subject:
-        """What a run that has just ended evaluated; with its run in MLflow if that is there by now."""
+        """Return what a run that has just ended evaluated; with its run in MLflow if that is there by now."""
         from flows.listeners.mlflow.lineage import NotAsked
 
         evaluation = self._sealed("evaluate", fingerprint, called)

@@ -1,6 +1,6 @@
 """A recipe run with all combinations of some settings and seeds, one run after the other, as one parent in MLflow.
 
-Each is a run like any other: what earlier ones sealed is reused, and a sweep that was stopped goes on where it was.
+Each is a run like any other: what earlier ones sealed is reused, and a sweep that was stopped is resumed where it was.
 """
 
 from __future__ import annotations
@@ -69,25 +69,25 @@ class Member:
 
     @property
     def candidate(self) -> list[Operation]:
-        """What makes its export the candidate."""
+        """The operations that make its export the candidate."""
         exported = [step for step in self.steps if step.stage.name == "export"]
         return [candidate(self.recipe.name, str(one.fingerprint), newest=False) for one in exported[:1]]
 
     @property
     def key(self) -> str:
-        """What it will have made when it has ended well."""
+        """Fingerprint of what it will have made when it has ended well."""
         return str(self.steps[-1].fingerprint)
 
 
 @dataclass(frozen=True)
 class Ended:
-    """What became of a member."""
+    """The outcome of a member."""
 
     member: Member
     evaluation: str = ""
     """The fingerprint of what it evaluated."""
     key: str = ""
-    """By which its run is found in MLflow."""
+    """The key by which its run is found in MLflow."""
     failure: str = ""
 
 
@@ -177,7 +177,7 @@ def require_documents(artifact: Artifact) -> None:
 
 
 def foresee(members: Sequence[Member]) -> list[str]:
-    """Tell what the comparison at the end will not be able to say, as far as that is known before anything runs.
+    """Say what the comparison at the end will not be able to say, as far as that is known before anything runs.
 
     Raises:
         NoVerdict: it will not be able to say anything.
@@ -211,7 +211,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
 
 
 def held_out_by(member: Member) -> tuple[Any, ...]:
-    """What decides which documents a run holds out and evaluates."""
+    """Return what decides which documents a run holds out and evaluates."""
     split, evaluated = member.step("tokenize"), member.config("evaluate")
     documents, split = split.inputs["documents"], member.config("tokenize")
     return documents, split.val_fraction, split.seed, evaluated.max_documents
@@ -294,7 +294,7 @@ class Sweep:
         return comparison
 
     def stop(self) -> None:
-        """Say in MLflow that a person stopped it; the same command goes on."""
+        """Say in MLflow that a person stopped it; the same command resumes it."""
         self._tell(status="KILLED")
 
     def _tell(
@@ -350,7 +350,7 @@ class Sweep:
         ]
 
     def _save(self) -> None:
-        """Note which members are done, for a sweep that goes on with this one."""
+        """Note which members are done, for a sweep that resumes this one."""
         self._record.parent.mkdir(parents=True, exist_ok=True)
         write_durably(
             self._record, json.dumps({"key": self._finding.key, "done": self._done}, allow_nan=False)

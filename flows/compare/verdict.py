@@ -34,7 +34,7 @@ class Group:
     label: str
     """``1``, ``2`` ..."""
     settings: dict[str, Any]
-    """Those that tell it from the other recipes here."""
+    """Settings in which it differs from the other recipes here."""
     runs: list[str]
     models: list[int]
     """Places of the runs with different models: its seeds."""
@@ -63,7 +63,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Claim:
-    """What can be said of two models, or of two recipes."""
+    """A claim about two models, or two recipes."""
 
     first: str
     second: str
@@ -272,7 +272,7 @@ def outcome(estimate: Estimate, p_value: float) -> str:
 
 
 def one_recipe(group: Group) -> str:
-    """What is said of several runs of one recipe."""
+    """Describe several runs of one recipe, between which there is no difference to claim."""
     if group.spread is None:
         return "no difference: they are the same model"
     low, high = min(group.figures), max(group.figures)
@@ -283,7 +283,7 @@ def one_recipe(group: Group) -> str:
 
 
 def advice(subjects: Sequence[Subject]) -> str:
-    """What to run so that recipes can be told apart."""
+    """Say what to run so that recipes can be told apart."""
     rows = recipe_rows(subjects)
     can_be_set = all(row.stage != "download" and row.name != "version" for row in rows)
     if not can_be_set or len(rows) > MOST_IN_COMMAND:

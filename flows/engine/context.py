@@ -1,4 +1,4 @@
-"""What a stage's body is given in a run, but for `map`: all that it says goes to the run log."""
+"""The context that a step's body is given in a run, but for `map`: all that it says goes to the run log."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class StepContext:
         self.step, self.key = started.step, started.key
         self.notes: list[str] = []
         self.kept = "what is done is kept"
-        """What a step that is stopped leaves, in words."""
+        """Words for what a step that is stopped leaves."""
         self._started, self._out, self._log = started, out, log
         self._counted: Progress | None = None
         self._followed = 0.0
@@ -116,7 +116,7 @@ class StepContext:
                 self._log.append(event)
 
     def _say_who_is_awaited(self, job: Path, ranks: int) -> None:
-        """Tell what to type on the other machines, where a person starts them."""
+        """Say what to type on the other machines, where a person starts them."""
         nodes = nodes_for(ranks)
         if nodes.started_by == "hand":
             self.note(

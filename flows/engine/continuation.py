@@ -30,7 +30,7 @@ class Known:
 
 
 class Continuation:
-    """What is to be continued, in ``<home>/runs``: a file for each run of a plan and each step that is not ended."""
+    """The work to be continued, in ``<home>/runs``: a file for each run of a plan and each step that is not ended."""
 
     def __init__(self, home: Path) -> None:
         self._folder = runs(home)
@@ -54,7 +54,7 @@ class Continuation:
         return known
 
     def release(self, ended_well: bool) -> None:
-        """Let other runs of the plan go on with it, or forget it."""
+        """Let other runs of the plan resume it, or forget it."""
         if self._file and ended_well:
             self._file.unlink(missing_ok=True)
         if self._lock:
@@ -88,7 +88,7 @@ class Continuation:
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """What an unfinished run left in a file; nothing where there is none."""
+    """Read what an unfinished run left in a file; nothing where there is none."""
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:

@@ -42,11 +42,11 @@ class Course:
         """A step is at work from now on; none, where its name is empty."""
         self.step = step
         self.context: StepContext | None = None
-        """Of the body that is called, once it is."""
+        """The context of the body that is called, once it is."""
         self.message = ""
         """Why the run failed or was stopped."""
         self.said = ""
-        """What it said of that."""
+        """The trace of that, or the message of a user's mistake; empty where it was stopped."""
 
     @contextmanager
     def reported(self) -> Iterator[None]:
@@ -81,7 +81,7 @@ class Course:
         self._log.close()
 
     def _stopped(self, stop: BaseException) -> Stop:
-        """What a stop is raised as: the message says in which step, who wanted it, and what is kept of that."""
+        """Return the `Stop` to raise: its message says in which step, who wanted it, and what is kept of that."""
         if not self.message:
             why = asked.why or (str(stop) if isinstance(stop, Stop) else "stopped by Prefect")
             told = isinstance(stop, Interrupted)  # it says itself what is saved
@@ -92,7 +92,7 @@ class Course:
 
     @contextmanager
     def failures(self, step: Step) -> Iterator[None]:
-        """Keep the trace of a failure beside the unfinished artifact, and say how to go on."""
+        """Keep the trace of a failure beside the unfinished artifact, and say how to resume."""
         try:
             yield
         except UserError as error:

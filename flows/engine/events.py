@@ -64,17 +64,17 @@ def without_nonfinite(value: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class RunStarted(Event):
-    """A run begins, or goes on with one of the same plan that did not end well."""
+    """A run begins, or resumes one of the same plan that did not end well."""
 
     key: str
-    """What it is known by, also when it is continued: tag ``llmill.key`` in MLflow."""
+    """The key that it is known by, also when it is continued: tag ``llmill.key`` in MLflow."""
     name: str
     recipe: str
     description: str = ""
     command: str = ""
-    """What a person types to run it again."""
+    """The command that a person types to run it again."""
     steps: list[dict[str, Any]] = field(default_factory=list)
-    """Of the plan: step, stage, action, fingerprint, why."""
+    """Steps of the plan: step, stage, action, fingerprint, why."""
     params: dict[str, Any] = field(default_factory=dict)
     """Step -> the identity part of its config."""
     resolved: str = ""
@@ -88,7 +88,7 @@ class RunStarted(Event):
     new: bool = True
     """Whether nobody can know the key yet."""
     notify: list[str] = field(default_factory=list)
-    """Whom to tell of its end."""
+    """Receivers to which its end is reported."""
     store: str = ""
     """Where its artifacts are."""
     quoting: bool = True
@@ -109,13 +109,13 @@ class StepStarted(Event):
     why: str = ""
     resumed: bool = False
     late: bool = False
-    """Whether it is told now what a killed run had no time to tell."""
+    """Whether it is logged now what a killed run had no time to log."""
     new: bool = True
     params: dict[str, Any] = field(default_factory=dict)
     inputs: list[dict[str, Any]] = field(default_factory=list)
     """Stage, fingerprint, path and metrics of each."""
     seen: int = 0
-    """Bytes of its training's events that earlier attempts have told."""
+    """Bytes of its training's events that earlier attempts have reported."""
     begun: int = 0
     """When its first attempt began."""
     flow_run: dict[str, str] = field(default_factory=dict)
@@ -143,7 +143,7 @@ class Progress(Event, kept=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Activity(Event, kept=False):
-    """What a step is doing, in words."""
+    """The present work of a step, in words."""
 
     step: str
     text: str
@@ -167,12 +167,12 @@ class TrainingStarted(Event):
     fingerprint: str
     key: str
     offset: int = 0
-    """Bytes of that file that are told already."""
+    """Bytes of that file that are reported already."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured(Event):
-    """What a step asks of its machine."""
+    """System metrics of a step: what it asks of its machine."""
 
     key: str
     points: list[tuple[str, float, int, int]]
@@ -188,7 +188,7 @@ class StepSealed(Event):
     fingerprint: str
     key: str
     run: str
-    """The key of the run; empty where the run that dispatched the step tells of it."""
+    """The key of the run; empty where the run that dispatched the step reports it."""
     how: str
     """``ran`` or ``resumed``."""
     seconds: float

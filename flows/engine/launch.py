@@ -38,12 +38,12 @@ except ChildFailedError as failed:
     raise
 """
 ENDED = "ended-*.json"
-"""What each machine's torchrun leaves beside the log: rank -> exit code, of those that failed first."""
+"""Files that each machine's torchrun leaves beside the log: rank -> exit code, of those that failed first."""
 MARGIN_SECONDS = 5
-"""What torchrun gets to end itself, after what its ranks get."""
+"""Seconds that torchrun gets to end itself, after those that its ranks get."""
 
 save_asked = threading.Event()
-"""Set it to have the ranks that `local` runs write a checkpoint and go on."""
+"""Set it to have the ranks that `local` runs write a checkpoint and continue."""
 
 
 class Interrupted(Stop):
@@ -131,10 +131,10 @@ def raise_failure(what: str, logs: Path) -> NoReturn:
 def join(module: str, job: Path, ranks: int) -> int:
     """Run this machine's part of ranks that `local` starts on another one; torchrun's exit code.
 
-    `llm.machine.nodes` says what the environment must tell, here as there.
+    `llm.machine.nodes` says what the environment must say, here as there.
 
     Raises:
-        UserError: it tells of one machine only.
+        UserError: it names one machine only.
     """
     nodes = nodes_for(ranks)
     if nodes.started_by != "hand":
@@ -154,7 +154,7 @@ def torchrun(nodes: Nodes, module: str, job: Path, ranks: int, grace_seconds: fl
 
 
 def environment(ranks_here: int, logs: Path) -> dict[str, str]:
-    """What ranks find in theirs: ours, with what pays where it does not say otherwise."""
+    """Return the environment of ranks: ours, with what pays where it does not say otherwise."""
     return {
         **rank_environment(ranks_here),
         **os.environ,

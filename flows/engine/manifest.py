@@ -1,4 +1,4 @@
-"""What a manifest says beyond the payload: from what, how, where and with which code an artifact was made."""
+"""The contents of a manifest beyond the payload: from what, how, where and with which code an artifact was made."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def describe_making(step: Step, recipe: Recipe, inputs: Mapping[str, Artifact]) 
     }
 
 
-@cache  # it is told in every manifest of a run, and what is loaded does not change
+@cache  # it stands in every manifest of a run, and what is loaded does not change
 def code_version() -> dict[str, str | None]:
     """Which code this process runs."""
     return {"version": version("llmill"), "commit": git_commit()}

@@ -1,4 +1,4 @@
-"""What a run is given: an order, and its surroundings."""
+"""The input of a run: an order, and its surroundings."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from flows.recipe import Recipe
 
 @dataclass(frozen=True)
 class Order:
-    """What is to be run, and for whom."""
+    """The run that is wanted, and for whom."""
 
     planned: Planned
     command: str
-    """What a person types to run it again."""
+    """The command that a person types to run it again."""
     sweep: str = ""
     """The key of the sweep that the run belongs to."""
     run_key: str = ""
@@ -36,7 +36,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one step."""
+    """The outcome of one step."""
 
     artifact: Artifact
     how: str
@@ -49,7 +49,7 @@ class Host(Protocol):
     """The surroundings of a run."""
 
     stops: tuple[type[BaseException], ...]
-    """What ends a run because somebody wants it to."""
+    """Exceptions that end a run because somebody wants it to."""
 
     def at_work(self, builds: bool, give_up: Callable[[], None]) -> AbstractContextManager[None]:
         """Have what it takes to build, where the plan ``builds``; call ``give_up`` when we are too slow to end."""
@@ -76,7 +76,7 @@ class Host(Protocol):
         ...
 
     def made_by(self, key: str) -> dict[str, str]:
-        """What a manifest says of the runs that made it: ids that are known by now."""
+        """Return what a manifest says of the runs that made it: ids that are known by now."""
         ...
 
     def stopped(self, message: str) -> None:

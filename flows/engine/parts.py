@@ -1,4 +1,4 @@
-"""What travels to whatever computes a part of a stage: a function, its items, and the place of a stop flag.
+"""The parts of a step, as they travel to whatever computes them: a function, its items, and the place of a stop flag.
 
 A worker process of any kind imports this module, so it imports little, and it knows nothing of the run that sent it.
 """
@@ -19,7 +19,7 @@ SAME_VERSIONS = ("llmill", "prefect", "pyarrow", "numpy", "tokenizers")
 
 
 class Stopped(Exception):
-    """Another part of the same stage failed, so that this one was not computed."""
+    """Another part of the same step failed, so that this one was not computed."""
 
 
 class Part(Generic[Item, Result]):
@@ -61,7 +61,7 @@ def dask_setup(worker: object) -> None:
 
 
 def versions() -> dict[str, str]:
-    """What must be the same wherever a run is computed, or else its bytes may differ."""
+    """Return the versions that must be the same wherever a run is computed, or else its bytes may differ."""
     return {"Python": platform.python_version(), **{name: version(name) for name in SAME_VERSIONS}}
 
 

@@ -69,7 +69,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be done about one step of a recipe."""
+    """A step of a recipe, and what is to be done about it."""
 
     name: str
     stage: Stage
@@ -87,7 +87,7 @@ class Step:
     """Type of an input -> the step that makes it."""
     artifact: Artifact | None = None
     predicted: list[str] = field(default_factory=list)
-    """What a run of the step will need and find, as far as its config can tell."""
+    """Predictions of what a run of the step will need and find, as far as its config can tell."""
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -104,7 +104,7 @@ class Step:
 
 
 def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) -> list[Step]:
-    """What is to be done about the steps that were asked for and those that they need, in order.
+    """Plan what is to be done about the steps that were asked for and those that they need, in order.
 
     Raises:
         UserError: a config that can't be resolved, or a step that the selection needs and is not sealed.
@@ -199,7 +199,7 @@ def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step
 
 
 def plan_step(of_recipe: RecipeStep, steps: Mapping[str, Step], store: Store, *, forced: bool) -> Step:
-    """What is to be done about one step, given those before it."""
+    """Plan what is to be done about one step, given those before it."""
     stage, sources = of_recipe.stage, of_recipe.sources
     step = Step(name=of_recipe.name, stage=stage, action="unknown", why=[], sources=sources)
     try:

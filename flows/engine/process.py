@@ -24,7 +24,7 @@ def lives(pid: int, created: float) -> bool:
 
 
 def save_when_asked() -> None:
-    """Let SIGUSR1 have a training that runs write a checkpoint, and go on."""
+    """Let SIGUSR1 have a training that runs write a checkpoint, and continue."""
     from flows.engine import launch
 
     signal.signal(signal.SIGUSR1, lambda number, frame: launch.save_asked.set())

@@ -1,4 +1,4 @@
-"""What a run says of itself: the events of its log, from a plan and what becomes of it."""
+"""The report of a run on itself: the events of its log, from a plan and what becomes of it."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Reporter:
         self._store = order.planned.uses.store
         self._keys = Continuation(self._store.home)
         self.known = Known(key=order.run_key, new=False)
-        """By what the run is known."""
+        """The key and the name by which the run is known."""
         self.started = time.monotonic()
         self._ended = threading.Lock()
 
     @property
     def _run(self) -> str:
-        """The key of the run that is told of steps; empty where who dispatched us tells it."""
+        """The key of the run to which steps are reported; empty where who dispatched us reports them."""
         return "" if self._order.run_key else self.known.key
 
     def run_started(self) -> None:

@@ -1,4 +1,4 @@
-"""What a home keeps up, by its ``servers.json``: Prefect's server, MLflow's, and workers."""
+"""The services that a home keeps up, by its ``servers.json``: Prefect's server, MLflow's, and workers."""
 
 from __future__ import annotations
 
@@ -59,12 +59,12 @@ def marked(mark: str) -> list[psutil.Process]:
 
 @dataclass(frozen=True)
 class Services:
-    """What a home's ``servers.json`` says."""
+    """The contents of a home's ``servers.json``."""
 
     database: str = "SQLite"
     """Where both servers keep their data, for people: never with a password."""
     processes: dict[str, Running] = field(default_factory=dict)
-    """By name: ``prefect``, ``mlflow``, ``worker NAME-OF-POOL``."""
+    """Processes by name: ``prefect``, ``mlflow``, ``worker NAME-OF-POOL``."""
 
     def alive(self, name: str) -> Running | None:
         """The process of that name, if it lives."""
@@ -82,7 +82,7 @@ class Services:
 
 
 def read_services(home: Path) -> Services:
-    """What `up` left; nothing, where it was never called or all was ended."""
+    """Read what `up` left; nothing, where it was never called or all was ended."""
     try:
         state = json.loads(place(home).read_text())
         processes = {name: Running(**entry) for name, entry in state["processes"].items()}
@@ -98,7 +98,7 @@ def place(home: Path) -> Path:
 
 
 def prefect_api(home: Path) -> str:
-    """The Prefect API that runs on a home are told to: ``PREFECT_API_URL``, or that of the home's server; or empty.
+    """The Prefect API to which runs on a home report: ``PREFECT_API_URL``, or that of the home's server; or empty.
 
     Raises:
         UserError: the variable holds a password, which would be shown wherever the address is.

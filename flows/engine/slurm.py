@@ -53,7 +53,7 @@ KILL_SECONDS = 40
 
 @dataclass(frozen=True)
 class Standing:
-    """What Slurm says of a job."""
+    """The standing of a job, as Slurm reports it."""
 
     state: str
     reason: str = ""
@@ -153,7 +153,7 @@ def ask(*command: str) -> subprocess.CompletedProcess[str]:
 
 
 def standing_of(number: str) -> Standing | None:
-    """What Slurm says of a job now; None where it does not answer."""
+    """Ask Slurm for the standing of a job now; None where it does not answer."""
     found = ask("squeue", f"--jobs={number}", "--states=all", "--noheader", "--format=%T|%r|%N")
     if not found.returncode and found.stdout.strip():
         return Standing(*found.stdout.splitlines()[-1].strip().split("|"))

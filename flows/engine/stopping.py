@@ -15,9 +15,9 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SECONDS = 10.0
-"""What a run gets to end in, besides the time in which ranks save."""
+"""Seconds that a run gets to end in, besides the time in which ranks save."""
 TELL_SECONDS = 15.0
-"""What it gets on top to tell Prefect, MLflow and those whom the recipe names."""
+"""Seconds that it gets on top to report to Prefect, MLflow and those whom the recipe names."""
 END_SECONDS = STOP_SECONDS + TELL_SECONDS
 WORDS = {
     signal.SIGINT: "stopped by Ctrl-C",
@@ -31,13 +31,13 @@ class Stop(KeyboardInterrupt):
 
 
 class Asked:
-    """What this process was asked for: nothing, or to stop."""
+    """The request to this process: none, or to stop."""
 
     def __init__(self) -> None:
         self.why = ""
         """In words; empty until somebody asks."""
         self.deadline = 0.0
-        """When (`time.monotonic`) the stages must have ended."""
+        """When (`time.monotonic`) the steps must have ended."""
         self._raised = False
         self._lock = threading.Lock()
 
@@ -54,7 +54,7 @@ class Asked:
             raise Stop(self.why)
 
     def allow(self, seconds: float) -> None:
-        """Have the stages be given so long from now on: ranks save."""
+        """Have the steps be given so long from now on: ranks save."""
         self.deadline = time.monotonic() + seconds
 
     def note(self, why: str) -> None:
@@ -86,7 +86,7 @@ def heeding_signals() -> Iterator[None]:
     try:
         yield
     finally:
-        if not asked.why:  # else who asks again must not interrupt the telling of it
+        if not asked.why:  # else who asks again must not interrupt its report
             for number, handler in before.items():
                 signal.signal(number, handler)
 

@@ -55,12 +55,12 @@ FINGERPRINT_DIGITS = 16  # 64 bits: two of a million artifacts collide with prob
 LOGS = "logs"  # what depends on the clock or the host; sealed too, but no part of the payload's checksum
 ORIGIN = ".origin.json"  # from which inputs an artifact was begun; no part of the payload
 ATTEMPTS = f"{LOGS}/attempts.json"  # when work on an artifact began, and how long earlier attempts worked
-SCRATCH = "scratch"  # what a stage needs to be resumed; dropped when all else is on disk
-DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a stage that starts again
+SCRATCH = "scratch"  # what a step needs to be resumed; dropped when all else is on disk
+DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a step that starts again
 REPLACED = ".replaced"  # what the folder of an artifact is called while another takes its place
 LINKED = ".linked-"  # how folders of second names begin, which are there while something is sent
 TRACKING_STATE = (
-    ".tracking.json"  # where the tracking of an unfinished stage stands; dropped when it is sealed
+    ".tracking.json"  # where the tracking of an unfinished step stands; dropped when it is sealed
 )
 
 
@@ -82,7 +82,7 @@ def fingerprint(stage: str, version: int, identity: Mapping[str, Any], inputs: M
 
 @dataclass(frozen=True)
 class Input:
-    """What an artifact was made from."""
+    """An artifact that another was made from."""
 
     stage: str
     fingerprint: str
@@ -118,7 +118,7 @@ class Artifact:
 
     @property
     def inputs(self) -> dict[str, Input]:
-        """By type; artifacts of before there were types name the stage in its place."""
+        """Inputs by type; artifacts of before there were types name the stage in its place."""
         return {
             name if "stage" in one else MADE_BEFORE.get(name, name): Input(
                 one.get("stage", name), one["fingerprint"], one["payload_sha256"]
@@ -207,7 +207,7 @@ class Store:
         ``manifest`` holds what the caller knows (config, inputs, metrics, times ...); files, sizes and checksums
         are added here. ``spread`` computes the checksums where there are more than `SPREAD_BYTES`; without it, threads
         here do. An artifact that is being replaced (``--force``) gives way within ``replacing``, which keeps others
-        from reading it meanwhile. From the manifest on, a kill loses neither: `finish` goes on.
+        from reading it meanwhile. From the manifest on, a kill loses neither: `finish` resumes.
         """
         partial = self.partial(stage, fingerprint)
         (partial / "manifest.json").unlink(missing_ok=True)
@@ -241,7 +241,7 @@ class Store:
         return Artifact(self.path(stage, fingerprint), sealed)
 
     def finish(self, stage: str, fingerprint: str) -> None:
-        """Give a partial folder its final name, if its manifest says that it is whole; go on where a kill came.
+        """Give a partial folder its final name, if its manifest says that it is whole; resume where a kill came.
 
         Call it while holding `lock` and, where an artifact of that name is there, when nobody reads it.
         """
@@ -344,7 +344,7 @@ def is_time(text: str) -> bool:
 
 
 def origin_of(inputs: Mapping[str, Artifact]) -> dict[str, list[str]]:
-    """What an artifact is begun from: type of an input -> its stage, and the checksum of its payload."""
+    """Return what an artifact is begun from: type of an input -> its stage, and the checksum of its payload."""
     return {type_: [one.stage, one.payload_sha256] for type_, one in inputs.items()}
 
 
@@ -355,7 +355,7 @@ def protect(path: Path) -> None:
 
 
 def see_writable(partial: Path) -> None:
-    """See that we may go on with what was begun, perhaps by another user of the home.
+    """See that we may resume what was begun, perhaps by another user of the home.
 
     Raises:
         UserError: we may not write there.

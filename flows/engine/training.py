@@ -1,4 +1,4 @@
-"""What a training tells of itself in ``logs/events.jsonl``, line by line, and how a run shows it."""
+"""The events that a training logs in ``logs/events.jsonl``, line by line, and how a run shows them."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class TrainingReader:
         self._validated = ""
 
     def follow(self) -> Iterator[Event]:
-        """What the training has told since the last call."""
+        """Read what the training has logged since the last call."""
         lines, self._read = read_lines(self._path, self._read)
         for line in lines:
             yield from self._shown(json.loads(line))
 
     def kept(self, grace_seconds: float) -> str:
-        """What the training has on disk, and what it has not, in words."""
+        """Say, in words, what the training has on disk, and what it has not."""
         lost = self._done - (self._saved or 0)
         saved = f"step {self._saved} is saved" if self._saved is not None else "no step is saved"
         if lost <= 0:

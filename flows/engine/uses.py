@@ -1,9 +1,9 @@
 """Who uses which artifact: a run holds all that its plan names, so that `llmill gc` leaves them alone.
 
 A use is a shared lock on a file beside the artifact, which the system frees when its holder dies; whoever takes it
-writes to the file, so that its time tells of the last use. Who wants to remove or to replace an artifact takes the lock
-for himself alone, and, before a removal, looks at that time once more. A run takes its locks when it has made its plan,
-and then looks whether what it wants to reuse is still there.
+writes to the file, so that its time is that of the last use. Who wants to remove or to replace an artifact takes the
+lock for himself alone, and, before a removal, looks at that time once more. A run takes its locks when it has made its
+plan, and then looks whether what it wants to reuse is still there.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What came from what: artifacts both ways, and a document's way through the line."""
+"""The lineage of artifacts, both ways, and a document's way through the pipeline."""

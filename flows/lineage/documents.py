@@ -1,5 +1,5 @@
-"""A document's way through the line: in which shard and row of each stage's output it stands, or why it does not; and
-when each training reads it, which is worked out (`llm.data.reads`) and not looked up.
+"""A document's way through the pipeline: in which shard and row of each step's output it stands, or why it does not;
+and when each training reads it, which is worked out (`llm.data.reads`) and not looked up.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from llm.training.events import read_events
 
 @dataclass(frozen=True)
 class Place:
-    """What an artifact has of a document."""
+    """The fate of a document in an artifact."""
 
     node: Node
     what: str
@@ -201,10 +201,10 @@ class DocumentTrace:
 
 
 def training_of(node: Node) -> Training:
-    """A training as far as its artifact or its unfinished folder tells.
+    """A training as far as its artifact or its unfinished folder describes it.
 
     Raises:
-        OSError, KeyError, ValidationError: what would tell is not there, or of another version of llmill.
+        OSError, KeyError, ValidationError: what would describe it is not there, or of another version of llmill.
     """
     if node.artifact:
         manifest, path = node.artifact.manifest, node.path / "skipped.parquet"
@@ -227,7 +227,7 @@ def training_of(node: Node) -> Training:
 
 
 def read_sources(folder: Path) -> str:
-    """What a training wrote of the windows that there are."""
+    """Read what a training wrote of the windows that there are."""
     return (folder / "sources.json").read_text(encoding="utf-8")
 
 

@@ -55,7 +55,7 @@ class Node:
 
 
 class Graph:
-    """What is in a store, and what came from what."""
+    """The artifacts of a store, and what came from what."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
@@ -102,7 +102,7 @@ class Graph:
 
     @cached_property
     def _exports(self) -> dict[str, list[Key]]:
-        """By what `pretrain.init_from` would take their content for."""
+        """Exports by the identity that `pretrain.init_from` would give their content."""
         found: dict[str, list[Key]] = {}
         for artifact in self._sealed:
             if artifact.stage == "export":
@@ -118,11 +118,11 @@ class Graph:
         return found
 
     def ancestors(self, keys: Iterable[Key]) -> list[Node]:
-        """All that some artifacts were made from, in the order of the line, without themselves."""
+        """All that some artifacts were made from, in the order of the pipeline, without themselves."""
         return self._reach(keys, lambda key: self.nodes[key].inputs)
 
     def descendants(self, keys: Iterable[Key]) -> list[Node]:
-        """All that was made from some artifacts, in the order of the line, without themselves."""
+        """All that was made from some artifacts, in the order of the pipeline, without themselves."""
         return self._reach(keys, lambda key: self._users.get(key, ()))
 
     def _reach(self, keys: Iterable[Key], following: Callable[[Key], Iterable[Key]]) -> list[Node]:
@@ -176,7 +176,7 @@ class Graph:
 
 
 def place(key: Key) -> tuple[int, str, str]:
-    """Sorts by stage, in the order of the line."""
+    """Sorts by stage, in the order of the pipeline."""
     return (ORDER.index(key[0]) if key[0] in BY_NAME else len(ORDER), *key)
 
 

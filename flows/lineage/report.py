@@ -20,7 +20,7 @@ MOST_RUNS = 20
 
 
 class Known:
-    """What MLflow says, or why it says nothing."""
+    """The answers of MLflow, or why it gives none."""
 
     def __init__(self, store: Store) -> None:
         from flows.listeners.mlflow.lineage import NotAsked, Records
@@ -63,7 +63,7 @@ def artifact_json(graph: Graph, node: Node, known: Known) -> dict[str, Any]:
 
 
 def describe(node: Node) -> dict[str, Any]:
-    """What the manifest says of an artifact's making."""
+    """Return what the manifest says of an artifact's making."""
     described: dict[str, Any] = {
         "stage": node.stage,
         "fingerprint": node.fingerprint,
@@ -168,7 +168,7 @@ def document_lines(trace: DocumentTrace, known: Known) -> list[str]:
 
 
 def place_line(place: Place) -> str:
-    """What an artifact has of a document, in a few words."""
+    """Say what an artifact has of a document, in a few words."""
     facts = place.facts
     at = f"{facts.get('shard')}, row group {facts.get('row_group')}, row {facts.get('row')}"
     if place.what in ("train", "val"):

@@ -58,18 +58,18 @@ SIGNS = {b"\\": b"\\"}
 
 @dataclass
 class Findings:
-    """What a search came to."""
+    """The result of a search."""
 
     places: list[str] = field(default_factory=list)
     """Where the text is."""
     unread: list[str] = field(default_factory=list)
-    """What could not be looked into, and why."""
+    """Places that could not be looked into, and why."""
     files: int = 0
     bytes: int = 0
 
 
 class Needle:
-    """What is looked for."""
+    """The texts that are looked for."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         if not texts:
@@ -111,7 +111,7 @@ def pieces_of(text: str) -> Iterator[bytes]:
 
 
 def unescaped(data: bytes) -> bytes:
-    """What JSON, Python or HTML mean by ``data``."""
+    """Return what JSON, Python or HTML mean by ``data``."""
     if b"\\" in data:
         data = ESCAPE.sub(meant_by, data)
     if b"&" in data:
@@ -136,7 +136,7 @@ class Search:
         self._tokenizers: list[Tokenizer] = []
 
     def folder(self, folder: Path, called: str = "") -> None:
-        """Look into all that is in a folder; ``called`` says what stands in for its path in what is told."""
+        """Look into all that is in a folder; ``called`` says what stands in for its path in what is reported."""
         paths = sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
         self._read_tokenizers(path for path in paths if path.name == "tokenizer.json")
         for path in paths:
@@ -146,7 +146,7 @@ class Search:
                     self._file(path, name)
             except FileNotFoundError:
                 continue  # a run at work removed it
-            except Exception as error:  # whatever is wrong with it, the rest is looked at, and this is told
+            except Exception as error:  # whatever is wrong with it, the rest is looked at, and it is reported
                 self.found.unread.append(f"{name}: {type(error).__name__}: {error}"[:300])
 
     def text(self, text: str, name: str) -> None:
@@ -256,10 +256,10 @@ class Search:
 
 
 def search(home: Path, texts: Sequence[str]) -> Findings:
-    """Look for texts in a home, and in the MLflow that its runs tell, where that is elsewhere.
+    """Look for texts in a home, and in the MLflow that its runs report to, where that is elsewhere.
 
     Raises:
-        UserError: a text is too short to tell anything.
+        UserError: a text is too short for a hit to mean anything.
     """
     looking = Search(texts)
     looking.folder(home)

@@ -1,4 +1,4 @@
-"""What a person means by MODEL, FINGERPRINT or DOCUMENT-ID."""
+"""The meaning of MODEL, FINGERPRINT or DOCUMENT-ID."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Who is told of a run: the terminal, MLflow, the page of the flow run, receivers of notices."""
+"""Listeners to which a run is reported: the terminal, MLflow, the page of the flow run, receivers of notices."""

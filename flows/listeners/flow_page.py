@@ -1,4 +1,4 @@
-"""What the page of a run shows in Prefect: a table of its stages, the progress of the one at work, a link to MLflow.
+"""The page of a run in Prefect: a table of its steps, the progress of the one at work, a link to MLflow.
 
 All of it is sent by a thread of its own, the latest of each kind, so that a slow or absent server holds nothing up.
 """
@@ -37,8 +37,8 @@ from flows.headline import headline
 from flows.listeners.markdown import code
 
 GATHER_SECONDS = 0.5
-"""From news to its sending: a stage's end is shown with the start of the next one, and not while Prefect tells its
-server of that."""
+"""From news to its sending: a step's end is shown with the start of the next one, and not while Prefect
+reports that to its server."""
 SEND_SECONDS = 10.0
 """Between sends, and tries: on one machine, Prefect's server takes for them what training wants."""
 IDLE_SECONDS = 4.0
@@ -144,13 +144,13 @@ class FlowPage:
             self._thread.start()
 
     def stages(self, rows: Sequence[Mapping[str, Any]], summary: str) -> None:
-        """Show a table with one row a stage."""
+        """Show a table with one row a step."""
         self._show(
             "stages", "table", json.dumps(list(rows), allow_nan=False), summary
         )  # text, as Prefect's own tables are
 
     def progress(self, percent: float, description: str) -> None:
-        """Show how far the stage at work is."""
+        """Show how far the step at work is."""
         self._show("progress", "progress", round(percent, 1), description)
 
     def links(self, text: str, summary: str) -> None:

@@ -27,7 +27,7 @@ SECONDS = 10.0
 
 @dataclass(frozen=True)
 class Notice:
-    """What became of a run."""
+    """The outcome of a run."""
 
     recipe: str
     state: str
@@ -39,7 +39,7 @@ class Notice:
     log: str = ""
     """The last lines of what it said."""
     resume: str = ""
-    """The command that goes on with it."""
+    """The command that resumes it."""
     prefect_url: str = ""
     mlflow_url: str = ""
     seconds: float = 0.0
@@ -58,7 +58,7 @@ class Notice:
 
 
 class NoticeListener:
-    """Tells those whom a recipe names of the run's end."""
+    """Reports the run's end to those whom a recipe names."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
@@ -120,7 +120,7 @@ def unset_receivers(receivers: Sequence[str]) -> list[str]:
 
 
 def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], None]) -> None:
-    """Tell every receiver; one that can't be told is warned of, and never fails a run."""
+    """Send to every receiver; one that can't be reached is warned of, and never fails a run."""
     unset = unset_receivers(receivers)
     for receiver in unset:
         warn(f"{receiver} could not be told of the run's end: the variable is not set")
@@ -135,7 +135,7 @@ def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], 
 
 
 def send(notice: Notice, receiver: str) -> None:
-    """Tell one receiver: JSON to a webhook, text to a block that writes to people."""
+    """Send to one receiver: JSON to a webhook, text to a block that writes to people."""
     match = RECEIVER.fullmatch(receiver)
     assert match
     content = {"subject": notice.subject, **asdict(notice)}

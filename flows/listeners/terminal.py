@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line a stage, a live line for the one at work, a table at the end."""
+"""The view of a run for a person: one line a step, a live line for the one at work, a table at the end."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Terminal:
         self.console.print(text, style="bold")
 
     def stage_started(self, stage: str, what: str) -> None:
-        """Begin a stage's line, which says ``what`` until there is progress to tell."""
+        """Begin a step's line, which says ``what`` until there is progress to report."""
         self._stage, self._started, self._shown = stage, time.monotonic(), time.monotonic()
         if self.console.is_terminal:
             self._live = Live(
@@ -81,7 +81,7 @@ class Terminal:
             self._live.start()
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
-        """The stage has done ``done`` of ``total`` ``unit``."""
+        """The step has done ``done`` of ``total`` ``unit``."""
         seconds = time.monotonic() - self._started
         parts = [
             f"{quantity(done, unit)} of {quantity(total, unit)}" if total else quantity(done, unit),
@@ -109,13 +109,13 @@ class Terminal:
         self.console.print(Text(f"  {'!' if warning else '·'} {text}", style="yellow" if warning else "dim"))
 
     def leave(self) -> None:
-        """Draw the stage's line no longer."""
+        """Draw the step's line no longer."""
         if self._live:
             self._live.stop()
             self._live = None
 
     def stage_ended(self, mark: str, text: str, style: str = "green") -> None:
-        """End the stage's line for good."""
+        """End the step's line for good."""
         self.leave()
         self.console.print(self._line(mark, text, style))
 

@@ -36,7 +36,7 @@ def carry_out(
     command: str,
     dispatcher: Dispatcher,
 ) -> None:
-    """Run a recipe within the flow run that calls this. ``command`` is what a person types to go on with it."""
+    """Run a recipe within the flow run that calls this. ``command`` is what a person types to resume it."""
     prepared = False
     try:
         planned = Planned.of(load_recipe(recipe, settings), home, selection)
@@ -82,7 +82,7 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
 
 
 def read_leniently(recipe: Path) -> Mapping[str, Any]:
-    """What can be read of a recipe that may be wrong."""
+    """Read what can be read of a recipe that may be wrong."""
     with suppress(OSError, ValueError, yaml.YAMLError):
         values = yaml.safe_load(recipe.read_text(encoding="utf-8"))
         if isinstance(values, dict):
@@ -91,7 +91,7 @@ def read_leniently(recipe: Path) -> Mapping[str, Any]:
 
 
 def receivers(values: Mapping[str, Any]) -> list[str]:
-    """Whom a recipe wants to be told; those that are no text are passed over."""
+    """List the receivers of notices that a recipe names; those that are no text are passed over."""
     runtime = values.get("runtime")
     named = runtime.get("notify") if isinstance(runtime, dict) else None
     return [one for one in named if isinstance(one, str)] if isinstance(named, list) else []

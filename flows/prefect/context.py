@@ -28,7 +28,7 @@ from flows.prefect.runners import Workers
 MOST_TASKS, TASKS_A_WORKER = 200, 4
 IN_FLIGHT = 3  # tasks a worker that are submitted and not done, so that none waits for this process
 FOREIGN_SECONDS = 30.0
-"""After which a worker of Prefect's own kills what it has told to end; ours waits for as long as a run needs."""
+"""After which a worker of Prefect's own kills what it has asked to end; ours waits for as long as a run needs."""
 
 
 class PrefectContext(StepContext):

@@ -44,7 +44,7 @@ Collision = Literal["enqueue", "cancel-new"]
 
 @dataclass(frozen=True)
 class Options:
-    """What the command line says; None leaves what the file says."""
+    """The options of the command line; None leaves what the file says."""
 
     cron: str | None = None
     timezone: str | None = None

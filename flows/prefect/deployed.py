@@ -113,7 +113,7 @@ def pipeline(
 
 
 def resume_command(recipe: str, settings: Sequence[str], chosen: Mapping[str, str | None], home: Path) -> str:
-    """What a person types on a machine that sees the home to go on with a run."""
+    """Return the command that a person types on a machine that sees the home to resume a run."""
     from flows.recipe import shown
 
     options = {"start": "--from", "stop": "--to", "only": "--only", "force": "--force"}

@@ -1,4 +1,4 @@
-"""Stages that a run leaves to flow runs elsewhere: deployments of their own, in the work pool that each names.
+"""Steps that a run leaves to flow runs elsewhere: deployments of their own, in the work pool that each names.
 
 So a pipeline on a machine with cores has its training done by one with GPUs. All share the home.
 """
@@ -25,11 +25,11 @@ POLL_SECONDS = 2.0
 
 
 class DispatchedFailed(Exception):
-    """A flow run that was to build a stage did not end well."""
+    """A flow run that was to build a step did not end well."""
 
 
 class Dispatcher:
-    """Which stages go elsewhere; none by default."""
+    """Which steps go elsewhere; none by default."""
 
     def __init__(self, stages: frozenset[str] = frozenset(), parent_key: str = "") -> None:
         self._stages = stages
@@ -40,7 +40,7 @@ class Dispatcher:
         return stage in self._stages
 
     def check(self, step: Step) -> None:
-        """See that a stage which goes elsewhere means the same there.
+        """See that a step which goes elsewhere means the same there.
 
         Raises:
             UserError: it leaves something to the machine that it runs on.
@@ -51,13 +51,13 @@ class Dispatcher:
             )
 
     def deployment(self, stage: str) -> str:
-        """The deployment that builds a stage: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STAGE``."""
+        """The deployment that builds a step: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STEP``."""
         return f"{FLOW}/{this_deployment.name}.{stage}"
 
     def run(self, stage: str, parent_key: str, force: bool = False) -> None:
-        """Start a stage's deployment, and wait until it has ended well. When we are stopped, so is it.
+        """Start a step's deployment, and wait until it has ended well. When we are stopped, so is it.
 
-        With ``force`` it builds the stage again although it is sealed.
+        With ``force`` it builds the step again although it is sealed.
 
         Raises:
             DispatchedFailed: it ended otherwise.

@@ -1,7 +1,7 @@
 """Which flow runs this home's processes carry out, so that none stays "running" in Prefect when its process is gone.
 
 Each leaves a note while it is at work. Whoever comes next on the same machine finds the notes of dead processes, and
-tells Prefect what became of their runs: the end that could not be told while the server was away, or a crash.
+reports to Prefect what became of their runs: the end that could not be reported while the server was away, or a crash.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ AT_WORK = {StateType.RUNNING, StateType.CANCELLING}
 OPEN = {*AT_WORK, StateType.PENDING}
 CRASHED = "the process that ran this is gone; Retry goes on from what it sealed"
 STOPS = (KeyboardInterrupt, TerminationSignal, Pause)
-"""What ends a run because somebody wants it to: ours, and Prefect's own."""
+"""Exceptions that end a run because somebody wants it to: ours, and Prefect's own."""
 WATCH_SECONDS = 3.0
 """Between looks at what Prefect says of our run; less than the four seconds for which a connection is kept."""
 
@@ -67,7 +67,7 @@ class Attempt(Generic[Value]):
 
     @property
     def state(self) -> State | None:
-        """What the flow's function returns: for Prefect, what was stopped is cancelled, and says what it leaves."""
+        """Return value of the flow's function: for Prefect, what was stopped is cancelled, and says what it leaves."""
         return Cancelled(message=str(self.raised)) if self.raised else None
 
     def end(self) -> None:
@@ -119,7 +119,7 @@ def stopped(stop: BaseException) -> State:
 
 
 def finished() -> State | None:
-    """The state in which a deployment's run ends whose stages are all done; None leaves it to Prefect.
+    """The state in which a deployment's run ends whose steps are all done; None leaves it to Prefect.
 
     Of a run that was cancelled in its last seconds Prefect takes no "completed": it would stay Cancelling.
     """
@@ -155,7 +155,7 @@ def wait_for_prefect(seconds: float) -> None:
 
 @contextmanager
 def at_work(home: Path) -> Iterator[None]:
-    """Leave a note of the current flow run for as long as the block lasts; for longer, where its end is not told.
+    """Leave a note of the current flow run for as long as the block lasts; for longer, where its end is not reported.
 
     Meanwhile, what is pressed on the run's page in Prefect stops it.
     """
@@ -210,7 +210,7 @@ def wish(run: FlowRun, attempt: int) -> str:
 
 
 def settle(home: Path) -> None:
-    """Tell Prefect what became of the flow runs whose processes are gone; where it can't be told, another time."""
+    """Report to Prefect what became of the flow runs whose processes are gone; where that can't be, another time."""
     api = PREFECT_API_URL.value()
     for note in read_notes(home):
         try:
@@ -223,7 +223,7 @@ def settle(home: Path) -> None:
 
 
 def give_up(message: str) -> None:
-    """Tell Prefect, from any thread, that the flow run of this process is stopped: its process is about to end."""
+    """Report to Prefect, from any thread, that the flow run of this process, which is about to end, is stopped."""
     if note := end_note("cancelled", message):
         close_run(note)
 

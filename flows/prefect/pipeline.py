@@ -31,7 +31,7 @@ from flows.prefect.host import PrefectHost
 from flows.prefect.names import FLOW, TIME
 from flows.prefect.runners import reach
 
-EVENTS_SECONDS = 5.0  # for what Prefect's server has not been told of states when a run ends
+EVENTS_SECONDS = 5.0  # for states not yet reported to Prefect's server when a run ends
 
 
 class Pipeline:

@@ -136,7 +136,7 @@ def stamp(text: str) -> float:
 
 
 def deployments_of(api: str, names: Sequence[str]) -> list[dict[str, Any]]:
-    """What the server knows of these deployments of the pipeline, in this order."""
+    """Return what the server knows of these deployments of the pipeline, in this order."""
     wanted = {"deployments": {"name": {"any_": list(names)}}, "flows": {"name": {"any_": [FLOW]}}}
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
         found = client.request("POST", "/deployments/filter", json=wanted).json()

@@ -23,7 +23,7 @@ WORKER = "LLMILL_WORKER"
 
 @dataclass(frozen=True)
 class Note:
-    """What one says. The file is named after the flow run."""
+    """The contents of one note. The file is named after the flow run."""
 
     file: Path
     api: str

@@ -1,6 +1,6 @@
 """Where work over shards is computed: threads or processes here, or a Dask or Ray cluster, started or joined.
 
-One pool or cluster serves a whole run; each stage's flow gets a task runner that submits to it.
+One pool or cluster serves a whole run; each step's flow gets a task runner that submits to it.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def nothing() -> None:
 
 @dataclass(frozen=True)
 class Workers:
-    """What computes the parts of all stages of one run."""
+    """The workers that compute the parts of all steps of one run."""
 
     count: int
     """Parts that are computed at once."""
 
     task_runner: Callable[[], TaskRunner[Any]]
-    """Makes the task runner of a stage's flow."""
+    """Makes the task runner of a step's flow."""
 
     prepare: Callable[[Part[Any, Any]], Callable[[], list[Any]]] = as_it_is
     """From a part, what a task is to call."""
@@ -135,7 +135,7 @@ def dask(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
 
 
 def ask_scheduler(address: str) -> dict[str, Any]:
-    """What a Dask scheduler says of itself and its workers."""
+    """Ask what a Dask scheduler says of itself and its workers."""
     import distributed
 
     async def ask() -> dict[str, Any]:

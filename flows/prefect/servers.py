@@ -38,9 +38,9 @@ NO_TLS = Path(__file__).parent / "no_tls.pem"
 
 
 def client_settings(api: str) -> dict[str, str]:
-    """Prefect's settings for a process that tells this API of runs.
+    """Prefect's settings for a process that reports runs to this API.
 
-    Each client that Prefect makes, one a stage, reads 150 certificates in 20 ms: where no TLS is spoken, one will do.
+    Each client that Prefect makes, one a step, reads 150 certificates in 20 ms: where no TLS is spoken, one will do.
     """
     without_tls = {"PREFECT_API_SSL_CERT_FILE": str(NO_TLS)} if api.startswith("http://") else {}
     return CLIENT_SETTINGS | without_tls
@@ -103,7 +103,7 @@ class PrefectServer:
 
     @property
     def there(self) -> bool:
-        """Whether there is a server to tell."""
+        """Whether there is a server to report to."""
         return bool(self.given or self._url)
 
     def wait(self) -> None:

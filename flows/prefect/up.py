@@ -52,7 +52,7 @@ DATABASES = {PREFECT: "llmill_prefect", MLFLOW: "llmill_mlflow"}
 
 @dataclass(frozen=True)
 class Wanted:
-    """What `up` is asked for."""
+    """The options of `up`."""
 
     host: str = "127.0.0.1"
     prefect_port: int = 4200
@@ -191,7 +191,7 @@ class Up:
             wait_for_worker(api, pool, since, partial(self._see_alive, names[pool]))
 
     def _settle(self) -> None:
-        """Have runs whose process died be known as crashed, before a worker takes up others."""
+        """Have runs whose process died be known as crashed, before a worker starts others."""
         from prefect.settings import PREFECT_API_URL, temporary_settings
 
         from flows.prefect.flow_runs import settle
@@ -205,7 +205,7 @@ class Up:
         return command, self.client_environment(), ""
 
     def client_environment(self) -> dict[str, str]:
-        """What a process needs to use these servers as a run does."""
+        """Return the variables that a process needs to use these servers as a run does."""
         from flows.prefect.servers import client_settings
 
         api = f"{self.services.processes[PREFECT].url}/api"
@@ -273,7 +273,7 @@ def stop(
 ) -> list[str]:
     """End the home's servers (of these names), workers first, and forget them; the names of those that were alive.
 
-    Runs at work under a worker save first, for as long as they need; ``say`` is told of them, and what they saved.
+    Runs at work under a worker save first, for as long as they need; ``say`` reports them, and what they saved.
     """
     services = read_services(home)
     chosen = [name for name in services.processes if names is None or name in names]
@@ -314,7 +314,7 @@ def end_workers(home: Path, pids: Sequence[int], say: Callable[[str], None]) -> 
 
 
 def outcome(note: Note) -> str:
-    """What became of a run that was told to end."""
+    """Say what became of a run that was asked to end."""
     found = next((now for now in read_notes(note.file.parents[2]) if now.file == note.file), None)
     if found is None or found.final == "completed":
         return "completed"

@@ -31,7 +31,7 @@ from flows.listeners.terminal import Terminal
 from flows.prefect.run_notes import WORKER, Note, read_notes
 
 KILL_SECONDS = 5.0
-"""What a run gets on top of what it says that it needs."""
+"""Seconds that a run gets on top of those that it says it needs."""
 
 
 class Worker(ProcessWorker):
@@ -106,7 +106,7 @@ async def end(process: Process, flow_run: FlowRun) -> None:
 
 
 def note_of(flow_run: FlowRun) -> Note | None:
-    """What a flow run says of itself in its home; None before it has come that far."""
+    """Return what a flow run says of itself in its home; None before it has come that far."""
     parameters: Mapping[str, Any] = flow_run.parameters
     home = Path(parameters.get("home") or os.environ.get("LLMILL_HOME", ".llmill"))
     return next((note for note in read_notes(home) if note.flow_run_id == str(flow_run.id)), None)

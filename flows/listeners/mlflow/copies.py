@@ -1,6 +1,6 @@
-"""Copies of artifacts in MLflow: the files and the page of each stage's run, logged models, registered versions.
+"""Copies of artifacts in MLflow: the files and the page of each step's run, logged models, registered versions.
 
-What `llmill gc` removes from the store goes from there too, on whatever store MLflow keeps files. Params, figures and
+What `llmill gc` removes from the store goes from there too, on whatever store MLflow keeps files. Params, metrics and
 tags of the runs stay: they say that there was an artifact, and what it was made from, with its checksum.
 """
 
@@ -60,11 +60,11 @@ class Copies(Records):
             self._hold(("export", version.fingerprint), version.uri, remove)
 
     def of(self, key: Key) -> list[Copy]:
-        """What there is of an artifact."""
+        """Return the copies of an artifact."""
         return self._held.get(key, [])
 
     def descendants(self, keys: Iterable[Key]) -> set[Key]:
-        """What was made from artifacts, as runs name what they read; also where the store has it no more."""
+        """Return what was made from artifacts, as runs name what they read; also where the store no longer has it."""
         found: set[Key] = set()
         waiting = list(keys)
         while waiting:

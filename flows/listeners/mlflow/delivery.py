@@ -26,7 +26,7 @@ from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused
 
 GATHER_SECONDS = 0.3
-"""From news to its sending: what the end of a stage and the start of the next one tell then goes at once, and not
+"""From news to its sending: what the end of a step and the start of the next one report then goes at once, and not
 while Prefect, which asks its own server between them, could use the time."""
 FOLLOW_SECONDS = 10.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -46,7 +46,7 @@ class Following:
     offset: int
 
     def read(self, store: Store) -> tuple[list[Operation], Self]:
-        """What is new in its events, and what follows it then."""
+        """Return operations for what is new in its events, and the `Following` from there on."""
         folders = (store.path(self.stage, self.fingerprint), store.partial(self.stage, self.fingerprint))
         found = next((one for one in folders if (one / EVENTS).exists()), folders[0])
         lines, offset = read_lines(found / EVENTS, self.offset)
@@ -74,7 +74,7 @@ class Place:
 
 
 def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Place]]:
-    """The operations that MLflow has not been told, in order, each with the place behind it; None: nothing to tell."""
+    """The operations not yet reported to MLflow, in order, each with the place behind it; None: nothing to report."""
     place = Place.of(log)
     for event, offset in log.events(place.offset):
         following = place.following
@@ -98,12 +98,12 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
 
 
 def unsent(log: LogFile, store: Store) -> bool:
-    """Whether MLflow has not been told all of a log."""
+    """Whether not all of a log has been reported to MLflow."""
     return any(operation for operation, _ in waiting(log, store))
 
 
 def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
-    """Tell MLflow what waits in a claimed log; each operation, and why it was refused (empty where it was not).
+    """Report to MLflow what waits in a claimed log; each operation, and why it was refused (empty where it was not).
 
     Raises:
         Away: MLflow does not answer; what is not delivered yet waits on.
@@ -156,9 +156,9 @@ def merged(one: Operation, other: Operation) -> Operation | None:
 
 @contextmanager
 def left_behind(home: Path) -> Iterator[Iterator[LogFile]]:
-    """The claimed logs of runs that are no more and have something to tell, oldest first.
+    """The claimed logs of runs that are over and have something to report, oldest first.
 
-    Later logs may go on with the runs of earlier ones, so one process at a time sends them, all others wait.
+    Later logs may resume the runs of earlier ones, so one process at a time sends them, all others wait.
     """
     runs(home).mkdir(parents=True, exist_ok=True)
     with shared_lock(runs(home) / ".left"), closing(claimed(home)) as found:
@@ -207,7 +207,7 @@ def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
 
 
 def how_to_send(log: LogFile) -> str:
-    """What a person types to send what another MLflow than the present one is to be told."""
+    """Say what a person types to report what is meant for another MLflow than the present one."""
     meant = log.head["target"]
     return (
         "llmill sync, without MLFLOW_TRACKING_URI"
@@ -282,7 +282,7 @@ class Sender:
         self._until_it_works(self._send_what_is_left)
         while not self.done:
             with self._change:
-                # A training says nothing in the log, but goes on telling of its steps in a file of its own.
+                # A training says nothing in the log, but goes on logging its steps in a file of its own.
                 self._change.wait_for(lambda: self._news or self._closing, FOLLOW_SECONDS)
                 self._change.wait_for(lambda: self._awaited or self._closing, GATHER_SECONDS)
                 over, self._news, self._awaited = self._closing, False, False

@@ -1,4 +1,4 @@
-"""What the page of a run says in MLflow, in Markdown: what came of it, what the model writes, where to look."""
+"""The text of a run's page in MLflow, in Markdown: what came of it, what the model writes, where to look."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def links(name: str, url: str, table: str, *, store: str, command: str) -> str:
 
 
 def summary_table(results: Mapping[str, Outcome]) -> str:
-    """A table with one row a stage."""
+    """A table with one row a step."""
     rows = [
         (
             stage,
@@ -77,7 +77,7 @@ def summary_table(results: Mapping[str, Outcome]) -> str:
 
 
 def samples(results: Mapping[str, Outcome]) -> str:
-    """What the evaluated model wrote, where it was evaluated: prompt and continuation, as they are."""
+    """Return what the evaluated model wrote, where it was evaluated: prompt and continuation, as they are."""
     lines: list[str] = []
     for artifact, _, _ in results.values():
         written = artifact.path / "samples.jsonl"

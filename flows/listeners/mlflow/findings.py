@@ -18,7 +18,7 @@ KIND = "llmill.kind"
 
 
 class Finding:
-    """One such run. What it tells is kept in a run log first, so that MLflow learns of it later where it is away."""
+    """One such run. What it reports is kept in a run log first, so that MLflow learns of it later where it is away."""
 
     def __init__(self, home: Path, experiment: str, kind: str, name: str, key: str = "") -> None:
         self.home, self.experiment, self.key = home, experiment, key or uuid4().hex
@@ -39,9 +39,9 @@ class Finding:
         status: str = "",
         more: Sequence[Operation] = (),
     ) -> str:
-        """Begin the run or go on with it; give it tags, files and text for its page; end it where there is a status.
+        """Begin the run or resume it; give it tags, files and text for its page; end it where there is a status.
 
-        ``more`` is told as well, before the end.
+        ``more`` is reported as well, before the end.
 
         Returns:
             Why MLflow does not have it yet; empty where it has.
@@ -57,7 +57,7 @@ class Finding:
 
     @property
     def link(self) -> str:
-        """Where its page is; its id where no server shows it; empty where MLflow has not been told."""
+        """Where its page is; its id where no server shows it; empty where MLflow does not know of it."""
         run_id = self._mlflow.ids.get(self.key, "")
         return run_url(self._mlflow.uri, self._mlflow.experiments.get(self.experiment, ""), run_id) or run_id
 

@@ -1,4 +1,4 @@
-"""What MLflow knows of artifacts: which runs made or reused them, and which registered models descend from them."""
+"""MLflow's knowledge of artifacts: which runs made or reused them, and which registered models descend from them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class SeenRun:
     name: str
     status: str
     how: str
-    """Of the artifact in question: ``ran``, ``resumed``, ``reused``, ``dispatched``, or ``read`` as a dataset."""
+    """Part in the artifact in question: ``ran``, ``resumed``, ``reused``, ``dispatched``, or ``read`` as a dataset."""
     started: int
     """Milliseconds since 1970."""
     ended: int | None
@@ -56,7 +56,7 @@ class ModelVersion:
     name: str
     version: str
     fingerprint: str
-    """Of the export; empty where neither its tags nor its run say."""
+    """Fingerprint of the export; empty where neither its tags nor its run say."""
     aliases: tuple[str, ...]
     ours: bool = False
     """Whether a run registered it by itself, as each does that exports; a person may have registered others."""
@@ -212,7 +212,7 @@ class Records:
 
 
 def artifacts_of(tags: dict[str, str]) -> Iterator[Key]:
-    """The artifacts that a run's tags refer to: a stage's own, or each stage's of a whole run."""
+    """The artifacts that a run's tags refer to: a step's own, or each step's of a whole run."""
     if "llmill.stage" in tags and FINGERPRINT in tags:
         yield tags["llmill.stage"], tags[FINGERPRINT]
     yield from steps_of(tags).values()

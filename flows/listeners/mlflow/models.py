@@ -1,4 +1,4 @@
-"""Models as MLflow sees them: what training validated, with its figures, and exports that MLflow can load and serve.
+"""Models as MLflow sees them: what training validated, with its metrics, and exports that MLflow can load and serve.
 
 An export becomes a version of the registered model named as the recipe, with the alias ``candidate`` where it was not
 one of a sweep, which names its best when it is over. Its folder is laid out as `mlflow.transformers` does it, from the
@@ -42,9 +42,9 @@ REQUIREMENTS = ("mlflow", "torch", "transformers")
 
 
 def log_checkpoints(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
-    """Log what training validated as models, each with the validation's figures; of many, evenly spread ones.
+    """Log what training validated as models, each with the validation's metrics; of many, evenly spread ones.
 
-    The weights of the last one are sealed; of the others, as a tag says, only the figures are left.
+    The weights of the last one are sealed; of the others, as a tag says, only the metrics are left.
     """
     validations = validations_of(artifact)
     stride = max(1, -(-len(validations) // MOST_CHECKPOINTS))
@@ -100,7 +100,7 @@ def new_version(client: MlflowClient, run_id: str, artifact: Artifact, weights: 
 def name_candidate(client: MlflowClient, name: str, fingerprint: str, newest: bool) -> bool:
     """Make the version of an export the candidate of its model; whether there is one.
 
-    With ``newest``, a version that was made later keeps the alias: what is told late does not take it back.
+    With ``newest``, a version that was made later keeps the alias: what is reported late does not take it back.
     """
     versions = client.search_model_versions(f"name = '{name}'")
     found = [int(one.version) for one in versions if one.tags.get(FINGERPRINT) == fingerprint]
@@ -114,7 +114,7 @@ def name_candidate(client: MlflowClient, name: str, fingerprint: str, newest: bo
 
 
 def description(artifact: Artifact, upload: bool) -> str:
-    """What the page of a model's version says, in Markdown."""
+    """Return the text of the page of a model's version, in Markdown."""
     how = (
         "`mlflow.transformers.load_model`, `mlflow models serve`"
         if upload

@@ -1,4 +1,4 @@
-"""MLflow, told one operation at a time. Each can be told any number of times, and is then there once.
+"""MLflow, to which operations are sent one at a time. Each can be sent any number of times, and is then there once.
 
 A run is found by its tag `llmill.key`, or created with it; a point of a metric keeps its time and step, by which MLflow
 knows it again; params, tags, datasets and files of the same name are the same.
@@ -43,14 +43,14 @@ from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
-logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are told by whoever sends
+logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are reported by whoever sends
 
 EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.name": "evaluate/bits_per_byte",
     "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
 }
 METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
-LOG = "log"  # neighbouring params, tags and metrics of one run, told together
+LOG = "log"  # neighbouring params, tags and metrics of one run, sent together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 REFUSING = {400, 413, 422}  # HTTP statuses of an artifact store
 DOUBTS = (0.5, 2.0, 5.0)  # seconds before each further try of what fails while MLflow answers otherwise
@@ -63,7 +63,7 @@ class Away(Exception):
 
 
 class Gone(Away):
-    """The experiment was deleted; the message says how to have it again. What it is to be told waits."""
+    """The experiment was deleted; the message says how to have it again. What is to be reported to it waits."""
 
 
 class Mlflow:
@@ -184,7 +184,7 @@ class Mlflow:
         return self.experiments[name]
 
     def _restoring(self, name: str, experiment_id: str) -> str:
-        """What happened to a deleted experiment, and what a person can do."""
+        """Say what happened to a deleted experiment, and what a person can do."""
         place = without_user(self.uri)
         return (
             f"experiment {name} was deleted in MLflow; have it again with "
@@ -240,7 +240,7 @@ class Mlflow:
         self._found_or_created(experiment, operation)
 
     def _begin(self, experiment: str, operation: Operation) -> None:
-        """Begin a run, or go on with it."""
+        """Begin a run, or resume it."""
         parent = operation.get("parent")
         known = {PARENT: self.ids[parent]} if parent in self.ids else {}
         run_id, new = self._found_or_created(experiment, operation, known)

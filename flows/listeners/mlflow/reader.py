@@ -26,7 +26,7 @@ class PipelineRun:
     artifacts: dict[str, Key]
     """Step -> the artifact that it made or reused."""
     url: str
-    """Of its page; empty where no server shows it."""
+    """Address of its page; empty where no server shows it."""
 
 
 class PipelineRuns(Records):
@@ -47,7 +47,7 @@ class PipelineRuns(Records):
         return sorted(found.values(), key=lambda run: (-run.started, run.run_id))
 
     def called(self, text: str) -> list[PipelineRun]:
-        """Those whose name is ``text`` or whose id, or a stage's within, begins so (with six digits at least)."""
+        """Those whose name is ``text`` or whose id, or a step's within, begins so (with six digits at least)."""
         conditions = [] if set(text) & set("'\"`\\") else [f"attributes.run_name = '{text}'"]
         if re.fullmatch(r"[0-9a-f]{6,32}", text):
             conditions.append(f"attributes.run_id LIKE '{text}%'")
@@ -65,7 +65,7 @@ class PipelineRuns(Records):
         return found[0] if found else None
 
     def _whole(self, run: Run) -> Run:
-        """The run itself, or the one that a stage's run belongs to."""
+        """The run itself, or the one that a step's run belongs to."""
         parent = run.data.tags.get(PARENT)
         return self._client.get_run(parent) if "llmill.stage" in run.data.tags and parent else run
 

@@ -1,7 +1,7 @@
-"""What a stage asks of its machine, as MLflow's own monitors measure it: processor, memory, disk and GPUs.
+"""System metrics of a step, as MLflow's own monitors measure them: processor, memory, disk and GPUs.
 
 The names are MLflow's (``system/cpu_utilization_percentage``), so that its page shows them under "System metrics". GPUs
-are seen where ``nvidia-ml-py`` is installed. A point's step is the second since the stage first began.
+are seen where ``nvidia-ml-py`` is installed. A point's step is the second since the step first began.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
 from flows.listeners.mlflow.points import Point
 
-SECONDS = 10.0  # between points; a stage that ends sooner has one
+SECONDS = 10.0  # between points; a step that ends sooner has one
 SHORTEST_SECONDS = 1.0  # over which a processor's load means something
 
 
@@ -25,20 +25,20 @@ class SystemMonitor:
     """Measures from a thread of its own, from when it is made until `stop`."""
 
     def __init__(self, begun: int, tell: Callable[[Sequence[Point]], None]) -> None:
-        """``begun`` is when the stage first began, in milliseconds since 1970."""
+        """``begun`` is when the step first began, in milliseconds since 1970."""
         self._begun, self._tell = begun, tell
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no GPU, or nothing to ask it with
             self._monitors.append(GPUMonitor())
         self._over = threading.Event()
         for monitor in self._monitors:
-            monitor.collect_metrics()  # what the processor did is told since the last time that one asked
+            monitor.collect_metrics()  # what the processor did is reported since the last time that one asked
             monitor.clear_metrics()
         self._thread = threading.Thread(target=self._serve, name="system-monitor", daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        """Tell of the last seconds, and end."""
+        """Report the last seconds, and end."""
         self._over.set()
         self._thread.join()
 

@@ -1,8 +1,8 @@
-"""What MLflow is told of each event of a run log: operations, as `flows.listeners.mlflow.operations` carries them out.
+"""The operations that report each event of a run log to MLflow; `flows.listeners.mlflow.operations` carries them out.
 
 The recipe is the experiment; a run is a parent run, each step that is built a child. Params are the identity parts of
 the configs, dataset inputs carry our fingerprints as digests. An event gives the same operations whenever it is read,
-and each can be told any number of times.
+and each can be sent any number of times.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ ERROR = "llmill.error"
 
 
 def operations(event: Event, store: Store) -> Iterator[Operation]:
-    """What MLflow is told of an event."""
+    """Return the operations that report an event to MLflow."""
     match event:
         case RunStarted():
             yield from run_started(event)
@@ -64,7 +64,7 @@ def operations(event: Event, store: Store) -> Iterator[Operation]:
 
 
 def run_started(event: RunStarted) -> Iterator[Operation]:
-    """Begin the parent run, or go on with it; join the one of who dispatched us."""
+    """Begin the parent run, or resume it; join the one of who dispatched us."""
     run = {"run": event.key}
     if event.joined:
         yield {"op": "join", **beginning(event.key, event.name, event.time)}
@@ -81,7 +81,7 @@ def run_started(event: RunStarted) -> Iterator[Operation]:
 
 
 def step_started(event: StepStarted) -> Iterator[Operation]:
-    """Begin the step's child run, or go on with it."""
+    """Begin the step's child run, or resume it."""
     begin = {"op": "begin", **beginning(event.key, event.step, event.time), "parent": event.run}
     if event.seen:
         begin["seen"] = {"stage": event.stage, "fingerprint": event.fingerprint, "offset": event.seen}
@@ -173,7 +173,7 @@ def prefect_tags(flow_run: Mapping[str, str]) -> dict[str, str]:
 
 
 def beginning(key: str, name: str, time: int | None = None) -> dict[str, Any]:
-    """What a run is found by, and begun with where it is not found."""
+    """Return what a run is found by, and begun with where it is not found."""
     source = {"mlflow.source.name": "llmill", "mlflow.source.type": "LOCAL", "mlflow.user": user()}
     return {"run": key, "name": name, "source": source, "time": time or milliseconds()}
 

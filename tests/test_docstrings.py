@@ -1,4 +1,4 @@
-"""How docstrings begin: with a verb (functions) or a noun (classes, attributes), so that a line says what a thing is."""
+"""How docstrings begin: with a verb (functions) or a noun (classes, attributes), so that a line says what it is."""
 
 from __future__ import annotations
 

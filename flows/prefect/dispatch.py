@@ -45,7 +45,7 @@ class Dispatcher:
         Raises:
             UserError: it leaves something to the machine that it runs on.
         """
-        if self.takes(step.stage.name) and not this_deployment.name:
+        if self.takes(step.name) and not this_deployment.name:
             raise UserError(
                 "only a run of a deployment can dispatch stages; make one with: llmill deploy RECIPE"
             )

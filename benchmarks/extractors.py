@@ -1,4 +1,4 @@
-"""What takes the main text out of pages, as contestants of `benchmarks.html`."""
+"""Extractors of the main text of pages, as contestants of `benchmarks.html`."""
 
 from __future__ import annotations
 

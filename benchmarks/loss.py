@@ -31,7 +31,7 @@ NANOGPT = {
     "pretrain.betas": "[0.9, 0.99]",
     "pretrain.schedule.warmup_steps": "100",
 }
-"""What nanoGPT's config/train_shakespeare_char.py says for small models, as overrides; it shares weight decay (0.1),
+"""Settings of nanoGPT's config/train_shakespeare_char.py for small models, as overrides; it shares weight decay (0.1),
 clipping (1.0), the cosine down to a tenth and the initial weights with our defaults. No dropout: no text is read twice.
 """
 RIVALS: dict[str, dict[str, str]] = {"llmill": {}, "nanoGPT-style": NANOGPT}
@@ -39,7 +39,7 @@ RIVALS: dict[str, dict[str, str]] = {"llmill": {}, "nanoGPT-style": NANOGPT}
 
 @dataclass
 class Curve:
-    """What one training came to."""
+    """Result of one training."""
 
     name: str
     seed: int

@@ -48,7 +48,7 @@ class Contestant:
 
 @dataclass
 class Runs:
-    """What was measured of a contestant."""
+    """Measurements of a contestant."""
 
     contestant: Contestant
     seconds: list[float] = field(default_factory=list)

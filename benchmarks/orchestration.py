@@ -1,4 +1,4 @@
-"""What tracking and orchestration cost: a run through Prefect and MLflow, beside the same bodies called directly."""
+"""Cost of tracking and orchestration: a run through Prefect and MLflow, beside the same bodies called directly."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flows.prefect.up import Up, Wanted, stop
 LITTLE = "pretrain.tokens=40960"
 """Ten steps: a run that hardly trains, so that the machine's drift is small beside what a run costs."""
 SHARE = 0.03
-"""What a run may cost."""
+"""Share of a run that they may cost."""
 
 
 def main() -> None:
@@ -101,7 +101,7 @@ def tell_of_runs(report: Report, key: str, all_runs: Sequence[Runs]) -> None:
 
 
 def tell_of_parts(report: Report, little: Sequence[Runs], whole: Sequence[Runs]) -> None:
-    """What any run costs, and what each second of its training costs; from both, what the quickstart does."""
+    """Report what any run costs, and what each second of its training costs; from both, what the quickstart does."""
     more = sorted(seconds for seconds, _ in pairs(little[0].seconds, little[1].seconds))
     fixed = statistics.median(more)
     bare, told = (beside(*both) for both in zip(little, whole[:2], strict=True))
@@ -140,7 +140,7 @@ def beside(little: Runs, whole: Runs) -> float:
 
 
 def beyond(fixed: float, training: float) -> str:
-    """From when on a run costs no more than its share."""
+    """Say from when on a run costs no more than its share."""
     if training >= SHARE:
         return f"It is above {SHARE:.0%} for a run of any length."
     seconds = fixed / (SHARE - training)
@@ -148,12 +148,12 @@ def beyond(fixed: float, training: float) -> str:
 
 
 def pairs(bare: Sequence[float], tracked: Sequence[float]) -> list[tuple[float, float]]:
-    """How much longer a tracked run took than the direct one of its turn: in seconds, and in percent of it."""
+    """Return how much longer a tracked run took than the direct one of its turn: in seconds, and in percent of it."""
     return [(more - less, 100 * (more - less) / more) for less, more in zip(bare, tracked, strict=False)]
 
 
 def middle(runs: Runs, of: Callable[[dict[str, Any]], float]) -> float:
-    """The median over runs of a figure that each of them told."""
+    """Return the median over runs of a metric that each of them reported."""
     return statistics.median(map(of, runs.results))
 
 

@@ -1,4 +1,4 @@
-"""llmill's own stages as contestants: the bodies that the line runs, on `LocalContext`."""
+"""llmill's own stages as contestants: the bodies that the pipeline runs, on `LocalContext`."""
 
 from __future__ import annotations
 

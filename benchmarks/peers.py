@@ -267,5 +267,5 @@ def kept_ids(folder: Path) -> list[str]:
 
 
 def count_kept(folder: Path) -> int:
-    """How many `kept_ids` there are."""
+    """Count how many `kept_ids` there are."""
     return len(kept_ids(folder))

@@ -1,5 +1,5 @@
-"""What feeds a training loop, as contestants of `benchmarks.loader`: each gives (tokens, targets) as int64 tensors of
-shape (batch, context) and is timed until it has given ``tokens`` tokens.
+"""Readers that feed a training loop, contestants of `benchmarks.loader`: each gives (tokens, targets) as int64 tensors
+of shape (batch, context) and is timed until it has given ``tokens`` tokens.
 """
 
 from __future__ import annotations

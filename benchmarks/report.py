@@ -50,7 +50,7 @@ def arguments(
 
 @dataclass
 class Report:
-    """What one benchmark found."""
+    """Findings of one benchmark."""
 
     name: str
     title: str
@@ -132,7 +132,7 @@ def shown(cell: object) -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe what the metrics were measured on."""
     return {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),

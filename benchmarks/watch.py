@@ -45,7 +45,7 @@ class WatchedContext(LocalContext):
 
 
 def watch_item(fn: Callable[[Item], Result], item: Item) -> tuple[Result, float, Profile]:
-    """What ``fn`` gives for an item, the seconds that it took, and what ran."""
+    """Return what ``fn`` gives for an item, the seconds that it took, and what ran."""
     start = time.perf_counter()
     with sampled() as profile:
         result = fn(item)

@@ -98,7 +98,7 @@ def through(
 
 
 def step_seconds(pretrain: Path) -> float:
-    """From one step of a training to the next, the median."""
+    """Return the median time from one step of a training to the next, in seconds."""
     events = map(json.loads, (pretrain / "logs" / "events.jsonl").read_text().splitlines())
     return statistics.median(
         later - earlier

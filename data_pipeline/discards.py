@@ -27,7 +27,7 @@ class Kind:
     words: str
     """Stand behind the number."""
     of: str
-    """What is counted, where it is a share of something."""
+    """Name of what is counted, where it is a share of something."""
     whole: tuple[str, ...] = ()
     """The metrics that, with the discarded where it is not among them, are all of it."""
     included: bool = False
@@ -69,7 +69,7 @@ def plain_name(reason: str) -> str:
 
 
 def is_discard(name: str) -> bool:
-    """Whether a metric counts what was discarded."""
+    """Say whether a metric counts what was discarded."""
     kind, slash, _ = name.partition("/")
     return bool(slash) and kind in KINDS
 

@@ -37,7 +37,7 @@ def hash_column(column: pa.Array, salt: str) -> NDArray[np.uint64]:
 
 
 def words_of(column: pa.Array) -> tuple[NDArray[np.int64], NDArray[np.uint64]]:
-    """Where each string begins (rows + 1), and the eight bytes from each byte on, as an overlapping view."""
+    """Find where each string begins (rows + 1), and the eight bytes from each byte on, as an overlapping view."""
     _, offsets, data = column.buffers()
     if not len(column):
         return np.zeros(1, np.int64), np.zeros(0, np.uint64)

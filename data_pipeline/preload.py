@@ -1,4 +1,4 @@
-"""What a pool's processes begin with: the stages' modules, and the signature kernels.
+"""Modules that a pool's processes begin with: those of the stages, and the signature kernels.
 
 The fork server imports this once, so that its processes share the imports (0.6 s a stage) and the kernels that numba
 reads from its cache on disk, instead of each doing so again. What stands here must bear forking: Arrow and

@@ -65,7 +65,7 @@ class Runs:
 
 
 def slices(path: Path, first: int, last: int) -> Iterator[pa.RecordBatch]:
-    """What each batch of a file holds of the keys in [first, last]; only that is read."""
+    """Yield what each batch of a file holds of the keys in [first, last]; only that is read."""
     with pa.memory_map(str(path)) as file:  # what was read of it stays mapped
         reader = pa.ipc.open_file(file)
         batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
@@ -102,7 +102,7 @@ class RunWriter:
 
 @contextmanager
 def open_run(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
-    """What writes batches into a file that appears under ``path`` when the block ends well."""
+    """Open what writes batches into a file that appears under ``path`` when the block ends well."""
     with (
         atomic_path(path) as temporary,
         pa.OSFile(str(temporary), "wb") as file,

@@ -1,4 +1,4 @@
-"""What is measured: models of some shapes, trained by our trainer, by a bare loop around our model, and by a plain loop
+"""Contestants: models of some shapes, trained by our trainer, by a bare loop around our model, and by a plain loop
 around `transformers`' Llama."""
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ SHAPES = {
     "350M": Shape(layers=24, width=1024, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
     "1B": Shape(layers=16, width=2048, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
 }
-"""By name: about so many parameters. 7M is for CPUs, the larger ones for a GPU each, tiny for tests."""
+"""Shapes by name: about so many parameters. 7M is for CPUs, the larger ones for a GPU each, tiny for tests."""
 
 ATTENTION = {
     "cpu": Shape(layers=1, width=256, heads=4, context=1024, vocab_size=64, batch_windows=2),
     "cuda": Shape(layers=1, width=2048, heads=16, context=8192, vocab_size=64, batch_windows=2),
 }
-"""Of which heads, their width and the tokens of a batch are those of the race between attention back ends."""
+"""Shapes whose heads, their width and the tokens of a batch are those of the race between attention back ends."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Contestant:
 
     name: str
     kind: str
-    """What runs: a key of `WORK`."""
+    """Work that runs: a key of `WORK`."""
     shape: Shape
     settings: dict[str, Any] = field(default_factory=dict)
-    """Of our trainer: fields of `PretrainConfig` (``runtime`` among them)."""
+    """Settings of our trainer: fields of `PretrainConfig` (``runtime`` among them)."""
     allocator: bool = True
     """Whether it starts in the environment that our launcher sets (`rank_environment`), or as a user would."""
     ranks: int = 1
@@ -133,7 +133,7 @@ def make_job(job: Contestant, folder: Path, steps: int) -> Job:
 
 
 def config_of(job: Contestant, steps: int) -> PretrainConfig:
-    """What our trainer is told for so many steps."""
+    """Return our trainer's settings for so many steps."""
     batch_tokens = job.shape.batch_windows * job.shape.context
     return PretrainConfig.model_validate(
         {

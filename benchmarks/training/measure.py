@@ -25,7 +25,7 @@ from llm.training.probe import matmul_rates, memory_bytes
 
 
 def run_child(job_path: Path, result_path: Path) -> None:
-    """What a contestant's process does; every rank of it."""
+    """Do the work of a contestant's process; every rank of it."""
     told = json.loads(job_path.read_text(encoding="utf-8"))
     job = Contestant(**{**told["contestant"], "shape": Shape(**told["contestant"]["shape"])})
     torch.manual_seed(0)
@@ -46,23 +46,23 @@ def run_child(job_path: Path, result_path: Path) -> None:
 
 @dataclass
 class Entry:
-    """What the runs of a contestant gave, a figure a round."""
+    """Results of the runs of a contestant, a number a round."""
 
     contestant: Contestant
     failed: str | None = None
     """Why it could not run."""
 
     def add(self, result: dict[str, Any]) -> str:
-        """Take up a run's result; a line that tells it."""
+        """Add a run's result; return a line that reports it."""
         raise NotImplementedError
 
 
 @dataclass
 class AttentionTimes(Entry):
-    """Of a back end of attention."""
+    """Times of a back end of attention."""
 
     rounds: list[list[dict[str, Any]]] = field(default_factory=list)
-    """By round, what `benchmarks.training.attention.time_case` told of each case."""
+    """Results by round: what `benchmarks.training.attention.time_case` reported of each case."""
 
     def add(self, result: dict[str, Any]) -> str:
         self.rounds.append(result["cases"])
@@ -71,7 +71,7 @@ class AttentionTimes(Entry):
 
 @dataclass
 class Measured(Entry):
-    """Of a training."""
+    """Measurements of a training."""
 
     rates: list[float] = field(default_factory=list)
     """Tokens a second, of the round's median step."""
@@ -111,7 +111,7 @@ class Measured(Entry):
         )
 
     def times(self, other: Measured) -> float:
-        """How many times as fast as ``other``: the median over the rounds."""
+        """Return how many times as fast as ``other``: the median over the rounds."""
         return statistics.median(ours / theirs for ours, theirs in zip(self.rates, other.rates, strict=True))
 
 

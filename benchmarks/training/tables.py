@@ -1,4 +1,4 @@
-"""What is written of the races."""
+"""Tables of the races."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def race_table(race: Sequence[Measured]) -> str:
 
 
 def parts_table(race: Sequence[Measured]) -> str:
-    """Where a step's time goes, in percent (medians over the rounds)."""
+    """Show where a step's time goes, in percent (medians over the rounds)."""
     done = [one for one in race if one.failed is None]
     names = list(dict.fromkeys(name for one in done for part in one.parts for name in part))
     names.sort(key="communication".__eq__)  # last, and the others as they come
@@ -83,7 +83,7 @@ def attention_table(race: Sequence[AttentionTimes]) -> str:
 
 
 def case_cells(rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
-    """A back end's figures in one case."""
+    """Return a back end's metrics in one case."""
     if failed := next((one["failed"] for one in rounds if "failed" in one), None):
         return (failed, *("-",) * 5)
     cells: list[str] = []
@@ -96,7 +96,7 @@ def case_cells(rounds: Sequence[dict[str, Any]]) -> tuple[str, ...]:
 
 
 def failures(race: Sequence[Entry]) -> list[str]:
-    """Why those that could not run could not."""
+    """Say why those that could not run could not."""
     return [f"- {one.contestant.name}: {one.failed.splitlines()[-1]}" for one in race if one.failed]
 
 
@@ -111,7 +111,7 @@ def lines_of(race: Sequence[Entry]) -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Describe what the metrics were measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or platform.processor() or platform.machine(),

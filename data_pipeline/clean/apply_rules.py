@@ -32,7 +32,7 @@ class Cleaned:
     metas: pa.Array
     verdicts: Verdicts
     stats: TextStats
-    """Of the normalised texts, before any rule changed them."""
+    """Counts of the normalised texts, before any rule changed them."""
     counts: dict[str, int] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
 

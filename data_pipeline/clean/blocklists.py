@@ -39,7 +39,7 @@ class Blocklists(Config):
     phrases: tuple[Path, ...] = ()
     """Documents that hold one are dropped."""
     ids: tuple[Path, ...] = ()
-    """Of documents that must not be used, by whoever's wish: nothing of their text is kept, not even as an example."""
+    """Ids of documents that must not be used, by whoever's wish: none of their text is kept, not even as an example."""
 
 
 class UrlBlocklist:

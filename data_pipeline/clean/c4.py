@@ -160,7 +160,7 @@ def kind_at(data: NDArray[np.uint8], at: int, kinds: NDArray[np.uint8]) -> tuple
 def scan_line(
     data: NDArray[np.uint8], start: int, end: int, kinds: NDArray[np.uint8]
 ) -> tuple[int, int, int, int, np.uint8]:
-    """Where a line begins and ends without white space, its words, its longest one, its last character's kind."""
+    """Find where a line begins and ends without white space, its words, its longest one, its last character's kind."""
     first, last = end, start
     words = longest = letters = 0
     tail = seen = np.uint8(0)

@@ -38,7 +38,7 @@ class EvaluationSet(Config):
     path: Path
     """The file."""
     fields: tuple[str, ...] = ("text",)
-    """Of a JSON line or a Parquet row: what is looked for (questions, answers, ...); a list counts by its items."""
+    """Fields of a JSON line or a Parquet row to look for (questions, answers, ...); a list counts by its items."""
 
     @field_validator("path")
     @classmethod
@@ -52,7 +52,7 @@ class Decontamination(Config):
     """Which sets, and how much of one a document may hold."""
 
     sets: dict[str, EvaluationSet] = Field(min_length=1)
-    """By the name under which its matches are counted; of several that match, the first in alphabet is the reason."""
+    """Sets by name, under which matches are counted; of several that match, the first in alphabet is the reason."""
     ngram: int = Field(default=13, ge=1)
     """Words of an item that are looked for together."""
     min_matches: int = Field(default=1, ge=1)
@@ -76,7 +76,7 @@ class Contamination:
         self._sequences = Sequences(items, ngram=rules.ngram, joined=True, groups=self._set_of)
 
     def describe(self) -> list[tuple[str, int, int, int]]:
-        """For each set: its name, its items, how many are too short to be looked for, and its n-grams."""
+        """List of each set its name, its items, how many are too short to be looked for, and its n-grams."""
         windows = self._sequences.windows
         sets = np.array(self._set_of)
         return [

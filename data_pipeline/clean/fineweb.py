@@ -37,7 +37,7 @@ class FineWebRules(Config):
     """Line feeds for each word; only more than this is dropped."""
 
     def broken(self, stats: TextStats) -> Iterator[Broken]:
-        """The rules, and the texts that break each. ``stats`` has been told ``short_line_characters``."""
+        """Yield the rules, and the texts that break each. ``stats`` were made with ``short_line_characters``."""
         if self.min_terminated_lines is not None:
             yield (
                 "fineweb_min_terminated_lines",

@@ -37,8 +37,8 @@ class LanguageRules(Config):
     """Which languages are kept. A document's ``meta`` gets ``language`` and ``language_score``."""
 
     allowed: tuple[str, ...] | None = Field(default=("en",), min_length=1)
-    """Of `LANGUAGES`, which are ISO 639-1 codes (639-3 where there is none); None keeps all, and only writes them
-    down."""
+    """Languages that are kept, of `LANGUAGES`: ISO 639-1 codes (639-3 where there is none); None keeps all, and only
+    writes them down."""
     min_score: Annotated[float, Field(ge=0, le=1)] = 0.65
     """FineWeb's (Penedo et al. 2024); a document below is dropped, whatever its language."""
     max_chars: int = Field(default=1000, ge=50)

@@ -97,7 +97,7 @@ Placeholder = Annotated[str, AfterValidator(keeps_texts_normal)]
 
 
 class Masking(Config):
-    """What each kind is replaced by; None leaves it alone."""
+    """Placeholders that each kind is replaced by; None leaves it alone."""
 
     email: Placeholder | None = "<EMAIL>"
     """In place of e-mail addresses."""
@@ -137,7 +137,7 @@ class Kind:
     """Whether to mask what `pattern` has found."""
 
     def find(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends that is to be masked; what `pattern` calls ``label`` is not."""
+        """Find where each begins and ends that is to be masked; what `pattern` calls ``label`` is not."""
         done = at = 0
         while anchor := self.anchor.search(text, at):
             begin = max(done, anchor.start() - self.before)
@@ -153,7 +153,7 @@ class Kind:
 
 @cache
 def ascii_kin() -> NDArray[np.uint32]:
-    """By code point: the ASCII character as which the patterns read it; itself where there is none."""
+    """Return, by code point, the ASCII character as which the patterns read it; itself where there is none."""
     table = np.arange(0x20000, dtype=np.uint32)  # no digit lies beyond
     for code in range(0x80, len(table)):
         if (digit := unicodedata.decimal(chr(code), None)) is not None:
@@ -188,7 +188,7 @@ def any_match(found: str) -> bool:
 
 
 def is_public(found: str) -> bool:
-    """Whether this is an IP address that anyone on the internet may have."""
+    """Say whether this is an IP address that anyone on the internet may have."""
     try:
         address = ipaddress.ip_address(found)
     except ValueError:
@@ -199,7 +199,7 @@ def is_public(found: str) -> bool:
 
 
 def has_phone_digits(found: str) -> bool:
-    """Whether it has as many digits as a telephone number: 8 to 15 with a country code or a label, else 10 or 11."""
+    """Say whether it has the digits of a telephone number: 8 to 15 with a country code or a label, else 10 or 11."""
     digits = sum(map(str.isdecimal, found))
     return 8 <= digits <= 15 if found.startswith("+") or found.isdecimal() else 10 <= digits <= 11
 

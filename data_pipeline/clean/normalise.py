@@ -23,7 +23,7 @@ from data_pipeline.documents import buffers
 Form = Literal["NFC", "NFKC", "NFD", "NFKD"]
 
 BREAKS = re.compile(r"\r\n|[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")
-"""What ends a line (those of `str.splitlines`) other than a line feed: form feed, next line, separators, ..."""
+"""Line ends (those of `str.splitlines`) other than a line feed: form feed, next line, separators, ..."""
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Control characters (C0, DEL, C1) but line feed and tab."""
 
@@ -55,7 +55,7 @@ def normalise_column(texts: pa.Array, form: Form | None) -> pa.Array:
 
 @cache
 def stable_characters(form: Form | None) -> NDArray[np.uint8]:
-    """By code point: `INNER` and `EDGE`, or 0 where the text has to be looked at.
+    """Return `INNER` and `EDGE` by code point, or 0 where the text has to be looked at.
 
     A text of characters that are each their own normal form, none of which combines with another (marks and
     Hangul's letters do), is in normal form (Unicode Standard Annex 15, section 9).
@@ -85,7 +85,7 @@ def find_stripped(
     begins: NDArray[np.int32],
     ends: NDArray[np.int32],
 ) -> None:
-    """Where each text begins and ends without white space around it; begins at -1 where it may not be normal."""
+    """Find where each text begins and ends without white space around it; begins at -1 where it may not be normal."""
     for row in range(len(offsets) - 1):
         begin, end = np.int64(offsets[row]), np.int64(offsets[row + 1])
         flags = INNER

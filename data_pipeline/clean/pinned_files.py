@@ -37,7 +37,7 @@ class PinnedFile:
             raise UserError(f"{self.path} can't be read: {first_line(error)}") from None
 
     def text(self) -> str:
-        """What `read` gives, as UTF-8.
+        """Return what `read` gives, as UTF-8.
 
         Raises:
             UserError: it is not.

@@ -42,7 +42,7 @@ def share(part: NDArray[Any], whole: NDArray[np.int64]) -> NDArray[np.float64]:
 
 
 LETTERS_A_WORD = 2
-"""Of scripts that are written without spaces, about."""
+"""Letters of a word in scripts that are written without spaces, about."""
 
 Broken = tuple[str, NDArray[np.bool_]]
 """The reason to drop for which a rule stands, and which texts of a column break it."""
@@ -82,11 +82,11 @@ class GopherRules(Config):
     max_duplicate_paragraph_characters: Fraction | None = 0.2
     """Fraction of the characters that stand in repeated paragraphs."""
     max_top_ngram_characters: dict[Width, Fraction] | None = Field(default={2: 0.2, 3: 0.18, 4: 0.16})
-    """By n: fraction of the words' characters that the most frequent n-gram covers, if it occurs twice or more."""
+    """Fraction, by n, of the words' characters that the most frequent n-gram covers, if it occurs twice or more."""
     max_duplicate_ngram_characters: dict[Width, Fraction] | None = Field(
         default={5: 0.15, 6: 0.14, 7: 0.13, 8: 0.12, 9: 0.11, 10: 0.1}
     )
-    """By n: fraction of the words' characters that stand in n-grams which occur more than once."""
+    """Fraction, by n, of the words' characters that stand in n-grams which occur more than once."""
 
     @model_validator(mode="after")
     def _stop_words_can_be_found(self) -> Self:

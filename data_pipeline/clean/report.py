@@ -1,4 +1,4 @@
-"""The figures of stage ``clean``: a tally for each shard, added up into a page for people and JSON for machines."""
+"""The metrics of stage ``clean``: a tally for each shard, added up into a page for people and JSON for machines."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ EDGES: dict[str, list[float]] = {
     "alphabetic words": [edge / 10 for edge in range(11)],
     "language score": [edge / 10 for edge in range(11)],
 }
-"""Of each histogram: where its bins begin; the last one has no end."""
+"""Lower edges of the bins of each histogram; the last bin has no end."""
 
 Values = Mapping[str, NDArray[np.float64]]
 
 
 class Tally:
-    """What happened to the documents of one shard; `as_json` of several are added up by `summarise`."""
+    """Counts of what happened to the documents of one shard; `as_json` of several are added up by `summarise`."""
 
     def __init__(self) -> None:
         self.groups: dict[str, dict[str, list[int]]] = {}
-        """By source and by verdict: documents, bytes in, bytes out."""
+        """Documents, bytes in, bytes out, by source and by verdict."""
         self.examples: dict[str, list[list[str]]] = {}
         self.counts: dict[str, int] = {}
-        """Other figures by name: ``masked/email``, ``lines_removed/javascript``."""
+        """Other metrics by name: ``masked/email``, ``lines_removed/javascript``."""
         self.histograms: dict[str, list[list[int]]] = {}
-        """By name: of all documents and of those kept, how many fall into each bin of `EDGES`."""
+        """Documents that fall into each bin of `EDGES`, of all and of those kept, by name."""
 
     def add_groups(
         self, sources: pa.Array, verdicts: Verdicts, bytes_in: pa.Array, bytes_out: pa.Array
@@ -84,7 +84,7 @@ class Tally:
 
 
 def values_of(stats: TextStats) -> dict[str, NDArray[np.float64]]:
-    """What the histograms show of texts' counts."""
+    """Return what the histograms show of texts' counts, by name."""
     words = np.maximum(1, stats.words)
     return {
         "characters": stats.characters.astype(np.float64),
@@ -118,7 +118,7 @@ def add_tallies(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def total(groups: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
-    """By verdict, over all sources: documents, bytes in, bytes out."""
+    """Return documents, bytes in, bytes out by verdict, over all sources."""
     sums: dict[str, list[int]] = {}
     for reasons in groups.values():
         for reason, figures in reasons.items():

@@ -36,7 +36,7 @@ class Match(NamedTuple):
     """A window of words that stands both in a text and in an item: the first of its group."""
 
     row: int
-    """Of the text."""
+    """Row of the text."""
     item: int
     words: str
 

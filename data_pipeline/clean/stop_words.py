@@ -96,7 +96,7 @@ STOP_WORDS: dict[str, str] = {
     "vi": "và của là có không được các một cho trong những người",
     "zh": "的 是 在 了 不 一 和 有 我 他 这 這 為 为 也 人",
 }
-"""By ISO 639 code, with spaces between."""
+"""Stop words by ISO 639 code, with spaces between."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class StopWords:
     """Whose each word is, shape (slots, languages)."""
 
     def most(self, texts: pa.Array, enough: int) -> NDArray[np.int64]:
-        """How many different words of the one language that has most of them each text holds, up to ``enough``."""
+        """Count the different words of the one language that has most of them in each text, up to ``enough``."""
         data, offsets = buffers(texts)
         found = np.zeros(len(texts), np.int64)
         count_most(data, offsets, character_classes(), lower_case(), self.keys, self.owners, enough, found)

@@ -1,4 +1,4 @@
-"""What the quality rules ask of a text, counted for a whole column at once by one numba kernel over Arrow's buffers.
+"""Counts that the quality rules ask for, of a whole column at once, by one numba kernel over Arrow's buffers.
 
 Words are what `str.split` gives, each cut where `data_pipeline.core.words` has words meet that nothing parts: of
 scripts that are written without spaces every letter is one (with what follows it), and lines are what stands between
@@ -29,8 +29,8 @@ STOP_WORDS = frozenset(ALL_STOP_WORDS["en"].split())
 BULLETS = ("•", "‣", "●", "-", "*", "–", "・", "·", "◦", "■", "◆", "▪")
 ELLIPSES = ("...", "…")
 TERMINAL = (*ASCII_ENDS, *OTHER_ENDS, *CLOSING_QUOTES, "'", "’", "…", *unended_letters())
-"""What ends a line for FineWeb's rule: its first code has the five of ASCII; these are their kin in all scripts, and
-the letters of those that mark no end."""
+"""Characters that end a line for FineWeb's rule: its first code has the five of ASCII; these are their kin in all
+scripts, and the letters of those that mark no end."""
 FIRST_WIDE = 0x2E80
 """Characters from here on (Chinese, Japanese, Korean) are as wide as two, and say as much."""
 
@@ -72,7 +72,7 @@ class TextStats:
     duplicate_paragraph_characters: Counts
     """Characters of the lines of repeated paragraphs."""
     short_lines: Counts
-    """Lines with fewer characters than `measure` was told; those from `FIRST_WIDE` on count twice."""
+    """Lines with fewer characters than `measure` was given; those from `FIRST_WIDE` on count twice."""
     unspaced_words: Counts
     """Words of scripts that are written without spaces."""
     spaced_length: Counts
@@ -110,7 +110,7 @@ def word_keys(texts: pa.Array, words: Counts) -> tuple[Counts, NDArray[np.uint64
 
 @cache
 def character_kinds() -> NDArray[np.uint8]:
-    """By code point: the flags of what it may be."""
+    """Return the flags of what each code point may be."""
     table = np.zeros(TABLE_SIZE, np.uint8)
     for code in range(TABLE_SIZE):
         one = chr(code)
@@ -167,7 +167,7 @@ def hash_bytes(blocks: NDArray[np.uint64], start: int, end: int) -> np.uint64:
 def repeats(
     hashes: NDArray[np.uint64], sizes: Counts, count: int, table: NDArray[np.uint64]
 ) -> tuple[int, int]:
-    """How many of the first ``count`` blocks equal an earlier one, and their sizes in all."""
+    """Count how many of the first ``count`` blocks equal an earlier one, and their sizes in all."""
     if count < 2:
         return 0, 0
     slots = 4

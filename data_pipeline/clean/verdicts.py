@@ -1,4 +1,4 @@
-"""What becomes of each document of a batch: kept, or dropped for the first reason that is found."""
+"""Verdicts on each document of a batch: kept, or dropped for the first reason that is found."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Verdicts:
 
     def __init__(self, rows: int) -> None:
         self.reasons = [KEPT]
-        """What each of `codes` means."""
+        """Meaning of each of `codes`."""
         self.codes = np.zeros(rows, np.int16)
         self.evidence: dict[int, str] = {}
-        """By row: what was found, where a reason alone does not say it."""
+        """Evidence by row: what was found, where a reason alone does not say it."""
 
     def alive(self) -> NDArray[np.int64]:
         """The rows that nothing has dropped so far."""

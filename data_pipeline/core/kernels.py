@@ -30,7 +30,7 @@ def kernel(function: Callable[..., Any] | None = None, *, inline: str = "never")
 
 
 def kept_code(compiled: Any) -> Any:
-    """What numba keeps of a kernel on disk; there is no public way to it."""
+    """Return what numba keeps of a kernel on disk; there is no public way to it."""
     return compiled._cache._cache_file
 
 

@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, cut after its first line; its type where it says nothing."""
+    """Return what an error says, cut after its first line; its type where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -1,4 +1,4 @@
-"""What a word is, by script: the one definition for duplicates, repeated spans, searched phrases and quality rules.
+"""Words, by script: the one definition for duplicates, repeated spans, searched phrases and quality rules.
 
 Of a script that is written with spaces, a word is a run of letters and digits. Of one that is written without (Han,
 kana, Thai, Lao, Khmer, Burmese, Tibetan, ...) every letter is a word: no dictionary is needed, and runs of them tell
@@ -70,7 +70,7 @@ Signs = Literal["none", "symbols", "all"]
 """Which signs tell a word from another, beside its letters: none; operators, currencies, emoji and other symbols; or
 punctuation, too."""
 OPERATORS = "!$%&*+-/<=>?@^|~"
-"""What source code computes with, of ASCII. Brackets, quotes, ``#`` and what parts clauses is punctuation."""
+"""Characters of ASCII that source code computes with. Brackets, quotes, ``#`` and what parts clauses is punctuation."""
 
 
 @cache
@@ -98,7 +98,7 @@ def character_classes(letters: str = "") -> NDArray[np.uint8]:
 
 @cache
 def telling_signs(signs: Signs) -> NDArray[np.bool_]:
-    """Which of the characters below `TABLE_SIZE` that are no part of words tell words from each other; see `Signs`."""
+    """Find which characters below `TABLE_SIZE` that are no part of words tell words apart; see `Signs`."""
     other = character_classes("_") == OTHER
     if signs == "all":
         return other & np.array([unicodedata.category(chr(code))[0] in "SP" for code in range(TABLE_SIZE)])
@@ -122,7 +122,7 @@ def lower_case() -> NDArray[np.uint32]:
 
 @kernel
 def next_word(data: NDArray[np.uint8], at: int, end: int, classes: NDArray[np.uint8]) -> tuple[int, int]:
-    """Where the first word from byte ``at`` on begins and where it ends; both at ``end`` where there is none."""
+    """Find where the first word from byte ``at`` on begins and where it ends; both at ``end`` where there is none."""
     kind = OTHER
     begin = end
     while at < end:
@@ -161,7 +161,7 @@ TRANSLATIONS = {joined: Translation(joined) for joined in (False, True)}
 
 @cache
 def word_pattern() -> re.Pattern[str]:
-    """What finds the words in text of letters, marks and spaces."""
+    """Return the pattern that finds the words in text of letters, marks and spaces."""
     classes = character_classes()
     letter, unspaced, mark = (one_of(np.flatnonzero(classes == kind)) for kind in (LETTER, UNSPACED, MARK))
     return re.compile(f"{letter}(?:{letter}|{mark})*|{unspaced}{mark}*")

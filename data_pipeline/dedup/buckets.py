@@ -18,7 +18,7 @@ share much but aren't duplicates must not hide those that are."""
 
 @kernel
 def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
-    """In how many entries two signatures agree."""
+    """Count the entries in which two signatures agree."""
     agreed = 0
     for entry in range(len(one)):
         agreed += one[entry] == other[entry]

@@ -179,7 +179,7 @@ class Finder:
     copies: NDArray[np.int64] | None
     crowds: NDArray[np.uint64]
     seekers: NDArray[np.bool_] | None
-    """By row, as in `Again`; None: all seek."""
+    """Mask of the rows that seek, as in `Again`; None: all seek."""
     kept: NDArray[np.bool_] | None
 
     @classmethod
@@ -365,7 +365,7 @@ class Finder:
 
 
 def is_among(values: NDArray[np.uint64], wanted: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which of many values are among a few that are in order."""
+    """Find which of many values are among a few that are in order."""
     if not len(wanted):
         return np.zeros(len(values), np.bool_)
     at = np.minimum(np.searchsorted(wanted, values), len(wanted) - 1)

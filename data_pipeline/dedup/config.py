@@ -1,4 +1,4 @@
-"""What a recipe may say of the stage ``dedup``."""
+"""Settings of the stage ``dedup`` that a recipe may give."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ class DedupRuntime(Runtime):
 
 
 class DedupConfig(StageConfig):
-    """What counts as a duplicate. `chance` says how surely LSH finds a pair."""
+    """Definition of a duplicate. `chance` says how surely LSH finds a pair."""
 
     ngram: int = Field(default=5, ge=1, le=256)
     """Words in a shingle."""
     signs: Signs = "symbols"
-    """What beside letters and digits tells a word from another, as part of the word before it: ``none``; ``symbols``:
+    """Signs beside letters and digits that tell words apart, as part of the word before them: ``none``; ``symbols``:
     operators (``!$%&*+-/<=>?@^|~``) and all that Unicode calls a symbol, so that ``a < b`` is not ``a > b``, nor a
     thumb up one down; ``all``: brackets, quotes and other punctuation, too."""
     bands: int = Field(default=18, ge=1)
@@ -56,7 +56,7 @@ class DedupConfig(StageConfig):
     spans: SpanRules | None = None
     """Cut long spans that several documents have; None leaves texts whole."""
     seed: int = Field(default=0, ge=0, lt=1 << 64)
-    """Of the hash functions."""
+    """Seed of the hash functions."""
     runtime: DedupRuntime = DedupRuntime()
 
     @model_validator(mode="after")
@@ -75,7 +75,7 @@ class DedupConfig(StageConfig):
         return 1 - (1 - similarity**self.rows) ** self.bands
 
     def near_search(self) -> Search:
-        """How candidates for near-duplicates are searched."""
+        """Return how candidates for near-duplicates are searched."""
         least = ceil((self.threshold - margin(self.threshold, self.permutations)) * self.permutations)
         memory = self.runtime.memory_mb * 10**6
         likely = ceil(self.threshold * self.permutations)
@@ -91,7 +91,7 @@ class DedupConfig(StageConfig):
         )
 
     def verify_rules(self) -> VerifyRules:
-        """How the edges that are found are checked."""
+        """Return how the edges that are found are checked."""
         return VerifyRules(
             ngram=self.ngram,
             signs=self.signs,

@@ -1,4 +1,4 @@
-"""What a run of ``dedup`` will need, from the number of documents and their bytes: arithmetic, no measurement."""
+"""Forecast of what ``dedup`` will need, from the number of documents and their bytes: arithmetic, no measurement."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from data_pipeline.dedup.candidates import Search
 MB_PER_CORE = 70.0
 """Text a second that a core takes from documents in to documents out: nominal, as measured on Python sources."""
 SECONDS_A_DOCUMENT = 15e-6
-"""Of one core, besides; this is what short documents cost."""
+"""Seconds of one core a document, besides; this is what short documents cost."""
 LIBRARIES = 250 * 10**6
 """Bytes of memory that Python with its libraries takes."""
 OPEN_SHARE = 0.1
-"""Of the text, the part in documents whose shingle sets are written, as in a corpus of source code."""
+"""Share of the text in documents whose shingle sets are written, as in a corpus of source code."""
 BYTES_A_DOCUMENT = 2 * 16 + 2 * 12 + 16 + 60 + 8 + 17 + 24 + 8 + 1
-"""On disk, besides signature and bands: digest and its entry, numbers, id, and what is decided."""
+"""Bytes on disk, besides signature and bands: digest and its entry, numbers, id, and what is decided."""
 RESIDENT_A_DOCUMENT = 8 + 17 + 17 + 8 + 1
-"""Of these, what the deciding process maps into memory."""
+"""Bytes of these that the deciding process maps into memory."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run will need."""
+    """Needs of a run."""
 
     disk: float
     """Bytes of scratch, besides the output."""
@@ -32,12 +32,12 @@ class Forecast:
     driver_memory: float
     """Bytes in the process that runs the stage; most are mapped files, which the system may take back."""
     partitions: int
-    """Of the band hashes: tasks that search for candidates."""
+    """Partitions of the band hashes: tasks that search for candidates."""
     seconds: float
     workers: int
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """Return lines for a person."""
         worker, driver = human_bytes(self.worker_memory), human_bytes(self.driver_memory)
         partitions = f"{self.partitions} partition" + "s" * (self.partitions > 1)
         return [
@@ -48,7 +48,7 @@ class Forecast:
 
 
 def forecast(search: Search, documents: float, text_bytes: float, workers: int) -> Forecast:
-    """What ``documents`` of ``text_bytes`` in all need, for a search of kind ``near``."""
+    """Forecast what ``documents`` of ``text_bytes`` in all need, for a search of kind ``near``."""
     signature = search.bands * (2 * search.rows + 12)
     return Forecast(
         disk=documents * (BYTES_A_DOCUMENT + signature) + OPEN_SHARE * text_bytes,

@@ -45,7 +45,7 @@ UNDERSCORES = np.uint64(0x5F5F5F5F5F5F5F5F)
 FROM_0, PAST_9, FROM_A, PAST_Z = (
     np.uint64((0x80 - code) * 0x0101010101010101) for code in (0x30, 0x3A, 0x61, 0x7B)
 )
-"""What lifts a byte's seven bits to 128 or more from these characters on."""
+"""Addends that lift a byte's seven bits to 128 or more from these characters on."""
 GATHER = np.uint64(0x0102040810204080)
 """Multiplying eight bytes of 0 or 1 by it puts them side by side into the highest byte."""
 
@@ -60,7 +60,7 @@ def word_tables(signs: Signs) -> tuple[NDArray[np.uint8], NDArray[np.uint32], ND
 
 @intrinsic
 def trailing_zeros(typing: Any, value: Any) -> Any:
-    """How many bits of a number other than 0 are zero below its lowest one: one instruction."""
+    """Count how many bits of a number other than 0 are zero below its lowest one: one instruction."""
 
     def generate(_: Any, builder: ir.IRBuilder, signature: Any, arguments: Any) -> Any:
         return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
@@ -70,7 +70,7 @@ def trailing_zeros(typing: Any, value: Any) -> Any:
 
 @kernel(inline="always")
 def run_bits(block: np.uint64) -> np.uint64:
-    """Which of eight bytes, the first lowest, belong to a run: an ASCII letter, digit or underscore, or beyond ASCII.
+    """Find which of 8 bytes, the first lowest, belong to a run: an ASCII letter, digit or underscore, or beyond ASCII.
 
     All eight are compared at once, each within its own seven bits, so no carry reaches a neighbour: adding 128 - x
     sets the eighth bit of what is at least x.
@@ -371,7 +371,7 @@ def signatures(
 
 
 def has_words(signatures: NDArray[np.uint16]) -> NDArray[np.bool_]:
-    """Which texts have a word at all, by their signatures: those that don't are never near-duplicates."""
+    """Find which texts have a word at all, by their signatures: those that don't are never near-duplicates."""
     return signatures[:, 0] != EMPTY
 
 

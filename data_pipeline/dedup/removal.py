@@ -40,19 +40,19 @@ ROWS_AT_ONCE = 1 << 19
 PARTS_AT_ONCE = 256
 """Files that are merged at once: each is mapped into memory, and a system bounds how many may be."""
 BINS = 50
-"""Of the histogram of similarities, from 0 to 1."""
+"""Bins of the histogram of similarities, from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class Removal:
-    """What was decided, on disk, by row."""
+    """Decisions on disk, by row."""
 
     signed: Signed
     copy_of: Path
     repeats: Path
 
     def of(self, start: int, end: int) -> tuple[NDArray[np.void], NDArray[np.bool_]]:
-        """What the documents of some rows repeat (`REPEATS`), and which of them have the very text of that.
+        """Return what the documents of some rows repeat (`REPEATS`), and which of them have the very text of that.
 
         A copy repeats its original where that is kept, else what the original repeats.
         """
@@ -218,7 +218,7 @@ def read_mapped(path: Path) -> pa.Table:
 
 
 def count_clusters(removal: Removal, path: Path) -> NDArray[np.int64]:
-    """How many documents repeat each row, in a memory-mapped file."""
+    """Count how many documents repeat each row, in a memory-mapped file."""
     documents = removal.signed.documents
     sizes = np.memmap(path, np.int64, "w+", shape=(max(1, documents),))
     for start in range(0, documents, ROWS_AT_ONCE):

@@ -98,7 +98,7 @@ def by_source(tallies: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
 
 
 def histogram(tallies: Sequence[Mapping[str, Any]]) -> str:
-    """How similar the removed near-duplicates are to what they repeat, as Markdown."""
+    """Show how similar the removed near-duplicates are to what they repeat, as Markdown."""
     counts = np.sum([tally["histogram"] for tally in tallies], axis=0)
     if not counts.sum():
         return ""

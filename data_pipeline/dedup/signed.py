@@ -1,4 +1,4 @@
-"""What finding duplicates needs of each document, on disk: written shard by shard, read by row or by range of keys.
+"""Files of what finding duplicates needs of each document: written shard by shard, read by row or by range of keys.
 
 For each shard there are ids, a few numbers a document, signatures, and band entries: for every band of every signature
 its hash, called key, and the document's row, sorted by key. So a partition of the keys is a contiguous slice of each
@@ -90,7 +90,7 @@ def write_signed(rules: SignRules, folder: Path, shard: Path) -> dict[str, int]:
 
 
 def scores(rules: SignRules, batch: pa.RecordBatch, sizes: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How much each document is preferred."""
+    """Return how much each document is preferred."""
     if rules.prefer == "longest":
         return sizes.astype(np.float64)
     if rules.prefer == "best":
@@ -159,7 +159,7 @@ class Signed:
             yield self.stems[shard], part, rows[part] - self.first_row[shard]
 
     def gather(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        """What file ``name`` (``documents``, ``near-signatures``, ...) holds for some ascending rows."""
+        """Return what file ``name`` (``documents``, ``near-signatures``, ...) holds for some ascending rows."""
         parts = [np.load(self.folder / f"{self.stems[0]}-{name}.npy", mmap_mode="r")[:0]]
         parts += [
             np.load(self.folder / f"{stem}-{name}.npy", mmap_mode="r")[places]
@@ -186,7 +186,7 @@ class Signed:
                 yield np.array(keys[part]), places.astype(np.int64) + self.first_row[shard]
 
     def count(self, kind: Kind, low: int, high: int) -> int:
-        """How many entries have keys from ``low`` to below ``high``."""
+        """Count how many entries have keys from ``low`` to below ``high``."""
         parts = [self._keys(stem, kind, low, high)[1] for stem in self.stems]
         return sum(part.stop - part.start for part in parts)
 

@@ -134,7 +134,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Edit:
-    """What a document becomes."""
+    """A document as cutting leaves it."""
 
     text: str
     words_left: int

@@ -150,7 +150,7 @@ def firsts(
 
 
 def seen_elsewhere(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Whether another shard has the same key."""
+    """Say whether another shard has the same key."""
     _, groups, sizes = group(entries["key"])
     return (sizes > 1)[groups]
 

@@ -14,7 +14,7 @@ from data_pipeline.core.kernels import MULTIPLIER, code_point, kernel, mix
 from data_pipeline.core.words import IGNORED, LETTER, MARK, OTHER, SPACE, UNSPACED, character_classes
 
 ALONE, KEPT, REPEATED = 0, 1, 2
-"""What a window is: the only one of its text, the one of several that stays, or one of the others."""
+"""Kinds of window: the only one of its text, the one of several that stays, or one of the others."""
 
 
 def classes() -> NDArray[np.uint8]:
@@ -228,7 +228,7 @@ def first_of_each(
 def cut_words(
     places: NDArray[np.uint32], kinds: NDArray[np.uint8], width: int, count: int
 ) -> tuple[NDArray[np.bool_], int]:
-    """Which of the ``count`` words of a text are cut, and how many of its windows that should stay are broken.
+    """Find which of the ``count`` words of a text are cut, and how many of its windows that should stay are broken.
 
     Cut are the words of `REPEATED` windows but not of `KEPT` ones; and all words of the `REPEATED` windows that would
     be whole after that. ``places`` ascend.
@@ -256,7 +256,7 @@ def cut_words(
 def cover(
     places: NDArray[np.uint32], kinds: NDArray[np.uint8], kind: int, width: int, count: int
 ) -> NDArray[np.bool_]:
-    """Which words are in a window of this kind."""
+    """Find which words are in a window of this kind."""
     covered = np.zeros(count, np.bool_)
     end = np.int64(0)
     for at in range(len(places)):

@@ -73,7 +73,7 @@ class SpanRules(Config):
 
 @dataclass(frozen=True)
 class SpanTally:
-    """What was cut."""
+    """Counts of what was cut."""
 
     rules: SpanRules
     by_source: dict[str, dict[str, int]]

@@ -215,7 +215,7 @@ def search_again(
 
 
 def rows_cut(found: Sequence[Path], documents: int) -> NDArray[np.bool_]:
-    """Which documents were not compared with all that they may repeat, by row."""
+    """Find which documents were not compared with all that they may repeat, by row."""
     cut = np.zeros(documents, np.bool_)
     for path in found:
         cut[read_raw(path.with_suffix(".cut"), np.dtype(np.int64))] = True

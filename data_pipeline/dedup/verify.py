@@ -30,7 +30,7 @@ MARGIN = 4.0
 
 
 def margin(threshold: float, entries: int) -> float:
-    """How far an estimate from signatures of so many entries may be from a similarity at the threshold."""
+    """Return how far an estimate from signatures of so many entries may be from a similarity at the threshold."""
     return max(MARGIN * sqrt(threshold * (1 - threshold) / entries), 1 / entries)
 
 
@@ -85,7 +85,7 @@ class Sets:
     folder: Path
 
     def bounds(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the sets of some ascending rows begin and end in their shards' files; shape (rows, 2)."""
+        """Find where the sets of some ascending rows begin and end in their shards' files; shape (rows, 2)."""
         result = np.empty((len(rows), 2), np.int64)
         for stem, part, places in self.signed.by_shard(rows):
             stored, starts = np.load(self.folder / f"{stem}-sets.npy", mmap_mode="r")

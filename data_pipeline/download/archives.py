@@ -88,7 +88,7 @@ def members(
 
 
 def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
-    """Why no member of this name is read (reason, detail), if so."""
+    """Say why no member of this name is read (reason, detail), if so."""
     if is_unsafe(name):
         return "unsafe_name", "a path that is absolute, leaves the folder or is too long"
     if is_archive(name) and not why_not_read(name, unsaid):
@@ -97,7 +97,7 @@ def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
 
 
 def why_not_read(name: str, unsaid: str | None) -> str | None:
-    """Why a member is not looked at, as such members are counted; None where it is read."""
+    """Say why a member is not looked at, as such members are counted; None where it is read."""
     if is_hidden(name):
         return "hidden"
     return None if has_known_suffix(name, unsaid) else suffix_of(name)
@@ -114,7 +114,7 @@ def unused_name(name: str, part: int, seen: set[bytes]) -> str:
 
 
 def is_unsafe(name: str) -> bool:
-    """Whether a member's name would lead out of a folder on some system, or can't be part of an id."""
+    """Say whether a member's name would lead out of a folder on some system, or can't be part of an id."""
     parts = name.replace("\\", "/").split("/")
     has_drive = len(parts[0]) > 1 and parts[0][1] == ":"
     control = any(character < " " for character in name)
@@ -122,7 +122,7 @@ def is_unsafe(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
+    """Say whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
     return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -161,7 +161,7 @@ class Header(tarfile.TarInfo):
 
 
 TAR_BLOCK_BYTES = 1 << 16
-"""What is lost, at most, of a member before a fault."""
+"""Bytes of a member that are lost, at most, before a fault."""
 
 
 class Available:
@@ -279,12 +279,12 @@ def front(stream: BufferedReader, size: int) -> BufferedReader:
 
 
 def first_byte(archive: zipfile.ZipFile) -> int:
-    """Where an archive begins in its file."""
+    """Find where an archive begins in its file."""
     return min((entry.header_offset for entry in archive.infolist()), default=archive.start_dir)
 
 
 def tail(stream: BufferedReader, end: int) -> bytes:
-    """What stands before ``end``, as far as the end record of a zip may begin."""
+    """Read what stands before ``end``, as far as the end record of a zip may begin."""
     start = stream.seek(max(0, end - END_BYTES - (1 << 16)))
     return stream.read(end - start)
 

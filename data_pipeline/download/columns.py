@@ -75,7 +75,7 @@ MAGIC = b"PAR1"
 
 
 def is_joined(stream: BinaryIO) -> bool:
-    """Whether several Parquet files stand one after the other: Arrow would take pages of the first for the last's."""
+    """Say whether several Parquet files follow one another: Arrow would take pages of the first for the last's."""
     stream.seek(0)
     start, before = 0, b""
     while block := stream.read(BUFFER_BYTES):
@@ -91,7 +91,7 @@ def is_joined(stream: BinaryIO) -> bool:
 
 
 def is_footer(stream: BinaryIO, end: int) -> bool:
-    """Whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
+    """Say whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
     stream.seek(max(0, end - 4))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= end - 8:
@@ -106,7 +106,7 @@ def is_footer(stream: BinaryIO, end: int) -> bool:
 
 
 def is_nested(name: str, leaves: Sequence[str]) -> bool:
-    """Whether there is something at the dotted path ``name``."""
+    """Say whether there is something at the dotted path ``name``."""
     return any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves)
 
 

@@ -1,4 +1,4 @@
-"""What a file's name says of it: the format, the compression around it, and whether it is an archive of files."""
+"""Kinds of file by their names: the format, the compression around it, and whether it is an archive of files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Literal, get_args
 
 Format = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "warc", "wet", "html"]
-"""What a source may say of files whose names say nothing."""
+"""Formats that a source may give for files whose names say nothing."""
 
 SUFFIXES = tuple(f".{name}" for name in get_args(Format))
 ALIASES = {
@@ -48,18 +48,18 @@ def split_suffix(name: str, unsaid: str | None = None) -> tuple[str, str | None]
 
 
 def is_archive(name: str) -> bool:
-    """Whether this is a ``.zip`` or a ``.tar``, which may be compressed (a ``.zip`` in itself only)."""
+    """Say whether this is a ``.zip`` or a ``.tar``, which may be compressed (a ``.zip`` in itself only)."""
     suffix, compression = split_suffix(name)
     return suffix == ".tar" or (suffix == ".zip" and compression is None)
 
 
 def has_known_suffix(name: str, unsaid: str | None = None) -> bool:
-    """Whether files of this name can be read; ``unsaid`` as in `split_suffix`."""
+    """Say whether files of this name can be read; ``unsaid`` as in `split_suffix`."""
     return split_suffix(name, unsaid)[0] in SUFFIXES or is_archive(name)
 
 
 def is_compressed(name: str) -> bool:
-    """Whether the text of such a file is larger than the file."""
+    """Say whether the text of such a file is larger than the file."""
     suffix, compression = split_suffix(name)
     return compression is not None or suffix == ".zip"
 

@@ -38,7 +38,7 @@ class Settings:
     timeout: float
     """Seconds."""
     connections: int
-    """Of all workers to one host."""
+    """Connections of all workers to one host."""
 
 
 def read_group(settings: Settings, group: Group) -> dict[str, Any]:
@@ -103,7 +103,7 @@ OF_FILES = (
 
 
 def reader_of(source: Source, folder: Path) -> readers.Reading:
-    """How a source's files are read; what needs a temporary copy has it in ``folder``."""
+    """Return how a source's files are read; what needs a temporary copy has it in ``folder``."""
     reading = readers.Reading(
         source.text_field,
         source.meta_fields,

@@ -79,7 +79,7 @@ class HtmlRules(Config):
     extractor: Literal["resiliparse", "trafilatura"] = "resiliparse"
     """See ``benchmarks/results/html.md``. `trafilatura` needs ``pip install 'llmill[trafilatura]'``."""
     page_seconds: float = Field(default=10, gt=0)
-    """Of computing, after which a page is given up and counted as ``too_slow``."""
+    """Seconds of computing after which a page is given up and counted as ``too_slow``."""
 
     @model_validator(mode="after")
     def _installed(self) -> Self:

@@ -1,7 +1,7 @@
 """Data sets of the Hugging Face Hub, or local folders that `datasets` loads, read by streaming.
 
 A data set is pinned by its commit, a local folder by its files' hashes. Its shards (mostly files) are read side by
-side, and each goes on at the row where it stopped.
+side, and each resumes at the row where it stopped.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Place:
 
 
 def shards_of(source: HuggingFaceSource, listed: Listed) -> int:
-    """Of how many shards (mostly files) the split consists. They can be read side by side, unless reading is to
-    end somewhere (``max_rows``, ``max_bytes``).
+    """Count the shards (mostly files) of which the split consists. They can be read side by side, unless reading is
+    to end somewhere (``max_rows``, ``max_bytes``).
 
     Raises:
         UserError, ConnectionError: as `HubRows`.
@@ -110,7 +110,7 @@ def shards_of(source: HuggingFaceSource, listed: Listed) -> int:
 class HubRows:
     """The rows of some shards of a data set, streamed, until ``max_rows`` or ``max_bytes``.
 
-    Iteration gives (shard, record). `place` says where it stands, as JSON; another `HubRows` goes on from there.
+    Iteration gives (shard, record). `place` says where it stands, as JSON; another `HubRows` resumes from there.
 
     Raises:
         UserError: it is not what was planned, or `datasets` can't read it as the recipe says.
@@ -244,7 +244,7 @@ def column_above(path: str, known: Mapping[str, Any]) -> str | None:
 
 
 def explained(source: HuggingFaceSource, error: Exception, rows: int) -> Exception:
-    """What a fault after ``rows`` rows means: a mistake in recipe or data, or a network that may come back."""
+    """Return what a fault after ``rows`` rows means: a mistake in recipe or data, or a network that may come back."""
     what = (
         f"source {source.name}: can't read the data set {source.dataset} beyond {rows} rows "
         f"({type(error).__name__}: {without_secrets(first_line(error))})"

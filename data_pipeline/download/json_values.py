@@ -16,7 +16,7 @@ from data_pipeline.download.streams import advice
 
 DECODER = json.JSONDecoder()
 SPACE = re.compile("[ \t\r\n\ufeff]*")
-"""What may stand between values: a byte order mark does where files were joined."""
+"""White space that may stand between values; a byte order mark does where files were joined."""
 
 LONGEST_TOKEN = 16
 """A fault so near to the end of a text may be that of a token that is cut there (``-Infinity``, two escapes)."""
@@ -109,7 +109,7 @@ class Window:
                 return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Whether more text could mend a fault."""
+        """Say whether more text could mend a fault."""
         at_end = error.pos >= len(self._text) - LONGEST_TOKEN
         return at_end or error.msg.startswith("Unterminated string")
 
@@ -145,7 +145,7 @@ def commas_and_brackets(text: str, start: int = 0) -> int:
 
 
 def can_be_encoded(text: str) -> bool:
-    """Whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
+    """Say whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:

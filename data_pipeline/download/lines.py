@@ -1,4 +1,4 @@
-"""Lines of a text, whatever ends them, with what is wrong with them told line by line."""
+"""Lines of a text, whatever ends them, with what is wrong with them reported line by line."""
 
 from __future__ import annotations
 

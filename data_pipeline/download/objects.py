@@ -1,7 +1,7 @@
 """Files of object stores (S3, Google Cloud Storage, Azure, ...) through `fsspec`, pinned by ETag or time and size.
 
 Drivers find credentials and endpoints by themselves; none passes through here. A fetch is made of blocks, so a cut
-one goes on with the block where it stopped.
+one resumes with the block where it stopped.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def readable_of(source: ObjectSource, names: Iterable[str]) -> tuple[list[str], 
 
 
 def find(store: Any, path: str) -> dict[str, Mapping[str, Any]]:
-    """What a store says of each file at ``path``: one, all below a folder, or those that match a pattern."""
+    """Return what a store says of each file at ``path``: one, all below a folder, or those that match a pattern."""
     magic = any(sign in path for sign in MAGIC)
     found = store.glob(path, detail=True) if magic else store.find(path, detail=True)  # of a file: itself
     return {name: about for name, about in found.items() if about["type"] == "file"}
@@ -124,7 +124,7 @@ def pinned(source: ObjectSource, store: Any, name: str, about: Mapping[str, Any]
 
 
 def version_of(about: Mapping[str, Any]) -> str | None:
-    """What a store says of a file's version."""
+    """Return what a store says of a file's version, None where it says nothing."""
     for key in VERSION_KEYS:
         if about.get(key):
             return f"etag:{about[key]}"

@@ -13,7 +13,7 @@ BLANK_LINES = re.compile(rf"{LINE_END}[ \t]*{LINE_END}\s*")
 LF_BLANK_LINES = re.compile(r"\n[ \t]*\n\s*")
 """`BLANK_LINES` of a text without CR: many times as fast."""
 AFTER_FEED = re.compile(rf"[ \t]*{LINE_END}\s*")
-"""What makes `BLANK_LINES` with a line end that ended the block before."""
+"""Pattern that makes `BLANK_LINES` with a line end that ended the block before."""
 SPACE = re.compile(r"\s*")
 
 

@@ -1,7 +1,7 @@
-"""What comes of a group of files: parts of documents and rejected records, and how far they reach into the group.
+"""Results of a group of files: parts of documents and rejected records, and how far they reach into the group.
 
-Each part that is whole is noted on disk with the place in the group where it ends. A group that was killed goes on
-from there, and gives the same files as one that was not.
+Each part that is whole is noted on disk with the place in the group where it ends. A group that was killed is
+resumed from there, and gives the same files as one that was not.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Progress:
     place: Any = None
     """The place in this file, as its reader says; None: its start."""
     parts: list[tuple[bool, bool]] = field(default_factory=list)
-    """Of each part: whether it has documents, and whether it has rejected records."""
+    """Flags of each part: whether it has documents, and whether it has rejected records."""
     documents: Counter[str] = field(default_factory=Counter)
-    """By source; so are the following."""
+    """Documents by source; so are the following."""
     bytes: Counter[str] = field(default_factory=Counter)
     rejected: Counter[str] = field(default_factory=Counter)
-    """By source/reason."""
+    """Rejected records by source/reason."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """Members of archives that were passed over, by source/reason."""
 
     @classmethod
     def read(cls, path: Path) -> Progress:
-        """What a killed worker left, or the beginning."""
+        """Read what a killed worker left, or return the beginning."""
         if not path.exists():
             return cls()
         kept = json.loads(path.read_text(encoding="utf-8"))
@@ -139,5 +139,5 @@ def final_places(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Path)
 
 
 def group_stem(scratch: Path, group: int) -> Path:
-    """What the names of a group's files begin with."""
+    """Return what the names of a group's files begin with."""
     return scratch / f"group-{group:05d}"

@@ -1,4 +1,4 @@
-"""What sources hold, in pieces and groups of about a shard of text: one group is one item of work.
+"""Content of sources, in pieces and groups of about a shard of text: one group is one item of work.
 
 Groups are made from the listing alone, so they are the same whoever reads them, in whatever order.
 """
@@ -68,7 +68,7 @@ def group_files(pieces: Iterable[Piece], shard_bytes: int) -> list[Group]:
 
 
 def name_of(group: Group) -> str:
-    """What people see of an item of work."""
+    """Return what people see of an item of work."""
     first, last = group.pieces[0], group.pieces[-1]
     if isinstance(first.source, HuggingFaceSource):
         return f"{first.listed.name} {first.first} .. {first.end - 1}"
@@ -84,7 +84,7 @@ def all_pieces(
     scratch: Path,
     context: StageContext,
 ) -> Iterator[Piece]:
-    """What is listed, in order: files, slices of large ones, and the shards of data sets."""
+    """Yield what is listed, in order: files, slices of large ones, and the shards of data sets."""
     listed = [(source, one) for source, listing in zip(sources, listings, strict=True) for one in listing]
     large = {
         number: (one, count, scratch / f"survey-{number:05d}.json")

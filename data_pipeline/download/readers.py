@@ -67,7 +67,7 @@ class Reading:
     quotes: bool = True
     """Whether a field of CSV and TSV may stand in double quotes."""
     format: str | None = None
-    """Of files whose names say none."""
+    """Format of files whose names say none."""
     text_format: str = "plain"
     """``html`` where fields and columns hold pages."""
     html: HtmlRules = field(default_factory=HtmlRules)
@@ -184,7 +184,7 @@ def other_encoding(stream: BufferedReader) -> UnicodeDecodeError | None:
 
 
 def has_old_line_ends(stream: BufferedReader) -> bool:
-    """Whether lines end with CR only, as on Macs of long ago."""
+    """Say whether lines end with CR only, as on Macs of long ago."""
     head = stream.peek()
     return b"\r" in head and b"\n" not in head
 

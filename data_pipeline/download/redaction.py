@@ -1,4 +1,4 @@
-"""What may be said and kept of addresses and of what others say of them: nothing secret."""
+"""Redaction of addresses and of what others say of them: nothing secret may be said or kept."""
 
 from __future__ import annotations
 

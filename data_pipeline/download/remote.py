@@ -1,6 +1,6 @@
 """Files by HTTP(S), pinned by their expected hash or the server's ETag or Last-Modified.
 
-A cut transfer goes on where it stopped. What may pass (a lost connection, a busy server) is tried again, when the
+A cut transfer resumes where it stopped. What may pass (a lost connection, a busy server) is tried again, when the
 server says so if it does.
 """
 
@@ -75,7 +75,7 @@ def list_url(session: httpx.Client, source: HttpSource, url: str) -> Listed:
 
 
 def ask(session: httpx.Client, url: str) -> httpx.Response:
-    """What the server says of a file, without its content.
+    """Return what the server says of a file, without its content.
 
     Raises:
         Transient: it can't be reached, or is busy.
@@ -134,7 +134,7 @@ def client(timeout: float) -> httpx.Client:
 
 
 def version_of(response: httpx.Response) -> str | None:
-    """What the server says of the content's version."""
+    """Return what the server says of the content's version, None where it says nothing."""
     for header in ("etag", "last-modified"):
         if header in response.headers:
             return f"{header}:{response.headers[header]}"
@@ -236,7 +236,7 @@ def refuse_if_other(response: httpx.Response, listed: Listed, part: Path) -> Non
 
 
 def continues(response: httpx.Response, have: int) -> bool:
-    """Whether the content begins after the first ``have`` bytes, and not at the start.
+    """Say whether the content begins after the first ``have`` bytes, and not at the start.
 
     Raises:
         Transient: it begins elsewhere.

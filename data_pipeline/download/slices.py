@@ -37,7 +37,7 @@ class Slice:
     """Size and time of change (ns) of the file when its hash was checked."""
 
     def share(self, whole: int) -> tuple[int, int]:
-        """From where to where (without it) this slice reaches in ``whole`` bytes or row groups."""
+        """Return from where to where (without it) this slice reaches in ``whole`` bytes or row groups."""
         return self.index * whole // self.count, (self.index + 1) * whole // self.count
 
 

@@ -35,7 +35,7 @@ class Listed(Config):
     size: int
     """Bytes as stored; 0 where it isn't known."""
     version: str
-    """What pins its content: ``sha256:...``, ``etag:...``, ``last-modified:...`` or ``commit:...``."""
+    """Pin of its content: ``sha256:...``, ``etag:...``, ``last-modified:...`` or ``commit:...``."""
     location: str
     """Absolute path or URL. No part of the identity."""
 
@@ -56,7 +56,7 @@ def without_password(url: str | None) -> str | None:
 
 
 class TextSource(Config):
-    """What all kinds of source share."""
+    """Settings that all kinds of source share."""
 
     name: SourceName
     """Ids of the source's documents begin with it."""
@@ -78,7 +78,7 @@ class TextSource(Config):
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """What is kept with every document of the source; a field of the document's own name comes before it."""
+        """Facts kept with every document of the source; a field of the document's own name comes before them."""
         said = {"license": self.license, "url": self.url}
         said |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
         return {key: value for key, value in said.items() if value}
@@ -96,21 +96,21 @@ def text_encoding(name: str) -> str:
 
 
 class FileSource(TextSource):
-    """What sources that consist of files share: how these are read."""
+    """Settings that sources of files share: how these are read."""
 
     split: Literal["none", "paragraphs", "lines"] = "none"
     """Which part of a ``.txt`` is a document: all of it, each paragraph (blank lines lie between), or each line."""
     split_chars: int | None = Field(default=None, gt=0)
     """Cut each ``.txt`` at ends of paragraphs into documents of at least this many characters (books)."""
     format: Format | None = None
-    """Of files whose names don't end with a known suffix (``part-00000``)."""
+    """Format of files whose names don't end with a known suffix (``part-00000``)."""
     delimiter: str | None = Field(default=None, min_length=1, max_length=1)
     """Between the fields of ``.csv`` (by default a comma) and ``.tsv`` (a tab)."""
     quotes: bool = True
     """Whether a field of ``.csv`` and ``.tsv`` may stand in double quotes; false where these are part of the text."""
     encoding: Annotated[str, AfterValidator(text_encoding)] = "utf-8"
-    """Of ``.txt``, JSON, CSV, and of web archives where these name none. It is never guessed: what isn't in this
-    encoding is rejected."""
+    """Encoding of ``.txt``, JSON, CSV, and of web archives where these name none. It is never guessed: what isn't in
+    this encoding is rejected."""
     max_expansion: float = Field(default=200, gt=0)
     """A compressed file or an archive is read until it held this many times its own size (or 100 MB, if that is
     more). Beyond is a decompression bomb: text shrinks to a tenth or so."""
@@ -277,8 +277,7 @@ class HuggingFaceSource(TextSource):
     max_bytes: int | None = Field(default=None, gt=0)
     """Reading ends with the row that reaches this many bytes of text."""
     max_expansion: float = Field(default=200, gt=0)
-    """Of a local folder, each part that is read by itself ends where its text is this many times as large as the folder
-    (or 100 MB)."""
+    """Times the size of a local folder (or 100 MB) at which the text of each part that is read by itself ends."""
 
 
 AnySource = LocalSource | InstalledPythonSource | HttpSource | ObjectSource | HuggingFaceSource

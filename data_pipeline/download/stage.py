@@ -79,7 +79,7 @@ class DownloadConfig(StageConfig):
 
     @property
     def listings(self) -> tuple[tuple[Listed, ...], ...]:
-        """What each source holds, in the order of ``sources``; only a resolved config has it."""
+        """Content of each source, in the order of ``sources``; only a resolved config has it."""
         assert self._listings is not None, "resolve() the config first"
         return self._listings
 
@@ -159,7 +159,7 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
 
     Raises:
         UserError: a file changed since it was planned, or no document came out.
-        ConnectionError: a server can't be reached; run again to go on.
+        ConnectionError: a server can't be reached; run again to resume.
     """
     config = config.resolve()
     scratch = out / "scratch"

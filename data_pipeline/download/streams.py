@@ -30,7 +30,7 @@ ZSTD_WINDOW_BYTES = 1 << 31
 """As far back as ``zstd --ultra --long=31`` looks."""
 
 FREE_BYTES = 100_000_000
-"""What any file may expand to, however small it is."""
+"""Bytes that any file may expand to, however small it is."""
 
 CODEC_FAULTS = (
     pa.ArrowException,
@@ -43,7 +43,7 @@ CODEC_FAULTS = (
     NotImplementedError,
     OSError,
 )
-"""What decompressors raise for bytes that aren't theirs; see `is_fault_of_disk` for OSError."""
+"""Exceptions that decompressors raise for bytes that aren't theirs; see `is_fault_of_disk` for OSError."""
 
 
 class ExpandsTooFar(Exception):
@@ -51,7 +51,7 @@ class ExpandsTooFar(Exception):
 
 
 def is_fault_of_disk(error: BaseException) -> bool:
-    """Whether reading again may go well. A codec's OSError has no number, or that of a seek to where nothing is."""
+    """Say whether reading again may go well. A codec's OSError has no number, or that of a seek to where nothing is."""
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
@@ -189,7 +189,7 @@ DECOMPRESSORS: dict[str, tuple[Callable[[], Decompressor], int]] = {
     "bz2": (bz2.BZ2Decompressor, PACKED_BLOCK_BYTES),
     "xz": (lzma.LZMADecompressor, PACKED_BLOCK_BYTES),
 }
-"""By compression: what unpacks one member, and the bytes that it is given at once."""
+"""Decompressors by compression: what unpacks one member, and the bytes that it is given at once."""
 
 
 class Unpacked:
@@ -233,7 +233,7 @@ class Unpacked:
         return b""
 
     def _next_member(self) -> Decompressor | None:
-        """What unpacks the member that begins here; None at the end of the file."""
+        """Return what unpacks the member that begins here; None at the end of the file."""
         while not (waiting := self._waiting.lstrip(b"\0")):  # some tools pad with zeros
             self._waiting = self._stream.read(self._block)
             if not self._waiting:
@@ -268,7 +268,7 @@ def looks_like(head: bytes) -> str | None:
 
 
 def advice(head: bytes) -> str:
-    """What to do about a file that is not UTF-8 and begins with ``head``."""
+    """Say what to do about a file that is not UTF-8 and begins with ``head``."""
     if found := looks_like(head):
         return f"looks like {found.upper()}, so set the source's encoding to {found}"
     return "set the source's encoding to what it is in: cp1252, latin-1, ..."

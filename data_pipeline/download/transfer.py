@@ -1,4 +1,4 @@
-"""What fetching has in common, whatever the protocol: trying again, waiting, and taking turns at a host."""
+"""Common parts of fetching, whatever the protocol: trying again, waiting, and taking turns at a host."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Fetching:
 def retried(
     attempt: Callable[[], Result], reached: Callable[[], int] = lambda: 0, stop: Event | None = None
 ) -> Result:
-    """What ``attempt`` returns, in the end: it is called again, after a growing wait, while it raises `Transient`.
+    """Call ``attempt`` again, after a growing wait, while it raises `Transient`; return what it returns in the end.
 
     Args:
         reached: how far a transfer is; `ATTEMPTS` in a row that don't get beyond what was reached end it.
@@ -124,7 +124,7 @@ def size_of(part: Path) -> int:
 
 
 class Mismatch(UserError):
-    """What came is not what was listed."""
+    """Content that came and is not what was listed."""
 
 
 def check(listed: Listed, path: Path) -> None:

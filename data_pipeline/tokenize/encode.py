@@ -184,7 +184,7 @@ def append_to_each(encoded: Encoded, token: int) -> Encoded:
 
 
 def find_fault(texts: pa.Array, fast: Encoder, slow: Encoder) -> str | None:
-    """How two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
+    """Say how two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
     if not len(texts):
         return None
     begun = pc.utf8_slice_codeunits(texts, 0, CHECKED_CHARACTERS)

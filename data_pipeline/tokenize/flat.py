@@ -34,8 +34,8 @@ FOLDER = "flat"
 SOURCES_KEY = b"llmill.sources"
 """Metadata of an index: JSON, name of a source -> [documents, tokens] in the shard, in order of name."""
 COLUMNS = pa.schema([("start", pa.int64()), ("end", pa.int64())])
-"""Of an index, a row a document: its first token's place in the shard's flat file; and how many tokens of its source
-the shard has up to its last one, that included."""
+"""Columns of an index, a row a document: its first token's place in the shard's flat file; and how many tokens of its
+source the shard has up to its last one, that included."""
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -61,13 +61,13 @@ class Vocabulary:
         require_tokenizer(self.tokenizer_sha256, tokenizer, tokens)
 
     def metadata(self, tokens: int) -> dict[bytes, bytes]:
-        """What files of ``tokens`` of its tokens say of themselves."""
+        """Return what files of ``tokens`` of its tokens say of themselves."""
         values = {TOKENIZER_KEY: self.tokenizer_sha256, VOCAB_KEY: self.size, TOKENS_KEY: tokens}
         return {key: str(value).encode() for key, value in values.items()}
 
 
 def flat_paths(folder: Path, name: str) -> tuple[Path, Path]:
-    """Where a shard's tokens and its index lie in a stage's folder."""
+    """Return where a shard's tokens and its index lie in a stage's folder."""
     return folder / FOLDER / f"{name}.bin", folder / FOLDER / f"{name}.arrow"
 
 
@@ -151,7 +151,7 @@ def write_flat(folder: Path, name: str, vocabulary: Vocabulary, end: int) -> Ite
 
 
 def is_written(folder: Path, name: str) -> bool:
-    """Whether a shard's flat files are there."""
+    """Say whether a shard's flat files are there."""
     return all(path.exists() for path in flat_paths(folder, name))
 
 
@@ -289,7 +289,7 @@ class Part:
         return len(self.tokens) if self.ends is None else int(self.ends[-1])
 
     def pieces(self, place: int) -> Iterator[Tokens]:
-        """What lies in one piece each, from the token of that number to the end of the part."""
+        """Yield what lies in one piece each, from the token of that number to the end of the part."""
         if self.starts is None or self.ends is None:
             yield self.tokens[place:]
             return

@@ -41,7 +41,7 @@ class Row:
     row: int
     """Within its row group."""
     values: dict[str, Any]
-    """Of the columns that were asked for."""
+    """Values of the columns that were asked for."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def find_rejected(folder: Path, id: str, likely: str | None = None) -> Row | Non
 
 
 def find_removed(folder: Path, id: str) -> Row | None:
-    """What dedup says of a document that it removed: which it repeats, how alike they are."""
+    """Return what dedup says of a document that it removed: which it repeats, how alike they are."""
     path = folder / "removed.parquet"
     return find_row([path] if path.exists() else [], id, ("duplicate_of", "jaccard", "kind"))
 
@@ -96,7 +96,7 @@ def find_row(paths: Iterable[Path], id: str, columns: tuple[str, ...]) -> Row | 
 
 
 def may_hold(ids: pq.ColumnChunkMetaData, id: str) -> bool:
-    """Whether a row group's statistics leave open that it has this id."""
+    """Say whether a row group's statistics leave open that it has this id."""
     known = ids.statistics if ids.is_stats_set else None
     return known is None or not known.has_min_max or known.min <= id <= known.max
 

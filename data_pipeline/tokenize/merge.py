@@ -36,7 +36,7 @@ class TokenShard:
 
 @dataclass(frozen=True)
 class Merging:
-    """What writes a token shard: passed to the workers."""
+    """Task that writes a token shard: passed to the workers."""
 
     runs: Runs
     out: Path

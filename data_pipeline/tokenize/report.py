@@ -1,4 +1,4 @@
-"""What the stage ``tokenize`` counts, by split and by source, and the report it makes of it."""
+"""Counts of the stage ``tokenize``, by split and by source, and the report it makes of them."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer,
 
 FOOTERS_AT_ONCE = 16
 WORKER_BYTES = 400_000_000
-"""What a worker holds beside the tokens of a shard: libraries, the encoder with its cache, and a run to be sorted."""
+"""Bytes a worker holds beside the tokens of a shard: libraries, the encoder with its cache, a run to be sorted."""
 CHECK = np.uint64(0xA0761D6478BD642F)
 """Makes the documents to be compared others than those that come first in the order."""
 
@@ -73,7 +73,7 @@ class TokenizeConfig(StageConfig):
 
     @property
     def salt(self) -> str:
-        """Of the hash of ids that decides split and order."""
+        """Salt of the hash of ids that decides split and order."""
         return f"tokenize-{self.seed}"
 
     def first_keys(self, split: Split, shards: int) -> list[int]:
@@ -92,7 +92,7 @@ class TokenizeConfig(StageConfig):
 
 @dataclass(frozen=True)
 class Encoding:
-    """What encodes a shard: passed to the workers."""
+    """Task that encodes a shard: passed to the workers."""
 
     config: TokenizeConfig
     folder: Path

@@ -69,7 +69,7 @@ class TokenizerConfig(StageConfig):
     sample_bytes: int = Field(default=100_000_000, gt=0)
     """Text to learn from: documents are drawn by hash of their id until this is reached."""
     seed: int = Field(default=0, ge=0)
-    """Of the sample."""
+    """Seed of the sample."""
     runtime: Runtime = Runtime()
 
     @property
@@ -265,7 +265,7 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
 
 
 def long_words(tokenizer: Tokenizer, texts: pa.Array) -> int:
-    """How many words of the texts are longer than `LONGEST_WORD`, where one kind of character alone is as long."""
+    """Count the words of the texts longer than `LONGEST_WORD`, where one kind of character alone is as long."""
     split = tokenizer.pre_tokenizer[0]
     found = texts.filter(pa.array(longest_runs(texts) >= LONGEST_WORD))
     return sum(
@@ -305,7 +305,7 @@ def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str], enough: int = 1_
 
 
 def write_report(tokenizer: Tokenizer, config: TokenizerConfig, metrics: Metrics, path: Path) -> None:
-    """Write what was learnt, for a person: figures, the longest and the last entries."""
+    """Write what was learnt, for a person: metrics, the longest and the last entries."""
     text = f"# Tokenizer\n\nByte-level BPE with {config.vocab_size} entries, learnt from "
     text += f"{metrics['sample_documents']:.0f} documents ({human_bytes(metrics['sample_bytes'])}); "
     text += f"{metrics['sample_bytes_per_token']:.2f} bytes a token on a part of them.\n\n"

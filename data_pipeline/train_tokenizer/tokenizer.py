@@ -92,7 +92,7 @@ def end_of(tokenizer: Tokenizer) -> str:
 
 
 def vocab_size(tokenizer: Tokenizer) -> int:
-    """How many ids there are, those included that some vocabularies leave out between others."""
+    """Count how many ids there are, those included that some vocabularies leave out between others."""
     return 1 + max(tokenizer.get_vocab().values())
 
 

@@ -1,4 +1,4 @@
-"""What a recipe may say of the stage ``adopt``."""
+"""Settings of the stage ``adopt`` that a recipe may give."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from llm.adopt.hub import COMMIT, find_commit
 
 
 class AdoptConfig(StageConfig):
-    """What is adopted: where it lies, and what is known of it."""
+    """Description of what is adopted: where it lies, and what is known of it."""
 
     type: Kind
-    """What it is, and so what the step makes; a model's tokenizer lies beside it and is adopted with it."""
+    """Kind of it, and so what the step makes; a model's tokenizer lies beside it and is adopted with it."""
     path: Path | None = None
     """The folder (or file, of a tokenizer or of documents) that holds it. Its content is identity, where it lies is
     not."""
@@ -31,7 +31,7 @@ class AdoptConfig(StageConfig):
     origin: str | None = Field(default=None, min_length=1)
     """Where it comes from, in words; the model card names it."""
     end_of_text: str | None = Field(default=None, min_length=1)
-    """Of a tokenizer: the token that ends documents. None: found in what lies beside it."""
+    """Token of a tokenizer that ends documents. None: found in what lies beside it."""
 
     _content: str | None = None
 

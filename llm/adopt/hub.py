@@ -1,4 +1,4 @@
-"""What lies on the Hugging Face Hub: which commit it is, and its files."""
+"""Content of the Hugging Face Hub: which commit it is, and its files."""
 
 from __future__ import annotations
 

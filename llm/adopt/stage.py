@@ -76,7 +76,7 @@ WORK: dict[Kind, Work] = {"tokenizer": tokenizer, "model": model, "documents": d
 
 
 def report(config: AdoptConfig, metrics: Metrics) -> str:
-    """The stage's report in Markdown: what is known of where it comes from, and its figures."""
+    """Return the stage's report in Markdown: what is known of where it comes from, and its metrics."""
     said = {name: value for name, value in config.identity().items() if value is not None}
     figures = [(name, f"{value:,.0f}") for name, value in metrics.items()]
     return f"# Adopted: a {config.type}\n\n{table(('', ''), [*said.items(), *figures])}"

@@ -46,13 +46,13 @@ class Examined:
     end: str
     """The token that ends documents."""
     notes: tuple[str, ...]
-    """What a person should know: how the end was chosen, and what is lost of texts."""
+    """Notes for a person: how the end was chosen, and what is lost of texts."""
     changed: bool
     """Whether it is another than the file's: made of two files, or with a token become a special one."""
 
     @property
     def size(self) -> int:
-        """How many ids there are."""
+        """Number of ids."""
         return vocab_size(self.tokenizer)
 
 
@@ -206,7 +206,7 @@ def choose_end(
 
 
 def remarks(description: Mapping[str, Any]) -> list[str]:
-    """What becomes of texts that the tokenizer does not give back as they were."""
+    """Say what becomes of texts that the tokenizer does not give back as they were."""
     said = []
     kinds = [step["type"] for step in steps_of(description["normalizer"])]
     if kinds:

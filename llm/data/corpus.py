@@ -22,7 +22,7 @@ class Corpus:
     """Where the text lies and how it is read."""
 
     folder: Path
-    """Of the token shards."""
+    """Folder of the token shards."""
     context: int
     end: int
     """The token that ends every document."""
@@ -71,7 +71,7 @@ class Corpus:
         return {name: count for name, count in tokens.items() if name not in self.mixture.names}
 
     def reading(self, slots: int) -> list[dict[str, Any]]:
-        """What ``slots`` slots read of each source, or of all without a mixture: windows there are, windows read,
+        """Count what ``slots`` slots read of each source, or of all without a mixture: windows there are, windows read,
         and epochs, which is the one over the other."""
         counts = self.windows("train").counts
         names = self.mixture.names if self.mixture else (None,)

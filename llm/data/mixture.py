@@ -29,7 +29,7 @@ class Mixture:
     """How the slots of a period are shared."""
 
     names: tuple[str, ...]
-    """Of sources, by falling share."""
+    """Names of sources, by falling share."""
     counts: tuple[int, ...]
     """Slots a period of each."""
 
@@ -63,7 +63,7 @@ class Mixture:
         return sum(self.counts)
 
     def places(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """For each slot the number of its source, and how many slots before it read that source.
+        """Return for each slot the number of its source, and how many slots before it read that source.
 
         The largest source takes its slots of all, the next takes its own of those that are left, and so on. In any
         first n slots a source then has more than its share less one, and less than its share plus 1 + ln(sources).
@@ -93,7 +93,7 @@ class Mixture:
         return periods * self.period + ranks
 
     def read_before(self, slot: int) -> list[int]:
-        """How many of the slots before ``slot`` read each source."""
+        """Count how many of the slots before ``slot`` read each source."""
         periods, rank = divmod(slot, self.period)
         left, found = self.period, []
         for count in self.counts:
@@ -123,5 +123,5 @@ class Mixture:
 
 
 def source_seed(name: str, seed: int) -> int:
-    """What shuffles a source: other sources have other orders, and keep them whatever else is in the mixture."""
+    """Return the seed that shuffles a source: others have other orders, and keep them whatever the mixture holds."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")

@@ -20,7 +20,7 @@ Indices = npt.NDArray[np.uint64]
 
 
 def batch_windows(first: int, count: int, seed: int, total: int) -> Indices:
-    """Which windows the slots ``first`` to ``first + count`` read: numbers below ``total``.
+    """Find which windows the slots ``first`` to ``first + count`` read: numbers below ``total``.
 
     Slots read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
     """
@@ -55,7 +55,7 @@ def rank_share(windows: Indices, rank: int, ranks: int) -> Indices:
 
 
 def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
-    """Where a pseudo-random permutation of ``range(total)``, keyed by seed and epoch, sends each of ``places``.
+    """Find where a pseudo-random permutation of ``range(total)``, keyed by seed and epoch, sends each of ``places``.
 
     A balanced Feistel network permutes the next power of four; a number that lands outside ``range(total)`` is
     sent through again until it lands inside (cycle walking: Black and Rogaway 2002), under four times on average.
@@ -69,7 +69,7 @@ def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
 
 
 def unpermute(images: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
-    """Which places `permute` sends to ``images``: its inverse, which walks the same cycles backwards."""
+    """Find which places `permute` sends to ``images``: its inverse, which walks the same cycles backwards."""
     bits, keys = network(total, seed, epoch)
     places = unfeistel(images, bits, keys)
     while (outside := places >= np.uint64(total)).any():
@@ -96,7 +96,7 @@ def feistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
 
 
 def unfeistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
-    """What `feistel` makes ``values`` of: its rounds undone, the last first."""
+    """Return what `feistel` makes ``values`` of: its rounds undone, the last first."""
     mask = np.uint64((1 << int(bits)) - 1)
     left, right = values >> bits, values & mask
     for key in keys[::-1]:

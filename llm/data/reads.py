@@ -17,7 +17,7 @@ from llm.data.order import places_of
 from llm.pretrain.config import PretrainConfig
 
 Fate = Literal["trained", "not finite", "rolled back", "not yet"]
-"""What became of a step that read something: it moved the model; its loss was not finite, and it moved nothing; the
+"""Outcome of a step that read something: it moved the model; its loss was not finite, and it moved nothing; the
 training went back to before it; or the run has not come to it."""
 
 
@@ -97,7 +97,7 @@ class Training:
         return "trained" if step <= self.done else "not yet"
 
     def reads(self, start: int, end: int, count: int, source: str | None = None) -> list[Read]:
-        """When tokens ``start`` to ``end - 1`` of a flat file of ``count`` windows are read, by step and row.
+        """List when tokens ``start`` to ``end - 1`` of a flat file of ``count`` windows are read, by step and row.
 
         ``source`` says whose file it is, under a mixture; a source that is not in the mixture is never read.
         """
@@ -133,6 +133,6 @@ class Training:
         return sorted(found)
 
     def _places(self, source: str | None) -> int:
-        """How many slots of the run read ``source``, or all of them without a mixture."""
+        """Count how many slots of the run read ``source``, or all of them without a mixture."""
         mix, slots = self.config.mix, self.slots()
         return mix.read_before(slots)[mix.names.index(str(source))] if mix else slots

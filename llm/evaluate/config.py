@@ -1,4 +1,4 @@
-"""What a recipe may say of the stage ``evaluate``."""
+"""Settings of the stage ``evaluate`` that a recipe may give."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llm.pretrain.config import LARGEST_SEED
 
 
 class EvaluateConfig(StageConfig):
-    """What is evaluated, and which texts are written."""
+    """Settings of an evaluation: what is evaluated, and which texts are written."""
 
     max_documents: int | None = Field(default=1000, ge=1)
     """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
@@ -22,7 +22,7 @@ class EvaluateConfig(StageConfig):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Tokens are drawn from the likeliest that together have this probability."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Of the samples."""
+    """Seed of the samples."""
     runtime: Runtime = Runtime()
 
     @field_validator("prompts")

@@ -186,7 +186,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) -> Metrics:
-    """The artifact's files, and the headline figures."""
+    """Write the artifact's files, and return the headline metrics."""
     sources = {
         source: summarise([row for row in rows if row["source"] == source])
         for source in sorted({row["source"] for row in rows})

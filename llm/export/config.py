@@ -1,4 +1,4 @@
-"""What a recipe may say of the stage ``export``."""
+"""Settings of the stage ``export`` that a recipe may give."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ class ExportConfig(StageConfig):
     """How the model is exported."""
 
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the stored weights."""
+    """Type of the stored weights."""
     name: str = Field(default="llmill-model", min_length=1)
     """Title of the model card."""

@@ -43,7 +43,7 @@ ADOPTED = (
 )
 
 Manifests = Mapping[str, Mapping[str, Any]]
-"""By the names of steps, and of the inputs by type too."""
+"""Manifests by the names of steps, and of the inputs by type too."""
 INPUTS = ("model", "tokenizer", "scores")
 
 
@@ -95,7 +95,7 @@ def architecture(model: ModelConfig) -> str:
 
 
 def adoptions(manifests: Manifests) -> list[str]:
-    """What was made elsewhere: where it comes from, under which licence, and the hash of its content; often nothing."""
+    """List what was made elsewhere: where it comes from, its licence, and the hash of its content; often nothing."""
     found = {one["fingerprint"]: one for one in manifests.values() if one.get("stage") == "adopt"}
     rows = []
     for manifest in found.values():
@@ -109,7 +109,7 @@ def adoptions(manifests: Manifests) -> list[str]:
 
 
 def figures(manifest: Mapping[str, Any]) -> str:
-    """What the evaluate stage found."""
+    """Return the metrics of the evaluate stage, in Markdown."""
     if not manifest:
         return "Not evaluated."
     rows = [(metric, figure(value)) for metric, value in manifest["metrics"].items()]
@@ -117,7 +117,7 @@ def figures(manifest: Mapping[str, Any]) -> str:
 
 
 def sources(manifest: Mapping[str, Any]) -> str:
-    """Where the text came from, as the download stage resolved it."""
+    """List where the text came from, as the download stage resolved it."""
     if not manifest:
         return "Unknown."
     rows = [
@@ -135,7 +135,7 @@ def sources(manifest: Mapping[str, Any]) -> str:
 
 
 def origin(source: Mapping[str, Any]) -> str:
-    """Where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
+    """Say where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
     said: list[str] = []
     if source.get("dataset"):  # elsewhere, `split` says how files are cut into documents
         said = [source["dataset"]]

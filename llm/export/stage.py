@@ -145,7 +145,7 @@ def logits_difference(model: Transformer, folder: Path) -> float:
 
 
 def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """The manifests of the stages that have one, in the order of the line."""
+    """Return the manifests of the stages that have one, in the order of the pipeline."""
     paths = {stage: folder / "manifest.json" for stage, folder in inputs.items()}
     return {
         stage: json.loads(path.read_text(encoding="utf-8")) for stage, path in paths.items() if path.exists()

@@ -1,1 +1,1 @@
-"""What is fused, or special to a device: attention back ends, the loss, passes on a CPU, matrix products."""
+"""Kernels that are fused, or special to a device: attention back ends, the loss, passes on a CPU, matrix products."""

@@ -1,6 +1,6 @@
 """Causal attention by several back ends, one of which is chosen, once, at start: torch's fused kernels, the
 FlashAttention kernels of torch and of other packages, and the textbook formula that tests hold them all to. Where
-documents are packed into one window they need not see each other: kernels for sequences of any length compute only
+documents are packed into one sequence they need not see each other: kernels for sequences of any length compute only
 what is inside a document, the others are given a mask. Shape suffixes: B batch, T positions, H query heads,
 K key-value heads, E width of a head.
 """
@@ -31,7 +31,7 @@ class Documents:
     """Which positions of a batch belong together, in the forms that back ends want, each made once for all layers."""
 
     def __init__(self, documents_BT: Tensor) -> None:
-        """``documents_BT`` numbers each position's document in its window: equal numbers lie together."""
+        """``documents_BT`` numbers each position's document in its sequence: equal numbers lie together."""
         self.documents_BT = documents_BT
 
     @cached_property
@@ -49,7 +49,7 @@ class Documents:
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where documents begin in the batch laid end to end, and, last, where it ends: int32."""
+        """Beginnings of documents in the batch laid end to end, and, last, where it ends: int32."""
         begins_BT = torch.ones_like(self.documents_BT, dtype=torch.bool)
         begins_BT[:, 1:] = self.documents_BT[:, 1:] != self.documents_BT[:, :-1]
         starts = begins_BT.flatten().nonzero()[:, 0]
@@ -108,7 +108,7 @@ def choose(
 
 
 def missing(name: BackEnd, device: str, precision: str, head_width: int) -> str | None:
-    """What a back end lacks to run here, or None."""
+    """Say what a back end lacks to run here, or None."""
     if name in ("formula", "sdpa"):
         return None
     if name == "blocks":
@@ -132,7 +132,7 @@ def missing(name: BackEnd, device: str, precision: str, head_width: int) -> str 
 
 
 def installed(module: str) -> bool:
-    """Whether a module can be imported, without doing so."""
+    """Say whether a module can be imported, without doing so."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package around it is missing
@@ -140,7 +140,7 @@ def installed(module: str) -> bool:
 
 
 def formula(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
-    """By the formula, with all scores in memory."""
+    """Attend by the formula, with all scores in memory."""
     group, positions = q_BTHE.shape[2] // k_BTKE.shape[2], q_BTHE.shape[1]
     k_BTHE, v_BTHE = k_BTKE.repeat_interleave(group, dim=2), v_BTKE.repeat_interleave(group, dim=2)
     scores_BHTT = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / math.sqrt(q_BTHE.shape[-1])
@@ -152,12 +152,12 @@ def formula(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents
 
 
 def block_products(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
-    """By batched matrix products of blocks of queries."""
+    """Attend by batched matrix products of blocks of queries."""
     return in_blocks(q_BTHE, k_BTKE, v_BTKE, None if documents is None else documents.hidden_B1TT)
 
 
 def sdpa(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
-    """By the kernel that torch takes for device and shapes."""
+    """Attend by the kernel that torch takes for device and shapes."""
     mixed_BHTE = F.scaled_dot_product_attention(
         q_BTHE.transpose(1, 2),
         k_BTKE.transpose(1, 2),
@@ -170,7 +170,7 @@ def sdpa(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | 
 
 
 def flash(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
-    """By the FlashAttention in torch (Dao 2023, arXiv:2307.08691), or the newer one that was activated in its place."""
+    """Attend by torch's FlashAttention (Dao 2023, arXiv:2307.08691), or the newer one activated in its place."""
     if documents is None:
         with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
             return sdpa(q_BTHE, k_BTKE, v_BTKE, None)
@@ -194,7 +194,7 @@ def flash(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents |
 
 
 def flash_package(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents: Documents | None) -> Tensor:
-    """By the package flash-attn."""
+    """Attend by the package flash-attn."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
     if documents is None:

@@ -1,7 +1,7 @@
 """Causal attention in fp32 on a CPU: a block of queries at a time, each against the keys up to its end, in batched
 matrix products whose probabilities are kept for the backward pass. torch's kernel for CPUs computes them again there,
 and with smaller products; what is kept grows with the square of the context. Shape suffixes as in
-`llm.kernels.attention`; N all heads of all windows, Q queries of a block, S keys up to its end.
+`llm.kernels.attention`; N all heads of all sequences, Q queries of a block, S keys up to its end.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def blocks(positions: int) -> list[tuple[int, int]]:
 
 
 def heads_first(x_BTHE: Tensor) -> Tensor:
-    """Heads of windows as one batch, each in one piece: ``(N, T, E)``."""
+    """Return the heads of sequences as one batch, each in one piece: ``(N, T, E)``."""
     return x_BTHE.transpose(1, 2).reshape(-1, x_BTHE.shape[1], x_BTHE.shape[3])
 
 

@@ -1,4 +1,4 @@
-"""What stands between the matrix products, in as few passes over memory as a CPU allows: there each elementwise
+"""Operations between the matrix products, in as few passes over memory as a CPU allows: there each elementwise
 operation reads and writes its tensors anew, and autograd of the plain formulas makes about twice the passes of these.
 Each is exact arithmetic of the formula in its docstring, forwards and backwards. Shape suffixes: N rows (all leading
 dimensions), D features, T positions, H heads, E width of a head.

@@ -18,7 +18,7 @@ from llm.kernels.matmul import onednn, outer
 from llm.kernels.names import Library
 
 CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 512 << 20}
-"""Of a chunk's logits in fp32: large enough that reading the weights once more for each chunk costs little."""
+"""Bytes of a chunk's logits in fp32: large enough that reading the weights once more for each chunk costs little."""
 
 SPARE_COLUMNS = 16
 """More than the logits need: rows whose length in bytes is a power of two would share a few sets of the cache."""
@@ -66,7 +66,7 @@ class LinearHead:
     z_loss: float
     softcap: float | None
     dtype: torch.dtype
-    """Of matrix products."""
+    """Type of matrix products."""
     matmul: Library
 
 

@@ -36,7 +36,7 @@ def choose_matmul(asked: Library | Literal["auto"], *, device: str, precision: s
 
 
 def missing(device: str, precision: str) -> str | None:
-    """Why oneDNN cannot be asked for, or None."""
+    """Say why oneDNN cannot be asked for, or None."""
     if device != "cpu":
         return "oneDNN is for CPUs"
     if precision != "fp32":

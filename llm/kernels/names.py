@@ -8,4 +8,4 @@ BackEnd = Literal["formula", "blocks", "sdpa", "flash", "flash2", "flash3", "fla
 """The formula; `llm.kernels.cpu_attention`; torch's choice of its kernels; torch's own FlashAttention-2; the package
 flash-attn; and the packages of FlashAttention-3 and -4 through torch."""
 Library = Literal["torch", "onednn"]
-"""What torch takes by itself; oneDNN, for layers in fp32 on a CPU."""
+"""The library that torch takes by itself; oneDNN, for layers in fp32 on a CPU."""

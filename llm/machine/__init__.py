@@ -1,1 +1,1 @@
-"""What ranks run on: devices, nodes, their environment, and what is asked of Slurm."""
+"""Machines that ranks run on: devices, nodes, their environment, and what is asked of Slurm."""

@@ -6,12 +6,12 @@ import sys
 from pathlib import Path
 
 DEVICES = ("nvidiactl", "nvidia0", "nvhost-ctrl", "nvmap", "dxg", "kfd")
-"""What drivers of NVIDIA's, in machines, on boards and under WSL, and AMD's put into /dev; without one of them torch
-finds no GPU."""
+"""Files that drivers of NVIDIA's, in machines, on boards and under WSL, and AMD's put into /dev; without one of them
+torch finds no GPU."""
 
 
 def gpus(folder: Path = Path("/dev")) -> int:
-    """How many GPUs torch may use."""
+    """Count how many GPUs torch may use."""
     if "torch" not in sys.modules and not any((folder / name).exists() for name in DEVICES):
         return 0
     import torch

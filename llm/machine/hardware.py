@@ -1,4 +1,4 @@
-"""What this machine trains on: its device, the precision that it computes in, and how many ranks have room."""
+"""Hardware that this machine trains on: its device, the precision that it computes in, and how many ranks have room."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llm.machine.nodes import nodes_for, places
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
-    """What ranks on this machine compute on."""
+    """Return what ranks on this machine compute on."""
     return "cuda" if gpus() else "cpu"
 
 
@@ -44,7 +44,7 @@ def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
 
 
 def first_entry(name: str, cpuinfo: Path) -> str:
-    """What Linux tells of the first processor under that name."""
+    """Return what Linux reports of the first processor under that name."""
     if not cpuinfo.exists():
         return ""
     lines = cpuinfo.read_text(encoding="utf-8").splitlines()

@@ -31,7 +31,7 @@ class Nodes:
     started_by: Literal["us", "srun", "hand"] = "us"
 
     def rendezvous(self, ranks: int) -> list[str]:
-        """What torchrun is told, on each machine, to make its part of ``ranks`` ranks.
+        """Return torchrun's arguments, on each machine, to make its part of ``ranks`` ranks.
 
         Raises:
             UserError: they can't be divided evenly.
@@ -56,7 +56,7 @@ class Nodes:
 
 
 def places() -> tuple[int, str]:
-    """How many ranks this machine has room for, and what each takes: its GPUs or, without any, processor cores."""
+    """Count the ranks this machine has room for, and say what each takes: its GPUs or, without any, processor cores."""
     found = gpus()
     return (found, "GPUs") if found else (cores(), "processor cores")
 

@@ -1,4 +1,4 @@
-"""What a training asks of Slurm, when that starts its ranks: where `llmill run` is, there are no GPUs."""
+"""Requests of a training to Slurm, when that starts its ranks: where `llmill run` is, there are no GPUs."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class SlurmJob(Runtime):
     setup: tuple[str, ...] = ()
     """Lines of shell before the ranks start: ``module load cuda``, ``export NCCL_SOCKET_IFNAME=ib0``."""
     requeue: bool = True
-    """Go on by itself after a preemption, the end of its time or the loss of a machine."""
+    """Resume by itself after a preemption, the end of its time or the loss of a machine."""
     warn_seconds: int = Field(default=120, ge=1)
-    """How long before the end of its time a training is told to save."""
+    """Seconds before the end of its time at which a training is asked to save."""
     poll_seconds: float = Field(default=10, gt=0)
     """Between questions to Slurm."""
 
@@ -67,7 +67,7 @@ class SlurmJob(Runtime):
         return self
 
     def arguments(self) -> list[str]:
-        """What sbatch is told of it, besides the script and where that writes."""
+        """Return sbatch's arguments for it, besides the script and where that writes."""
         valued = {
             "--nodes": self.nodes,
             "--gpus-per-node": self.gpus_per_node,

@@ -14,7 +14,7 @@ VOCAB_MULTIPLE = 64
 
 
 class ModelShape(Config):
-    """What a recipe says of the model. The vocabulary comes from the tokenizer."""
+    """Shape of the model, as a recipe gives it. The vocabulary comes from the tokenizer."""
 
     positions: Literal["rotary", "learned"] = "rotary"
     """"rotary": RMSNorm, SwiGLU and no biases; "learned": GPT-2's LayerNorm, GELU and biases."""

@@ -18,7 +18,7 @@ ARCHITECTURES: dict[Layout, str] = {
 
 
 def read_type(path: Path) -> str | None:
-    """What a ``config.json`` says that the model is.
+    """Read from a ``config.json`` which type the model is of; None where it doesn't say.
 
     Raises:
         UserError: it is no JSON object.

@@ -20,7 +20,7 @@ from llm.kernels.attention import Attend, Documents
 from llm.model.transformer import Transformer
 
 UNFINISHED = "\ufffd"
-"""What a decoder puts for bytes that are no character, or the beginning of one."""
+"""Character that a decoder puts for bytes that are no character, or the beginning of one."""
 
 
 def generate(

@@ -34,11 +34,11 @@ GPT2_NAMES = {
 """GPT-2's names of our modules, the layer's prefix apart. It stores projections turned, and q, k and v as one."""
 
 BUFFERS = (".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
-"""What old checkpoints hold that follows from the config."""
+"""Endings of the names of what old checkpoints hold that follows from the config."""
 
 
 def layout_of(config: ModelShape) -> Layout:
-    """Which layout a model of ours has.
+    """Find which layout a model of ours has.
 
     Raises:
         UserError: none of them has a soft-cap on the logits.
@@ -341,7 +341,7 @@ def require_start(model: ModelConfig, folder: Path, specials: Sequence[str], tok
 
 
 def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
-    """What a recipe must set so that its model has the shape of another: ``pretrain.model.heads=4 (not 8), ...``."""
+    """Say what a recipe must set so that its model has another's shape: ``pretrain.model.heads=4 (not 8), ...``."""
     asked, given = theirs.model_dump(), ours.model_dump()
     here, there = arithmetic(ours), arithmetic(theirs)
     names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]
@@ -358,7 +358,7 @@ def written(value: Any) -> str:
 
 
 def arithmetic(config: ModelConfig) -> dict[str, Any]:
-    """What decides which weights a model has and what it computes with them, derived values filled in."""
+    """Return what decides which weights a model has and what it computes with them, derived values filled in."""
     shape = config.model_dump(exclude={"init_std"})
     shape |= {"kv_heads": config.kv_head_count, "head_dim": config.head_width, "hidden": config.hidden_width}
     del shape["rope_theta" if config.positions == "learned" else "context"]

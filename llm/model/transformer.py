@@ -54,7 +54,7 @@ class Transformer(nn.Module):
         self.checkpointing = checkpointing
         """Keep of each layer's activations its input only, and compute the others again in the backward pass."""
         self.first_position = 0
-        """That of the first token given, where ranks share windows by positions."""
+        """Position of the first token given, where ranks share sequences by positions."""
         self.embed_tokens = nn.Embedding(config.padded_vocab, config.width)
         self.embed_positions: nn.Embedding | None = None
         if config.positions == "learned":
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
 
         ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). ``documents_BT`` numbers the
-        document of each position in its window; with it no position sees another document. Logits of ids that only
+        document of each position in its sequence; with it no position sees another document. Logits of ids that only
         pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
         loss in training mode only.
         """
@@ -97,7 +97,10 @@ class Transformer(nn.Module):
         return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
 
     def embed(self, tokens_BT: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
-        """What enters the layers, and how far they turn their heads, at positions ``(T,)`` or ``(B, T)``."""
+        """Return what enters the layers, ``(B, T, D)``, and how far they turn their heads.
+
+        ``positions`` are ``(T,)`` or ``(B, T)``.
+        """
         x_BTD = self.embed_tokens(tokens_BT)
         if self.embed_positions is not None:
             return x_BTD + self.embed_positions(positions), None

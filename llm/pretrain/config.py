@@ -1,4 +1,4 @@
-"""What a recipe may say of the stage ``pretrain``. Its body, and torch, are imported elsewhere: a plan needs
+"""Settings of the stage ``pretrain`` that a recipe may give. Its body, and torch, are imported elsewhere: a plan needs
 neither, but where a setting names kernels or a folder that must be looked at.
 """
 
@@ -32,7 +32,7 @@ class OptimizerConfig(Config):
     """How parameters move. What AdamW needs (lr, betas, eps) and the weight decay stand in `PretrainConfig`."""
 
     kind: Literal["adamw", "muon"] = "muon"
-    """What moves hidden matrices; all else is AdamW's. docs/log.md has what Muon saves."""
+    """Optimizer of hidden matrices; all else is AdamW's. docs/log.md has what Muon saves."""
     muon_lr: float | None = Field(default=None, gt=0)
     """Peak rate of Muon's matrices; None: pretrain.lr, for its steps are scaled to the size of AdamW's."""
     embedding_lr: float | None = Field(default=None, gt=0)
@@ -40,7 +40,7 @@ class OptimizerConfig(Config):
     head_lr: float | None = Field(default=None, gt=0)
     """Peak rate of an untied head; None: pretrain.lr."""
     momentum: float = Field(default=0.95, ge=0, lt=1)
-    """Of Muon, Nesterov's."""
+    """Momentum of Muon, Nesterov's."""
     cautious_decay: bool = False
     """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
 
@@ -74,13 +74,14 @@ class PretrainRuntime(Runtime):
     ranks: int = Field(default=1, ge=1)
     """Processes that share each batch: one a GPU, or a few on a CPU."""
     zero_stage: int = Field(default=0, ge=0, le=3)
-    """What DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
+    """Stage of ZeRO; DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each window, a part of its positions each, and exchange heads for positions around attention
+    """Ranks that share each sequence, a part of its positions each, and exchange heads for positions around attention
     (Ulysses: Jacobs et al. 2023, arXiv:2309.14509): for contexts whose activations one GPU does not hold."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Ranks that work on the same windows, each with a part of every layer's matrices (`llm.training.tensor_parallel`):
-    for models of which one GPU does not hold a layer's work, on GPUs with a fast link."""
+    """Ranks that work on the same sequences, each with a part of every layer's matrices
+    (`llm.training.tensor_parallel`): for models of which one GPU does not hold a layer's work, on GPUs with a fast
+    link."""
     offload: Literal["none", "cpu"] = "none"
     """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
     device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
@@ -102,8 +103,8 @@ class PretrainRuntime(Runtime):
     collective_timeout_seconds: float = Field(default=600, gt=0)
     """How long a rank waits for the others before the run ends: longer than anything that one of them does alone."""
     grace_seconds: float = Field(default=30, gt=0)
-    """What ranks that are told to stop get to end their step and save it, before they are killed: as long as a step
-    and the writing of a checkpoint take. Slurm's KillWait and Kubernetes' grace period must be longer."""
+    """Seconds in which ranks that are asked to stop end their step and save it, before they are killed: as long as a
+    step and the writing of a checkpoint take. Slurm's KillWait and Kubernetes' grace period must be longer."""
     attention: BackEnd | Literal["auto"] = "auto"
     """Which kernels compute it: see `llm.kernels.attention`. "auto" takes the fastest that can run."""
     matmul: Library | Literal["auto"] = "auto"
@@ -146,12 +147,12 @@ class PretrainRuntime(Runtime):
 
     @property
     def data_ranks(self) -> int:
-        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share windows."""
+        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
 class PretrainConfig(StageConfig):
-    """What is trained, on how much, and how."""
+    """Settings of a training: what is trained, on how much, and how."""
 
     moved: ClassVar[Mapping[str, str]] = MOVED
     depth: int | None = Field(default=None, ge=1)
@@ -169,7 +170,7 @@ class PretrainConfig(StageConfig):
     """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
     text as often as any other."""
     mask_documents: bool = False
-    """Let no position see another document of its window. The end of a document still has the next one's first token
+    """Let no position see another document of its sequence. The end of a document still has the next one's first token
     for its target."""
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
@@ -186,9 +187,9 @@ class PretrainConfig(StageConfig):
     z_loss: float = Field(default=0.0, ge=0)
     """Weight in the training loss of log(Z)^2, Z the sum of the exponentials of the logits; 1e-4 in PaLM."""
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
-    """Of the initial weights and of the order of windows."""
+    """Seed of the initial weights and of the order of sequences."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """What matrix products compute in; "auto": bf16 where the machine is fast in it, else fp32."""
+    """Precision of matrix products; "auto": bf16 where the machine is fast in it, else fp32."""
     recovery: Recovery = Recovery()
     runtime: PretrainRuntime = PretrainRuntime()
 
@@ -318,12 +319,12 @@ class PretrainConfig(StageConfig):
         require_start(model, self.init_from, specials, made.get("tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
-        """What follows from `depth`."""
+        """Say what follows from `depth`."""
         return presets.describe(self.model_dump())
 
     @property
     def wanted(self) -> Wanted:
-        """What the ranks are to compute with, before it is known what their machine has."""
+        """Settings that the ranks are to compute with, before it is known what their machine has."""
         runtime = self.runtime
         return Wanted(
             ranks=runtime.ranks,
@@ -346,7 +347,7 @@ class PretrainConfig(StageConfig):
 
     @property
     def optimizer_settings(self) -> OptimizerSettings:
-        """How parameters move, from here and from `optimizer`."""
+        """Settings of how parameters move, from here and from `optimizer`."""
         return OptimizerSettings(
             **self.optimizer.model_dump(),
             lr=self.lr,
@@ -358,7 +359,7 @@ class PretrainConfig(StageConfig):
 
     @property
     def plan(self) -> BatchPlan:
-        """How many windows each step reads, over all ranks."""
+        """Number of windows that each step reads, over all ranks."""
         return batch_plan(self.tokens, self.batch_tokens, self.model.context, self.schedule.batch_warmup)
 
     @property
@@ -368,7 +369,7 @@ class PretrainConfig(StageConfig):
 
     @property
     def mix(self) -> Mixture | None:
-        """How slots are shared among the sources of `mixture`."""
+        """Shares of slots among the sources of `mixture`."""
         return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
 
     def step_slots(self, step: int) -> tuple[int, int]:

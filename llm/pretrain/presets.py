@@ -22,18 +22,18 @@ TOKENS_A_PARAMETER = 20
 LARGEST_RATE = 3e-3
 """The fit below is of 60M parameters and more; for smaller models it rises beyond what trains well (docs/log.md)."""
 DERIVED = ("model.layers", "model.width", "model.heads", "tokens", "batch_tokens", "lr")
-"""What follows from depth, in the order in which it does."""
+"""Settings that follow from depth, in the order in which they do."""
 
 
 class DialShape(Config):
-    """What the rules need of a `ModelShape` that is not yet whole; None: not set."""
+    """Fields that the rules need of a `ModelShape` that is not yet whole; None: not set."""
 
     model_config = ConfigDict(extra="ignore")
     width: int | None = Field(default=None, ge=1)
 
 
 class Dial(Config):
-    """What the rules need of a `PretrainConfig` that is not yet whole, its numbers read as those of any config."""
+    """Fields that the rules need of a `PretrainConfig` that is not yet whole, read as those of any config."""
 
     model_config = ConfigDict(extra="ignore")
     depth: int = Field(ge=1)

@@ -1,4 +1,4 @@
-"""What a finished training tells: headline figures and a report in Markdown, from the files that the ranks leave."""
+"""Summary of a finished training: headline metrics and a report in Markdown, from the files that the ranks leave."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def summarise(config: PretrainConfig, out: Path) -> Metrics:
-    """Read back what the ranks wrote, write the report, and give the headline figures."""
+    """Read back what the ranks wrote, write the report, and return the headline metrics."""
     losses = pq.read_table(out / "losses.parquet").to_pylist()
     checks = pq.read_table(out / "validation.parquet").to_pylist()
     model = load_model(out)

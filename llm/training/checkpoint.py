@@ -25,12 +25,12 @@ from data_pipeline.core.text import human_bytes
 RECORD = "checkpoint.json"
 HISTORY = "history.json"
 FORMAT = 2
-"""Raised when what a checkpoint holds changes; others are not gone on from."""
+"""Raised when what a checkpoint holds changes; others are not resumed."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What decides the order of sums, and so the last bits of all that follows."""
+    """Settings that decide the order of sums, and so the last bits of all that follows."""
 
     ranks: int
     zero_stage: int
@@ -48,7 +48,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a complete checkpoint says of itself."""
+    """Self-description of a complete checkpoint."""
 
     step: int
     """Optimizer steps taken."""
@@ -58,12 +58,12 @@ class Checkpoint:
 
 
 def folder_of(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps lies once complete."""
+    """Return where the checkpoint after ``step`` steps lies once complete."""
     return root / f"step-{step:08d}"
 
 
 def unfinished(root: Path, step: int) -> Path:
-    """Where the checkpoint after ``step`` steps is written."""
+    """Return where the checkpoint after ``step`` steps is written."""
     return root / f"step-{step:08d}.tmp"
 
 
@@ -157,7 +157,7 @@ def read_record(folder: Path) -> Checkpoint | None:
 
 
 def damage(root: Path, checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint's files, or None when all have their size and checksum."""
+    """Say what is wrong with a checkpoint's files, or None when all have their size and checksum."""
     folder = folder_of(root, checkpoint.step)
     for name, (size, digest) in checkpoint.files.items():
         path = folder / name
@@ -190,7 +190,7 @@ def recover(root: Path, until: int | None = None) -> tuple[Checkpoint | None, li
 
 
 def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
-    """Refuse to go on in another precision than a checkpoint was made in, which would be another training, or with
+    """Refuse to resume in another precision than a checkpoint was made in, which would be another training, or with
     layers split otherwise, for parts of matrices are saved as they are.
 
     Raises:
@@ -212,7 +212,7 @@ def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
 
 
 def changes(checkpoint: Checkpoint, setup: Setup) -> str | None:
-    """How ``setup`` differs from what a checkpoint was made with, in words; None where the bits will be the same."""
+    """Say how ``setup`` differs from what a checkpoint was made with; None where the bits will be the same."""
     made, now = asdict(checkpoint.setup), asdict(setup)
     changed = [name for name in made if made[name] != now[name]]
     if not changed:
@@ -225,7 +225,7 @@ def changes(checkpoint: Checkpoint, setup: Setup) -> str | None:
 
 
 def read_history(root: Path, checkpoint: Checkpoint) -> Any:
-    """What `commit` was given as ``history``."""
+    """Read what `commit` was given as ``history``."""
     return json.loads((folder_of(root, checkpoint.step) / HISTORY).read_text(encoding="utf-8"))
 
 

@@ -87,7 +87,7 @@ def deepspeed_config(resolved: Resolved) -> dict[str, Any]:
 
 
 def offload_config(resolved: Resolved) -> dict[str, Any]:
-    """What DeepSpeed is told of what leaves the device between its uses."""
+    """Return DeepSpeed's settings for what leaves the device between its uses."""
     if resolved.offload == "none":
         return {}
     place = {"device": resolved.offload, "pin_memory": resolved.device == "cuda"}
@@ -96,7 +96,7 @@ def offload_config(resolved: Resolved) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a rank wants of all of them after a step."""
+    """Requests of a rank to all of them after a step."""
 
     save: bool = False
     stop: bool = False
@@ -104,18 +104,18 @@ class Asked:
 
 @dataclass(frozen=True)
 class Step:
-    """What an optimizer step did, the same on all ranks."""
+    """Result of an optimizer step, the same on all ranks."""
 
     loss: float
     """Mean over the global batch, in nats."""
     grad_norm: float
-    """Of the gradient, before clipping."""
+    """Norm of the gradient, before clipping."""
     update_ratios: dict[str, float]
-    """By kind of parameter, when measured: `Engine.update_ratios`."""
+    """Ratios by kind of parameter, when measured: `Engine.update_ratios`."""
     applied: bool
     """False where loss or gradients were not finite: then nothing moved."""
     asked: Asked
-    """By any rank."""
+    """Requests by any rank."""
 
 
 def spoilt_where_not_finite(loss: Tensor) -> Tensor:
@@ -213,8 +213,8 @@ class Engine:
         )
 
     def update_ratios(self) -> dict[str, float]:
-        """Of the last step when it was measured, by kind of parameter: root mean square of the update over that of
-        the weights."""
+        """Return, by kind of parameter, the root mean square of the last step's update over that of the weights, when
+        it was measured."""
         if self.optimizer.measured is None:
             return {}
         sums_K2 = torch.stack([self.optimizer.measured[kind] for kind in self.kinds])
@@ -248,7 +248,7 @@ class Engine:
         return self.sharing.whole(self.loss(batch, reduction="none"))
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """What the model's `forward` makes of this rank's positions of a batch that may lie on another device."""
+        """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
         part, (tokens_BT, targets_BT, documents_BT) = self.sharing.part, batch.to(self.device)
         # Documents are for attention, which sees all positions whoever has them.
         return self.engine(part(tokens_BT), part(targets_BT), reduction=reduction, documents_BT=documents_BT)
@@ -282,10 +282,10 @@ class Engine:
 
 
 class Sharing:
-    """Groups of neighbouring ranks that share windows: each has an equal part of the positions.
+    """Groups of neighbouring ranks that share sequences: each has an equal part of the positions.
 
     Only attention looks across positions, so around it ranks exchange: each gets all positions, for a part of the
-    heads, and gives them back (DeepSpeed's `DistributedAttention`). All else stays as if each rank had windows of its
+    heads, and gives them back (DeepSpeed's `DistributedAttention`). All else stays as if each rank had sequences of its
     own: the mean over the ranks of the means over their positions is the mean over the batch.
     """
 

@@ -21,7 +21,7 @@ LOCK_SECONDS = 60
 """How long to wait for the ranks of a killed run to be gone: they notice within a second."""
 
 DISK_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed", "unexpected pos")
-"""What libraries say of a full disk that raise no OSError: safetensors, and torch's writer of archives."""
+"""Messages on a full disk of libraries that raise no OSError: safetensors, and torch's writer of archives."""
 
 
 TIMED_OUT = (
@@ -29,7 +29,7 @@ TIMED_OUT = (
     "Application timeout caused",
     "Watchdog caught collective operation timeout",
 )
-"""What libraries say of a rank that does not answer: gloo (twice), and NCCL."""
+"""Messages of libraries on a rank that does not answer: gloo (twice), and NCCL."""
 
 
 class Interrupted(Exception):
@@ -85,12 +85,12 @@ def report_failure(error: Exception, folder: Path) -> None:
 
 
 def timed_out(error: Exception) -> bool:
-    """Whether an error says that a collective was not answered in time, as gloo or NCCL put it."""
+    """Say whether an error says that a collective was not answered in time, as gloo or NCCL put it."""
     return any(words in str(error) for words in TIMED_OUT)
 
 
 def no_room(error: Exception) -> bool:
-    """Whether an error says that the disk is full."""
+    """Say whether an error says that the disk is full."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in DISK_FULL)

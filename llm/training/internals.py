@@ -22,7 +22,7 @@ def compile_no_collectives(ops: Any) -> None:
 
 
 def layout(engine: Any, split: Splitting) -> list[Flat]:
-    """What this rank holds of the parameters of a DeepSpeed engine, at its ZeRO stage."""
+    """List what this rank holds of the parameters of a DeepSpeed engine, at its ZeRO stage."""
     names = {parameter: split.own_name(name) for name, parameter in engine.module.named_parameters()}
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
@@ -49,7 +49,7 @@ def layout(engine: Any, split: Splitting) -> list[Flat]:
 
 
 def fragment(optimizer: Any, parameter: Any, name: str) -> Run | None:
-    """Where a parameter lies in this rank's partition at ZeRO 1 and 2: they lie end to end, cut anywhere."""
+    """Find where a parameter lies in this rank's partition at ZeRO 1 and 2: they lie end to end, cut anywhere."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
@@ -58,7 +58,7 @@ def fragment(optimizer: Any, parameter: Any, name: str) -> Run | None:
 
 
 def whole_partition(optimizer: Any, parameter: Any, name: str) -> Run:
-    """Where a parameter lies in this rank's partition at ZeRO 3: each is cut into equal parts, the last padded."""
+    """Find where a parameter lies in this rank's partition at ZeRO 3: each is cut into equal parts, the last padded."""
     _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = size * optimizer._get_param_partition_rank(parameter)
     return Run(name=name, start=start, at=at, count=min(size, parameter.ds_numel - start))
@@ -80,7 +80,7 @@ def restoring(engine: Any) -> Iterator[None]:
 
 
 def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:
-    """By the id of each flat tensor that the optimizer sees under ZeRO, what it holds.
+    """Return what each flat tensor that the optimizer sees under ZeRO holds, by its id.
 
     DeepSpeed says so in attributes that are no documented interface, so all that is taken from them is asserted:
     ``members`` are the ids of each group's parameters, as they were given.

@@ -16,7 +16,7 @@ from llm.training.resolved import Resolved
 
 
 class Job(Config):
-    """What a rank is told: the folders it works in, and what to train."""
+    """Instructions for a rank: the folders it works in, and what to train."""
 
     config: PretrainConfig
     model: ModelConfig
@@ -24,11 +24,12 @@ class Job(Config):
     tokenizer: Path
     out: Path
     resolved: Resolved | None = None
-    """What the ranks compute with; None where the machine that starts them can't know: then rank 0 works it out."""
+    """Settings that the ranks compute with; None where the machine that starts them can't know: then rank 0
+    works them out."""
 
     @property
     def scratch(self) -> Path:
-        """What is needed while training lasts; whoever seals the artifact drops it."""
+        """Folder of what is needed while training lasts; whoever seals the artifact drops it."""
         return self.out / "scratch"
 
     @property
@@ -54,7 +55,7 @@ class Job(Config):
 
     @property
     def setup(self) -> checkpoint.Setup:
-        """What a checkpoint of this job must have been made with, to be gone on from to the same bits."""
+        """Setup with which a checkpoint of this job must have been made, to be resumed to the same bits."""
         assert self.resolved is not None, "what the ranks compute with is not known yet"
         names = [field.name for field in fields(checkpoint.Setup)]
         return checkpoint.Setup(**{name: getattr(self.resolved, name) for name in names})

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SAFETY = 1.01
-"""By how much singular values are taken to be larger than they are, against rounding (Amsel et al. 2025, 4.4)."""
+"""Factor by which singular values are taken to be larger than they are, against rounding (Amsel et al. 2025, 4.4)."""
 
 POLAR_EXPRESS = tuple(
     (a / SAFETY, b / SAFETY**3, c / SAFETY**5)
@@ -96,7 +96,7 @@ class Pieces(Protocol):
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
-        """Of the matrices, in order."""
+        """Shapes of the matrices, in order."""
 
     def whole(self, local: Tensor) -> list[Tensor]:
         """The matrices, of every rank's flat tensor. A collective."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from llm.training.resolved import OptimizerSettings
 
 KINDS = ("matrices", "embeddings", "head", "vectors")
-"""Of parameters."""
+"""Kinds of parameters."""
 
 GATHERED_NUMBERS = 1 << 27
 """Numbers in a group of Muon's matrices, which ZeRO gathers whole on each rank: this times 4 bytes, twice."""
@@ -40,10 +40,10 @@ class Optimizer(torch.optim.Optimizer):
         self, groups: list[dict[str, Any]], settings: OptimizerSettings, products: torch.dtype = torch.float32
     ) -> None:
         self.products = products
-        """What Muon computes products in."""
+        """Type in which Muon computes products."""
         self.cautious = settings.cautious_decay
         self.pieces: dict[int, Pieces] = {}
-        """What flat tensors hold, by their id."""
+        """Content of flat tensors, by their id."""
         self.measured: dict[str, Tensor] | None = None
         """When not None, a step adds here, by kind, the squares of how far parameters moved and of themselves."""
         super().__init__(groups, {"betas": settings.betas, "eps": settings.eps, "fused": True})

@@ -1,5 +1,5 @@
-"""What a machine can do, measured on it: the rate of its matrix products, which a training's own is told as a part
-of, and the memory that a rank has held.
+"""Abilities of a machine, measured on it: the rate of its matrix products, which a training's own is reported as a
+part of, and the memory that a rank has held.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Clock:
         self._last = 0.0
 
     def start(self) -> None:
-        """What follows is the first part."""
+        """Begin the first part with what follows."""
         self._last = time.perf_counter()
 
     def lap(self, part: str) -> None:
@@ -68,7 +68,7 @@ class Clock:
 
     @contextmanager
     def apart(self, part: str) -> Iterator[None]:
-        """What is done inside is ``part``, and none of the lap that it falls into."""
+        """Count what is done inside as ``part``, and as none of the lap that it falls into."""
         start = self._now() if self.running else 0.0
         yield
         if self.running:
@@ -101,7 +101,7 @@ COLLECTIVES = (
 def collectives_timed(clock: Clock) -> Iterator[None]:
     """Inside, collectives are ``clock``'s part "communication", the wait for slower ranks included.
 
-    Each is waited for at once: so what would run beside computation is told in full.
+    Each is waited for at once: so what would run beside computation is reported in full.
     """
 
     def timed(collective: Callable[..., Any]) -> Callable[..., Any]:

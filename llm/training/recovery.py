@@ -1,4 +1,4 @@
-"""What a long training does about steps that go wrong. A step whose loss or gradient is not finite moves nothing (see
+"""Recovery of a long training from steps that go wrong. A step whose loss or gradient is not finite moves nothing (see
 `llm.training.engine`), and the run ends when there were too many in a row. A loss that leaps above the recent ones
 rolls the training back to a checkpoint, from where it reads other batches than those that led there (as PaLM was
 trained: Chowdhery et al. 2022, arXiv:2204.02311, 5.1). Both are decided from losses that all ranks share, and nothing
@@ -37,8 +37,8 @@ class Recovery(Config):
 
 
 def robust_z(loss: float, recent: Sequence[float]) -> float:
-    """How many deviations ``loss`` lies above the median of ``recent``, by their median absolute deviation (Hampel
-    1974), which the spikes before it hardly move."""
+    """Count the deviations by which ``loss`` lies above the median of ``recent``, by their median absolute
+    deviation (Hampel 1974), which the spikes before it hardly move."""
     middle = statistics.median(recent)
     deviation = MAD_TO_DEVIATION * statistics.median(abs(value - middle) for value in recent)
     return (loss - middle) / max(deviation, 1e-6)
@@ -105,7 +105,7 @@ class Watch:
         return (done - 1) // self.config.rollback_every * self.config.rollback_every
 
     def saves_at(self, done: int) -> bool:
-        """Whether a spike may roll back to step ``done``."""
+        """Say whether a spike may roll back to step ``done``."""
         return self.config.spike_z is not None and done % self.config.rollback_every == 0
 
 

@@ -1,7 +1,7 @@
-"""What a training computes with, worked out once: the device, the precision, kernels and the micro-batch follow from
-what a recipe asks for and from the machine of the ranks. Nothing else asks the machine: whoever needs to know reads
-`Resolved`, which stands in ``job.json``. Torch is imported where kernels are to be chosen; a plan needs it only where a
-setting names some.
+"""Settings that a training computes with, worked out once: the device, the precision, kernels and the micro-batch
+follow from what a recipe asks for and from the machine of the ranks. Nothing else asks the machine: whoever needs to
+know reads `Resolved`, which stands in ``job.json``. Torch is imported where kernels are to be chosen; a plan needs it
+only where a setting names some.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class OptimizerSettings(Config):
     """How parameters move."""
 
     kind: Literal["adamw", "muon"]
-    """What moves hidden matrices; all else is AdamW's."""
+    """Optimizer of hidden matrices; all else is AdamW's."""
     lr: float
     """Peak rate where no other is given."""
     muon_lr: float | None
@@ -33,9 +33,9 @@ class OptimizerSettings(Config):
     """Peak rates of Muon's matrices, of embeddings, of an untied head; None: `lr`."""
     betas: tuple[float, float]
     eps: float
-    """Of AdamW: decay of the moments, and what is added to the denominator."""
+    """Decay of AdamW's moments, and what is added to the denominator."""
     momentum: float
-    """Of Muon, Nesterov's."""
+    """Momentum of Muon, Nesterov's."""
     weight_decay: float
     """Decoupled; of hidden matrices and the head."""
     cautious_decay: bool
@@ -54,7 +54,7 @@ class OptimizerSettings(Config):
 
 
 class Given(Config):
-    """What follows from the recipe alone."""
+    """Settings that follow from the recipe alone."""
 
     ranks: int
     zero_stage: int
@@ -66,7 +66,7 @@ class Given(Config):
     batches: BatchPlan
     """Windows that each step reads, over all ranks."""
     context: int
-    """Tokens a window."""
+    """Tokens a sequence."""
     head_width: int
     documents: bool
     """Whether attention stays within documents."""
@@ -74,12 +74,12 @@ class Given(Config):
 
     @property
     def data_ranks(self) -> int:
-        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share windows."""
+        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
 class Wanted(Given):
-    """What a recipe asks for."""
+    """Settings that a recipe asks for."""
 
     precision: Precision | Literal["auto"]
     attention: BackEnd | Literal["auto"]
@@ -109,7 +109,7 @@ class Wanted(Given):
                 )
 
     def choose_attention(self) -> tuple[BackEnd, str]:
-        """How attention is computed on this machine, and why."""
+        """Choose how attention is computed on this machine, and why."""
         from llm.kernels.attention import choose
 
         return choose(
@@ -122,7 +122,7 @@ class Wanted(Given):
         )
 
     def choose_matmul(self) -> tuple[Library, str]:
-        """Which library multiplies matrices on this machine, and why."""
+        """Choose which library multiplies matrices on this machine, and why."""
         from llm.kernels.matmul import choose_matmul
 
         return choose_matmul(self.matmul, device=device_kind(), precision=self.pin_precision())
@@ -139,7 +139,7 @@ class Wanted(Given):
         return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
     def resolve(self) -> Resolved:
-        """What it comes to on this machine.
+        """Work out what it comes to on this machine.
 
         Raises:
             UserError: something that is asked for cannot run here.
@@ -164,7 +164,7 @@ class Wanted(Given):
 
 
 class Resolved(Given):
-    """What the ranks compute with."""
+    """Settings that the ranks compute with."""
 
     device: Device
     precision: Precision

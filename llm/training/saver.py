@@ -23,7 +23,7 @@ from llm.training import checkpoint
 
 @dataclass(frozen=True)
 class Saved:
-    """What rank 0 has to tell of a checkpoint that is whole."""
+    """Report of rank 0 on a checkpoint that is whole."""
 
     step: int
     seconds: float
@@ -49,7 +49,7 @@ class Saver:
         self._writing = self._pool.submit(self._write, step, pieces, history, since)
 
     def poll(self) -> Saved | None:
-        """What was completed since the last call, on rank 0; raises what a write failed with."""
+        """Return what was completed since the last call, on rank 0; raise what a write failed with."""
         return self.wait() if self._writing and self._writing.done() else None
 
     def wait(self) -> Saved | None:

@@ -1,4 +1,4 @@
-"""What changes from step to step, as pure functions of the step: the learning rate, which warms up linearly and then
+"""Schedules, as pure functions of the step: the learning rate, which warms up linearly and then
 follows half a cosine (Loshchilov and Hutter 2016, arXiv:1608.03983, without restarts) or stays constant and decays at
 the end (WSD: Hu et al. 2024, arXiv:2404.06395), and the size of the batch, which may start small and double. Every
 parameter group's rate is its own peak times the one schedule.
@@ -38,9 +38,9 @@ class Schedule(Config):
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
     """The last step's rate as a part of the peak."""
     decay_share: float = Field(default=0.2, ge=0, le=1)
-    """Of wsd: part of the steps in which the rate falls."""
+    """Part of wsd's steps in which the rate falls."""
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
-    """Of wsd: how it falls; 1-sqrt(t) ended lower than 1-t in Haegele et al. 2024, arXiv:2405.18392, 4."""
+    """Curve of wsd's fall; 1-sqrt(t) ended lower than 1-t in Haegele et al. 2024, arXiv:2405.18392, 4."""
     batch_warmup: BatchWarmup | None = None
     """Begin with a smaller batch; None: all steps read batch_tokens."""
 

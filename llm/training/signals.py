@@ -1,4 +1,4 @@
-"""What a rank may be asked by signals while it trains: SIGUSR1 to save and go on, SIGTERM to save and end. Schedulers
+"""Requests to a rank by signals while it trains: SIGUSR1 to save and continue, SIGTERM to save and end. Schedulers
 send the one or the other some time before they kill. What any rank was asked, all do after the same step.
 """
 
@@ -17,7 +17,7 @@ class Requests:
         self._came: set[int] = set()
 
     def listen(self) -> None:
-        """From now on, keep the signals: before there is anything to save, they end a rank as any process."""
+        """Keep the signals from now on: before there is anything to save, they end a rank as any process."""
         for number in (signal.SIGUSR1, signal.SIGTERM):
             signal.signal(number, self._keep)
 
@@ -25,6 +25,6 @@ class Requests:
         self._came.add(number)
 
     def take(self) -> Asked:
-        """What was asked since the last call."""
+        """Return what was asked since the last call."""
         came, self._came = self._came, set()
         return Asked(save=signal.SIGUSR1 in came, stop=signal.SIGTERM in came)

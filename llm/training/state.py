@@ -97,7 +97,7 @@ class Pieces:
                     self.numbers[name][kind] = file.get_tensor(key)
 
     def kinds(self, name: str) -> list[str]:
-        """What there is for each element of a parameter."""
+        """List what there is for each element of a parameter."""
         return sorted(kind for parameter, kind in self.runs if parameter == name)
 
     def fill(self, vector: Tensor, run: Run, kind: str) -> None:

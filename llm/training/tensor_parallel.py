@@ -1,4 +1,4 @@
-"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): groups of neighbouring ranks work on the same windows,
+"""Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): groups of neighbouring ranks work on the same sequences,
 each with its part of every layer's matrices, split by heads and by hidden columns. DeepSpeed's AutoTP cuts the
 matrices and sums what comes out of each half of a layer. Here is what it has to be told, and what it leaves to be
 done: the heads of a rank, the gradients of norms inside attention, and the way back to whole matrices.
@@ -27,7 +27,7 @@ def split_dimension(name: str) -> int | None:
 
 
 def autotp(size: int) -> dict[str, Any]:
-    """What DeepSpeed's JSON says of it."""
+    """Return what DeepSpeed's JSON says of ranks that split layers, ``size`` together."""
     rules = [(BY_OUTPUT, "column"), (BY_INPUT, "row")]
     specs = [
         {"patterns": [rf".*\.({'|'.join(layers)})\.weight$"], "partition_type": kind}
@@ -75,10 +75,10 @@ class Splitting:
         return torch.cat(parts, dim=dimension)
 
     def own_name(self, name: str) -> str:
-        """What a checkpoint calls this rank's part of a parameter."""
+        """Return what a checkpoint calls this rank's part of a parameter."""
         whole = self.size == 1 or split_dimension(name) is None
         return name if whole else f"{name}@{self.place + 1}of{self.size}"
 
     def saves(self, own_name: str) -> bool:
-        """Whether what this rank has of a parameter of that `own_name` is its to save, and not the group's first's."""
+        """Say whether this rank's part of a parameter of that `own_name` is its to save, not the group's first's."""
         return self.place == 0 or "@" in own_name

@@ -1,6 +1,6 @@
-"""What each rank of a training job runs (``python -m llm.training.trainer JOB`` under torchrun): the loop over steps,
+"""Program of each rank of a training job (``python -m llm.training.trainer JOB`` under torchrun): the loop over steps,
 with validation, checkpoints and events. Step N's windows and learning rate follow from N alone and nothing in the model
-is random, so all the state there is lies in the checkpoint: after a kill the losses go on bit for bit.
+is random, so all the state there is lies in the checkpoint: after a kill the losses continue bit for bit.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ class Trainer:
         return done
 
     def train_step(self, step: int) -> Asked:
-        """One optimizer step, remembered and told; what was asked for meanwhile."""
+        """Take one optimizer step, remember and log it; return what was asked for meanwhile."""
         config = self.config
         multiple = config.schedule.multiple(step, config.steps)
         done = step + 1
@@ -160,7 +160,7 @@ class Trainer:
         return taken.asked
 
     def slots(self, step: int) -> tuple[int, int]:
-        """What ``step`` reads, past what rollbacks passed over."""
+        """Return what ``step`` reads, past what rollbacks passed over: its first slot, and how many."""
         first, count = self.config.step_slots(step)
         return first + skipped_windows(self.history), count
 
@@ -212,7 +212,7 @@ class Trainer:
         self.saver.start(done, pieces, history, since)
 
     def kept_checkpoints(self) -> dict[str, int | None]:
-        """Which checkpoints stay, in the words of `checkpoint.prune`."""
+        """Find which checkpoints stay, in the words of `checkpoint.prune`."""
         runtime, recovery = self.config.runtime, self.config.recovery
         spare = recovery.rollback_every if recovery.spike_z else None
         return {"keep": runtime.keep_checkpoints, "every": runtime.keep_every, "spare": spare}
@@ -237,7 +237,7 @@ class Trainer:
         return newest.step
 
     def roll_back(self, done: int, z: float) -> int:
-        """After a spike in step ``done``: take up an earlier checkpoint, to go on past the batches since; its step.
+        """Resume from an earlier checkpoint after a spike in step ``done``, past the batches since; return its step.
 
         That is saved again with what is to be skipped, so that a start after a kill knows.
         """

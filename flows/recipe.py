@@ -203,6 +203,8 @@ def build_recipe(values: Mapping[str, Any]) -> Recipe:
         if isinstance(name, str) and name not in HEAD and (step := read_step(name, values[name]))
     }
     stages = {name: step.stage for name, step in written.items()}
+    if taken := [name for name in stages if hasattr(Recipe, name)]:
+        raise UserError(f"{taken[0]}: no step can be called so; give it another name")
     begins = any(not stage.default and not stage.takes for stage in stages.values())
     if not begins:  # else only those that are needed: what they make may come from elsewhere
         stages |= {stage.name: stage for stage in STAGES if stage.default and stage.name not in stages}

@@ -8,6 +8,7 @@ known: tokens were made by the model's tokenizer, scores are the model's own.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +18,7 @@ from data_pipeline.stage import StageConfig
 from flows.stage import TYPES, Stage
 from flows.stages import BY_NAME, STAGES
 
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 AGREEING = ("tokenizer", "model")
 """Types of which all inputs of a step must come from one and the same step."""
 POSITION = {stage.name: position for position, stage in enumerate(STAGES)}
@@ -217,6 +219,8 @@ def read_step(name: str, value: Any) -> Written | None:
         raise UserError(f"{name}.stage: a step called {name} is that stage; give one of {stage} another name")
     if name in TYPES:
         raise UserError(f"{name}: it is the name of a type; give the step another one")
+    if not NAME.fullmatch(name):
+        raise UserError(f"{name}: a step's name has letters, digits, _ and - only, and begins with a letter")
     inputs = said.get("inputs") or {}
     if not isinstance(inputs, Mapping) or not all(
         isinstance(one, str) for one in [*inputs, *inputs.values()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -215,13 +216,17 @@ class Finder:
     def _line(self, evaluation: Artifact, exports: Collection[str]) -> dict[str, Artifact]:
         """An evaluation, all that it was made from, and the model's export: one of those named, or the newest."""
         found = {"evaluate": evaluation}
-        waiting = [evaluation]
-        while waiting:
-            for source in waiting.pop().inputs.values():
-                if source.stage not in found:
-                    called = f"evaluate {evaluation.fingerprint}"
-                    found[source.stage] = self._sealed(*source.key, called)
-                    waiting.append(found[source.stage])
+        of = f"evaluate {evaluation.fingerprint}"
+        model = evaluation.inputs["model"]
+        others = [one for name, one in evaluation.inputs.items() if name != "model"]
+        waiting = deque(
+            [model]
+        )  # what the model was made from comes first: it may be evaluated on other texts
+        while waiting or others:
+            source = waiting.popleft() if waiting else others.pop()
+            if source.stage not in found:
+                found[source.stage] = self._sealed(*source.key, of)
+                waiting.extend(found[source.stage].inputs.values())
         for exported in self.store.artifacts("export"):
             scores = exported.inputs.get("scores")
             same = scores is not None and scores.fingerprint == evaluation.fingerprint

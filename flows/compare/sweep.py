@@ -70,7 +70,11 @@ class Member:
     @property
     def candidate(self) -> list[Operation]:
         """The operations that make its export the candidate."""
-        exported = [step for step in self.steps if step.stage.name == "export"]
+        exported = [
+            step
+            for step in self.steps
+            if step.stage.name == "export" and step.sources["model"] == self.step("pretrain").name
+        ]
         return [candidate(self.recipe.name, str(one.fingerprint), newest=False) for one in exported[:1]]
 
     @property
@@ -153,6 +157,13 @@ def first_seed(recipe: Recipe) -> int:
     """The seed of the training that the sweep is about."""
     if not hasattr(recipe, "pretrain"):
         raise UserError("a sweep is of trainings with other seeds: the recipe has no step pretrain")
+    scored = [step for step in recipe.steps if step.stage.name == "evaluate"]
+    evaluated = next((step for step in scored if step.name == "evaluate"), scored[-1] if scored else None)
+    if evaluated and evaluated.sources["model"] != "pretrain":
+        raise UserError(
+            f"a sweep is of the model of pretrain, and {evaluated.name} takes that of {evaluated.sources['model']}: "
+            "call the evaluation of pretrain's model evaluate"
+        )
     seed: int = recipe.pretrain.seed
     return seed
 

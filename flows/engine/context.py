@@ -24,7 +24,7 @@ class StepContext:
     workers = 1
 
     def __init__(self, started: StepStarted, out: Path, log: RunLog) -> None:
-        self.step, self.key = started.step, started.key
+        self.step = started.step
         self.notes: list[str] = []
         self.kept = "what is done is kept"
         """Words for what a step that is stopped leaves."""

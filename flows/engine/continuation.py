@@ -53,10 +53,13 @@ class Continuation:
         self._write(self._file, {"key": known.key, "name": known.name})
         return known
 
-    def release(self, ended_well: bool) -> None:
-        """Let other runs of the plan resume it, or forget it."""
-        if self._file and ended_well:
+    def end(self) -> None:
+        """Forget the run: it ended well, and its log says so."""
+        if self._file:
             self._file.unlink(missing_ok=True)
+
+    def release(self) -> None:
+        """Let other runs of the plan resume this one."""
         if self._lock:
             self._lock.release()
 
@@ -90,6 +93,7 @@ class Continuation:
 def read_record(path: Path) -> dict[str, Any]:
     """Read what an unfinished run left in a file; nothing where there is none."""
     try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
+        record = json.loads(path.read_text())
+    except (FileNotFoundError, ValueError):  # damaged: what it was is begun anew
         return {}
+    return record if isinstance(record, dict) else {}

@@ -52,8 +52,8 @@ class Course:
     def reported(self) -> Iterator[None]:
         """Say that the run begins, and how it ends."""
         status = "KILLED"
-        self._reporter.run_started()
         try:
+            self._reporter.run_started()
             yield
             status = "FINISHED"
         except Exception as error:
@@ -114,7 +114,7 @@ class Course:
 
     def _failed(self, message: str, said: str, status: str = "FAILED") -> None:
         self.message, self.said = message, said
-        self._reporter.step_failed(self.step, message, status, self.context.key if self.context else "")
+        self._reporter.step_failed(self.step, message, status)
 
 
 def explained(error: Exception, home: Path, command: str) -> Exception:

@@ -106,7 +106,7 @@ class Executor:
                 forced = self.order.planned.selection.force == step.name
                 self._host.dispatch(step, self.reporter.known.key, forced)
         except BaseException as error:
-            self.reporter.step_failed(step.name, str(error) or "stopped", "FAILED", "")
+            self.reporter.step_failed(step.name, str(error) or "stopped", "FAILED")
             raise
         artifact = self.store.get(stage, name)
         if artifact is None:

@@ -12,8 +12,10 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -35,8 +37,9 @@ from flows.engine.events import (
     Told,
     read_event,
 )
+from flows.engine.stopping import TELL_SECONDS, asked
 
-CLOSE_SECONDS = 60.0  # for a listener to end; each has shorter limits of its own
+CLOSE_SECONDS = 120.0  # for all listeners to end; each has shorter limits of its own
 DAMAGED = "damaged"
 
 
@@ -69,6 +72,7 @@ class LogFile:
         assert claimed
         log.folder.mkdir()
         head = {"schema": SCHEMA, "experiment": experiment, "target": target}
+        log.path.touch()
         log.write([{**head, **({"lasts": "yes"} if lasts else {})}])
         fsync(log.folder)
         fsync(runs(home))
@@ -86,9 +90,9 @@ class LogFile:
         self.write([event.as_json() for event in events])
 
     def write(self, lines: Sequence[Mapping[str, Any]]) -> None:
-        """Add lines of JSON, all or none."""
+        """Add lines of JSON, all or none; a log that was removed stays so."""
         data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
-        file = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
             size = os.fstat(file).st_size
             try:
@@ -247,20 +251,26 @@ class RunLog:
         """Have a listener hear of all that comes."""
         self._listening.append(Listening(name, listener, self))
 
-    def append(self, event: Event) -> None:
-        """Say that something happened. No failure of this ends a run, such as a full disk; it is warned of once."""
+    def append(self, event: Event) -> bool:
+        """Say that something happened. No failure of this ends a run, such as a full disk; it is warned of once.
+
+        Returns:
+            Whether it is kept.
+        """
         failure: Exception | None = None
         with self._lock:  # of several threads that say something
-            if event.kept and not (self._lost or self._closing):
+            if event.kept:
                 try:
                     self.file.append(event)
                 except Exception as error:
-                    failure, self._lost = error, True
+                    failure = error
             for one in self._listening:
                 one.put(event)
-        if failure:
+        if failure and not (self._lost or self._closing):
+            self._lost = True
             said = f"{type(failure).__name__}: {failure}"
             self.warn(f"what MLflow should know of this run can't be kept in {self.file.folder}: {said}")
+        return failure is None
 
     def note(self, text: str, step: str = "") -> None:
         self.append(Note(text=text, step=step))
@@ -269,13 +279,14 @@ class RunLog:
         self.append(Note(text=text, warning=True, step=step))
 
     def close(self) -> None:
-        """Have all listeners end, in the order in which they came; for each some time at most.
+        """Have all listeners end, in the order in which they came, within some time that they share.
 
-        What is said from here on is only heard by those who listen: the file is of whoever sends it.
+        What is said from here on is heard by those who listen, and kept for as long as nobody has removed the file.
         """
         self._closing = True
+        deadline = time.monotonic() + (TELL_SECONDS if asked.why else CLOSE_SECONDS)
         for one in self._listening:
-            one.close(CLOSE_SECONDS)
+            one.close(max(0.0, deadline - time.monotonic()))
 
 
 class Listening:
@@ -295,11 +306,19 @@ class Listening:
         self._thread.join(seconds)
 
     def _serve(self) -> None:
-        """Hand over events until there are no more, or one is too much for the listener."""
+        """Hand over events until there are no more; none after one that is too much for the listener."""
+        failed = False
+        while (event := self._queue.get()) is not None:
+            if not failed:
+                failed = self._fails(partial(self._listener.handle, event))
+        self._fails(self._listener.close)
+
+    def _fails(self, call: Callable[[], None]) -> bool:
+        """Say whether the listener can't take a call, which is warned of."""
         try:
-            while (event := self._queue.get()) is not None:
-                self._listener.handle(event)
-            self._listener.close()
+            call()
         except (Exception, SystemExit) as error:  # the latter is what rich makes of a closed pipe
             said = f"{type(error).__name__}: {error}"
             self._log.warn(f"{self._name} fails and hears no more of this run: {said}")
+            return True
+        return False

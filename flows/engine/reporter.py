@@ -34,12 +34,21 @@ class Reporter:
         self.known = Known(key=order.run_key, new=False)
         """The key and the name by which the run is known."""
         self.started = time.monotonic()
+        self.open_key = ""
+        """The key of the step that is said to have begun, and not to have ended."""
         self._ended = threading.Lock()
 
     @property
     def _run(self) -> str:
         """The key of the run to which steps are reported; empty where who dispatched us reports them."""
         return "" if self._order.run_key else self.known.key
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """Fields of the run's first and last event."""
+        recipe = self._order.recipe
+        said = {"description": recipe.description, "command": self._order.command}
+        return {**said, "store": str(self._store.root.resolve()), "quoting": recipe.runtime.upload_texts}
 
     def run_started(self) -> None:
         order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
@@ -52,16 +61,13 @@ class Reporter:
             new=self.known.new,
             joined=bool(order.run_key),
             recipe=recipe.name,
-            description=recipe.description,
-            command=order.command,
             steps=[planned_step(step) for step in steps],
             params={step.name: step.config.identity() for step in steps if step.config},
             resolved=resolved_yaml(recipe, steps),
             sweep=order.sweep,
             flow_run=self._host.flow_run(),
             notify=[] if order.run_key else list(recipe.runtime.notify),
-            store=str(self._store.root.resolve()),
-            quoting=recipe.runtime.upload_texts,
+            **self._about,
         )
         self._log.append(started)
 
@@ -71,7 +77,6 @@ class Reporter:
         """Say, once, how the run ended: FINISHED, FAILED or KILLED; ``step`` was at work, and ``said`` this last."""
         if not self._ended.acquire(blocking=False):
             return
-        recipe = self._order.recipe
         ended = RunEnded(
             key=self._run,
             status=status,
@@ -81,13 +86,14 @@ class Reporter:
             log=last_lines(said, LAST_LINES),
             results=[done_step(name, result) for name, result in results.items()],
             name=self.known.name,
-            description=recipe.description,
-            command=self._order.command,
-            store=str(self._store.root.resolve()),
-            quoting=recipe.runtime.upload_texts,
+            **self._about,
         )
-        self._log.append(ended)
-        self._keys.release(status == "FINISHED")
+        if self._log.append(ended) and status == "FINISHED":
+            self._keys.end()
+
+    def release(self) -> None:
+        """Let other runs of the plan resume this one."""
+        self._keys.release()
 
     def step_reused(self, step: Step, result: Result) -> None:
         artifact = result.artifact
@@ -101,8 +107,7 @@ class Reporter:
             path=str(artifact.path),
             metrics=artifact.metrics,
             finished=sealed_at(artifact),
-            made_by=artifact.manifest.get("mlflow_run_id", ""),
-            made_by_key=artifact.manifest.get("mlflow_key", ""),
+            **made_by(artifact),
         )
         self._log.append(reused)
 
@@ -112,7 +117,7 @@ class Reporter:
         """Say that a step is built, or continued; ``late``: that it was, by a run that had no time to say so."""
         stage, name = step.stage.name, str(step.fingerprint)
         known = self._keys.step(stage, name)
-        folder = self._store.path(stage, name) if late else self._store.partial(stage, name)
+        folder = (self._store.path if late else self._store.partial)(stage, name)
         assert step.config
         config = step.artifact.manifest["config"] if late and step.artifact else step.config.identity()
         started = StepStarted(
@@ -132,6 +137,7 @@ class Reporter:
             begun=known.begun,
             flow_run=self._host.flow_run(),
         )
+        self.open_key = known.key  # before it is said: a stop may come within that
         self._log.append(started)
         return started
 
@@ -163,11 +169,20 @@ class Reporter:
             upload_bytes=runtime.upload_mb * 1e6,
             candidate=not self._order.sweep,
         )
-        self._log.append(sealed)
-        self._keys.forget(artifact.stage, artifact.fingerprint)
+        kept = self._log.append(sealed)
+        self.open_key = ""
+        if kept:
+            self._keys.forget(artifact.stage, artifact.fingerprint)
 
-    def step_failed(self, step: str, message: str, status: str, key: str) -> None:
-        self._log.append(StepFailed(step=step, message=message, status=status, key=key))
+    def step_failed(self, step: str, message: str, status: str) -> None:
+        self._log.append(StepFailed(step=step, message=message, status=status, key=self.open_key))
+        self.open_key = ""
+
+
+def made_by(artifact: Artifact) -> dict[str, Any]:
+    """The run in MLflow that made an artifact, as far as its manifest knows."""
+    manifest = artifact.manifest
+    return {"made_by": manifest.get("mlflow_run_id", ""), "made_by_key": manifest.get("mlflow_key", "")}
 
 
 def planned_step(step: Step) -> dict[str, Any]:

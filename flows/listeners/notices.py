@@ -63,6 +63,7 @@ class NoticeListener:
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn
         self._run: RunStarted | None = None
+        self._ended: RunEnded | None = None
         self._how: dict[str, str] = {}
         self._url = ""
 
@@ -74,11 +75,13 @@ class NoticeListener:
                 self._url = url
             case StepSealed(step=step, how=how) | StepReused(step=step, how=how):
                 self._how[step] = how
-            case RunEnded() if self._run and self._run.notify:
-                send_notice(self._notice(self._run, event), self._run.notify, self._warn)
+            case RunEnded():
+                self._ended = event
 
     def close(self) -> None:
-        return
+        """Send the notice, when MLflow has had time to say where it shows the run."""
+        if self._run and self._ended and self._run.notify:
+            send_notice(self._notice(self._run, self._ended), self._run.notify, self._warn)
 
     def _notice(self, run: RunStarted, ended: RunEnded) -> Notice:
         done = ", ".join(f"{name} {how}" for name, how in self._how.items())

@@ -55,19 +55,18 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
     """Say everywhere that a run could not be planned."""
     values = read_leniently(recipe)
     name, key = str(values.get("name") or recipe.stem), uuid4().hex
-    log = begin_log(home, name)
-    log.attach("runtime.notify", NoticeListener(log.warn))
-    log.attach("the flow run's page", FlowPageListener())
-    log.attach("MLflow", MlflowListener(home, name, log))
-    log.attach("the terminal", TerminalListener(Terminal()))
-    called = f"{name} {datetime.now():{TIME}}"
+    called, store = f"{name} {datetime.now():{TIME}}", str((home / "store").resolve())
     seen = {"id": str(flow_run.id), "url": str(flow_run.ui_url)} if flow_run.id else {}
     begun = RunStarted(
-        key=key, name=called, recipe=name, command=command, flow_run=seen, notify=receivers(values)
+        key=key,
+        name=called,
+        recipe=name,
+        command=command,
+        flow_run=seen,
+        notify=receivers(values),
+        store=store,
     )
-    log.append(begun)
     message = str(error) or type(error).__name__
-    log.note(message)
     ended = RunEnded(
         key=key,
         status="FAILED",
@@ -76,7 +75,22 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
         log=message,
         name=called,
         command=command,
+        store=store,
     )
+    try:
+        log = begin_log(home, name)
+    except OSError:  # a full disk, or a home that is not ours: who is to be told needs neither
+        alone = NoticeListener(Terminal().note)
+        for event in (begun, ended):
+            alone.handle(event)
+        alone.close()
+        return
+    log.attach("MLflow", MlflowListener(home, name, log))
+    log.attach("the flow run's page", FlowPageListener())
+    log.attach("runtime.notify", NoticeListener(log.warn))
+    log.attach("the terminal", TerminalListener(Terminal()))
+    log.append(begun)
+    log.note(message)
     log.append(ended)
     log.close()
 

@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL
 from flows.engine.events import StepStarted
 from flows.engine.log import RunLog
 from flows.engine.plan import Step
+from flows.engine.ports import answers
 from flows.engine.stopping import ending_in_time
 from flows.engine.uses import Uses
 from flows.listeners.mlflow.listener import MlflowListener
@@ -58,6 +59,10 @@ class PrefectHost:
         assert step.config
         # The parameters are there to be read on the flow run's page.
         parameters = (str(step.fingerprint), shortened(step.config.identity()), step.inputs)
+        if not answers(PREFECT_API_URL.value()):  # before Prefect's client tries for long
+            self.missed(step.name)
+            yield work
+            return
         with attempted(lambda: self.missed(step.name)) as attempt:
             runner: Any = self._workers.task_runner()
             name = f"{step.name} {step.fingerprint}"

@@ -17,6 +17,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY as HEARTBEATS
 
 from data_pipeline.core.errors import UserError
+from flows.engine.course import explained
 from flows.engine.executor import Executor
 from flows.engine.log import Listener
 from flows.engine.order import Order
@@ -47,21 +48,29 @@ class Pipeline:
         recipe, uses = order.recipe, order.planned.uses
         self._home: Path = uses.store.home
         self._dispatcher = dispatcher or Dispatcher()
-        self.log = begin_log(self._home, recipe.name)
-        self.log.attach("runtime.notify", NoticeListener(self.log.warn))
-        self.log.attach("the flow run's page", FlowPageListener())
+        try:
+            self.log = begin_log(self._home, recipe.name)
+        except OSError as error:
+            raise explained(error, self._home, order.command) from error
+        # In the order in which they end: the others may show where MLflow has the run.
         self.mlflow = MlflowListener(self._home, recipe.name, self.log)
         self.log.attach("MLflow", self.mlflow)
+        self.log.attach("the flow run's page", FlowPageListener())
+        self.log.attach("runtime.notify", NoticeListener(self.log.warn))
         for name, listener in listeners.items():
             self.log.attach(name, listener)
         self._host = PrefectHost(recipe.runtime, uses, self.log, self._dispatcher, self.mlflow)
         self.executor = Executor(order, self.log, self._host)
+        self._told = False  # whether a flow of this process is told to Prefect
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *fault: object) -> None:
         self.log.close()
+        self.executor.reporter.release()
+        if self._told:
+            self._flush()
 
     def prepare(self) -> None:
         """See that the plan can be carried out from here.
@@ -83,6 +92,7 @@ class Pipeline:
                 _ = step.stage.body  # its libraries take seconds to import, in which a server of ours starts
         if planned.builds:
             reach(runtime)
+        self.mlflow.start()
 
     def run(self) -> None:
         """Carry the plan out within the flow run that calls this, if there is one."""
@@ -100,7 +110,11 @@ class Pipeline:
             if HEARTBEATS.name not in os.environ:
                 # A flow waits up to a second for the thread that sends them to wake and end.
                 stack.enter_context(temporary_settings({HEARTBEATS: None}))
-            stack.callback(self._flush)
+            self._told = True
+            if not answers(PREFECT_API_URL.value()):
+                self._host.missed("the run")
+                yield self.executor.run
+                return
             with attempted(lambda: self._host.missed("the run")) as attempt, tags(recipe.name):
                 # No retries of Prefect's: whoever runs the recipe again resumes where this run ended.
                 @flow(name=FLOW, flow_run_name=name, retries=0, validate_parameters=False)

@@ -111,8 +111,14 @@ def adopt_tokens(files: Files, out: Path, context: StageContext) -> Metrics:
 
 
 def last_token(shards: TokenShards) -> int:
-    """The token at the end of the first document: that which ends them all."""
-    batch = next(iter(shards))
+    """The token at the end of the first document: that which ends them all.
+
+    Raises:
+        UserError: there is none.
+    """
+    batch = next((one for one in shards if len(one.ids)), None)
+    if batch is None or batch.offsets[0] == batch.offsets[1]:
+        raise UserError(f"{shards.paths[0].parent} holds no training document, or its first has no token")
     return int(batch.tokens[batch.offsets[1] - 1])
 
 

@@ -93,7 +93,9 @@ def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
             with atomic_path(out / name) as path:
                 shutil.copyfile(folder / name, path)
     config = read_object(folder / CONFIG)
-    padding = {"pad_token": content_of(config.get("pad_token")) or end_token(folder)}
+    named = content_of(config.get("pad_token"))
+    known = named is not None and load_tokenizer(folder).token_to_id(named) is not None
+    padding = {"pad_token": named if known else end_token(folder)}
     config |= {**padding, "padding_side": "left", "model_max_length": longest}
     if (folder / "special_tokens_map.json").exists():
         write_json(out / "special_tokens_map.json", read_object(folder / "special_tokens_map.json") | padding)

@@ -47,6 +47,8 @@ def weight_files(folder: Path) -> list[Path]:
             }
         except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f"{index} is damaged: it names no files of weights") from None
+        if outside := sorted(name for name in names if Path(name).name != name):
+            raise UserError(f"{index} names {outside[0]}: files of weights lie beside it, in no other folder")
     if missing := sorted(name for name in names if not (folder / name).is_file()):
         raise UserError(f"{folder} lacks {', '.join(missing)}: weights are read from safetensors files only")
     return sorted(folder / name for name in names)

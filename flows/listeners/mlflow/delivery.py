@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from flows.engine.events import StepFailed, StepSealed, TrainingStarted
+from flows.engine.events import Event, StepFailed, StepSealed, TrainingStarted
 from flows.engine.log import LogFile, logs, runs, take_outbox
 from flows.engine.store import Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.links import HOME, target, without_user
 from flows.listeners.mlflow.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
-from flows.listeners.mlflow.points import event_points
+from flows.listeners.mlflow.points import Point, event_points
 from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused
 
@@ -50,10 +50,18 @@ class Following:
         folders = (store.path(self.stage, self.fingerprint), store.partial(self.stage, self.fingerprint))
         found = next((one for one in folders if (one / EVENTS).exists()), folders[0])
         lines, offset = read_lines(found / EVENTS, self.offset)
-        points = [point for line in lines for point in event_points(json.loads(line))]
+        points = [point for line in lines for point in points_of_line(line)]
         batches = [points[start : start + METRICS] for start in range(0, len(points), METRICS)]
         told: list[Operation] = [measured(self.key, batch) for batch in batches]
         return told, replace(self, offset=offset)
+
+
+def points_of_line(line: str) -> list[Point]:
+    """The points of a training's event; none of half a line, where a new file took the place of what was read."""
+    try:
+        return event_points(json.loads(line))
+    except (ValueError, KeyError, TypeError):
+        return []
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,7 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
             following = Following(
                 key=event.key, stage=event.stage, fingerprint=event.fingerprint, offset=event.offset
             )
-        told = list(operations(event, store))
+        told = translated(event, store)
         behind = Place(offset, following)
         yield from ((operation, place) for operation in told[:-1])
         yield (told[-1] if told else None), behind
@@ -95,6 +103,14 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
         told, following = place.following.read(store)
         place = Place(place.offset, following)
         yield from ((operation, place) for operation in told)
+
+
+def translated(event: Event, store: Store) -> list[Operation]:
+    """The operations of an event; one that MLflow refuses where the event can't be translated: it holds up no other."""
+    try:
+        return list(operations(event, store))
+    except Exception as error:
+        return [{"op": event.kind, "why": f"{type(error).__name__}: {error}", "event": event.as_json()}]
 
 
 def unsent(log: LogFile, store: Store) -> bool:

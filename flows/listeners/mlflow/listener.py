@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from flows.engine.events import (
@@ -18,6 +19,7 @@ from flows.engine.log import LogFile, RunLog
 from flows.listeners.mlflow.delivery import Sender
 from flows.listeners.mlflow.links import run_url, table_url, target, tracking_uri, without_user
 from flows.listeners.mlflow.operations import Mlflow
+from flows.listeners.mlflow.points import Point
 from flows.listeners.mlflow.system import SystemMonitor
 
 CLOSE_SECONDS = 10.0  # without any sign of MLflow, at the end of a run
@@ -36,11 +38,17 @@ class MlflowListener:
         self._uri, self._experiment, self._log = tracking_uri(home), experiment, log
         self._sender = Sender(home, log.file, Mlflow(home, self._uri), log.warn)
         self._sender.sent = self._link
-        self._sender.start()  # begins to connect: a new database takes seconds to make
+        self._begun = False
         self._run = RunStarted(key="", name="", recipe="")
         self._linked = False
         self._monitor: SystemMonitor | None = None
         self._patience = CLOSE_SECONDS
+
+    def start(self) -> None:
+        """Begin to connect, before there is anything to tell: a new database takes seconds to make."""
+        if not self._begun:
+            self._begun = True
+            self._sender.start()
 
     @property
     def place(self) -> str:
@@ -57,6 +65,8 @@ class MlflowListener:
         return self._sender.id_of(key)
 
     def handle(self, event: Event) -> None:
+        if isinstance(event, RunStarted):
+            self.start()
         match event:
             case RunStarted(key=key, new=new) if new and not event.joined:
                 self._run = event
@@ -66,9 +76,7 @@ class MlflowListener:
             case StepStarted(late=False, key=key, new=new, begun=begun):
                 if new:
                     self._sender.mlflow.fresh.add(key)
-                self._monitor = SystemMonitor(
-                    begun, lambda points: self._log.append(Measured(key=key, points=list(points)))
-                )
+                self._watch(key, begun)
             case StepSealed() | StepFailed():
                 self._stop_monitor()
             case RunEnded(status="KILLED"):
@@ -79,7 +87,21 @@ class MlflowListener:
     def close(self) -> None:
         """Wait a while for the delivery of what is left."""
         self._stop_monitor()
-        self._sender.close(self._patience)
+        if self._begun:
+            self._sender.close(self._patience)
+        else:  # the run did not begin
+            self._log.file.remove()
+
+    def _watch(self, key: str, begun: int) -> None:
+        """Measure the machine from now on, if it can be."""
+
+        def say(points: Sequence[Point]) -> None:
+            self._log.append(Measured(key=key, points=list(points)))
+
+        try:
+            self._monitor = SystemMonitor(begun, say)
+        except Exception as error:
+            self._log.warn(f"the machine is not measured: {type(error).__name__}: {error}")
 
     def _stop_monitor(self) -> None:
         if self._monitor:

@@ -108,7 +108,10 @@ class Mlflow:
 
     def _carry_out(self, experiment: str, operation: Operation) -> None:
         if operation["op"] not in OPERATIONS:
-            raise Refused("there is no such operation; another version of llmill may have written it")
+            why = operation.get(
+                "why", "there is no such operation; another version of llmill may have written it"
+            )
+            raise Refused(str(why))
         OPERATIONS[operation["op"]](self, experiment, operation)
 
     def connect(self, experiment: str) -> None:

@@ -159,10 +159,10 @@ def report_note(event: StepSealed, store: Store) -> dict[str, str]:
     """The step's report as the note on its run's page."""
     try:
         artifact = store.get(event.stage, event.fingerprint)
-    except Damaged:
+        report = (artifact.path if artifact else Path(event.path)) / "report.md"
+        return {NOTE: clipped(report.read_text(encoding="utf-8", errors="replace"))}
+    except (Damaged, OSError):  # removed, or not ours to read
         return {}
-    report = (artifact.path if artifact else Path(event.path)) / "report.md"
-    return {NOTE: clipped(report.read_text(encoding="utf-8"))} if report.exists() else {}
 
 
 def prefect_tags(flow_run: Mapping[str, str]) -> dict[str, str]:

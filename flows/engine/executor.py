@@ -80,7 +80,7 @@ class Executor:
             return None
         lock = self.store.lock(artifact.stage, artifact.fingerprint)
         with suppress(TimeoutError), lock.acquire(timeout=0):  # who holds the lock is about to say it
-            if self.reporter.unsaid(artifact):
+            if self.reporter.keys.unfinished(artifact.stage, artifact.fingerprint):
                 inputs = list(self._inputs(step).values())
                 started = self.reporter.step_started(step, inputs, late=True, resumed=True)
                 self.reporter.step_sealed(step, started, Result(artifact, "ran", 0.0))

@@ -30,7 +30,7 @@ class Reporter:
     def __init__(self, order: Order, log: RunLog, host: Host) -> None:
         self._order, self._log, self._host = order, log, host
         self._store = order.planned.uses.store
-        self._keys = Continuation(self._store.home)
+        self.keys = Continuation(self._store.home)
         self.known = Known(key=order.run_key, new=False)
         """The key and the name by which the run is known."""
         self.started = time.monotonic()
@@ -54,7 +54,7 @@ class Reporter:
         order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
         name = f"{recipe.name} {datetime.now():{TIME}}"
         if not order.run_key:
-            self.known = self._keys.claim(f"{recipe.name}-{steps[-1].fingerprint}", name)
+            self.known = self.keys.claim(f"{recipe.name}-{steps[-1].fingerprint}", name)
         started = RunStarted(
             key=self.known.key,
             name=self.known.name or name,
@@ -89,11 +89,11 @@ class Reporter:
             **self._about,
         )
         if self._log.append(ended) and status == "FINISHED":
-            self._keys.end()
+            self.keys.end()
 
     def release(self) -> None:
         """Let other runs of the plan resume this one."""
-        self._keys.release()
+        self.keys.release()
 
     def step_reused(self, step: Step, result: Result) -> None:
         artifact = result.artifact
@@ -116,7 +116,7 @@ class Reporter:
     ) -> StepStarted:
         """Say that a step is built, or continued; ``late``: that it was, by a run that had no time to say so."""
         stage, name = step.stage.name, str(step.fingerprint)
-        known = self._keys.step(stage, name)
+        known = self.keys.step(stage, name)
         folder = (self._store.path if late else self._store.partial)(stage, name)
         assert step.config
         config = step.artifact.manifest["config"] if late and step.artifact else step.config.identity()
@@ -140,10 +140,6 @@ class Reporter:
         self.open_key = known.key  # before it is said: a stop may come within that
         self._log.append(started)
         return started
-
-    def unsaid(self, artifact: Artifact) -> bool:
-        """Whether a killed run sealed an artifact but did not live to say so."""
-        return self._keys.unfinished(artifact.stage, artifact.fingerprint)
 
     def step_sealed(self, step: Step, started: StepStarted, result: Result) -> None:
         """Say that an artifact is there; from here on it need not be said again."""
@@ -172,7 +168,7 @@ class Reporter:
         kept = self._log.append(sealed)
         self.open_key = ""
         if kept:
-            self._keys.forget(artifact.stage, artifact.fingerprint)
+            self.keys.forget(artifact.stage, artifact.fingerprint)
 
     def step_failed(self, step: str, message: str, status: str) -> None:
         self._log.append(StepFailed(step=step, message=message, status=status, key=self.open_key))

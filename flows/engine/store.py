@@ -59,9 +59,6 @@ SCRATCH = "scratch"  # what a step needs to be resumed; dropped when all else is
 DROPPED = ".scratch.dropped"  # while it is removed: half of it would mislead a step that starts again
 REPLACED = ".replaced"  # what the folder of an artifact is called while another takes its place
 LINKED = ".linked-"  # how folders of second names begin, which are there while something is sent
-TRACKING_STATE = (
-    ".tracking.json"  # where the tracking of an unfinished step stands; dropped when it is sealed
-)
 
 
 def canonical_json(value: Any) -> str:

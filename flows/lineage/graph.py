@@ -154,10 +154,6 @@ class Graph:
         """The artifacts of a stage that one was made from directly."""
         return [self.nodes[key] for key in node.inputs if key[0] == stage]
 
-    def users_of(self, node: Node, stage: str) -> list[Node]:
-        """The artifacts of a stage that were made from one directly."""
-        return self.in_order(key for key in self._users.get(node.key, ()) if key[0] == stage)
-
     def named(self, fingerprint: str) -> Node | None:
         """The artifact whose fingerprint begins so; None where there is none.
 

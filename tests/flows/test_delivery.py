@@ -13,7 +13,7 @@ from forks import ROOT
 from mlflow import MlflowClient
 from postgres import postgres
 
-from flows.engine.events import Told
+from flows.engine.events import StepSealed, Told, TrainingStarted
 from flows.engine.log import LogFile
 from flows.engine.store import Store
 from flows.listeners.mlflow.delivery import deliver, send_left, unsent, waiting
@@ -349,3 +349,47 @@ def test_a_run_whose_key_is_new_is_not_looked_for_until_making_it_failed(
     assert searched
     monkeypatch.undo()
     assert_there_once(mlflow)
+
+
+def test_an_event_that_cannot_be_translated_is_set_aside_and_holds_nothing_up(mlflow: Mlflow) -> None:
+    """A stage of somebody else's may return anything, and a file may be damaged."""
+    names = {"stage": "clean", "step": "clean", "fingerprint": "f00d", "recipe": "small", "run": KEY}
+    sealed = StepSealed(
+        **names,
+        key="1" * 16,
+        how="ran",
+        seconds=1.0,
+        total_seconds=1.0,
+        path="nowhere",
+        size=1,
+        metrics={"a": None},  # type: ignore[dict-item]
+        payload_sha256="0",
+        finished=1,
+    )
+    log = LogFile.begin(mlflow.home, "small", "home")
+    log.append(*events(TOLD[:3]), sealed, *events(TOLD[3:]))
+    refused = [why for _, why in deliver(log, mlflow) if why]
+    assert len(refused) == 1
+    assert "TypeError" in refused[0]
+    assert json.loads(log.refused.read_text())["event"]["event"] == "step_sealed"
+    assert_there_once(mlflow)
+
+
+def test_points_of_a_training_are_taken_from_whole_lines_only(mlflow: Mlflow) -> None:
+    """Also where another training's file stands in place of the one that was read."""
+    file = Store(mlflow.home).partial("pretrain", "f00d") / "logs" / "events.jsonl"
+    file.parent.mkdir(parents=True)
+    lines = [
+        json.dumps({"event": "step", "step": n, "time": 1.7e9 + n, "loss": n / 2}) + "\n" for n in range(4)
+    ]
+    file.write_text("".join(lines))
+    names = {"step": "pretrain", "stage": "pretrain", "fingerprint": "f00d", "key": KEY}
+    log = LogFile.begin(mlflow.home, "small", "home")
+    log.append(*events(TOLD[:1]), TrainingStarted(**names, offset=len(lines[0]) + 5))
+    assert [why for _, why in deliver(log, mlflow) if why] == []
+    with open(file, "a") as more:
+        more.write(lines[0])
+    assert [why for _, why in deliver(log, mlflow) if why] == []
+    [run] = runs(mlflow)
+    found = MlflowClient(mlflow.uri).get_metric_history(run.info.run_id, "train/loss")
+    assert [point.step for point in found] == [0, 2, 3]

@@ -236,3 +236,32 @@ def test_a_log_that_cannot_be_written_to_is_warned_of_once_and_all_who_listen_he
     texts = [event.text for event in listener.heard if isinstance(event, Note)]
     assert [text for text in texts if text.isdigit()] == ["0", "1", "2"]
     assert sum("can't be kept" in text for text in texts) == 1
+
+
+def test_a_disk_that_was_full_for_a_while_loses_what_was_said_then_and_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log, listener = RunLog(begin(tmp_path)), Recorder()
+    log.attach("who listens", listener)
+    assert log.append(Note(text="before"))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", lambda file, data: 0)
+        assert not log.append(Note(text="meanwhile"))
+        assert not log.append(Note(text="meanwhile"))
+    assert log.append(Note(text="after"))
+    log.close()
+    kept = [event.text for event, _ in log.file.events() if isinstance(event, Note)]
+    assert kept == ["before", "after"]
+    heard = [event.text for event in listener.heard if isinstance(event, Note)]
+    assert [text for text in heard if "kept" not in text] == ["before", "meanwhile", "meanwhile", "after"]
+    assert sum("can't be kept" in text for text in heard) == 1
+
+
+def test_what_is_said_when_the_file_was_removed_makes_no_new_one(tmp_path: Path) -> None:
+    log, listener = RunLog(begin(tmp_path)), Recorder()
+    log.attach("who listens", listener)
+    log.file.refuse(OPERATIONS[0], "no")
+    log.close()
+    log.file.remove()
+    assert not log.append(Note(text="late"))
+    assert logs(tmp_path) == []

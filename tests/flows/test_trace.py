@@ -240,6 +240,7 @@ def line(tmp_path_factory: pytest.TempPathFactory) -> Graph:
         }
     )
     job = prepare(config, {key: one.path for key, one in inputs.items()}, out, LocalContext())
+    job.scratch.mkdir()
     (job.scratch / "job.json").write_text(job.model_dump_json())
     (out / "logs").mkdir()
     events = [{"event": "step", "step": step} for step in range(1, 11)]

@@ -247,6 +247,10 @@ class RunLog:
         self._lost = self._closing = False
         self._listening: list[Listening] = []
 
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        """Leave all of it behind where what refers to it is sent to another process, which says nothing."""
+        return object, ()
+
     def attach(self, name: str, listener: Listener) -> None:
         """Have a listener hear of all that comes."""
         self._listening.append(Listening(name, listener, self))

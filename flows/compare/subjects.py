@@ -106,7 +106,7 @@ class Finder:
                 artifacts=self._line(self._sealed("evaluate", one, f"run “{run.name}”"), exports),
                 run=run,
             )
-            for name, one in evaluations.items()
+            for name, one in sorted(evaluations.items())
             if step in ("", name)
         ]
 

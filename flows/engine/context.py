@@ -74,16 +74,7 @@ class StepContext:
         batch: Runtime | None = None,
     ) -> None:
         training = TrainingReader(self.step, events)
-        started = self._started
-        self._log.append(
-            TrainingStarted(
-                step=self.step,
-                stage=started.stage,
-                fingerprint=started.fingerprint,
-                key=started.key,
-                offset=training.offset,
-            )
-        )
+        self._log.append(training_started(self._started, training.offset))
         grace_seconds = self.grace(grace_seconds)
         self.say(f"starting {ranks} rank(s)")
 
@@ -123,3 +114,14 @@ class StepContext:
                 f"waiting at {nodes.endpoint} for the other machines: run there, with the same LLMILL_NODES and "
                 f"LLMILL_ENDPOINT, `llmill join {shlex.quote(str(job.resolve()))}`"
             )
+
+
+def training_started(started: StepStarted, offset: int) -> TrainingStarted:
+    """Say where a step's training tells of itself; ``offset`` bytes of that were told before."""
+    return TrainingStarted(
+        step=started.step,
+        stage=started.stage,
+        fingerprint=started.fingerprint,
+        key=started.key,
+        offset=offset,
+    )

@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from data_pipeline.discards import warnings
+from flows.engine.context import training_started
 from flows.engine.course import Course, StageFailed
 from flows.engine.events import StepDispatched
 from flows.engine.log import RunLog
@@ -83,6 +84,7 @@ class Executor:
             if self.reporter.keys.unfinished(artifact.stage, artifact.fingerprint):
                 inputs = list(self._inputs(step).values())
                 started = self.reporter.step_started(step, inputs, late=True, resumed=True)
+                self.log.append(training_started(started, 0))  # of which it is not known what was told
                 self.reporter.step_sealed(step, started, Result(artifact, "ran", 0.0))
         return artifact
 

@@ -117,7 +117,7 @@ class Reporter:
         """Say that a step is built, or continued; ``late``: that it was, by a run that had no time to say so."""
         stage, name = step.stage.name, str(step.fingerprint)
         known = self.keys.step(stage, name)
-        folder = (self._store.path if late else self._store.partial)(stage, name)
+        folder = self._store.partial(stage, name)
         assert step.config
         config = step.artifact.manifest["config"] if late and step.artifact else step.config.identity()
         started = StepStarted(
@@ -133,7 +133,7 @@ class Reporter:
             late=late,
             params=config,
             inputs=[described_input(one) for one in inputs],
-            seen=0 if known.new else read_lines(folder / EVENTS, 0)[1],
+            seen=0 if known.new or late else read_lines(folder / EVENTS, 0)[1],
             begun=known.begun,
             flow_run=self._host.flow_run(),
         )

@@ -88,7 +88,7 @@ def test_a_mistake_is_named_with_its_line(load: Any) -> None:
 def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     finished: Llmill, tmp_path: Path
 ) -> None:
-    export = next(finished.home.glob("store/export/*")).absolute()
+    export = next(finished.home.glob("store/export/*/manifest.json")).parent.absolute()
     arguments = [
         "adopt",
         "model",

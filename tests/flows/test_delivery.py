@@ -148,7 +148,7 @@ def test_what_a_deleted_experiment_is_to_be_told_waits_and_arrives_when_it_is_th
     mlflow: Mlflow, when: str
 ) -> None:
     client = MlflowClient(mlflow.uri)
-    experiment = client.create_experiment("small")
+    experiment = client.create_experiment("small", (mlflow.home / "mlartifacts").as_uri())
     log, other = log_of(mlflow.home, *TOLD), LogFile.begin(mlflow.home, "other", "home")
     other.append(*events({**operation, "run": "2" * 16} for operation in TOLD))
     if when == "amid":

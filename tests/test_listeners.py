@@ -99,7 +99,8 @@ def known(server: Server, suffix: str) -> dict[str, Any]:
             (point.key, point.step, point.value, point.timestamp)
             for name in run.data.metrics
             for point in server.client.get_metric_history(run.info.run_id, name)
-            if not name.startswith("system/") or point.step < 0
+            # Later ones are of the machine in the replay itself.
+            if point.timestamp <= run.info.end_time
         ]
         assert len(points) == len(set(points))
         kept = {name: tags[name] for name in tags if name not in own and not name.endswith(".run_id")}

@@ -90,17 +90,16 @@ def renamed_event(event: Event, suffix: str, notify: bool) -> Event:
 def known(server: Server, suffix: str) -> dict[str, Any]:
     """All that MLflow has of the runs whose keys end so, by name; but for what names the run itself."""
     found: dict[str, Any] = {}
-    for run in server.runs():
+    runs = [run for run in server.runs() if run.data.tags["llmill.key"].endswith(suffix)]
+    last = max(run.info.end_time for run in runs)
+    for run in runs:
         tags = run.data.tags
-        if not tags["llmill.key"].endswith(suffix):
-            continue
         own = ("llmill.key", "mlflow.parentRunId", "mlflow.note.content")
         points = [
             (point.key, point.step, point.value, point.timestamp)
             for name in run.data.metrics
             for point in server.client.get_metric_history(run.info.run_id, name)
-            # Later ones are of the machine in the replay itself.
-            if point.timestamp <= run.info.end_time
+            if point.timestamp <= last  # later ones are of the machine in the replay itself
         ]
         assert len(points) == len(set(points))
         kept = {name: tags[name] for name in tags if name not in own and not name.endswith(".run_id")}
@@ -115,7 +114,9 @@ def known(server: Server, suffix: str) -> dict[str, Any]:
 def undisturbed(replay: Replay, server: Server, said: tuple[Llmill, list[Event]]) -> dict[str, Any]:
     assert replay("-whole", "run_started", lambda: None) == []
     assert logs(said[0].home) == [], "all of it was sent"
-    return known(server, "-whole")
+    found = known(server, "-whole")
+    assert any(name.startswith("system/") for *_, points, _ in found.values() for name, *_ in points)
+    return found
 
 
 @pytest.mark.parametrize("kind", KINDS)

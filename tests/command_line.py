@@ -72,6 +72,16 @@ class Llmill:
     def actions(self, *settings: str) -> list[str]:
         return [step["action"] for step in self.plan(*settings).values()]
 
+    def sealed(self) -> set[Path]:
+        return {path.parent for path in self.home.glob("store/*/*/manifest.json")}
+
+    def made(self, step: str) -> Path:
+        """Folder of what the recipe as it is written makes in ``step``."""
+        return self.home / "store" / step / self.plan()[step]["fingerprint"]
+
+    def manifest(self, step: str) -> dict[str, Any]:
+        return json.loads((self.made(step) / "manifest.json").read_text())
+
     def payloads(self) -> dict[str, str]:
         """Stage/fingerprint -> checksum of the payload, of all that is sealed."""
         manifests = [json.loads(path.read_text()) for path in self.home.glob("store/*/*/manifest.json")]

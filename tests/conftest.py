@@ -9,7 +9,7 @@ import signal
 import sysconfig
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,10 +197,22 @@ def make_llmill(tmp_path_factory, prefect_server, corpus):
 
 @pytest.fixture(scope="session")
 def finished(make_llmill) -> Llmill:
-    """A home in which the small recipe has run undisturbed. Tests must not change what is sealed there."""
+    """A home in which the small recipe has run undisturbed: see `shared_home_is_kept`."""
     llmill = make_llmill()
     llmill.afresh("run", str(llmill.recipe))
     return llmill
+
+
+@pytest.fixture(autouse=True)
+def shared_home_is_kept(request: pytest.FixtureRequest) -> Iterator[None]:
+    """See that a test seals nothing in the home `finished`: one that comes after it may read what is there.
+
+    Which comes after which changes with the machine. What is to be changed is a copy (`copy_finished`).
+    """
+    shared = request.getfixturevalue("finished") if "finished" in request.fixturenames else None
+    before = shared.sealed() if shared else set()
+    yield
+    assert (shared.sealed() if shared else set()) == before, "the shared home was changed: use copy_finished"
 
 
 @pytest.fixture(scope="session")

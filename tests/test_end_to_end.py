@@ -93,8 +93,7 @@ def test_kill_9_at_a_random_moment_of_each_stage_changes_no_sealed_byte(finished
     """Every stage is killed at work, pretrain twice, each time at a random moment of its work."""
     llmill = make_llmill()
     dice = random.Random(20261122)
-    manifests = [json.loads(path.read_text()) for path in finished.home.glob("store/*/*/manifest.json")]
-    seconds = {manifest["stage"]: manifest["seconds"] for manifest in manifests}
+    seconds = {stage: finished.manifest(stage)["seconds"] for stage in STAGES}
     for stage in [*STAGES[:6], "pretrain", *STAGES[6:]]:
         for attempt in range(1, 11):
             if killed_at_work(llmill, stage, dice.uniform(0, 0.5 * seconds[stage] / attempt)):
@@ -175,7 +174,7 @@ def test_an_artifact_built_again_with_other_bytes_rebuilds_what_was_made_from_it
     home = tmp_path / "home"
     shutil.copytree(finished.home, home)
     llmill = Llmill(home, finished.recipe)
-    [path] = home.glob("store/tokenize/*/manifest.json")
+    path = llmill.made("tokenize") / "manifest.json"
     manifest = json.loads(path.read_text())
     path.chmod(0o644)
     path.write_text(json.dumps({**manifest, "payload_sha256": "0" * 64}))
@@ -231,7 +230,7 @@ def test_what_was_sealed_by_a_run_killed_before_it_told_mlflow_is_told_by_the_ne
     home = tmp_path / "home"
     shutil.copytree(finished.home, home)
     llmill = Llmill(home, finished.recipe)
-    [manifest] = [json.loads(path.read_text()) for path in home.glob("store/pretrain/*/manifest.json")]
+    manifest = llmill.manifest("pretrain")
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     untold = client.create_run(
         client.get_experiment_by_name("small").experiment_id, run_name="pretrain", tags={"llmill.key": "f00d"}
@@ -250,7 +249,7 @@ def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finish
     home = tmp_path / "home"
     shutil.copytree(finished.home, home)
     llmill = Llmill(home, finished.recipe)
-    [path] = home.glob("store/train_tokenizer/*/manifest.json")
+    path = llmill.made("train_tokenizer") / "manifest.json"
     path.chmod(0o644)
     path.write_text(json.dumps({**json.loads(path.read_text()), "payload_sha256": "0" * 64}))
     for later in home.glob("store/*/*/manifest.json"):  # as if all had been made from those other bytes

@@ -198,8 +198,8 @@ def named(copy_finished, tmp_path_factory) -> Llmill:
 
 @pytest.mark.parametrize("command", AT_HOME)
 def test_a_home_may_be_called_anything(named: Llmill, command: str, taken_port: str):
-    export = next(named.home.glob("store/export/*")).name
-    tokenizer = str(next(named.home.glob("store/train_tokenizer/*")).absolute())
+    export = named.made("export").name
+    tokenizer = str(named.made("train_tokenizer").absolute())
     for arguments in AT_HOME[command]:
         words = filled(
             arguments, recipe=str(named.recipe), export=export, tokenizer=tokenizer, port=taken_port

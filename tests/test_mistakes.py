@@ -50,7 +50,7 @@ def test_a_damaged_shard_is_named_with_the_way_out(finished: Llmill, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(finished.home, home)
     llmill = Llmill(home, finished.recipe)
-    shard = sorted(home.glob("store/dedup/*/documents-*.parquet"))[0]
+    shard = sorted(llmill.made("dedup").glob("documents-*.parquet"))[0]
     shard.chmod(0o644)
     shard.write_bytes(shard.read_bytes()[:-100] + b"x" * 100)
     result = llmill.run("--set", "train_tokenizer.vocab_size=500", code=2)

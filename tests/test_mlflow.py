@@ -54,8 +54,7 @@ def children(parent: Run, runs: list[Run]) -> dict[str, Run]:
 
 @pytest.fixture(scope="module")
 def manifests(finished: Llmill) -> dict[str, dict]:
-    loaded = [json.loads(path.read_text()) for path in finished.home.glob("store/*/*/manifest.json")]
-    return {manifest["stage"]: manifest for manifest in loaded}
+    return {stage: finished.manifest(stage) for stage in DEFAULT}
 
 
 def test_a_run_is_a_parent_with_a_child_for_each_stage_that_ran(parent, children):
@@ -89,8 +88,7 @@ def test_metrics_are_those_of_the_manifest_and_the_headlines_stand_on_the_parent
 
 
 def test_training_is_there_step_by_step_once(client, finished, children):
-    [path] = finished.home.glob("store/pretrain/*/losses.parquet")
-    losses = pq.read_table(path).to_pylist()
+    losses = pq.read_table(finished.made("pretrain") / "losses.parquet").to_pylist()
     history = client.get_metric_history(children["pretrain"].info.run_id, "train/loss")
     assert [(point.step, point.value) for point in history] == [(row["step"], row["loss"]) for row in losses]
     assert len({point.timestamp for point in history}) > 1
@@ -126,13 +124,13 @@ def test_pages_say_what_came_of_a_run_and_the_table_opens_with_what_counts(
     note = parent.data.tags["mlflow.note.content"]
     for stage in DEFAULT:
         assert f"| {stage} | ran |" in note
-    [written] = finished.home.glob("store/evaluate/*/samples.jsonl")
-    sample = json.loads(written.read_text().splitlines()[1])
+    written = (finished.made("evaluate") / "samples.jsonl").read_text()
+    sample = json.loads(written.splitlines()[1])
     assert sample["prompt"] + sample["text"] in note
     assert "llmill run" in note
     for stage, child in children.items():
-        [report] = finished.home.glob(f"store/{stage}/*/report.md")
-        assert child.data.tags["mlflow.note.content"] == report.read_text()
+        report = (finished.made(stage) / "report.md").read_text()
+        assert child.data.tags["mlflow.note.content"] == report
     experiment = client.get_experiment_by_name("small")
     assert experiment.tags["mlflow.experiment.primaryMetric.name"] in parent.data.metrics
 
@@ -161,8 +159,7 @@ def test_each_stage_has_what_it_asked_of_the_machine(client, children):
 def test_what_was_validated_is_a_model_with_its_figures(client, children, finished):
     training = children["pretrain"]
     found = client.search_logged_models([training.info.experiment_id], "model_type = 'checkpoint'")
-    [path] = finished.home.glob("store/pretrain/*/validation.parquet")
-    checks = pq.read_table(path).to_pylist()
+    checks = pq.read_table(finished.made("pretrain") / "validation.parquet").to_pylist()
     assert len(checks) > 2
     by_step = {int(model.params["step"]): model for model in found}
     assert sorted(by_step) == [check["step"] for check in checks]

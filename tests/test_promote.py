@@ -169,10 +169,9 @@ def test_a_champion_that_can_not_be_tested_against_is_not_replaced(swept):
 
 
 def test_a_model_whose_text_was_never_looked_through_for_evaluation_sets_is_refused(finished):
-    (export,) = Store(finished.home).artifacts("export")
     said = decide(
         Store(finished.home),
-        ModelVersion(name=NAME, version="1", fingerprint=export.fingerprint, aliases=()),
+        ModelVersion(name=NAME, version="1", fingerprint=finished.made("export").name, aliases=()),
         None,
     )
     assert said.failed == ["decontamination"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -86,9 +87,10 @@ def test_a_mistake_is_named_with_its_line(load: Any) -> None:
 
 
 def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
-    finished: Llmill, tmp_path: Path
+    copy_finished: Callable[[Path], Llmill], tmp_path: Path
 ) -> None:
-    export = next(finished.home.glob("store/export/*/manifest.json")).parent.absolute()
+    finished = copy_finished(tmp_path / "home")
+    export = finished.made("export").absolute()
     arguments = [
         "adopt",
         "model",
@@ -104,7 +106,7 @@ def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     assert first["fingerprint"] == again["fingerprint"]
     assert set(yaml.safe_load(first["recipe"])["adopt"]) == {"type", "path", "origin", "license"}
     recipe = tmp_path / "begins.yaml"
-    tokens = next(finished.home.glob("store/tokenize/*/manifest.json")).parent.absolute()
+    tokens = finished.made("tokenize").absolute()
     more = f"tokens_: {{stage: adopt, type: tokens, path: '{tokens}'}}\nevaluate: {{max_documents: 3}}\nexport:\n"
     recipe.write_text(f"name: begins\n{first['recipe']}{more}")
     planned = json.loads(finished("plan", str(recipe), "--json").stdout)

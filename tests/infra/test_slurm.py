@@ -126,9 +126,7 @@ class Trained:
 @pytest.fixture(scope="module")
 def two_ranks(finished: Llmill, make_llmill: Any) -> tuple[dict[str, str], dict[str, str], Path]:
     """Settings, the payloads of a local training with them, and a home that lacks only that."""
-    [manifest] = [
-        json.loads(path.read_text()) for path in finished.home.glob("store/pretrain/*/manifest.json")
-    ]
+    manifest = finished.manifest("pretrain")
     precision = manifest["config"]["precision"]
     settings = {"pretrain.precision": precision, "pretrain.runtime.ranks": "2", "pretrain.tokens": "122_880"}
     alone = make_llmill()
@@ -324,9 +322,7 @@ PartitionName=high Nodes=ALL PriorityTier=10
 
 
 def test_how_slurm_trains_is_no_part_of_what_is_trained(finished: Llmill) -> None:
-    [manifest] = [
-        json.loads(path.read_text()) for path in finished.home.glob("store/pretrain/*/manifest.json")
-    ]
+    manifest = finished.manifest("pretrain")
     by_slurm = ["=".join(pair) for pair in BY_SLURM.items()]
     precision = f"pretrain.precision={manifest['config']['precision']}"
     assert finished.actions(*by_slurm, "pretrain.runtime.ranks=2", precision) == ["reuse"] * 8

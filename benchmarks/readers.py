@@ -34,12 +34,12 @@ def llmill(shards: str, context: int, batch: int, tokens: int, end: int | None =
     """Ours, as the trainer uses it; with ``end``, documents' numbers too. The thread shares the core."""
     from data_pipeline.tokenize.flat import FlatTokens
     from llm.data.loader import Loader, Share
-    from llm.data.order import batch_windows
-    from llm.data.sequences import Windows
+    from llm.data.order import batch_sequences
+    from llm.data.sequences import Sequences
 
     torch.set_num_threads(1)
-    windows = Windows([FlatTokens(Path(shards), "train").stream()], context, end)
-    order = partial(batch_windows, seed=0, total=len(windows))
+    windows = Sequences([FlatTokens(Path(shards), "train").stream()], context, end)
+    order = partial(batch_sequences, seed=0, total=len(windows))
     steps = -(-tokens // (batch * context))
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

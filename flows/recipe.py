@@ -59,6 +59,10 @@ class RecipeRuntime(Runtime):
     workers: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     """Items worked on at once; ``auto`` is the number of cores. A cluster at an address has its own number."""
 
+    parallel_steps: int = Field(default=1, ge=1)
+    """Steps at work at once, where none needs another's product; each in a process of its own, with its share of
+    ``workers``. Those that train take turns where there are GPUs."""
+
     upload_mb: float = Field(default=10, ge=0)
     """Payloads up to this size are uploaded to MLflow; larger ones are logged by reference."""
 

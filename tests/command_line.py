@@ -65,9 +65,9 @@ class Llmill:
         return self("run", str(self.recipe), *arguments, code=code, **changes)
 
     def plan(self, *settings: str) -> dict[str, dict[str, Any]]:
-        """Stage -> what ``llmill plan --json --set ...`` says of it, without the seconds that a process takes."""
+        """Step -> what ``llmill plan --json --set ...`` says of it, without the seconds that a process takes."""
         steps = make_plan(load_recipe(self.recipe, settings), Store(self.home))
-        return {step.stage.name: step.as_json() for step in steps}
+        return {step.name: step.as_json() for step in steps}
 
     def actions(self, *settings: str) -> list[str]:
         return [step["action"] for step in self.plan(*settings).values()]

@@ -51,10 +51,10 @@ class Outcome:
     nats_BT: Tensor
 
 
-def batch(step: int, windows: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Random tokens and targets of a step's global batch, each ``(windows, context)``."""
+def batch(step: int, sequences: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Random tokens and targets of a step's global batch, each ``(sequences, context)``."""
     generator = torch.Generator().manual_seed(step)
-    rows = torch.randint(0, model.vocab_size, (windows, model.context + 1), generator=generator)
+    rows = torch.randint(0, model.vocab_size, (sequences, model.context + 1), generator=generator)
     return rows[:, :-1], rows[:, 1:]
 
 
@@ -74,7 +74,7 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
     """One experiment, on every rank: facts, and tensors."""
     config, shape = experiment.pretrain, experiment.shape
     resolved = config.wanted.resolve()
-    rank = dist.get_rank() * config.runtime.data_ranks // dist.get_world_size()
+    rank = dist.get_rank() * config.runtime.data_parallel_size // dist.get_world_size()
     engine = Engine(Transformer(shape, seed=config.seed), resolved)
     facts = []
     for step in range(experiment.steps):
@@ -84,12 +84,14 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
             dist.barrier()
             engine = Engine(Transformer(shape, seed=config.seed + 1), resolved)
             engine.restore(folder)
-        windows, count = config.plan.windows_at(step), resolved.accumulation(step)
-        mine = [part.chunk(config.runtime.data_ranks)[rank] for part in batch(step, windows, shape)]
+        sequences, count = config.plan.sequences_at(step), resolved.accumulation(step)
+        mine = [part.chunk(config.runtime.data_parallel_size)[rank] for part in batch(step, sequences, shape)]
         micro_batches = map(Batch, *(part.chunk(count) for part in mine))
-        taken = engine.step(micro_batches, count, config.schedule.multiple(step, config.steps), measure=True)
+        taken = engine.step(
+            micro_batches, count, config.schedule.lr_multiplier(step, config.steps), measure=True
+        )
         facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
-    nats_BT = engine.nats(Batch(*batch(experiment.steps, 2, shape)))
+    nats_BT = engine.token_losses(Batch(*batch(experiment.steps, 2, shape)))
     return facts, engine.weights() | {"nats": nats_BT}
 
 

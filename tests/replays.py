@@ -11,9 +11,9 @@ import numpy as np
 from data_pipeline.tokenize.flat import Part, Stream
 from data_pipeline.tokenize.shards import TokenShards
 from llm.data.loader import Loader, Share
-from llm.data.sequences import Windows
+from llm.data.sequences import Sequences
 from llm.training.job import Job
-from llm.training.recovery import History, skipped_windows
+from llm.training.recovery import History, skipped_sequences
 
 
 def documents(tokenize: Path) -> dict[str, np.ndarray]:
@@ -25,8 +25,8 @@ def documents(tokenize: Path) -> dict[str, np.ndarray]:
     }
 
 
-def numbered(job: Job, texts: dict[str, np.ndarray]) -> Windows:
-    """The job's training windows, in which each token is the number of its document."""
+def numbered(job: Job, texts: dict[str, np.ndarray]) -> Sequences:
+    """The job's training sequences, in which each token is the number of its document."""
     streams = []
     for source, real in zip(
         job.config.mix.names if job.config.mix else [None], job.corpus.streams("train"), strict=True
@@ -38,23 +38,23 @@ def numbered(job: Job, texts: dict[str, np.ndarray]) -> Windows:
         ]
         streams.append(Stream([Part(np.concatenate(owners))]))
         assert len(streams[-1]) == len(real)
-    return Windows(streams, job.model.context)
+    return Sequences(streams, job.model.context)
 
 
-def replay(job: Job, windows: Windows, spikes: dict[int, int]) -> tuple[dict[int, set[Any]], History]:
+def replay(job: Job, sequences: Sequences, spikes: dict[int, int]) -> tuple[dict[int, set[Any]], History]:
     """Document -> (step, row, whether it was rolled back) of all that the loader reads, as the trainer asks it."""
     history: History = {"skipped": []}
     config, plan = job.config, job.config.plan
 
-    def slots(step: int) -> tuple[int, int]:
-        first, count = config.step_slots(step)
-        return first + skipped_windows(history), count
+    def samples(step: int) -> tuple[int, int]:
+        first, count = config.step_samples(step)
+        return first + skipped_sequences(history), count
 
     taken: list[tuple[int, list[set[int]]]] = []
     found: dict[int, set[Any]] = defaultdict(set)
     left = dict(spikes)
     step = 0
-    with Loader(windows, job.corpus.order(windows), slots, Share(0, 1, 3), config.steps) as loader:
+    with Loader(sequences, job.corpus.order(sequences), samples, Share(0, 1, 3), config.steps) as loader:
         while step < config.steps:
             rows: list[set[int]] = []
             for batch in loader.micro_batches(step):
@@ -65,7 +65,7 @@ def replay(job: Job, windows: Windows, spikes: dict[int, int]) -> tuple[dict[int
             taken.append((step + 1, rows))
             step += 1
             if (target := left.pop(step, None)) is not None:
-                passed = plan.windows_before(step) - plan.windows_before(target)
+                passed = plan.sequences_before(step) - plan.sequences_before(target)
                 history["skipped"].append({"step": step, "reason": "spike", "windows": passed})
                 for number, lost in taken:
                     if number > target:

@@ -153,5 +153,5 @@ def test_a_share_above_what_is_allowed_is_warned_of(metrics: dict[str, float], s
 
 
 def test_hostile_reasons_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
-    Terminal().stage_reused("download", describe({"rejected/[/x]": 1.0})[0])
+    Terminal().step_ended("=", "download", describe({"rejected/[/x]": 1.0})[0], "blue")
     assert "1 rejected ([/x])" in capsys.readouterr().out

@@ -121,8 +121,8 @@ def test_a_terminal_shows_names_of_stages_and_figures_as_they_are():
     terminal.console.file = out = io.StringIO()
     terminal.title(LINE)
     terminal.note(LINE)
-    terminal.stage_started(LINE, LINE)
-    terminal.stage_ended("✗", LINE)
+    terminal.step_started(LINE, LINE)
+    terminal.step_ended("✗", LINE, LINE)
     assert out.getvalue().count(SEEN) == 4
     assert "[red]" in describe({"dropped/[red]": 1.0}, ["dropped/[red]"])
 

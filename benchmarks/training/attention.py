@@ -38,7 +38,7 @@ def time_case(attend: Attend, job: Contestant, context: int, masked: bool, repea
     inside documents; `deviation`; and the most bytes held meanwhile, which only a GPU tells."""
     shape, device = job.shape, torch.device(device_kind())
     kind = torch.bfloat16 if job.settings["precision"] == "bf16" else torch.float32
-    windows = max(1, shape.batch_windows * shape.context // context)
+    windows = max(1, shape.batch_sequences * shape.context // context)
     generator = torch.Generator().manual_seed(0)
     size = (windows, context, shape.heads, shape.model.head_width)
     q_BTHE, k_BTHE, v_BTHE, grad_BTHE = (

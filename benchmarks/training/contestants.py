@@ -39,7 +39,7 @@ class Shape:
     heads: int
     context: int
     vocab_size: int
-    batch_windows: int
+    batch_sequences: int
     tie_embeddings: bool = False
 
     @property
@@ -56,20 +56,20 @@ class Shape:
 
 SHAPES = {
     "tiny": Shape(
-        layers=2, width=64, heads=2, context=64, vocab_size=512, batch_windows=8, tie_embeddings=True
+        layers=2, width=64, heads=2, context=64, vocab_size=512, batch_sequences=8, tie_embeddings=True
     ),
     "7M": Shape(
-        layers=4, width=256, heads=4, context=256, vocab_size=16_384, batch_windows=16, tie_embeddings=True
+        layers=4, width=256, heads=4, context=256, vocab_size=16_384, batch_sequences=16, tie_embeddings=True
     ),
-    "124M": Shape(layers=12, width=768, heads=12, context=1024, vocab_size=32_768, batch_windows=64),
-    "350M": Shape(layers=24, width=1024, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
-    "1B": Shape(layers=16, width=2048, heads=16, context=2048, vocab_size=32_768, batch_windows=32),
+    "124M": Shape(layers=12, width=768, heads=12, context=1024, vocab_size=32_768, batch_sequences=64),
+    "350M": Shape(layers=24, width=1024, heads=16, context=2048, vocab_size=32_768, batch_sequences=32),
+    "1B": Shape(layers=16, width=2048, heads=16, context=2048, vocab_size=32_768, batch_sequences=32),
 }
 """Shapes by name: about so many parameters. 7M is for CPUs, the larger ones for a GPU each, tiny for tests."""
 
 ATTENTION = {
-    "cpu": Shape(layers=1, width=256, heads=4, context=1024, vocab_size=64, batch_windows=2),
-    "cuda": Shape(layers=1, width=2048, heads=16, context=8192, vocab_size=64, batch_windows=2),
+    "cpu": Shape(layers=1, width=256, heads=4, context=1024, vocab_size=64, batch_sequences=2),
+    "cuda": Shape(layers=1, width=2048, heads=16, context=8192, vocab_size=64, batch_sequences=2),
 }
 """Shapes whose heads, their width and the tokens of a batch are those of the race between attention back ends."""
 
@@ -119,7 +119,7 @@ def make_job(job: Contestant, folder: Path, steps: int) -> Job:
     """A training of ``steps`` steps on random tokens."""
     shape, config = job.shape, config_of(job, steps)
     (folder / "scratch").mkdir()
-    for split, windows in (("train", 64 * shape.batch_windows), ("val", 1)):
+    for split, windows in (("train", 64 * shape.batch_sequences), ("val", 1)):
         with write_flat(folder / "tokens", f"{split}-00000", Vocabulary("", shape.vocab_size), end=0) as flat:
             document = np.append(random_tokens(shape, windows), np.uint16(0))
             flat.add(pa.array(["random/text"]), pa.ListArray.from_arrays([0, len(document)], document))
@@ -134,7 +134,7 @@ def make_job(job: Contestant, folder: Path, steps: int) -> Job:
 
 def config_of(job: Contestant, steps: int) -> PretrainConfig:
     """Return our trainer's settings for so many steps."""
-    batch_tokens = job.shape.batch_windows * job.shape.context
+    batch_tokens = job.shape.batch_sequences * job.shape.context
     return PretrainConfig.model_validate(
         {
             "model": job.shape.model.model_dump(exclude={"vocab_size"}),
@@ -221,21 +221,21 @@ def bare_loop(
     shape = job.shape
     model.to(device).train()
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=job.settings.get("precision") == "bf16")
-    tokens = torch.from_numpy(random_tokens(shape, windows=64 * shape.batch_windows).astype(np.int64))
+    tokens = torch.from_numpy(random_tokens(shape, windows=64 * shape.batch_sequences).astype(np.int64))
     rows = tokens.unfold(0, shape.context + 1, shape.context)
     generator = torch.Generator().manual_seed(0)
-    micro = micro or shape.batch_windows
+    micro = micro or shape.batch_sequences
     clock = Clock()
 
     def train_step(_: int) -> None:
-        chosen = torch.randperm(len(rows), generator=generator)[: shape.batch_windows]
+        chosen = torch.randperm(len(rows), generator=generator)[: shape.batch_sequences]
         loss = torch.zeros(())
         clock.start()
         for part in chosen.split(micro):
             batch = rows[part].to(device)
             clock.lap("data")
             with autocast:
-                loss = loss_of(batch) * (len(part) / shape.batch_windows)
+                loss = loss_of(batch) * (len(part) / shape.batch_sequences)
             clock.lap("forward")
             loss.backward()
             clock.lap("backward")

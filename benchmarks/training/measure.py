@@ -87,7 +87,7 @@ class Measured(Entry):
     def add(self, result: dict[str, Any]) -> str:
         shape = self.contestant.shape
         median = statistics.median(result["seconds"][WARM_UP:])
-        self.rates.append(shape.batch_windows * shape.context / median)
+        self.rates.append(shape.batch_sequences * shape.context / median)
         self.peaks.append(result["matmul_flops"])
         self.first.append(result["seconds"][0])
         self.memory.append(result["memory"])

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from data_pipeline.discards import warnings
 from flows.engine.context import training_started
-from flows.engine.course import Course, StageFailed
-from flows.engine.events import StepDispatched
+from flows.engine.course import Course
+from flows.engine.elsewhere import Elsewhere
 from flows.engine.log import RunLog
 from flows.engine.manifest import describe_making
 from flows.engine.order import Host, Order, Result
@@ -34,6 +34,7 @@ class Executor:
         self.results: dict[str, Result] = {}
         self.reporter = Reporter(order, log, host)
         self._course = Course(order, log, host, self.reporter, self.results)
+        self._elsewhere = Elsewhere(order, log, self.reporter)
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         """Prefect sends a step's flow along with its tasks; no worker ever calls it, so nothing of the run goes."""
@@ -43,7 +44,8 @@ class Executor:
     def overhead_seconds(self) -> float:
         """Wall time so far outside the bodies: planning, sealing, Prefect and MLflow."""
         elapsed = time.monotonic() - self.reporter.started
-        return elapsed - sum(result.seconds for result in self.results.values())
+        here = sum(result.seconds for result in self.results.values() if result.how != "dispatched")
+        return elapsed - here - self._elsewhere.seconds
 
     def run(self) -> None:
         """Carry the plan out; `results` then holds what became of each step.
@@ -52,18 +54,45 @@ class Executor:
             Stop: somebody wanted it to end; the message says who, and what is kept.
         """
         planned = self.order.planned
-        with self._course.reported(), self._host.at_work(planned.builds, self._course.give_up):
-            for step in planned.steps:
-                self._course.begin(step.name)
-                if artifact := self._reusable(step):
-                    self._reuse(step, Result(artifact, "reused", 0.0))
-                elif deployment := self._host.deployment(step):
-                    self._dispatch(step, deployment)
-                else:
-                    with self._host.flow(step, partial(self._build, step)) as start:
-                        start()
-                self._look(step)
+        with (
+            self._course.reported(),
+            self._host.at_work(planned.builds, self._course.give_up),
+            self._elsewhere.ended_with_us(),
+        ):
+            waiting = list(planned.steps)
+            while waiting or self._elsewhere.steps:
+                self._advance(waiting)
             self._course.begin("")
+
+    def _advance(self, waiting: list[Step]) -> None:
+        """Do the first of the ``waiting`` steps that can be done; where none can, wait for one that is elsewhere."""
+        ready = [step for step in waiting if set(step.sources.values()) <= self.results.keys()]
+        for step in ready:
+            if artifact := self._reusable(step):
+                waiting.remove(step)
+                self._course.begin(step.name)
+                self._reuse(step, Result(artifact, "reused", 0.0))
+                return
+        elsewhere = self._elsewhere
+        roomy = list(filter(elsewhere.has_room, ready))
+        if not roomy:
+            self._course.begin(", ".join(elsewhere.steps))
+            for one, result in elsewhere.ended():
+                self._reuse(one, result)
+            if elsewhere.failure:
+                waiting.clear()
+            return
+        step = roomy[0]
+        waiting.remove(step)
+        deployment = self._host.deployment(step)
+        if deployment or elsewhere.steps or (elsewhere.most > 1 and len(ready) > 1):
+            build = partial(self._host.dispatch, order=self.order, key=self.reporter.known.key)
+            elsewhere.begin(step, build, deployment)
+            return
+        self._course.begin(step.name)
+        with self._host.flow(step, partial(self._build, step)) as start:
+            start()
+        self._look(step)
 
     def _inputs(self, step: Step) -> dict[str, Artifact]:
         """Type of an input -> its artifact."""
@@ -89,8 +118,10 @@ class Executor:
         return artifact
 
     def _reuse(self, step: Step, result: Result) -> None:
+        """Take what is there."""
         self.results[step.name] = result
         self.reporter.step_reused(step, result)
+        self._look(step)
 
     def _look(self, step: Step) -> None:
         """Warn of what a step discarded in a share that the recipe does not allow without a word."""
@@ -98,25 +129,6 @@ class Executor:
         for line in warnings(artifact.metrics, self.order.recipe.runtime.discard_shares):
             self.log.warn(f"{step.name}: {line}; see {artifact.path}")
         self.order.look(artifact)
-
-    def _dispatch(self, step: Step, deployment: str) -> None:
-        """Have a step built by a flow run of its own deployment."""
-        stage, name, clock = step.stage.name, str(step.fingerprint), time.monotonic()
-        self.log.append(StepDispatched(step=step.name, deployment=deployment))
-        try:
-            with self.order.planned.uses.apart(stage, name):  # else it could not replace what is there
-                forced = self.order.planned.selection.force == step.name
-                self._host.dispatch(step, self.reporter.known.key, forced)
-        except BaseException as error:
-            self.reporter.step_failed(step.name, str(error) or "stopped", "FAILED")
-            raise
-        artifact = self.store.get(stage, name)
-        if artifact is None:
-            raise StageFailed(
-                f"{step.name}: its flow run ended well, but {name} is not in {self.store.root}: do its worker "
-                "and this one share the home, and resolve the recipe alike?"
-            )
-        self._reuse(step, Result(artifact, "dispatched", time.monotonic() - clock))
 
     def _build(self, step: Step) -> None:
         """Build and seal one artifact under its lock, unless another run has just done so."""
@@ -126,7 +138,8 @@ class Executor:
             sealed = self.store.get(stage, name)
             known = step.artifact.manifest["finished"] if step.artifact else None
             if sealed and sealed.manifest["finished"] != known and self._made_from_ours(step, sealed):
-                self._reuse(step, Result(sealed, "reused", 0.0))
+                self.results[step.name] = result = Result(sealed, "reused", 0.0)
+                self.reporter.step_reused(step, result)
                 return
             inputs = self._inputs(step)
             origin = {"inputs": origin_of(inputs), "forced": planned.selection.force == step.name}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Event
 from typing import Any, Protocol
 
 from flows.engine.context import StepContext
@@ -40,9 +41,18 @@ class Result:
 
     artifact: Artifact
     how: str
-    """``reused``, ``ran``, ``resumed`` or, by a flow run elsewhere, ``dispatched``."""
+    """``reused``, ``ran``, ``resumed`` or, by another process, ``dispatched``."""
     seconds: float
     """In its body, this time; 0 where it was reused."""
+
+
+@dataclass
+class Wishes:
+    """The wishes of a run towards those who build steps for it."""
+
+    stop: Event = field(default_factory=Event)
+    saves: int = 0
+    """How often a person asked for a checkpoint."""
 
 
 class Host(Protocol):
@@ -67,8 +77,9 @@ class Host(Protocol):
         """The deployment that a step is left to; empty where it is built here."""
         ...
 
-    def dispatch(self, step: Step, key: str, forced: bool) -> None:
-        """Have it build the step, as a part of the run of ``key``, and wait for its end."""
+    def dispatch(self, step: Step, wishes: Wishes, *, order: Order, key: str) -> None:
+        """Have the step's deployment or, without one, another process of this machine build it, as a part of the run
+        of ``key``, and wait for its end."""
         ...
 
     def flow_run(self) -> dict[str, str]:

@@ -219,7 +219,7 @@ def sealed_at(artifact: Artifact) -> int:
 
 
 def resolved_yaml(recipe: Recipe, steps: Sequence[Step]) -> str:
-    """A recipe as it was resolved, which can be run again."""
+    """A recipe as it was resolved: where a source is does not count, but its listing does."""
     head: dict[str, Any] = {"name": recipe.name, "description": recipe.description}
     head["runtime"] = recipe.runtime.model_dump(mode="json")
     return yaml.safe_dump(head | dict(map(resolved_step, steps)), sort_keys=False, allow_unicode=True)

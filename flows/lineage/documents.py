@@ -172,8 +172,8 @@ class DocumentTrace:
                 continue
             name = self.id.partition("/")[0] if config.mix else None
             start = start_in_source(source.path, place, self.id) if name else place.start
-            windows = {one["source"]: one["windows"] for one in json.loads(read_sources(node.path))}
-            reads = training.reads(start, start + place.tokens, windows.get(name, 0), name)
+            sequences = {one["source"]: one["windows"] for one in json.loads(read_sources(node.path))}
+            reads = training.reads(start, start + place.tokens, sequences.get(name, 0), name)
             self.readings.append(Reading(node=node, training=training, reads=reads, validated=False))
 
     def _in_evaluation(self, node: Node) -> None:
@@ -227,7 +227,7 @@ def training_of(node: Node) -> Training:
 
 
 def read_sources(folder: Path) -> str:
-    """Read what a training wrote of the windows that there are."""
+    """Read what a training wrote of the sequences that there are."""
     return (folder / "sources.json").read_text(encoding="utf-8")
 
 

@@ -206,12 +206,12 @@ def reading_line(reading: Reading) -> str:
     steps: dict[str, list[int]] = {}
     for read in reads:
         steps.setdefault(read.fate, []).append(read.step)
-    windows = len({read.window for read in reads})
+    sequences = len({read.sequence for read in reads})
     told = "; ".join(
         f"{'' if fate == 'trained' else fate + ': '}{step_ranges(some)}" for fate, some in steps.items()
     )
     count = len({read.step for read in reads})
-    return f"{count:,} of {config.steps:,} steps{going} read {windows:,} windows of it: step {told}"
+    return f"{count:,} of {config.steps:,} steps{going} read {sequences:,} sequences of it: step {told}"
 
 
 def step_ranges(steps: Sequence[int]) -> str:

@@ -54,7 +54,7 @@ class FlowPageListener:
         self._page: FlowPage | None = None
         self._flow_runs: dict[str, str] = {}
         self._results: dict[str, StepSealed | StepReused] = {}
-        self._at_work = ""
+        self._at_work: list[str] = []
         self._links = Linked(url="")
 
     def handle(self, event: Event) -> None:
@@ -65,10 +65,11 @@ class FlowPageListener:
             case Linked():
                 self._links = event
             case StepStarted(late=False, step=step) | StepDispatched(step=step):
-                self._at_work = step
+                self._at_work.append(step)
                 self._flow_runs[step] = getattr(event, "flow_run", {}).get("id", "")
             case StepSealed(late=False, step=step) | StepReused(step=step):
-                self._at_work, self._results[step] = "", event
+                self._results[step] = event
+                self._left(step)
                 said = headline(event.stage, event.metrics)
                 self._log(f"{step} {event.how}: {said} · {duration(event.seconds)}", INFO)
         if self._page is None:
@@ -80,15 +81,20 @@ class FlowPageListener:
                 self._log(text, WARNING if warning else INFO, step)
             case StepFailed(message=message, step=step):
                 self._log(message, INFO, step)
+                self._left(step)
             case RunStarted() | Linked() | StepStarted() | StepDispatched() | StepSealed() | StepReused():
                 self._show("running")
             case RunEnded(status=status, step=step):
-                self._at_work = step
+                self._at_work = [step] if step else []
                 self._show({"KILLED": "stopped", "FAILED": "failed"}.get(status, ""))
 
     def close(self) -> None:
         if self._page:
             self._page.close()
+
+    def _left(self, step: str) -> None:
+        """Take a step for one that is not at work."""
+        self._at_work = [one for one in self._at_work if one != step]
 
     def _log(self, text: str, level: int, step: str = "") -> None:
         """A line in the log of the step's flow run, or of the whole run's."""
@@ -102,7 +108,7 @@ class FlowPageListener:
         assert self._page
         rows = [self._row(step, state) for step in self._run.steps]
         done = f"{len(self._results)} of {len(rows)} stages done"
-        self._page.stages(rows, f"{done}, {self._at_work} {state}" if self._at_work else done)
+        self._page.stages(rows, f"{done}, {', '.join(self._at_work)} {state}" if self._at_work else done)
         self._page.links(links(self._run, self._links), self._links.url or "where else to look")
 
     def _row(self, planned: Mapping[str, Any], state: str) -> dict[str, str]:
@@ -110,7 +116,7 @@ class FlowPageListener:
         result = self._results.get(name)
         return {
             "stage": name,
-            "state": result.how if result else state if name == self._at_work else "waiting",
+            "state": result.how if result else state if name in self._at_work else "waiting",
             "result": headline(result.stage, result.metrics) if result else "",
             "duration": duration(result.seconds) if result and result.seconds else "",
             "fingerprint": str(planned["fingerprint"]),

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.segment import Segment
 from rich.table import Table
@@ -59,30 +59,31 @@ class Screen(Console):
 
 
 class Terminal:
-    """Writes to standard output; redraws one line there if it is a terminal, else adds lines now and then."""
+    """Writes to standard output; redraws a line a step at work if it is a terminal, else adds lines now and then."""
 
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Screen()
         self._live: Live | None = None
-        self._stage = ""
-        self._started = 0.0
-        self._shown = 0.0
+        self._began: dict[str, float] = {}
+        """Step at work -> when it began."""
+        self._lines: dict[str, Text] = {}
+        """Step at work -> the line that is redrawn."""
+        self._shown: dict[str, float] = {}
+        """Step at work -> when a line was added last."""
 
     def title(self, text: str) -> None:
         self.console.print(text, style="bold")
 
-    def stage_started(self, stage: str, what: str) -> None:
+    def step_started(self, step: str, what: str) -> None:
         """Begin a step's line, which says ``what`` until there is progress to report."""
-        self._stage, self._started, self._shown = stage, time.monotonic(), time.monotonic()
+        self._began[step] = self._shown[step] = time.monotonic()
         if self.console.is_terminal:
-            self._live = Live(
-                self._line("…", what), console=self.console, refresh_per_second=8, transient=True
-            )
-            self._live.start()
+            self._lines[step] = line("…", step, what)
+            self._redraw()
 
-    def progress(self, done: float, total: float | None, unit: str) -> None:
+    def progress(self, step: str, done: float, total: float | None, unit: str) -> None:
         """The step has done ``done`` of ``total`` ``unit``."""
-        seconds = time.monotonic() - self._started
+        seconds = time.monotonic() - self._began.get(step, time.monotonic())
         parts = [
             f"{quantity(done, unit)} of {quantity(total, unit)}" if total else quantity(done, unit),
             unit,
@@ -94,34 +95,45 @@ class Terminal:
             text += f" · {quantity(done / seconds, unit)}/s"
             if total and done < total:
                 text += f" · {duration(seconds * (total - done) / done)} left"
-        self.line(text)
+        self.line(step, text)
 
-    def line(self, text: str) -> None:
-        """Replace the live line's text (or print it, when the last print is long enough ago)."""
-        if self._live:
-            self._live.update(self._line("…", text))
-        elif time.monotonic() - self._shown >= PLAIN_SECONDS:
-            self._shown = time.monotonic()
-            self.console.print(self._line("…", text))
+    def line(self, step: str, text: str) -> None:
+        """Replace a step's live line (or print it, when the last print is long enough ago)."""
+        if step in self._lines:
+            self._lines[step] = line("…", step, text)
+            self._redraw()
+        elif time.monotonic() - self._shown.get(step, 0.0) >= PLAIN_SECONDS:
+            self._shown[step] = time.monotonic()
+            self.console.print(line("…", step, text))
 
     def note(self, text: str, warning: bool = False) -> None:
         """A line that stays."""
         self.console.print(Text(f"  {'!' if warning else '·'} {text}", style="yellow" if warning else "dim"))
 
     def leave(self) -> None:
-        """Draw the step's line no longer."""
-        if self._live:
+        """Draw no step's line any longer."""
+        self._lines.clear()
+        self._redraw()
+
+    def step_ended(self, mark: str, step: str, text: str, style: str = "green") -> None:
+        """End a step's line for good."""
+        self._lines.pop(step, None)
+        self._redraw()
+        self._shown.pop(step, None)
+        began = self._began.pop(step, None)
+        took = f"  {duration(time.monotonic() - began)}" if began is not None else ""
+        self.console.print(line(mark, step, text, took=took, style=style))
+
+    def _redraw(self) -> None:
+        """Show the lines of the steps at work, below all that stays."""
+        if self._lines and self._live is None:
+            self._live = Live(console=self.console, refresh_per_second=8, transient=True)
+            self._live.start()
+        if self._live and self._lines:
+            self._live.update(Group(*self._lines.values()))
+        elif self._live:
             self._live.stop()
             self._live = None
-
-    def stage_ended(self, mark: str, text: str, style: str = "green") -> None:
-        """End the step's line for good."""
-        self.leave()
-        self.console.print(self._line(mark, text, style))
-
-    def stage_reused(self, stage: str, text: str) -> None:
-        self._stage, self._started = stage, 0.0
-        self.console.print(self._line("=", text, "blue"))
 
     def summary(self, rows: Iterable[tuple[str, Artifact, str, float]]) -> None:
         """The table at the end: what each step made, whether it ran, and for how long."""
@@ -143,9 +155,10 @@ class Terminal:
         self.console.print()
         self.console.print(table)
 
-    def _line(self, mark: str, text: str, style: str = "cyan") -> Text:
-        seconds = f"  {duration(time.monotonic() - self._started)}" if self._started and mark != "…" else ""
-        return Text.assemble((f"  {mark} ", style), (f"{self._stage:<16}", "bold"), text, (seconds, "dim"))
+
+def line(mark: str, step: str, text: str, *, took: str = "", style: str = "cyan") -> Text:
+    """A step's line."""
+    return Text.assemble((f"  {mark} ", style), (f"{step:<16}", "bold"), text, (took, "dim"))
 
 
 class TerminalListener:
@@ -153,41 +166,30 @@ class TerminalListener:
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
-        self._at_work = ""
 
     def handle(self, event: Event) -> None:
         terminal = self._terminal
         match event:
             case StepStarted(late=False, step=step, why=why):
-                self._start(step, why)
+                terminal.step_started(step, why)
             case StepDispatched(step=step, deployment=deployment):
-                self._start(step, f"dispatched as {deployment}")
-            case Progress(text="", done=done, total=total, unit=unit):
-                terminal.progress(done, total, unit)
-            case Progress(text=text) | Activity(text=text):
-                terminal.line(text)
+                how = f"dispatched as {deployment}" if deployment else "in a process of its own"
+                terminal.step_started(step, how)
+            case Progress(text="", step=step, done=done, total=total, unit=unit):
+                terminal.progress(step, done, total, unit)
+            case Progress(step=step, text=text) | Activity(step=step, text=text):
+                terminal.line(step, text)
             case Note(text=text, warning=warning):
                 terminal.note(text, warning)
             case StepReused(step=step, how="reused", stage=stage, metrics=metrics):
-                self._at_work = ""
-                terminal.stage_reused(step, f"{headline(stage, metrics)}  (reused)")
+                terminal.step_ended("=", step, f"{headline(stage, metrics)}  (reused)", "blue")
             case (
-                StepSealed(late=False, stage=stage, metrics=metrics)
-                | StepReused(stage=stage, metrics=metrics)
+                StepSealed(late=False, step=step, stage=stage, metrics=metrics)
+                | StepReused(step=step, stage=stage, metrics=metrics)
             ):
-                self._end("✓", headline(stage, metrics), "green")
+                terminal.step_ended("✓", step, headline(stage, metrics))
             case StepFailed(step=step, message=message):
-                if step != self._at_work:
-                    self._start(step, "")
-                self._end("✗", (message.splitlines() or ["stopped"])[0][:120], "red")
-
-    def _start(self, step: str, what: str) -> None:
-        self._at_work = step
-        self._terminal.stage_started(step, what)
-
-    def _end(self, mark: str, text: str, style: str) -> None:
-        self._at_work = ""
-        self._terminal.stage_ended(mark, text, style)
+                terminal.step_ended("✗", step, (message.splitlines() or ["stopped"])[0][:120], "red")
 
     def close(self) -> None:
         """Leave no line that is still drawn."""

@@ -5,8 +5,8 @@ So a pipeline on a machine with cores has its training done by one with GPUs. Al
 
 from __future__ import annotations
 
-import time
 from contextlib import suppress
+from threading import Event
 from typing import Any
 
 import httpx
@@ -18,7 +18,9 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelling
 
 from data_pipeline.core.errors import UserError
+from flows.engine.order import Wishes
 from flows.engine.plan import Step
+from flows.engine.stopping import Stop
 from flows.prefect.names import FLOW
 
 POLL_SECONDS = 2.0
@@ -54,7 +56,7 @@ class Dispatcher:
         """The deployment that builds a step: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STEP``."""
         return f"{FLOW}/{this_deployment.name}.{stage}"
 
-    def run(self, stage: str, parent_key: str, force: bool = False) -> None:
+    def run(self, stage: str, wishes: Wishes, *, parent_key: str, force: bool) -> None:
         """Start a step's deployment, and wait until it has ended well. When we are stopped, so is it.
 
         With ``force`` it builds the step again although it is sealed.
@@ -68,7 +70,7 @@ class Dispatcher:
         shared = {name: mine[name] for name in ("recipe", "settings", "home")}
         started: Any = run_deployment(self.deployment(stage), parameters={**shared, **changes}, timeout=0)
         try:
-            ended = wait_for(started)
+            ended = wait_for(started, wishes.stop)
         except BaseException:
             with suppress(Exception), get_client(sync_client=True) as client:
                 client.set_flow_run_state(started.id, Cancelling())
@@ -81,11 +83,16 @@ class Dispatcher:
             )
 
 
-def wait_for(started: FlowRun) -> FlowRun:
-    """The flow run when it has ended, however long Prefect may be away meanwhile."""
+def wait_for(started: FlowRun, stop: Event) -> FlowRun:
+    """The flow run when it has ended, however long Prefect may be away meanwhile.
+
+    Raises:
+        Stop: we are to ``stop`` before.
+    """
     while True:
         with suppress(httpx.TransportError), get_client(sync_client=True) as client:
             current = client.read_flow_run(started.id)
             if current.state and current.state.is_final():
                 return current
-        time.sleep(POLL_SECONDS)
+        if stop.wait(POLL_SECONDS):
+            raise Stop("its flow run is cancelled")

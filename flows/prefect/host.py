@@ -16,11 +16,13 @@ from prefect.settings import PREFECT_API_URL
 
 from flows.engine.events import StepStarted
 from flows.engine.log import RunLog
+from flows.engine.order import Order, Wishes
 from flows.engine.plan import Step
 from flows.engine.ports import answers
 from flows.engine.stopping import ending_in_time
 from flows.engine.uses import Uses
 from flows.listeners.mlflow.listener import MlflowListener
+from flows.prefect import alongside
 from flows.prefect.context import PrefectContext
 from flows.prefect.dispatch import Dispatcher
 from flows.prefect.flow_runs import STOPS, attempted, give_up, settle
@@ -83,8 +85,12 @@ class PrefectHost:
     def deployment(self, step: Step) -> str:
         return self._dispatcher.deployment(step.name) if self._dispatcher.takes(step.name) else ""
 
-    def dispatch(self, step: Step, key: str, forced: bool) -> None:
-        self._dispatcher.run(step.name, key, forced)
+    def dispatch(self, step: Step, wishes: Wishes, *, order: Order, key: str) -> None:
+        if self._dispatcher.takes(step.name):
+            forced = order.planned.selection.force == step.name
+            self._dispatcher.run(step.name, wishes, parent_key=key, force=forced)
+        else:
+            alongside.build(step, self._log, wishes, order=order, key=key)
 
     def flow_run(self) -> dict[str, str]:
         return {"id": str(flow_run.id), "url": str(flow_run.ui_url)} if flow_run.id else {}

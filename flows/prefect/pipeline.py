@@ -80,7 +80,8 @@ class Pipeline:
         """
         planned, runtime = self.executor.order.planned, self.executor.order.recipe.runtime
         check_receivers(runtime.notify)
-        for receiver in unset_receivers(runtime.notify):
+        joined = self.executor.order.run_key  # who dispatched us reports the end
+        for receiver in () if joined else unset_receivers(runtime.notify):
             self.log.warn(
                 f"runtime.notify: {receiver} can't be told of this run's end: the variable is not set"
             )

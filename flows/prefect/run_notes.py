@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import socket
+import threading
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -54,6 +55,7 @@ class Note:
 
 _mine: list[Note] = []
 """The note of this process, while there is one."""
+_changing = threading.Lock()
 
 
 def write_note(home: Path, flow_run_id: str, *, api: str, name: str, attempt: int) -> None:
@@ -74,10 +76,11 @@ def write_note(home: Path, flow_run_id: str, *, api: str, name: str, attempt: in
 
 
 def needs(seconds: float) -> None:
-    """Say how long this process needs from now on to end when it is asked to."""
-    if _mine:
-        _mine[0] = replace(_mine[0], seconds=seconds)
-        save(_mine[0])
+    """Say how long this process needs from now on, at least, to end when it is asked to."""
+    with _changing:
+        if _mine:
+            _mine[0] = replace(_mine[0], seconds=max(seconds, _mine[0].seconds))
+            save(_mine[0])
 
 
 def end_note(final: str, message: str) -> Note | None:

@@ -13,8 +13,8 @@ from typing import Any
 from data_pipeline.core.errors import UserError
 from data_pipeline.tokenize.flat import FlatTokens, Split, Stream
 from llm.data.mixture import Mixture
-from llm.data.order import Indices, batch_windows
-from llm.data.sequences import Windows
+from llm.data.order import Indices, batch_sequences
+from llm.data.sequences import Sequences
 
 
 @dataclass(frozen=True)
@@ -32,27 +32,27 @@ class Corpus:
     """Whether batches say which document each token belongs to."""
 
     def streams(self, split: Split) -> list[Stream]:
-        """The text of a split, in the order in which its windows are numbered."""
+        """The text of a split, in the order in which its sequences are numbered."""
         flat = FlatTokens(self.folder, split)
         if split == "train" and self.mixture:
             return [flat.stream(name) for name in self.mixture.names]
         return [flat.stream()]
 
-    def windows(self, split: Split) -> Windows:
-        """The windows of a split."""
-        return Windows(self.streams(split), self.context, self.end if self.documents else None)
+    def sequences(self, split: Split) -> Sequences:
+        """The sequences of a split."""
+        return Sequences(self.streams(split), self.context, self.end if self.documents else None)
 
-    def order(self, windows: Windows) -> Callable[[int, int], Indices]:
-        """(first, count) -> which of the training ``windows`` so many slots read."""
+    def order(self, sequences: Sequences) -> Callable[[int, int], Indices]:
+        """(first, count) -> which of the training ``sequences`` so many samples read."""
         if self.mixture:
-            return self.mixture.order(windows.counts, self.seed)
-        return partial(batch_windows, seed=self.seed, total=len(windows))
+            return self.mixture.order(sequences.counts, self.seed)
+        return partial(batch_sequences, seed=self.seed, total=len(sequences))
 
     def left_out(self) -> dict[str, int]:
         """The training tokens of each source that the mixture leaves out.
 
         Raises:
-            UserError: a source of the mixture does not exist, or has less than a window.
+            UserError: a source of the mixture does not exist, or has less than a sequence.
         """
         if self.mixture is None:
             return {}
@@ -62,21 +62,21 @@ class Corpus:
                 f"pretrain.mixture names {', '.join(unknown)}, but no training document comes from there:\n"
                 f"the sources are {', '.join(tokens)}"
             )
-        for name, windows in zip(self.mixture.names, self.windows("train").counts, strict=True):
-            if not windows:
+        for name, sequences in zip(self.mixture.names, self.sequences("train").counts, strict=True):
+            if not sequences:
                 raise UserError(
-                    f"source {name} of pretrain.mixture has {tokens[name]:,} training tokens, less than one window "
+                    f"source {name} of pretrain.mixture has {tokens[name]:,} training tokens, less than one sequence "
                     f"of {self.context:,}:\nleave it out of the mixture, or lower pretrain.model.context"
                 )
         return {name: count for name, count in tokens.items() if name not in self.mixture.names}
 
-    def reading(self, slots: int) -> list[dict[str, Any]]:
-        """Count what ``slots`` slots read of each source, or of all without a mixture: windows there are, windows read,
-        and epochs, which is the one over the other."""
-        counts = self.windows("train").counts
+    def reading(self, samples: int) -> list[dict[str, Any]]:
+        """Count what ``samples`` samples read of each source, or of all without a mixture: sequences there are, those
+        read, and epochs, which is the one over the other."""
+        counts = self.sequences("train").counts
         names = self.mixture.names if self.mixture else (None,)
-        read = self.mixture.read_before(slots) if self.mixture else [slots]
+        read = self.mixture.read_before(samples) if self.mixture else [samples]
         return [
-            {"source": name, "windows": windows, "read": times, "epochs": times / windows}
-            for name, windows, times in zip(names, counts, read, strict=True)
+            {"source": name, "windows": sequences, "read": times, "epochs": times / sequences}
+            for name, sequences, times in zip(names, counts, read, strict=True)
         ]

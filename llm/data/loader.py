@@ -1,4 +1,4 @@
-"""A rank's micro-batches, prepared ahead: while one step trains, a thread gathers the next one's windows into
+"""A rank's micro-batches, prepared ahead: while one step trains, a thread gathers the next one's sequences into
 buffers that are used in turn. Looking ahead changes nothing that is read: whichever step is asked for comes out the
 same, and asking for another one than expected (after a rollback) only costs the wait.
 """
@@ -14,10 +14,10 @@ from typing import Any, Self
 import numpy as np
 
 from llm.data.order import Indices, rank_share
-from llm.data.sequences import Batch, Windows
+from llm.data.sequences import Batch, Sequences
 
 ORDER_BLOCK = 1 << 14
-"""Slots whose windows are worked out at once, but no more than an epoch has: for a few, numpy's calls cost far more
+"""Samples whose sequences are worked out at once, but no more than an epoch has: for a few, numpy's calls cost far more
 than the arithmetic."""
 
 
@@ -28,16 +28,16 @@ class Share:
     rank: int
     ranks: int
     micro_batch: int
-    """Windows in a micro-batch; the last of a step may have fewer."""
+    """Sequences in a micro-batch; the last of a step may have fewer."""
 
 
 class Loader:
     """The batches of one rank. Use it in a ``with`` block, or `close` it: a thread works for it.
 
     Args:
-        windows: where windows are read.
-        order: (first, count) -> the windows of so many slots from the first.
-        slots: step -> (its first slot, how many slots it has).
+        sequences: where sequences are read.
+        order: (first, count) -> the sequences of so many samples from the first.
+        samples: step -> (its first sample, how many samples it has).
         steps: there are batches for steps 0 to ``steps - 1``.
         ahead: steps that are prepared before they are asked for.
         pinned: whether a GPU is to read the batches.
@@ -45,16 +45,16 @@ class Loader:
 
     def __init__(
         self,
-        windows: Windows,
+        sequences: Sequences,
         order: Callable[[int, int], Indices],
-        slots: Callable[[int], tuple[int, int]],
+        samples: Callable[[int], tuple[int, int]],
         share: Share,
         steps: int,
         *,
         ahead: int = 2,
         pinned: bool = False,
     ) -> None:
-        self.windows, self.order, self.slots, self.share = windows, order, slots, share
+        self.sequences, self.order, self.samples, self.share = sequences, order, samples, share
         self.steps, self.ahead, self.pinned = steps, ahead, pinned
         # One that is trained on, and one for each step ahead.
         self._buffers: list[Batch | None] = [None] * (ahead + 1)
@@ -97,21 +97,21 @@ class Loader:
         self._prepared.append((step, self._thread.submit(self._make, step, turn)))
 
     def _make(self, step: int, turn: int) -> list[Batch]:
-        first, count = self.slots(step)
-        mine = rank_share(self._windows_of(first, count), self.share.rank, self.share.ranks)
+        first, count = self.samples(step)
+        mine = rank_share(self._sequences_of(first, count), self.share.rank, self.share.ranks)
         buffer = self._buffers[turn]
         if buffer is None or len(buffer.tokens_BT) < len(mine):
-            buffer = self._buffers[turn] = self.windows.empty(len(mine), self.pinned)
-        batch = self.windows.take(mine, buffer)
+            buffer = self._buffers[turn] = self.sequences.empty(len(mine), self.pinned)
+        batch = self.sequences.take(mine, buffer)
         starts = range(0, len(mine), self.share.micro_batch)
         return [batch.part(start, start + self.share.micro_batch) for start in starts]
 
-    def _windows_of(self, first: int, count: int) -> Indices:
-        """The windows of a range of slots, worked out a block at a time."""
+    def _sequences_of(self, first: int, count: int) -> Indices:
+        """The sequences of a range of samples, worked out a block at a time."""
         start, block = self._block
         if not start <= first <= first + count <= start + len(block):
             start, block = self._block = (
                 first,
-                self.order(first, max(count, min(ORDER_BLOCK, len(self.windows)))),
+                self.order(first, max(count, min(ORDER_BLOCK, len(self.sequences)))),
             )
         return block[first - start : first - start + count]

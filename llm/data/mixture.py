@@ -1,7 +1,7 @@
-"""Several sources mixed by weights: which source, and which place in that source's own order, a slot reads follows from
-the slot's number alone, in whole numbers. Slots repeat in periods of 1,000 steps' windows. In each, every source
-has its share of the windows, rounded by largest remainder, so any 1,000 whole steps in a row are exact to within one
-window; and within a period its windows lie evenly, as the pixels of a line of that slope do (Bresenham 1965). Each
+"""Several sources mixed by weights: which source, and which place in that source's own order, a sample reads follows
+from the sample's index alone, in whole numbers. Samples repeat in periods of 1,000 steps' worth. In each, every source
+has its share of the sequences, rounded by largest remainder, so any 1,000 whole steps in a row are exact to within one
+sequence; and within a period its sequences lie evenly, as the pixels of a line of that slope do (Bresenham 1965). Each
 source is shuffled by itself, anew each time it has been read to its end.
 """
 
@@ -21,28 +21,28 @@ PERIOD_STEPS = 1000
 """Steps after which the pattern of sources repeats."""
 
 LARGEST_PERIOD = 3_000_000_000
-"""In windows: the square still fits 63 bits."""
+"""In sequences: the square still fits 63 bits."""
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the slots of a period are shared."""
+    """How the samples of a period are shared."""
 
     names: tuple[str, ...]
     """Names of sources, by falling share."""
     counts: tuple[int, ...]
-    """Slots a period of each."""
+    """Samples a period of each."""
 
     @classmethod
-    def of(cls, weights: Mapping[str, float], batch_windows: int) -> Mixture:
-        """The mixture of positive ``weights`` (of any sum) for steps of ``batch_windows`` windows.
+    def of(cls, weights: Mapping[str, float], batch_sequences: int) -> Mixture:
+        """The mixture of positive ``weights`` (of any sum) for steps of ``batch_sequences`` sequences.
 
         Raises:
             ValueError: a weight so small that its source would never be read; a batch beyond all bounds.
         """
-        period = PERIOD_STEPS * batch_windows
+        period = PERIOD_STEPS * batch_sequences
         if period > LARGEST_PERIOD:
-            raise ValueError(f"a mixture can't share out batches of {batch_windows:,} windows")
+            raise ValueError(f"a mixture can't share out batches of {batch_sequences:,} sequences")
         total = sum(map(Fraction, weights.values()))
         quotas = {name: Fraction(weights[name]) * period / total for name in sorted(weights)}
         counts = {name: int(quota) for name, quota in quotas.items()}
@@ -51,7 +51,7 @@ class Mixture:
             counts[name] += 1
         if unread := [name for name, count in counts.items() if not count]:
             raise ValueError(
-                f"the weight of {', '.join(unread)} gives not one window in {PERIOD_STEPS:,} steps: "
+                f"the weight of {', '.join(unread)} gives not one sequence in {PERIOD_STEPS:,} steps: "
                 "raise it or leave the source out"
             )
         names = sorted(counts, key=lambda name: -counts[name])
@@ -59,18 +59,18 @@ class Mixture:
 
     @property
     def period(self) -> int:
-        """Slots after which the pattern repeats."""
+        """Samples after which the pattern repeats."""
         return sum(self.counts)
 
-    def places(self, slots: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Return for each slot the number of its source, and how many slots before it read that source.
+    def places(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Return for each sample the number of its source, and how many samples before it read that source.
 
-        The largest source takes its slots of all, the next takes its own of those that are left, and so on. In any
-        first n slots a source then has more than its share less one, and less than its share plus 1 + ln(sources).
+        The largest source takes its samples of all, the next takes its own of those that are left, and so on. In any
+        first n samples a source then has more than its share less one, and less than its share plus 1 + ln(sources).
         """
-        periods, rank = np.divmod(slots, self.period)
+        periods, rank = np.divmod(samples, self.period)
         left = self.period
-        sources, places = np.full(len(slots), -1), np.empty(len(slots), np.int64)
+        sources, places = np.full(len(samples), -1), np.empty(len(samples), np.int64)
         for source, count in enumerate(self.counts):
             before = rank * count // left
             mine = (sources < 0) & ((rank + 1) * count // left > before)
@@ -79,8 +79,8 @@ class Mixture:
             rank, left = rank - before, left - count
         return sources, places
 
-    def slots(self, source: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The slots that read these places of a source's own order: the inverse of `places`."""
+    def samples(self, source: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The samples that read these places of a source's own order: the inverse of `places`."""
         count = self.counts[source]
         periods, before = np.divmod(places, count)
         left = self.period - sum(self.counts[:source])
@@ -92,9 +92,9 @@ class Mixture:
             ranks = ranks * left // (left - other)
         return periods * self.period + ranks
 
-    def read_before(self, slot: int) -> list[int]:
-        """Count how many of the slots before ``slot`` read each source."""
-        periods, rank = divmod(slot, self.period)
+    def read_before(self, sample: int) -> list[int]:
+        """Count how many of the samples before ``sample`` read each source."""
+        periods, rank = divmod(sample, self.period)
         left, found = self.period, []
         for count in self.counts:
             before = rank * count // left
@@ -103,14 +103,14 @@ class Mixture:
         return found
 
     def order(self, totals: Sequence[int], seed: int) -> Callable[[int, int], Indices]:
-        """(first, count) -> the windows of so many slots, numbered source after source as `names` goes.
+        """(first, count) -> the sequences of so many samples, numbered source after source as `names` goes.
 
-        ``totals`` are the windows of each source, at least one.
+        ``totals`` are the sequences of each source, at least one.
         """
         firsts = np.cumsum([0, *totals])
         seeds = [source_seed(name, seed) for name in self.names]
 
-        def windows(first: int, count: int) -> Indices:
+        def sequences(first: int, count: int) -> Indices:
             sources, places = self.places(np.arange(first, first + count))
             found = np.empty(count, np.uint64)
             for source, total in enumerate(totals):
@@ -119,7 +119,7 @@ class Mixture:
                 found[here] = own + np.uint64(firsts[source])
             return found
 
-        return windows
+        return sequences
 
 
 def source_seed(name: str, seed: int) -> int:

@@ -1,7 +1,7 @@
-"""(seed, slot) -> window, as a pure function. Training reads windows slot by slot, a step so many slots, in the order
+"""(seed, sample index) -> sequence, as a pure function. A sample is one sequence; a step reads so many, in the order
 of a seeded permutation that is drawn anew each epoch. The permutation is computed index by index (a Feistel network),
 so no order is stored, resume needs no state, and the number of ranks never changes what step N trains on. What a
-window is, `llm.data.sequences` says; how several sources share the slots, `llm.data.mixture`.
+sequence is, `llm.data.sequences` says; how several sources share the samples, `llm.data.mixture`.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ FEISTEL_ROUNDS = 6
 Indices = npt.NDArray[np.uint64]
 
 
-def batch_windows(first: int, count: int, seed: int, total: int) -> Indices:
-    """Find which windows the slots ``first`` to ``first + count`` read: numbers below ``total``.
+def batch_sequences(first: int, count: int, seed: int, total: int) -> Indices:
+    """Find which sequences the samples ``first`` to ``first + count`` read: numbers below ``total``.
 
-    Slots read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
+    Samples read the permutation of epoch 0 to its end, then that of epoch 1, so a batch may span two epochs.
     """
     return shuffled(np.arange(first, first + count, dtype=np.uint64), seed, total)
 
 
 def shuffled(places: Indices, seed: int, total: int) -> Indices:
-    """The windows at these places of the endless sequence: all ``total`` in one order, then all in another, ..."""
+    """The sequences at these places of the endless sequence: all ``total`` in one order, then all in another, ..."""
     epochs, places = places // np.uint64(total), places % np.uint64(total)
-    windows = np.empty(len(places), np.uint64)
+    sequences = np.empty(len(places), np.uint64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        windows[here] = permute(places[here], total, seed, int(epoch))
-    return windows
+        sequences[here] = permute(places[here], total, seed, int(epoch))
+    return sequences
 
 
-def places_of(windows: Indices, epochs: npt.NDArray[np.int64], seed: int, total: int) -> Indices:
-    """The places at which `shuffled` reads each window in its epoch: shape (windows,), as both arguments."""
-    places = np.empty(len(windows), np.uint64)
+def places_of(sequences: Indices, epochs: npt.NDArray[np.int64], seed: int, total: int) -> Indices:
+    """The places at which `shuffled` reads each sequence in its epoch: shape (sequences,), as both arguments."""
+    places = np.empty(len(sequences), np.uint64)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        places[here] = unpermute(windows[here], total, seed, epoch) + np.uint64(epoch * total)
+        places[here] = unpermute(sequences[here], total, seed, epoch) + np.uint64(epoch * total)
     return places
 
 
-def rank_share(windows: Indices, rank: int, ranks: int) -> Indices:
+def rank_share(sequences: Indices, rank: int, ranks: int) -> Indices:
     """The part of a global batch that one rank trains on: a contiguous slice."""
-    if len(windows) % ranks:
-        raise ValueError(f"a batch of {len(windows)} windows does not divide among {ranks} ranks")
-    share = len(windows) // ranks
-    return windows[rank * share : (rank + 1) * share]
+    if len(sequences) % ranks:
+        raise ValueError(f"a batch of {len(sequences)} sequences does not divide among {ranks} ranks")
+    share = len(sequences) // ranks
+    return sequences[rank * share : (rank + 1) * share]
 
 
 def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
@@ -122,6 +122,6 @@ def require_batch(tokens: int, context: int, batch_tokens: int) -> None:
     whole = max(0, (tokens - 1) // context) * context
     if whole < batch_tokens:
         raise UserError(
-            f"the corpus has {tokens:,} training tokens ({whole:,} in whole windows of {context:,}), but one batch "
+            f"the corpus has {tokens:,} training tokens ({whole:,} in whole sequences of {context:,}), but one batch "
             f"needs {batch_tokens:,}:\nlower pretrain.batch_tokens or pretrain.model.context, or add text"
         )

@@ -1,7 +1,7 @@
 """Which steps read a stretch of the training text, and where in their batches: `llm.data.order` and `llm.data.mixture`
-turned round. A document's tokens lie in a few windows; each window is read once an epoch, at a slot that the inverse of
-the epoch's permutation names; a slot belongs to a step. So an answer costs a few numbers a window and epoch, whatever
-the length of the run, and nothing has to be logged while it trains.
+turned round. A document's tokens lie in a few sequences; each is read once an epoch, at the sample index that the
+inverse of the epoch's permutation names; a sample belongs to a step. So an answer costs a few numbers a sequence and
+epoch, whatever the length of the run, and nothing has to be logged while it trains.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ training went back to before it; or the run has not come to it."""
 
 
 class Stretch(NamedTuple):
-    """Steps ``first`` to ``end - 1``, which read ``skipped`` slots behind their own."""
+    """Steps ``first`` to ``end - 1``, which read ``skipped`` samples behind their own."""
 
     first: int
     end: int
@@ -31,18 +31,18 @@ class Stretch(NamedTuple):
 
 
 class Read(NamedTuple):
-    """One window of a document in a batch."""
+    """One sequence of a document in a batch."""
 
     step: int
     """From 1, as events and losses count."""
     row: int
     """Place in the batch, from 0, over all ranks: of R ranks, rank ``row // (rows / R)`` reads it."""
-    window: int
+    sequence: int
     """Its number in the flat file."""
     first: int
-    """The document's first token in the window, from 0; position ``context`` is a target only."""
+    """The document's first token in the sequence, from 0; position ``context`` is a target only."""
     end: int
-    """After the document's last token in the window."""
+    """After the document's last token in the sequence."""
     epoch: int
     """How many times the text had been read to its end, from 0."""
     fate: Fate
@@ -56,14 +56,14 @@ class Training:
     done: int
     """Steps taken."""
     skipped: Sequence[Mapping[str, Any]]
-    """Facts as in ``skipped.parquet``, in order: `step`, `reason`, and `windows` that were passed over."""
+    """Facts as in ``skipped.parquet``, in order: `step`, `reason`, and the sequences passed over (`windows`)."""
 
     def stretches(self) -> list[Stretch]:
         """The steps in the order in which they were taken; some twice, where the training went back."""
         plan, found, first, skipped = self.config.plan, [], 0, 0
         for fact in self.skipped:
             if fact["reason"] == "spike":
-                target = plan.step_of(plan.windows_before(fact["step"]) - fact["windows"])
+                target = plan.step_of(plan.sequences_before(fact["step"]) - fact["windows"])
                 found += [
                     Stretch(first=first, end=target, skipped=skipped, rolled_back=False),
                     Stretch(first=target, end=fact["step"], skipped=skipped, rolled_back=True),
@@ -71,21 +71,21 @@ class Training:
                 first, skipped = target, skipped + fact["windows"]
         return [*found, Stretch(first=first, end=self.config.steps, skipped=skipped, rolled_back=False)]
 
-    def slots(self) -> int:
-        """Slots that the whole run reads or passes over."""
+    def samples(self) -> int:
+        """Samples that the whole run reads or passes over."""
         last = self.stretches()[-1]
-        return self.config.plan.windows_before(last.end) + last.skipped
+        return self.config.plan.sequences_before(last.end) + last.skipped
 
-    def step_of(self, slot: int, stretches: Sequence[Stretch]) -> tuple[int, int, Fate] | None:
-        """The step (from 1) that reads a slot, the row of its batch, and what became of it."""
+    def step_of(self, sample: int, stretches: Sequence[Stretch]) -> tuple[int, int, Fate] | None:
+        """The step (from 1) that reads a sample, the row of its batch, and what became of it."""
         plan = self.config.plan
         for stretch in stretches:
             first, end = (
-                plan.windows_before(step) + stretch.skipped for step in (stretch.first, stretch.end)
+                plan.sequences_before(step) + stretch.skipped for step in (stretch.first, stretch.end)
             )
-            if first <= slot < end:
-                step = plan.step_of(slot - stretch.skipped)
-                row = slot - stretch.skipped - plan.windows_before(step)
+            if first <= sample < end:
+                step = plan.step_of(sample - stretch.skipped)
+                row = sample - stretch.skipped - plan.sequences_before(step)
                 return step + 1, row, self._fate(step + 1, stretch)
         return None
 
@@ -97,33 +97,33 @@ class Training:
         return "trained" if step <= self.done else "not yet"
 
     def reads(self, start: int, end: int, count: int, source: str | None = None) -> list[Read]:
-        """List when tokens ``start`` to ``end - 1`` of a flat file of ``count`` windows are read, by step and row.
+        """List when tokens ``start`` to ``end - 1`` of a flat file of ``count`` sequences are read, by step and row.
 
         ``source`` says whose file it is, under a mixture; a source that is not in the mixture is never read.
         """
         mix, context = self.config.mix, self.config.model.context
         if mix and source not in mix.names:
             return []
-        windows = np.arange(max(0, (start - 1) // context), min(count, (end - 1) // context + 1))
+        sequences = np.arange(max(0, (start - 1) // context), min(count, (end - 1) // context + 1))
         places = self._places(source)
-        if not len(windows) or not places:
+        if not len(sequences) or not places:
             return []
         epochs = np.arange(-(-places // count))
-        asked, epoch = np.tile(windows, len(epochs)), np.repeat(epochs, len(windows))
+        asked, epoch = np.tile(sequences, len(epochs)), np.repeat(epochs, len(sequences))
         seed = source_seed(str(source), self.config.seed) if mix else self.config.seed
-        slots = places_of(asked.astype(np.uint64), epoch, seed, count).astype(np.int64)
+        samples = places_of(asked.astype(np.uint64), epoch, seed, count).astype(np.int64)
         if mix:
-            slots = mix.slots(mix.names.index(str(source)), slots)
+            samples = mix.samples(mix.names.index(str(source)), samples)
         stretches, found = self.stretches(), []
-        for slot, window, time in zip(slots.tolist(), asked.tolist(), epoch.tolist(), strict=True):
-            if read := self.step_of(slot, stretches):
-                first, last = max(0, start - window * context), min(context + 1, end - window * context)
+        for sample, sequence, time in zip(samples.tolist(), asked.tolist(), epoch.tolist(), strict=True):
+            if read := self.step_of(sample, stretches):
+                first, last = max(0, start - sequence * context), min(context + 1, end - sequence * context)
                 step, row, fate = read
                 found.append(
                     Read(
                         step=step,
                         row=row,
-                        window=window,
+                        sequence=sequence,
                         first=first,
                         end=last,
                         epoch=time,
@@ -133,6 +133,6 @@ class Training:
         return sorted(found)
 
     def _places(self, source: str | None) -> int:
-        """Count how many slots of the run read ``source``, or all of them without a mixture."""
-        mix, slots = self.config.mix, self.slots()
-        return mix.read_before(slots)[mix.names.index(str(source))] if mix else slots
+        """Count how many samples of the run read ``source``, or all of them without a mixture."""
+        mix, samples = self.config.mix, self.samples()
+        return mix.read_before(samples)[mix.names.index(str(source))] if mix else samples

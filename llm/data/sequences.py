@@ -1,5 +1,5 @@
-"""Tokens that lie end to end, read as windows: streams of token shards (of a split, or of a source of it), which each
-rank maps into memory, are cut into windows of ``context + 1`` tokens. Windows become micro-batches by one gather of
+"""Tokens that lie end to end, read as sequences: streams of token shards (of a split, or of a source of it), which each
+rank maps into memory, are cut into sequences of ``context + 1`` tokens. Sequences become micro-batches by one gather of
 whole rows; a batch is written into buffers that are used again, pinned where a GPU reads them, because new pages cost
 more than the copy does.
 """
@@ -18,21 +18,21 @@ from data_pipeline.tokenize.flat import Stream
 
 
 class Batch(NamedTuple):
-    """Windows as tensors, each of shape (B, T)."""
+    """Sequences as tensors, each of shape (B, T)."""
 
     tokens_BT: Tensor
     """int64: what the model sees."""
     targets_BT: Tensor
     """int64: what follows each token. After a document's last token that is the first of the next."""
     documents_BT: Tensor | None = None
-    """int32: the number, within its window, of the document that each token belongs to."""
+    """int32: the number, within its sequence, of the document that each token belongs to."""
 
     def to(self, device: torch.device) -> Batch:
         """The batch on ``device``; from pinned memory without waiting for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def part(self, first: int, end: int) -> Batch:
-        """Windows ``first`` to ``end``, in the same memory."""
+        """Sequences ``first`` to ``end``, in the same memory."""
         return self._each(lambda tensor: tensor[first:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -40,11 +40,11 @@ class Batch(NamedTuple):
         return Batch(change(self.tokens_BT), change(self.targets_BT), documents_BT)
 
 
-class Windows:
-    """Streams of tokens as windows of ``context + 1`` tokens, each a ``context`` after the last of its stream.
+class Sequences:
+    """Streams of tokens as sequences of ``context + 1`` tokens, each a ``context`` after the last of its stream.
 
-    Window i of a stream gives inputs ``tokens[i c : i c + c]`` and, shifted by one, targets; so every token but the
-    first is a target exactly once an epoch, less a remainder shorter than a window. Windows are numbered from 0, stream
+    Sequence i of a stream gives inputs ``tokens[i c : i c + c]`` and, shifted by one, targets; so every token but the
+    first is a target exactly once an epoch, less a remainder shorter than a sequence. They are numbered from 0, stream
     after stream. With ``end``, the token that ends documents, batches say which document each token belongs to.
     """
 
@@ -52,20 +52,20 @@ class Windows:
         self.context, self.end = context, end
         self._streams = streams
         self.counts = [max(0, (len(stream) - 1) // context) for stream in streams]
-        """Windows of each stream."""
+        """Sequences of each stream."""
 
     def __len__(self) -> int:
         return sum(self.counts)
 
     def empty(self, count: int, pinned: bool = False) -> Batch:
-        """Room for ``count`` windows, in memory that a GPU can read directly where ``pinned``."""
+        """Room for ``count`` sequences, in memory that a GPU can read directly where ``pinned``."""
         shape = (count, self.context)
         tokens, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         documents = None if self.end is None else torch.empty(shape, dtype=torch.int32, pin_memory=pinned)
         return Batch(tokens, targets, documents)
 
     def take(self, indices: npt.NDArray[Any], into: Batch | None = None) -> Batch:
-        """The windows of these numbers, in ``into`` (from `empty`, at least as large) or in memory of their own."""
+        """The sequences of these numbers, in ``into`` (from `empty`, at least as large) or in memory of their own."""
         batch = self.empty(len(indices)) if into is None else into.part(0, len(indices))
         rows = self._gather(indices.astype(np.int64))
         batch.tokens_BT.numpy()[:] = rows[:, :-1]

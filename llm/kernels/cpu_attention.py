@@ -31,7 +31,7 @@ class Blocks(torch.autograd.Function):
     def forward(
         ctx: Any, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, hidden_B1TT: Tensor | None
     ) -> Tensor:
-        windows, positions, heads, width = q_BTHE.shape
+        sequences, positions, heads, width = q_BTHE.shape
         ctx.scale, ctx.group = 1 / math.sqrt(width), heads // k_BTKE.shape[2]
         q_NTE = heads_first(q_BTHE) * ctx.scale
         k_NTE, v_NTE = (
@@ -45,8 +45,8 @@ class Blocks(torch.autograd.Function):
                 later_QQ = torch.full((end - start, end - start), -math.inf, dtype=p_NQS.dtype).triu_(1)
                 p_NQS[:, :, start:] += later_QQ
             else:
-                of_window = p_NQS.view(windows, heads, end - start, end)
-                of_window.masked_fill_(hidden_B1TT[:, :, start:end, :end], -math.inf)
+                of_sequence = p_NQS.view(sequences, heads, end - start, end)
+                of_sequence.masked_fill_(hidden_B1TT[:, :, start:end, :end], -math.inf)
             torch.softmax(p_NQS, dim=-1, out=p_NQS)
             put(mixed_BTHE[:, start:end], torch.bmm(p_NQS, v_NTE[:, :end]))
             kept.append(p_NQS)
@@ -90,7 +90,7 @@ def put(out_BQHE: Tensor, x_NQE: Tensor) -> None:
     out_BQHE.copy_(x_NQE.view(len(out_BQHE), -1, *x_NQE.shape[1:]).transpose(1, 2))
 
 
-def of_groups(x_NTE: Tensor, windows: int, group: int) -> Tensor:
+def of_groups(x_NTE: Tensor, sequences: int, group: int) -> Tensor:
     """The gradients of key-value heads from those of the query heads that share them: ``(B, T, K, E)``."""
-    x_BHTE = x_NTE.view(windows, -1, *x_NTE.shape[1:])
+    x_BHTE = x_NTE.view(sequences, -1, *x_NTE.shape[1:])
     return (x_BHTE if group == 1 else x_BHTE.unflatten(1, (-1, group)).sum(dim=2)).transpose(1, 2)

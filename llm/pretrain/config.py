@@ -86,7 +86,7 @@ class PretrainRuntime(Runtime):
     """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
     device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Windows a rank works on at once; the rest of its share is accumulated."""
+    """Sequences a rank works on at once; the rest of its share is accumulated."""
     log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
     validation: Validation = Validation()
@@ -146,7 +146,7 @@ class PretrainRuntime(Runtime):
         return self
 
     @property
-    def data_ranks(self) -> int:
+    def data_parallel_size(self) -> int:
         """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
@@ -213,12 +213,12 @@ class PretrainConfig(StageConfig):
             raise ValueError(
                 f"batch_tokens {self.batch_tokens} is not a multiple of model.context {self.model.context}"
             )
-        ranks, micro, smallest = self.runtime.data_ranks, self.runtime.micro_batch, self.plan.smallest
+        ranks, micro, smallest = self.runtime.data_parallel_size, self.runtime.micro_batch, self.plan.smallest
         if smallest % ranks:
-            raise ValueError(f"a batch of {smallest} windows does not divide among {ranks} ranks")
+            raise ValueError(f"a batch of {smallest} sequences does not divide among {ranks} ranks")
         if micro != "auto" and (micro < 1 or smallest // ranks % micro):
             raise ValueError(
-                f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} windows a step"
+                f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} sequences a step"
             )
         self.schedule.require_room(self.steps)
         assert self.mixture is None or self.mix  # raises ValueError where it can't be shared out
@@ -359,7 +359,7 @@ class PretrainConfig(StageConfig):
 
     @property
     def plan(self) -> BatchPlan:
-        """Number of windows that each step reads, over all ranks."""
+        """Number of sequences that each step reads, over all ranks."""
         return batch_plan(self.tokens, self.batch_tokens, self.model.context, self.schedule.batch_warmup)
 
     @property
@@ -369,16 +369,16 @@ class PretrainConfig(StageConfig):
 
     @property
     def mix(self) -> Mixture | None:
-        """Shares of slots among the sources of `mixture`."""
+        """Shares of samples among the sources of `mixture`."""
         return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
 
-    def step_slots(self, step: int) -> tuple[int, int]:
-        """The first slot that ``step`` (from 0) reads a window from, and how many there are for it."""
-        return self.plan.windows_before(step), self.plan.windows_at(step)
+    def step_samples(self, step: int) -> tuple[int, int]:
+        """The first sample that ``step`` (from 0) reads a sequence from, and how many there are for it."""
+        return self.plan.sequences_before(step), self.plan.sequences_at(step)
 
     def tokens_after(self, done: int) -> int:
         """Tokens that the first ``done`` steps read."""
-        return self.plan.windows_before(done) * self.model.context
+        return self.plan.sequences_before(done) * self.model.context
 
 
 def vocabulary(config: StageConfig | None, folder: Path | None) -> tuple[int, list[str]] | None:

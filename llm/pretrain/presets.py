@@ -83,7 +83,7 @@ def best_batch(tokens: int) -> float:
 
 
 def whole_batch(batch: float, context: int) -> int:
-    """The power of two nearest ``batch``, or what is nearest to that in whole windows."""
+    """The power of two nearest ``batch``, or what is nearest to that in whole sequences."""
     return max(1, round(2 ** round(math.log2(batch)) / context)) * context
 
 

@@ -86,12 +86,12 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
         raise UserError(
-            f"the held-out split has {held_out.tokens:,} tokens, less than one window of {model.context:,}:\n"
+            f"the held-out split has {held_out.tokens:,} tokens, less than one sequence of {model.context:,}:\n"
             "lower pretrain.model.context, or raise tokenize.val_fraction"
         )
     corpus = job.corpus
     left_out = corpus.left_out()
-    reading = corpus.reading(config.plan.windows_before(config.steps))
+    reading = corpus.reading(config.plan.sequences_before(config.steps))
     with atomic_path(out / "sources.json") as path:
         path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in describe_reading(config, reading):

@@ -68,7 +68,7 @@ def deepspeed_config(resolved: Resolved) -> dict[str, Any]:
     """The JSON that DeepSpeed wants, derived from ours."""
     count, split = resolved.accumulation(0), resolved.tensor_parallel
     return {
-        # It does not know yet of ranks that work on the same windows.
+        # It does not know yet of ranks that work on the same sequences.
         "train_batch_size": resolved.micro_batch * count * resolved.ranks,
         "train_micro_batch_size_per_gpu": resolved.micro_batch,
         "gradient_accumulation_steps": count,
@@ -162,13 +162,13 @@ class Engine:
         self,
         micro_batches: Iterable[Batch],
         count: int,
-        multiple: float,
+        lr_multiplier: float,
         measure: bool = False,
         asked: Asked = Asked(),
     ) -> Step:
         """One optimizer step over this rank's ``count`` micro-batches.
 
-        Each group's rate is its peak times ``multiple``. With ``measure``, also tell how far parameters moved.
+        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, also tell how far parameters moved.
         Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
         discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
         """
@@ -176,7 +176,7 @@ class Engine:
         self.engine.train()
         self.set_accumulation(count)
         for group in self.optimizer.param_groups:
-            group["lr"] = group["peak_lr"] * multiple
+            group["lr"] = group["peak_lr"] * lr_multiplier
         self.optimizer.measured = (
             {kind: torch.zeros(2, dtype=torch.float64, device=self.device) for kind in self.kinds}
             if measure
@@ -242,7 +242,7 @@ class Engine:
         )
 
     @torch.no_grad()
-    def nats(self, batch: Batch) -> Tensor:
+    def token_losses(self, batch: Batch) -> Tensor:
         """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
         self.engine.eval()
         return self.sharing.whole(self.loss(batch, reduction="none"))

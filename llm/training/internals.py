@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm.training.muon import EndToEnd, Pieces, Striped
+from llm.training.muon import Pieces, Zero3Layout, Zero12Layout
 from llm.training.state import Flat, Run
 from llm.training.tensor_parallel import Splitting
 
@@ -91,7 +91,7 @@ def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Piece
             zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
         ):
             assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[place]]
-            striped = Striped(tuple(parameter.ds_shape for parameter in parameters))
+            striped = Zero3Layout(tuple(parameter.ds_shape for parameter in parameters))
             assert sum(size for _, size in striped.stripes()) == flat.numel()
             pieces[id(flat)] = striped
         placed = sum(len(parameters) for parameters in zero.fp16_groups)
@@ -103,7 +103,7 @@ def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Piece
             assert {id(parameter) for parameter in parameters} == group
             shapes = tuple(parameter.shape for parameter in parameters)
             assert offsets[-1] + shapes[-1].numel() <= flat.numel() * dist.get_world_size()
-            pieces[id(flat)] = EndToEnd(shapes, tuple(offsets))
+            pieces[id(flat)] = Zero12Layout(shapes, tuple(offsets))
         placed = sum(len(parameters) for parameters in groups)
     assert placed == sum(map(len, members))
     return pieces

@@ -106,7 +106,7 @@ class Pieces(Protocol):
 
 
 @dataclass(frozen=True)
-class EndToEnd:
+class Zero12Layout:
     """ZeRO 1 and 2: a group's parameters lie end to end in one tensor, which is cut into equal parts for the ranks."""
 
     shapes: tuple[torch.Size, ...]
@@ -127,7 +127,7 @@ class EndToEnd:
 
 
 @dataclass(frozen=True)
-class Striped:
+class Zero3Layout:
     """ZeRO 3: each parameter is cut into equal parts for the ranks, and a rank's parts lie end to end."""
 
     shapes: tuple[torch.Size, ...]

@@ -44,7 +44,7 @@ def robust_z(loss: float, recent: Sequence[float]) -> float:
     return (loss - middle) / max(deviation, 1e-6)
 
 
-class Watch:
+class SpikeDetector:
     """Judges each step by the steps before it, all of which are in a training's history."""
 
     def __init__(self, config: Recovery, *, max_nonfinite: int, max_rollbacks: int) -> None:
@@ -109,6 +109,6 @@ class Watch:
         return self.config.spike_z is not None and done % self.config.rollback_every == 0
 
 
-def skipped_windows(history: History) -> int:
-    """Windows that rollbacks passed over: step N reads those that come so many after its own."""
+def skipped_sequences(history: History) -> int:
+    """Sequences that rollbacks passed over: step N reads those that come so many after its own."""
     return sum(fact["windows"] for fact in history["skipped"])

@@ -64,7 +64,7 @@ class Given(Config):
     compile: bool
     activation_checkpointing: bool
     batches: BatchPlan
-    """Windows that each step reads, over all ranks."""
+    """Sequences that each step reads, over all ranks."""
     context: int
     """Tokens a sequence."""
     head_width: int
@@ -73,7 +73,7 @@ class Given(Config):
     optimizer: OptimizerSettings
 
     @property
-    def data_ranks(self) -> int:
+    def data_parallel_size(self) -> int:
         """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
@@ -128,14 +128,14 @@ class Wanted(Given):
         return choose_matmul(self.matmul, device=device_kind(), precision=self.pin_precision())
 
     def choose_micro_batch(self, device: Device) -> int:
-        """Windows a rank works on at once: as given, or the largest divisor of its share that fits the device.
+        """Sequences a rank works on at once: as given, or the largest divisor of its share that fits the device.
 
         With a batch warm-up, of its share of the smallest batch.
         """
         if self.micro_batch != "auto":
             return self.micro_batch
         most = max(1, MICRO_BATCH_TOKENS[device] * self.sequence_parallel // self.context)
-        share = self.batches.smallest // self.data_ranks
+        share = self.batches.smallest // self.data_parallel_size
         return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
 
     def resolve(self) -> Resolved:
@@ -174,7 +174,7 @@ class Resolved(Given):
     matmul: Library
     matmul_reason: str
     micro_batch: int
-    """Windows a rank works on at once."""
+    """Sequences a rank works on at once."""
 
     @property
     def steps(self) -> int:
@@ -183,4 +183,4 @@ class Resolved(Given):
 
     def accumulation(self, step: int) -> int:
         """Micro-batches a rank works through in ``step``."""
-        return self.batches.windows_at(step) // (self.data_ranks * self.micro_batch)
+        return self.batches.sequences_at(step) // (self.data_parallel_size * self.micro_batch)

@@ -72,7 +72,7 @@ class Schedule(Config):
                 "lower it, or raise tokens"
             )
 
-    def multiple(self, step: int, steps: int) -> float:
+    def lr_multiplier(self, step: int, steps: int) -> float:
         """The rate of ``step`` in ``range(steps)`` as a part of the peak, in [0, 1].
 
         Rises over steps 0 .. warmup - 1 as (step + 1) / warmup, is 1 at step ``warmup``, and reaches `min_lr_ratio`
@@ -95,7 +95,7 @@ class Schedule(Config):
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How many windows each step reads: stairs of (steps, windows a step), in order, the last going on for ever."""
+    """How many sequences each step reads: stairs of (steps, sequences a step), in order, the last going on for ever."""
 
     stairs: tuple[tuple[int, int], ...]
 
@@ -106,33 +106,33 @@ class BatchPlan:
 
     @property
     def smallest(self) -> int:
-        """Windows of the smallest batch, of which every other is a multiple."""
+        """Sequences of the smallest batch, of which every other is a multiple."""
         return self.stairs[0][1]
 
-    def windows_at(self, step: int) -> int:
-        """Windows that ``step`` (from 0) reads."""
-        for steps, windows in self.stairs:
+    def sequences_at(self, step: int) -> int:
+        """Sequences that ``step`` (from 0) reads."""
+        for steps, sequences in self.stairs:
             if step < steps:
-                return windows
+                return sequences
             step -= steps
         return self.stairs[-1][1]
 
-    def windows_before(self, step: int) -> int:
-        """Windows that the steps before ``step`` read."""
+    def sequences_before(self, step: int) -> int:
+        """Sequences that the steps before ``step`` read."""
         total = 0
-        for steps, windows in self.stairs[:-1]:
-            total += min(step, steps) * windows
+        for steps, sequences in self.stairs[:-1]:
+            total += min(step, steps) * sequences
             step -= min(step, steps)
         return total + step * self.stairs[-1][1]
 
-    def step_of(self, window: int) -> int:
-        """The step that reads the ``window``-th of all windows (from 0): the inverse of `windows_before`."""
+    def step_of(self, sequence: int) -> int:
+        """The step that reads the ``sequence``-th of all sequences (from 0): the inverse of `sequences_before`."""
         first = 0
-        for steps, windows in self.stairs[:-1]:
-            if window < steps * windows:
-                return first + window // windows
-            first, window = first + steps, window - steps * windows
-        return first + window // self.stairs[-1][1]
+        for steps, sequences in self.stairs[:-1]:
+            if sequence < steps * sequences:
+                return first + sequence // sequences
+            first, sequence = first + steps, sequence - steps * sequences
+        return first + sequence // self.stairs[-1][1]
 
 
 def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup | None) -> BatchPlan:
@@ -159,7 +159,7 @@ def warmup_sizes(batch_tokens: int, context: int, warmup: BatchWarmup | None) ->
     """Tokens of the batches below ``batch_tokens``, doubling.
 
     Raises:
-        ValueError: they do not end at ``batch_tokens``, or hold no whole number of windows.
+        ValueError: they do not end at ``batch_tokens``, or hold no whole number of sequences.
     """
     if warmup is None:
         return []

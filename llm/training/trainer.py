@@ -1,6 +1,6 @@
 """Program of each rank of a training job (``python -m llm.training.trainer JOB`` under torchrun): the loop over steps,
-with validation, checkpoints and events. Step N's windows and learning rate follow from N alone and nothing in the model
-is random, so all the state there is lies in the checkpoint: after a kill the losses continue bit for bit.
+with validation, checkpoints and events. Step N's sequences and learning rate follow from N alone and nothing in the
+model is random, so all the state there is lies in the checkpoint: after a kill the losses continue bit for bit.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llm.training.events import EventLog
 from llm.training.failures import Interrupted, only_trainer, report_failure
 from llm.training.job import Job
 from llm.training.probe import matmul_rates, memory_bytes
-from llm.training.recovery import History, Watch, skipped_windows
+from llm.training.recovery import History, SpikeDetector, skipped_sequences
 from llm.training.saver import Saved, Saver
 from llm.training.signals import Requests
 from llm.training.state import size_of
@@ -47,10 +47,10 @@ class Trainer:
         assert job.resolved is not None, "rank 0 works out what it is that the ranks compute with"
         self.job, self.config, self.resolved = job, job.config, job.resolved
         self.rank, self.ranks = rank, ranks
-        self.data_ranks = self.resolved.data_ranks
-        self.data_rank = rank * self.data_ranks // ranks
+        self.data_parallel_size = self.resolved.data_parallel_size
+        self.data_parallel_rank = rank * self.data_parallel_size // ranks
         corpus = job.corpus
-        train, self.held_out = corpus.windows("train"), corpus.windows("val")
+        train, self.held_out = corpus.sequences("train"), corpus.sequences("val")
         model = Transformer(
             job.model,
             seed=self.config.seed,
@@ -66,8 +66,8 @@ class Trainer:
         self.loader = Loader(
             train,
             corpus.order(train),
-            self.slots,
-            Share(self.data_rank, self.data_ranks, self.resolved.micro_batch),
+            self.samples,
+            Share(self.data_parallel_rank, self.data_parallel_size, self.resolved.micro_batch),
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
@@ -81,7 +81,7 @@ class Trainer:
             patience=self.config.runtime.collective_timeout_seconds,
         )
         self.history: History = {"step": [], "validation": [], "skipped": []}
-        self.watch = Watch(
+        self.spikes = SpikeDetector(
             self.config.recovery,
             max_nonfinite=self.config.runtime.max_nonfinite,
             max_rollbacks=self.config.runtime.max_rollbacks,
@@ -105,7 +105,7 @@ class Trainer:
             while done < self.config.steps:
                 done = self.advance(done)
         self.tell_saved(self.saver.wait())
-        self.watch.require_any(self.history, self.config.steps)
+        self.spikes.require_any(self.history, self.config.steps)
         self.write_results()
         self.tell("end", step=self.config.steps)
 
@@ -113,15 +113,15 @@ class Trainer:
         """Take ``step`` (from 0), and do what is due after it; how many are done then, fewer after a rollback."""
         asked = self.train_step(step)
         done, last = step + 1, step + 1 == self.config.steps
-        self.watch.require_finite(self.history, done)
+        self.spikes.require_finite(self.history, done)
         self.tell_saved(self.saver.poll())
-        z = self.watch.spike(self.history)
+        z = self.spikes.spike(self.history)
         if z is not None:
             done, last = self.roll_back(done, z), False
         else:
             if done % self.config.runtime.validation.every == 0 or last:
                 self.validate(done)
-            due = done % self.config.runtime.checkpoint_every == 0 or self.watch.saves_at(done)
+            due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
             if not last and (due or asked.save or asked.stop):
                 self.save(done)
         if asked.stop and not last:
@@ -131,14 +131,14 @@ class Trainer:
     def train_step(self, step: int) -> Asked:
         """Take one optimizer step, remember and log it; return what was asked for meanwhile."""
         config = self.config
-        multiple = config.schedule.multiple(step, config.steps)
+        lr_multiplier = config.schedule.lr_multiplier(step, config.steps)
         done = step + 1
         told = done % config.runtime.log_every == 0 or done == config.steps
         start = time.perf_counter()
         taken = self.engine.step(
             self.loader.micro_batches(step),
             self.resolved.accumulation(step),
-            multiple,
+            lr_multiplier,
             measure=told,
             asked=self.requests.take(),
         )
@@ -151,7 +151,7 @@ class Trainer:
             "step": done,
             "tokens": config.tokens_after(done),
             "loss": taken.loss,
-            "lr": config.lr * multiple,
+            "lr": config.lr * lr_multiplier,
             "grad_norm": taken.grad_norm,
         }
         self.history["step"].append(fact)
@@ -159,28 +159,32 @@ class Trainer:
             self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
         return taken.asked
 
-    def slots(self, step: int) -> tuple[int, int]:
-        """Return what ``step`` reads, past what rollbacks passed over: its first slot, and how many."""
-        first, count = self.config.step_slots(step)
-        return first + skipped_windows(self.history), count
+    def samples(self, step: int) -> tuple[int, int]:
+        """Return what ``step`` reads, past what rollbacks passed over: its first sample, and how many."""
+        first, count = self.config.step_samples(step)
+        return first + skipped_sequences(self.history), count
 
     def validate(self, done: int) -> None:
-        """Loss and bits per byte on the same held-out windows each time; a warning where they are not finite.
+        """Loss and bits per byte on the same held-out sequences each time; a warning where they are not finite.
 
-        The ranks take turns; one that runs out repeats the last window without weight, because at ZeRO 3 all must
-        call the model equally often. Ranks that share windows count them once each, which no ratio of sums notices.
+        The ranks take turns; one that runs out repeats the last sequence without weight, because at ZeRO 3 all must
+        call the model equally often. Ranks that share sequences count them once each, which no ratio of sums notices.
         """
-        windows = np.arange(
+        sequences = np.arange(
             max(1, min(len(self.held_out), self.config.runtime.validation.tokens // self.job.model.context))
         )
-        size = self.resolved.micro_batch * self.data_ranks
+        size = self.resolved.micro_batch * self.data_parallel_size
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
-        for start in range(0, len(windows), size):
-            places = start + self.data_rank + self.data_ranks * np.arange(self.resolved.micro_batch)
-            batch = self.held_out.take(np.minimum(places, windows[-1]))
-            nats = self.engine.nats(batch)
-            weight = torch.from_numpy(places <= windows[-1]).to(nats.device)[:, None]
-            sums += text_sums(nats, self.token_bytes[batch.targets_BT.to(nats.device)], weight)
+        for start in range(0, len(sequences), size):
+            places = (
+                start
+                + self.data_parallel_rank
+                + self.data_parallel_size * np.arange(self.resolved.micro_batch)
+            )
+            batch = self.held_out.take(np.minimum(places, sequences[-1]))
+            losses = self.engine.token_losses(batch)
+            weight = torch.from_numpy(places <= sequences[-1]).to(losses.device)[:, None]
+            sums += text_sums(losses, self.token_bytes[batch.targets_BT.to(losses.device)], weight)
         nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
         if not math.isfinite(nats_all):
             return self.report_diverged(done)
@@ -196,7 +200,7 @@ class Trainer:
         """
         message = f"the held-out loss is not finite after step {done}: training diverged; lower pretrain.lr"
         if done == self.config.steps:
-            self.watch.require_any(self.history, done)
+            self.spikes.require_any(self.history, done)
             raise UserError(message)
         self.tell("warning", message=message)
 
@@ -226,7 +230,7 @@ class Trainer:
         """Load the newest whole checkpoint; the number of steps already taken."""
         newest = self.newest_checkpoint()
         if newest is None:
-            if self.watch.saves_at(0):
+            if self.spikes.saves_at(0):
                 self.save(0)
             return 0
         checkpoint.require_same_training(newest, self.job.setup)
@@ -242,14 +246,14 @@ class Trainer:
         That is saved again with what is to be skipped, so that a start after a kill knows.
         """
         self.tell_saved(self.saver.wait())
-        until, plan = self.watch.rollback_to(self.history, done), self.config.plan
+        until, plan = self.spikes.rollback_to(self.history, done), self.config.plan
         target = self.newest_checkpoint(until)
         assert target is not None, f"no whole checkpoint up to step {until} to roll back to"
         spike = {"step": done, "reason": "spike", "loss": self.history["step"][-1]["loss"], "z": round(z, 3)}
-        windows = plan.windows_before(done) - plan.windows_before(target.step)
+        sequences = plan.sequences_before(done) - plan.sequences_before(target.step)
         self.take_up(target)
-        self.history["skipped"].append({**spike, "windows": windows})
-        self.tell("rollback", **spike, to=target.step, windows=windows)
+        self.history["skipped"].append({**spike, "windows": sequences})
+        self.tell("rollback", **spike, to=target.step, windows=sequences)
         self.save(target.step)
         self.tell_saved(self.saver.wait())
         dist.barrier()
@@ -318,7 +322,7 @@ class Trainer:
         """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
         matrix products reached when probed at the start (of a rank's memory, its own)."""
         config = self.config
-        tokens = config.plan.windows_at(step) * config.model.context
+        tokens = config.plan.sequences_at(step) * config.model.context
         rate = tokens / seconds
         previous = self.seconds_a_token
         self.seconds_a_token = 1 / rate if previous is None else 0.9 * previous + 0.1 / rate

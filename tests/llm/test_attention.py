@@ -35,7 +35,7 @@ def reference(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, documents_BT: Tens
 
 
 def numbered(lengths: list[list[int]]) -> Tensor:
-    """Documents of such lengths, window by window."""
+    """Documents of such lengths, sequence by sequence."""
     rows = [[number for number, length in enumerate(row) for _ in range(length)] for row in lengths]
     return torch.tensor(rows, dtype=torch.int32)
 
@@ -51,7 +51,7 @@ def ready(name: BackEnd, width: int) -> tuple[Any, torch.dtype]:
     return attention(name), torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["whole-windows", "documents"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole-sequences", "documents"])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (4, 2), (3, 1)])
 @pytest.mark.parametrize("name", get_args(BackEnd))
 def test_each_back_end_is_the_formula_forwards_and_backwards(
@@ -93,7 +93,7 @@ def test_what_runs_on_cpus_is_the_formula_for_all_shapes(
             torch.testing.assert_close(mixed.double(), expected, atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["whole-windows", "documents"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole-sequences", "documents"])
 def test_several_blocks_have_the_gradients_of_the_formula(packed: bool) -> None:
     documents = Documents(numbered([[1, 70, 79], [150]])) if packed else None
     q = torch.randn(2, 150, 4, 8, dtype=torch.float64, requires_grad=True)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.core.errors import UserError
-from llm.data.order import batch_windows, permute, places_of, rank_share, require_batch, unpermute
+from llm.data.order import batch_sequences, permute, places_of, rank_share, require_batch, unpermute
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -55,16 +55,20 @@ def test_the_order_never_changes_between_versions() -> None:
         690,
         296,
     ]
-    assert batch_windows(12, 4, seed=7, total=10).tolist() == [6, 5, 4, 8]
+    assert batch_sequences(12, 4, seed=7, total=10).tolist() == [6, 5, 4, 8]
 
 
 @settings(max_examples=50, deadline=None)
 @given(total=st.integers(5, 200), batches=st.lists(st.integers(0, 40), min_size=1, max_size=12), seed=SEEDS)
 def test_every_window_is_read_once_before_any_twice(total: int, batches: list[int], seed: int) -> None:
     firsts = np.cumsum([0, *batches]).tolist()
-    parts = [batch_windows(first, count, seed, total) for first, count in zip(firsts, batches, strict=False)]
+    parts = [
+        batch_sequences(first, count, seed, total) for first, count in zip(firsts, batches, strict=False)
+    ]
     read = np.concatenate(parts)
-    assert np.array_equal(read, batch_windows(0, sum(batches), seed, total))  # however it is cut into batches
+    assert np.array_equal(
+        read, batch_sequences(0, sum(batches), seed, total)
+    )  # however it is cut into batches
     for epoch in range(0, len(read), total):
         part = read[epoch : epoch + total]
         assert len(np.unique(part)) == len(part)
@@ -77,7 +81,7 @@ def test_the_number_of_ranks_does_not_change_what_a_step_trains_on(
     step: int, seed: int, shape: tuple[int, int]
 ) -> None:
     ranks, share = shape
-    whole = batch_windows(step * ranks * share, ranks * share, seed, 12345)
+    whole = batch_sequences(step * ranks * share, ranks * share, seed, 12345)
     shares = [rank_share(whole, rank, ranks) for rank in range(ranks)]
     assert np.array_equal(np.concatenate(shares), whole)
     assert {len(part) for part in shares} == {share}
@@ -106,5 +110,5 @@ def test_unpermute_leads_back_to_every_place(total: int, seed: int, epoch: int, 
 @given(total=st.integers(1, 500), seed=SEEDS, first=st.integers(0, 10**6), count=st.integers(1, 300))
 def test_a_window_of_an_epoch_knows_its_place(total: int, seed: int, first: int, count: int) -> None:
     epochs = np.arange(first, first + count) // total
-    found = places_of(batch_windows(first, count, seed, total), epochs, seed, total)
+    found = places_of(batch_sequences(first, count, seed, total), epochs, seed, total)
     assert np.array_equal(found, np.arange(first, first + count))

@@ -18,7 +18,7 @@ import pytest
 from disturbed import Stage, events
 
 from data_pipeline.stage import LocalContext
-from llm.data.order import batch_windows
+from llm.data.order import batch_sequences
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import pretrain
 from llm.pretrain.summary import summarise
@@ -165,7 +165,7 @@ def plant_spike(corpus: dict[str, Path], folder: Path, step: int) -> dict[str, P
     flat = folder / "flat" / "train-00000.bin"
     tokens = np.fromfile(flat, "<u2")
     dice = np.random.default_rng(0)
-    for window in batch_windows(step * BATCH, BATCH, 0, (len(tokens) - 1) // CONTEXT).astype(int):
+    for window in batch_sequences(step * BATCH, BATCH, 0, (len(tokens) - 1) // CONTEXT).astype(int):
         tokens[window * CONTEXT + 1 : (window + 1) * CONTEXT + 1] = dice.integers(0, 500, CONTEXT)
     tokens.tofile(flat)
     return {**corpus, "tokens": folder}

@@ -36,8 +36,8 @@ def test_any_thousand_steps_are_exact_to_within_one_window(
     weights: dict[str, float], batch: int, step: int
 ) -> None:
     mixture = Mixture.of(weights, batch)
-    slots = np.arange(step * batch, (step + PERIOD_STEPS) * batch)
-    found = np.bincount(mixture.places(slots)[0], minlength=len(weights))
+    samples = np.arange(step * batch, (step + PERIOD_STEPS) * batch)
+    found = np.bincount(mixture.places(samples)[0], minlength=len(weights))
     assert found.sum() == PERIOD_STEPS * batch
     for name, count in zip(mixture.names, found.tolist(), strict=True):
         assert abs(count - share(weights, name) * PERIOD_STEPS * batch) < 1
@@ -73,11 +73,11 @@ def test_a_slot_knows_its_place_without_those_before_it(
 def test_a_place_of_a_source_knows_the_slot_that_reads_it(
     weights: dict[str, float], batch: int, first: int, count: int
 ) -> None:
-    mixture, slots = Mixture.of(weights, batch), np.arange(first, first + count)
-    sources, places = mixture.places(slots)
+    mixture, samples = Mixture.of(weights, batch), np.arange(first, first + count)
+    sources, places = mixture.places(samples)
     for source in range(len(weights)):
         here = sources == source
-        assert np.array_equal(mixture.slots(source, places[here]), slots[here])
+        assert np.array_equal(mixture.samples(source, places[here]), samples[here])
 
 
 @settings(max_examples=20, deadline=None)
@@ -133,7 +133,7 @@ def test_one_source_alone_gets_every_slot() -> None:
 
 def test_a_weight_that_never_comes_to_a_window_is_refused() -> None:
     assert Mixture.of({"large": 1, "small": 0.0006}, 1).counts == (999, 1)
-    with pytest.raises(ValueError, match="weight of small gives not one window in 1,000 steps"):
+    with pytest.raises(ValueError, match="weight of small gives not one sequence in 1,000 steps"):
         Mixture.of({"large": 1, "small": 0.0004}, 1)
     with pytest.raises(ValueError, match="can't share out"):
         Mixture.of({"a": 1}, 3_000_001)
@@ -161,8 +161,8 @@ def test_a_step_reads_its_share_of_each_source_and_the_notes_say_how_often_each_
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
     job, notes = prepared(config(mixture={"stdlib": 3, "email": 2}), corpus, tmp_path)
-    windows = job.corpus.windows("train")
-    order = job.corpus.order(windows)
+    sequences = job.corpus.sequences("train")
+    order = job.corpus.order(sequences)
     texts: dict[str, list[int]] = {"stdlib": [], "email": []}
     for batch in TokenShards(corpus["tokens"], "train"):
         for row, name in enumerate(batch.ids):
@@ -173,7 +173,7 @@ def test_a_step_reads_its_share_of_each_source_and_the_notes_say_how_often_each_
     }
     assert not known["stdlib"] & known["email"]
     for step in range(64):
-        rows = windows.take(order(*job.config.step_slots(step))).tokens_BT.tolist()
+        rows = sequences.take(order(*job.config.step_samples(step))).tokens_BT.tolist()
         sources = ["stdlib" if tuple(row) in known["stdlib"] else "email" for row in rows]
         assert all(tuple(row) in known[source] for row, source in zip(rows, sources, strict=True))
         assert sources.count("stdlib") == 6

@@ -123,12 +123,12 @@ def expected(experiment: Experiment) -> dict[str, Tensor]:
     states: dict[str, tuple[Tensor, Tensor]] = {}
     for step in range(experiment.steps):
         model.zero_grad()
-        model(*batch(step, given.plan.windows_at(step), experiment.shape)).backward()
+        model(*batch(step, given.plan.sequences_at(step), experiment.shape)).backward()
         norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm()
         for name, weight in model.named_parameters():
             gradient = weight.grad * min(1.0, given.grad_clip / norm.item())
             kind = kind_of(name)
-            lr = (peaks.get(kind) or given.lr) * given.schedule.multiple(step, given.steps)
+            lr = (peaks.get(kind) or given.lr) * given.schedule.lr_multiplier(step, given.steps)
             decay = given.weight_decay * (kind in ("matrices", "head"))
             first, second = states.get(name, (torch.zeros_like(weight), torch.zeros_like(weight)))
             if kind == "matrices" and optimizer.kind == "muon":
@@ -167,7 +167,7 @@ def test_losses_and_norms_are_those_of_the_weights(outcomes: dict[str, Outcome],
     """In the first step, of the initial ones; for each target after training, of the last."""
     experiment, outcome = EXPERIMENTS[name], outcomes[name]
     model = Transformer(experiment.shape, seed=experiment.pretrain.seed)
-    first = model(*batch(0, experiment.pretrain.plan.windows_at(0), experiment.shape))
+    first = model(*batch(0, experiment.pretrain.plan.sequences_at(0), experiment.shape))
     first.backward()
     norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm().item()
     fact = outcome.facts[0]
@@ -205,7 +205,7 @@ def test_rates_and_update_to_weight_ratios_are_told_by_kind(outcomes: dict[str, 
     kinds = {kind_of(tensor) for tensor in initial}
     assert {key for key in first if key.startswith("lr_")} == {f"lr_{kind}" for kind in kinds}
     given = experiment.pretrain
-    assert first["lr_vectors"] == pytest.approx(given.lr * given.schedule.multiple(0, given.steps))
+    assert first["lr_vectors"] == pytest.approx(given.lr * given.schedule.lr_multiplier(0, given.steps))
     if given.optimizer.kind == "muon":
         assert first["lr_matrices"] == pytest.approx(MUON["muon_lr"] / 2)
         assert first["lr_embeddings"] == pytest.approx(MUON["embedding_lr"] / 2)

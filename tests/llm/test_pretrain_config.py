@@ -39,20 +39,20 @@ def refused(given: PretrainConfig, corpus: dict[str, Path], out: Path) -> str:
 def test_derived_values_follow_their_rules() -> None:
     derived = config(schedule={"warmup_share": 0.3}, runtime={"ranks": 4})
     assert (derived.steps, derived.schedule.warmup_of(derived.steps)) == (9, 3)
-    assert (derived.plan.smallest, derived.plan.windows_before(9)) == (32, 9 * 32)
+    assert (derived.plan.smallest, derived.plan.sequences_before(9)) == (32, 9 * 32)
     here = derived.wanted.resolve()
     assert (here.steps, here.micro_batch, here.accumulation(0)) == (9, 8, 1)
     assert config(runtime={"micro_batch": 4}).wanted.resolve().accumulation(8) == 8
     assert config(tokens=1).steps == 1
     sharing = config(runtime={"ranks": 4, "sequence_parallel": 2, "micro_batch": 4})
-    assert (sharing.runtime.data_ranks, sharing.wanted.resolve().accumulation(0)) == (2, 4)
+    assert (sharing.runtime.data_parallel_size, sharing.wanted.resolve().accumulation(0)) == (2, 4)
 
 
 def test_the_automatic_micro_batch_is_the_largest_divisor_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    # Of 200 windows, at most 4096 / 32 = 128; and 131 is prime.
-    for windows, micro_batch in ((200, 100), (131, 1)):
-        assert config(batch_tokens=32 * windows).wanted.resolve().micro_batch == micro_batch
+    # Of 200 sequences, at most 4096 / 32 = 128; and 131 is prime.
+    for sequences, micro_batch in ((200, 100), (131, 1)):
+        assert config(batch_tokens=32 * sequences).wanted.resolve().micro_batch == micro_batch
 
 
 def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
@@ -109,8 +109,8 @@ def test_a_sealed_training_of_before_is_read_with_what_moved_since() -> None:
     ("fields", "message"),
     [
         ({"batch_tokens": 1000}, "batch_tokens 1000 is not a multiple of model.context 32"),
-        ({"runtime": {"ranks": 5}}, "32 windows does not divide among 5 ranks"),
-        ({"runtime": {"micro_batch": 5}}, "micro_batch 5 does not divide a rank's 32 windows"),
+        ({"runtime": {"ranks": 5}}, "32 sequences does not divide among 5 ranks"),
+        ({"runtime": {"micro_batch": 5}}, "micro_batch 5 does not divide a rank's 32 sequences"),
         ({"runtime": {"ranks": 2, "sequence_parallel": 3}}, "sequence_parallel 3 does not divide ranks 2"),
         (
             {"runtime": {"ranks": 4, "sequence_parallel": 4}},
@@ -209,7 +209,7 @@ def test_a_held_out_split_smaller_than_a_window_is_refused(corpus: dict[str, Pat
     assert held_out < train - 1
     model = {"layers": 1, "heads": 2, "width": 16, "context": held_out}
     message = refused(config(model=model, batch_tokens=held_out), corpus, tmp_path)
-    assert f"the held-out split has {held_out:,} tokens, less than one window" in message
+    assert f"the held-out split has {held_out:,} tokens, less than one sequence" in message
 
 
 def job(given: PretrainConfig, corpus: dict[str, Path], out: Path, **setup: Any) -> Job:

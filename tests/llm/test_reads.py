@@ -60,12 +60,12 @@ def test_every_read_of_a_document_is_worked_out_and_no_other(
 ) -> None:
     job = begun(RECIPES[recipe], shards, tmp_path)
     texts = documents(shards["tokens"])
-    windows, config = numbered(job, texts), job.config
-    read, history = replay(job, windows, spikes)
+    sequences, config = numbered(job, texts), job.config
+    read, history = replay(job, sequences, spikes)
     training = Training(config, config.steps, history["skipped"])
-    real, order = job.corpus.windows("train"), job.corpus.order(windows)
+    real, order = job.corpus.sequences("train"), job.corpus.order(sequences)
     names = config.mix.names if config.mix else (None,)
-    counts = dict(zip(names, windows.counts, strict=True))
+    counts = dict(zip(names, sequences.counts, strict=True))
     chosen = np.random.default_rng(0).choice(len(texts), 40, replace=False).tolist()
     again = 0
     for number in [0, len(texts) - 1, *chosen]:
@@ -78,11 +78,11 @@ def test_every_read_of_a_document_is_worked_out_and_no_other(
         assert {(one.step, one.row, one.fate == "rolled back") for one in found} == read[number], name
         again += max((one.epoch for one in found), default=0)
         for one in found[:20]:
-            offset = one.window * CONTEXT
+            offset = one.sequence * CONTEXT
             mine = tokens[max(0, offset - start) : offset + CONTEXT + 1 - start]
             assert one.end - one.first == len(mine)
             if not spikes:
-                first, _ = config.step_slots(one.step - 1)
+                first, _ = config.step_samples(one.step - 1)
                 batch = real.take(order(first + one.row, 1))
                 seen = [*batch.tokens_BT[0].tolist(), int(batch.targets_BT[0, -1])]
                 assert seen[one.first : one.end] == mine.tolist()
@@ -98,26 +98,26 @@ def test_a_run_that_is_not_over_says_what_it_has_not_read_yet_and_what_moved_not
     name = max(documents(shards["tokens"]).items(), key=lambda item: len(item[1]))[0]
     place = find_tokens(LAYOUT, shards["tokens"], name)
     assert place is not None
-    windows = (sum(map(len, documents(shards["tokens"]).values())) - 1) // CONTEXT
+    sequences = (sum(map(len, documents(shards["tokens"]).values())) - 1) // CONTEXT
     whole, half = (
-        Training(config, done, skipped).reads(place.start, place.start + place.tokens, windows)
+        Training(config, done, skipped).reads(place.start, place.start + place.tokens, sequences)
         for done in (config.steps, 600)
     )
     assert {one.fate for one in whole} <= {"trained", "not finite"}
     assert [one._replace(fate="trained") for one in half] == [one._replace(fate="trained") for one in whole]
     assert {one.fate for one in half if one.step > 600} == {"not yet"}
-    everything = Training(config, 600, skipped).reads(0, windows * CONTEXT, windows)
+    everything = Training(config, 600, skipped).reads(0, sequences * CONTEXT, sequences)
     assert {one.step for one in everything if one.fate == "not finite"} == {30}
 
 
 @given(
     stairs=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=1, max_size=4),
-    window=st.integers(0, 10**6),
+    sequence=st.integers(0, 10**6),
 )
-def test_a_window_of_a_batch_plan_knows_its_step(stairs: list[tuple[int, int]], window: int) -> None:
+def test_a_window_of_a_batch_plan_knows_its_step(stairs: list[tuple[int, int]], sequence: int) -> None:
     plan = BatchPlan(tuple(stairs))
-    step = plan.step_of(window)
-    assert plan.windows_before(step) <= window < plan.windows_before(step + 1)
+    step = plan.step_of(sequence)
+    assert plan.sequences_before(step) <= sequence < plan.sequences_before(step + 1)
 
 
 def test_every_document_is_found_in_its_token_shard_and_others_are_not(shards: dict[str, Path]) -> None:

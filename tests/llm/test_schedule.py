@@ -17,7 +17,7 @@ from llm.training.schedule import BatchWarmup, Schedule, batch_plan
 
 
 def multiples(schedule: Schedule, steps: int) -> list[float]:
-    return [schedule.multiple(step, steps) for step in range(steps)]
+    return [schedule.lr_multiplier(step, steps) for step in range(steps)]
 
 
 def test_the_rate_warms_up_to_its_peak_and_follows_a_cosine_to_its_floor() -> None:
@@ -73,8 +73,8 @@ def test_a_warm_up_longer_than_the_run_is_refused() -> None:
 def test_the_batch_doubles_until_it_is_whole_and_each_size_gets_its_part_of_the_tokens() -> None:
     plan = batch_plan(100_000, 800, 10, BatchWarmup(start_tokens=200, share=0.2))
     assert plan.stairs == ((50, 20), (25, 40), (100, 80))
-    assert [plan.windows_at(step) for step in (0, 49, 50, 74, 75, 174, 999)] == [20, 20, 40, 40, 80, 80, 80]
-    assert [plan.windows_before(step) for step in (0, 1, 50, 51, 75, 76)] == [0, 20, 1000, 1040, 2000, 2080]
+    assert [plan.sequences_at(step) for step in (0, 49, 50, 74, 75, 174, 999)] == [20, 20, 40, 40, 80, 80, 80]
+    assert [plan.sequences_before(step) for step in (0, 1, 50, 51, 75, 76)] == [0, 20, 1000, 1040, 2000, 2080]
     assert batch_plan(1700, 800, 10, None).stairs == ((2, 80),)
     assert batch_plan(1, 800, 10, None).stairs == ((1, 80),)
 
@@ -90,10 +90,10 @@ def test_a_batch_warm_up_changes_steps_but_not_tokens(
 ) -> None:
     context, whole = 7, 7 * (start << doublings)
     plan = batch_plan(tokens, whole, context, BatchWarmup(start_tokens=7 * start, share=share))
-    sizes = [plan.windows_at(step) for step in range(plan.steps)]
+    sizes = [plan.sequences_at(step) for step in range(plan.steps)]
     assert sizes == sorted(sizes)
     assert all(size % plan.smallest == 0 for size in sizes)
-    before = [plan.windows_before(step) for step in range(plan.steps + 1)]
+    before = [plan.sequences_before(step) for step in range(plan.steps + 1)]
     assert [later - earlier for earlier, later in pairwise(before)] == sizes
     assert plan.steps >= 1
     if tokens >= whole:
@@ -106,7 +106,7 @@ def test_a_batch_warm_up_changes_steps_but_not_tokens(
         (1024, "must be batch_tokens 1024 divided by 2, 4, 8"),
         (341, "must be batch_tokens 1024 divided by"),
         (16, "start_tokens 16 is not a multiple of model.context 32"),
-        (32, "a batch of 1 windows does not divide among 2 ranks"),
+        (32, "a batch of 1 sequences does not divide among 2 ranks"),
     ],
 )
 def test_a_batch_warm_up_that_cannot_be_is_refused(start: int, message: str) -> None:
@@ -115,7 +115,7 @@ def test_a_batch_warm_up_that_cannot_be_is_refused(start: int, message: str) -> 
 
 
 def config(schedule: dict[str, object], **runtime: object) -> PretrainConfig:
-    """Ten steps of 32 windows of 32 tokens, or so."""
+    """Ten steps of 32 sequences of 32 tokens, or so."""
     model = {"layers": 1, "heads": 2, "width": 16, "context": 32}
     fields = {"model": model, "tokens": 10_240, "batch_tokens": 1024, "schedule": schedule}
     return PretrainConfig.model_validate({**fields, "precision": "fp32", "runtime": runtime})
@@ -130,13 +130,13 @@ def test_while_the_batch_grows_loss_and_gradient_stay_means_over_it(
     """At a rate of (almost) zero the weights stand still, so each step's loss and gradient can be computed anew."""
     given = config({"batch_warmup": {"start_tokens": 256, "share": 0.3}}, **runtime)
     given = given.model_copy(update={"lr": 1e-30})
-    assert [given.plan.windows_at(step) for step in range(given.steps)][:9] == [8] * 6 + [16] * 3
+    assert [given.plan.sequences_at(step) for step in range(given.steps)][:9] == [8] * 6 + [16] * 3
     experiment = Experiment(given.model_dump(mode="json"), steps=11)
     [outcome] = run([experiment], tmp_path, forks.launch)
     shape = experiment.shape
     for step, fact in enumerate(outcome.facts):
         model = Transformer(shape)
-        loss = model(*batch(step, given.plan.windows_at(step), shape))
+        loss = model(*batch(step, given.plan.sequences_at(step), shape))
         loss.backward()
         norm = torch.cat([weight.grad.flatten() for weight in model.parameters()]).norm().item()
         assert (fact["loss"], fact["norm"]) == pytest.approx((loss.item(), norm), rel=1e-4)

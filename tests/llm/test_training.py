@@ -43,7 +43,7 @@ PAYLOAD = {
 
 
 def recipe(**runtime: Any) -> PretrainConfig:
-    """20 steps of 24 windows; every 4 a checkpoint, every 10 a validation."""
+    """20 steps of 24 sequences; every 4 a checkpoint, every 10 a validation."""
     model = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "context": 64, "qk_norm": True}
     return PretrainConfig.model_validate(
         {
@@ -149,11 +149,11 @@ def test_the_artifact_is_complete_and_all_else_lies_in_logs_and_scratch(runs: Ru
 
 
 def first_batch(corpus: dict[str, Path]) -> torch.Tensor:
-    """The windows of the first step, ``(24, 65)``."""
+    """The sequences of the first step, ``(24, 65)``."""
     text = TokenShards(corpus["tokens"], "train").read_all().astype(np.int64)
     total = (len(text) - 1) // 64
-    windows = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
-    return torch.from_numpy(np.stack([text[64 * window : 64 * window + 65] for window in windows]))
+    sequences = permute(np.arange(24, dtype=np.uint64), total, seed=0).astype(int)
+    return torch.from_numpy(np.stack([text[64 * sequence : 64 * sequence + 65] for sequence in sequences]))
 
 
 def test_a_training_goes_on_from_an_exported_model(
@@ -170,7 +170,7 @@ def test_a_training_goes_on_from_an_exported_model(
 def test_the_first_loss_is_that_of_the_untrained_model_on_the_first_batch(
     runs: Runs, corpus: dict[str, Path]
 ) -> None:
-    """By the parts: windows from the permutation, text from the shards, weights from the seed."""
+    """By the parts: sequences from the permutation, text from the shards, weights from the seed."""
     rows = first_batch(corpus)
     model = Transformer(load_model(runs["1 rank"]).config, seed=0)
     assert losses(runs["1 rank"])[0] == pytest.approx(model(rows[:, :-1], rows[:, 1:]).item(), rel=1e-5)
@@ -190,8 +190,8 @@ def text_of(corpus: dict[str, Path], source: str) -> np.ndarray:
 def test_masked_documents_are_masked_wherever_the_positions_lie(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    """By the parts again, in a training whose two ranks have half of each window."""
-    # Short documents, and a seed with which some of the windows hold an end.
+    """By the parts again, in a training whose two ranks have half of each sequence."""
+    # Short documents, and a seed with which some of the sequences hold an end.
     changes = {"tokens": 24 * 64, "mask_documents": True, "mixture": {"email": 1.0}, "seed": 5}
     config = recipe(ranks=2, sequence_parallel=2).model_copy(update=changes)
     pretrain(config, corpus, tmp_path, LocalContext(launcher=forks.launch))
@@ -199,11 +199,11 @@ def test_masked_documents_are_masked_wherever_the_positions_lie(
     text = text_of(corpus, "email")
     order = Mixture.of({"email": 1.0}, 24).order([(len(text) - 1) // 64], seed=5)
     rows = torch.from_numpy(
-        np.stack([text[64 * window : 64 * window + 65] for window in order(0, 24).astype(int)])
+        np.stack([text[64 * sequence : 64 * sequence + 65] for sequence in order(0, 24).astype(int)])
     )
     end = end_of_text(load_tokenizer(corpus["tokenizer"]))
     documents = torch.nn.functional.pad((rows[:, :-2] == end).int(), (1, 0)).cumsum(1)
-    assert documents.max() > 0, "some window should hold the end of a document"
+    assert documents.max() > 0, "some sequence should hold the end of a document"
     model = Transformer(load_model(tmp_path).config, seed=5)
     masked = model(rows[:, :-1], rows[:, 1:], documents_BT=documents).item()
     assert losses(tmp_path) == pytest.approx([masked], rel=1e-6)

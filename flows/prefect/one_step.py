@@ -1,0 +1,74 @@
+"""The process that builds one step beside others of a run (`flows.prefect.alongside`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import sys
+import threading
+from pathlib import Path
+from typing import TextIO
+
+from prefect import flow
+from prefect.context import hydrated_context
+
+from flows.engine.order import Order
+from flows.engine.plan import Planned, Selection
+from flows.engine.process import quiet_libraries, save_when_asked
+from flows.engine.stopping import asked, unwind_on_signals
+from flows.listeners.lines import LinesListener
+from flows.prefect.alongside import CODES, Job
+from flows.prefect.flow_runs import STOPS
+from flows.prefect.names import FLOW
+from flows.prefect.pipeline import Pipeline
+from flows.recipe import build_recipe
+
+
+def main() -> None:
+    """Build one step for the run that started us."""
+    quiet_libraries()
+    unwind_on_signals()
+    save_when_asked()
+    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no report
+    job: Job = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=stop_when_alone, daemon=True).start()
+    try:
+        if job.prefect["flow_run_context"]:
+            job.prefect["flow_run_context"]["flow"] = pipeline
+        with hydrated_context(job.prefect):
+            carry_out(job, reports)
+    except (Exception, *STOPS) as error:
+        said = str(error) if isinstance(error, tuple(CODES)) else f"{type(error).__name__}: {error}"
+        reports.write(json.dumps({"failed": said}, allow_nan=False) + "\n")
+        reports.flush()
+        sys.exit(next((code for kind, code in CODES.items() if isinstance(error, kind)), 1))
+
+
+def stop_when_alone() -> None:
+    """Stop this process when the one that writes its standard input is gone."""
+    os.read(
+        sys.stdin.fileno(), 1
+    )  # not through a buffer, whose lock the interpreter could not have as it ends
+    asked.stop("stopped, for the run that it belongs to is gone")
+
+
+@flow(name=FLOW)
+def pipeline() -> None:
+    """Stands for the flow that started us: ours is a part of it."""
+
+
+def carry_out(job: Job, reports: TextIO) -> None:
+    """Build the step; ``reports`` gets the events."""
+    recipe = build_recipe(job.recipe)
+    selection = Selection(only=job.step, force=job.step if job.force else None)
+    planned = Planned.of(recipe, Path(job.home), selection)
+    order = Order(planned=planned, command=job.command, sweep=job.sweep, run_key=job.key)
+    with Pipeline(order, {"the run that started it": LinesListener(reports)}) as ours:
+        ours.prepare()
+        ours.run()
+
+
+if __name__ == "__main__":
+    main()

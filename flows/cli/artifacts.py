@@ -13,7 +13,11 @@ import typer
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.text import human_bytes
 from flows.cli.options import HOME, AsJson, Home, at_home, refuse_read_only
+from flows.cli.servers import show_servers
 from flows.engine.process import quiet_libraries
+from flows.engine.services import read_services
+from flows.engine.store import Damaged, Store
+from flows.prefect.up import described
 
 if TYPE_CHECKING:
     from flows.gc import Candidate
@@ -21,12 +25,8 @@ if TYPE_CHECKING:
 
 def status(home: Home = HOME, as_json: AsJson = False) -> None:
     """List the servers that are up, what is sealed and what is unfinished, with sizes and places."""
-    from flows.cli.servers import show_servers
-    from flows.engine.services import read_services
-    from flows.engine.store import Store
     from flows.headline import headline
     from flows.listeners.terminal import Terminal
-    from flows.prefect.up import described
 
     store = Store(home)
     artifacts, unfinished = store.artifacts(), store.unfinished()
@@ -67,7 +67,6 @@ def verify(
     home: Home = HOME,
 ) -> None:
     """Check sealed files against their checksums."""
-    from flows.engine.store import Damaged, Store
     from flows.listeners.terminal import Terminal
 
     store, console = Store(home), Terminal().console
@@ -113,7 +112,6 @@ def trace(
 ) -> None:
     """Say what an artifact was made from and went into; or where a document is, and which steps read it."""
     quiet_libraries()
-    from flows.engine.store import Store
     from flows.lineage import report
     from flows.lineage.documents import DocumentTrace
     from flows.lineage.graph import Graph
@@ -197,7 +195,6 @@ def gc(
 ) -> None:
     """List what no run of the last days refers to, and with --yes remove it."""
     quiet_libraries()
-    from flows.engine.store import Store
     from flows.gc import remove, select, survey
     from flows.listeners.terminal import Terminal
 

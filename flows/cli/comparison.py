@@ -22,6 +22,8 @@ from flows.cli.options import (
     writable,
 )
 from flows.engine.process import quiet_libraries, save_when_asked
+from flows.engine.store import Store
+from flows.prefect.servers import PrefectServer
 
 
 def compare(
@@ -45,7 +47,6 @@ def compare(
     from flows.compare.page import page
     from flows.compare.show import show
     from flows.compare.subjects import Finder
-    from flows.engine.store import Store
     from flows.listeners.terminal import Screen, Terminal
 
     subjects = Finder(Store(home)).find(runs)
@@ -99,9 +100,7 @@ def sweep(
     quiet_libraries()
     save_when_asked()
     from flows.compare.show import show
-    from flows.engine.store import Store
     from flows.listeners.terminal import Terminal, fail
-    from flows.prefect.servers import PrefectServer
 
     writable(home)
     terminal = Terminal()

@@ -24,6 +24,7 @@ from flows.cli.options import (
     writable,
 )
 from flows.engine.process import quiet_libraries
+from flows.engine.store import Store
 
 
 def finite(value: float) -> float:
@@ -54,7 +55,6 @@ def generate(
 ) -> None:
     """Continue a prompt with a trained model."""
     quiet_libraries()
-    from flows.engine.store import Store
     from flows.listeners.terminal import Screen
 
     folder = exported_model(Store(home), model)
@@ -100,7 +100,6 @@ def adopt(
     writable(home)
     from flows.engine.adoption import adopt as seal
     from flows.engine.adoption import config_of, recipe_lines
-    from flows.engine.store import Store
     from flows.headline import headline
     from flows.listeners.terminal import Terminal
 
@@ -167,7 +166,6 @@ def promote(
     if not dry_run:
         refuse_read_only(home)
     from flows.compare.promote import carry_out, decide, find_version
-    from flows.engine.store import Store
     from flows.listeners.mlflow.lineage import NotAsked
     from flows.listeners.mlflow.registry import Registry
     from flows.listeners.terminal import Terminal, fail

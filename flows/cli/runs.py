@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.text import duration
 from flows.cli.completion import steps
 from flows.cli.options import (
     HOME,
@@ -24,7 +25,11 @@ from flows.cli.options import (
     typed,
     writable,
 )
+from flows.engine import launch
 from flows.engine.process import quiet_libraries, save_when_asked
+from flows.engine.store import Store
+from flows.listeners.lines import LinesListener
+from flows.prefect.servers import PrefectServer
 
 if TYPE_CHECKING:
     from flows.engine.log import Listener
@@ -74,7 +79,6 @@ def run(
         save_when_asked()
         planned = Planned.of(loaded, home, Selection(**chosen))
         terminal = Terminal(Screen(stderr=True) if as_json else None)
-        from flows.prefect.servers import PrefectServer
 
         terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
         # A run that builds nothing needs no server of our own.
@@ -105,7 +109,6 @@ def pipeline_of(planned: Planned, shown: Mapping[str, Listener]) -> Pipeline:
 
 def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:
     """Those who show the run to a person or to a script."""
-    from flows.listeners.lines import LinesListener
     from flows.listeners.terminal import TerminalListener
 
     return {"the terminal": LinesListener(sys.stdout) if as_json else TerminalListener(terminal)}
@@ -127,7 +130,6 @@ def parameters_of(
 
 def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
     """Print the end of a run: the table, what it cost, and where to look."""
-    from data_pipeline.core.text import duration
 
     console, executor, mlflow = terminal.console, pipeline.executor, pipeline.mlflow
     results = executor.results
@@ -162,7 +164,6 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
 def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
     """Say what a run would do, step by step, and why; runs nothing."""
     from flows.engine.plan import make_plan
-    from flows.engine.store import Store
     from flows.headline import headline
     from flows.listeners.terminal import Terminal
     from flows.recipe import load_recipe
@@ -187,7 +188,6 @@ def join(
     job: Annotated[Path, typer.Argument(help="The job.json that the first machine names.")],
 ) -> None:
     """Run this machine's part of a training that another machine started; see docs/training.md."""
-    from flows.engine import launch
     from llm.training.job import Job
 
     if not job.is_file():

@@ -14,6 +14,7 @@ from flows.cli.options import HOME, Home, Overrides, RecipePath, announce
 from flows.engine.ports import answers
 from flows.engine.process import quiet_libraries
 from flows.engine.services import prefect_api
+from flows.prefect.page_edits import remember
 from flows.prefect.servers import CLIENT_SETTINGS
 
 Cron = Annotated[
@@ -63,7 +64,6 @@ def deploy(
     os.environ["PREFECT_API_URL"] = api
     from flows.listeners.terminal import Terminal
     from flows.prefect.deploy import Options, names_of, offer_steps, pools_of, register, write_deployments
-    from flows.prefect.page_edits import remember
     from flows.prefect.pools import deployments_of, make_ready
     from flows.recipe import load_recipe
 

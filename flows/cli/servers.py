@@ -12,7 +12,11 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from flows.cli.options import HOME, Home, announce, at_home, stoppable, writable
+from flows.engine.services import POOL
+from flows.listeners.mlflow.links import tracking_uri, without_user
+from flows.listeners.mlflow.moved import follow_home
 from flows.prefect.servers import CLIENT_SETTINGS
+from flows.prefect.up import Up, Wanted, described, stop
 
 
 def up(
@@ -41,10 +45,7 @@ def up(
     announce("looking what is up")
     for name, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(name, value)
-    from flows.engine.services import POOL
-    from flows.listeners.mlflow.moved import follow_home
     from flows.listeners.terminal import Terminal
-    from flows.prefect.up import Up, Wanted, described
 
     writable(home)
     follow_home(home)
@@ -71,7 +72,6 @@ def up(
 def tell_what_is_left(home: Path, terminal: Any) -> None:
     """Send MLflow what runs left, so that one which was killed is not shown as at work."""
     from flows.listeners.mlflow.delivery import send_left
-    from flows.listeners.mlflow.links import tracking_uri
     from flows.listeners.mlflow.operations import Away, Mlflow
 
     try:
@@ -84,7 +84,6 @@ def tell_what_is_left(home: Path, terminal: Any) -> None:
 def down(home: Home = HOME) -> None:
     """End what llmill up started; a run at work saves, and can be retried."""
     from flows.listeners.terminal import Terminal
-    from flows.prefect.up import stop
 
     terminal = Terminal()
     ended = stop(home, say=terminal.note)
@@ -126,8 +125,6 @@ def ui(
     home: Home = HOME,
 ) -> None:
     """Open MLflow's web pages on the runs of this home; stop with Ctrl-C."""
-    from flows.listeners.mlflow.links import tracking_uri, without_user
-    from flows.listeners.mlflow.moved import follow_home
 
     follow_home(home)
     uri = tracking_uri(home)

@@ -10,6 +10,7 @@ import typer
 from data_pipeline.core.errors import UserError
 from flows.cli.options import HOME, Home, refuse_read_only
 from flows.engine.process import quiet_libraries
+from flows.listeners.mlflow.links import target, tracking_uri, without_user
 
 
 def sync(
@@ -21,7 +22,6 @@ def sync(
     """Send MLflow what is left of runs that ended while it was away; the next run does so too."""
     quiet_libraries()
     from flows.listeners.mlflow.delivery import deliver, how_to_send, left_behind, refusal_warning
-    from flows.listeners.mlflow.links import target, tracking_uri, without_user
     from flows.listeners.mlflow.operations import Away, Gone, Mlflow
     from flows.listeners.terminal import Terminal
 

@@ -23,6 +23,7 @@ from flows.compare.statistics import MIN_DOCUMENTS
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
 from flows.engine.continuation import read_record
+from flows.engine.order import Order
 from flows.engine.plan import Planned, Selection, Step, make_plan
 from flows.engine.store import Artifact, Store, canonical_json
 from flows.listeners.mlflow.findings import Finding
@@ -336,7 +337,6 @@ class Sweep:
 
     def _run(self, member: Member, recipe: Path) -> str:
         """Run a member; the key by which its run is found in MLflow."""
-        from flows.engine.order import Order
         from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
 
         planned = Planned.of(member.recipe, self.home, Selection())

@@ -10,6 +10,8 @@ import warnings
 
 import psutil
 
+from flows.engine import launch
+
 
 def lives(pid: int, created: float) -> bool:
     """Whether the process of that number that began at ``created`` (seconds of the epoch) is still there.
@@ -25,7 +27,6 @@ def lives(pid: int, created: float) -> bool:
 
 def save_when_asked() -> None:
     """Let SIGUSR1 have a training that runs write a checkpoint, and continue."""
-    from flows.engine import launch
 
     signal.signal(signal.SIGUSR1, lambda number, frame: launch.save_asked.set())
 

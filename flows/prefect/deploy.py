@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -247,8 +248,6 @@ def set_parameter(parameters: dict[str, Any], text: str) -> None:
 
 
 def dump(value: Any) -> str:
-    from io import StringIO
-
     text = StringIO()
     round_trip().dump(value, text)
     return text.getvalue()

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from data_pipeline.core.errors import UserError
 from flows.engine.process import quiet_libraries
+from flows.engine.stopping import heeding_signals
 from flows.prefect.names import FLOW, TIME
 
 AWAY_SECONDS = 600
@@ -86,7 +87,6 @@ def pipeline(
         parent_key: Tag llmill.key of the run in MLflow that a dispatched step belongs to; set by who dispatches it.
     """
     quiet_libraries()
-    from flows.engine.stopping import heeding_signals
     from flows.prefect.flow_runs import STOPS, at_work, finished, stopped, wait_for_prefect
 
     place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()

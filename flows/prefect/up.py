@@ -44,6 +44,7 @@ from flows.engine.services import (
 )
 from flows.prefect.own_pages import own_names
 from flows.prefect.run_notes import Note, read_notes
+from flows.prefect.servers import PrefectServer, client_settings
 
 START_SECONDS = 180
 STOP_SECONDS = 40
@@ -206,7 +207,6 @@ class Up:
 
     def client_environment(self) -> dict[str, str]:
         """Return the variables that a process needs to use these servers as a run does."""
-        from flows.prefect.servers import client_settings
 
         api = f"{self.services.processes[PREFECT].url}/api"
         return {
@@ -342,7 +342,6 @@ def end(family: Sequence[psutil.Process], first: int = 0) -> None:
 
 def of_a_run(home: Path) -> int | None:
     """The process of a Prefect server that a run at work in this home has brought."""
-    from flows.prefect.servers import PrefectServer
 
     server = PrefectServer(home)
     return json.loads(server.state.read_text())["pid"] if server.running() else None

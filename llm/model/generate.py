@@ -17,6 +17,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.train_tokenizer.tokenizer import end_of, end_of_text, load_tokenizer
 from data_pipeline.train_tokenizer.tokenizer import vocab_size as size_of
 from llm.kernels.attention import Attend, Documents
+from llm.model.layouts import load_folder, read_config
 from llm.model.transformer import Transformer
 
 UNFINISHED = "\ufffd"
@@ -90,7 +91,6 @@ def open_folder(folder: Path) -> tuple[Transformer, Tokenizer]:
     Raises:
         UserError: it holds none, or one that llmill did not export.
     """
-    from llm.model.layouts import load_folder, read_config
 
     vocab_size = read_config(folder).vocab_size
     if not (folder / "tokenizer.json").is_file():

@@ -151,7 +151,7 @@ def test_a_signal_while_importing_ends_a_run_with_one_line(watched, llmill, trig
 def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, command):
     """By the time of a heavy import it stands on the screen: the process ends there."""
     arguments = [] if command == "up" else [str(llmill.recipe)]
-    trigger = {"up": "flows.listeners.mlflow.moved"}.get(command, "flows.recipe")
+    trigger = {"up": "flows.listeners.terminal"}.get(command, "flows.recipe")
     process = start(watched, llmill, command, *arguments, TRIGGER=trigger, SIGNAL=str(int(signal.SIGKILL)))
     out, _ = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGKILL, 2)

@@ -147,15 +147,23 @@ def test_a_signal_while_importing_ends_a_run_with_one_line(watched, llmill, trig
     assert "Traceback" not in out
 
 
-@pytest.mark.parametrize("command", ["run", "sweep", "deploy", "up"])
+@pytest.mark.parametrize("command", ["run", "sweep", "deploy"])
 def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, command):
     """By the time of a heavy import it stands on the screen: the process ends there."""
-    arguments = [] if command == "up" else [str(llmill.recipe)]
-    trigger = {"up": "flows.listeners.terminal"}.get(command, "flows.recipe")
-    process = start(watched, llmill, command, *arguments, TRIGGER=trigger, SIGNAL=str(int(signal.SIGKILL)))
+    kill = {"TRIGGER": "flows.recipe", "SIGNAL": str(int(signal.SIGKILL))}
+    process = start(watched, llmill, command, str(llmill.recipe), **kill)
     out, _ = process.communicate(timeout=120)
     assert process.returncode in (-signal.SIGKILL, 2)
-    assert out.startswith("looking what is up ..." if command == "up" else f"reading {llmill.recipe} ...")
+    assert out.startswith(f"reading {llmill.recipe} ...")
+
+
+def test_up_imports_nothing_heavy_before_it_begins(watched, llmill):
+    report = watched / "imported.json"
+    process = start(watched, llmill, "up", "--home", "/dev/null/home", IMPORTED=str(report))
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert out.startswith("looking what is up ...")
+    assert not set(HEAVY) & set(json.loads(report.read_text()))
 
 
 def test_every_row_of_the_table_names_a_body_and_a_config():

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import httpx
@@ -22,6 +23,7 @@ from mlflow.entities import Run
 from operator_api import until
 
 from flows.engine.ports import free_port
+from flows.listeners.mlflow.points import is_drawn
 from flows.recipe import flatten
 from flows.stages import BY_NAME, DEFAULT
 
@@ -95,6 +97,30 @@ def test_training_is_there_step_by_step_once(client, finished, children):
     told = ("lr", "lr_matrices", "update_ratio_matrices", "grad_norm", "tokens_per_second")
     for name in (*(f"train/{name}" for name in told), "val/bits_per_byte"):
         assert client.get_metric_history(children["pretrain"].info.run_id, name), name
+
+
+def test_a_whole_run_has_the_curves_over_steps_and_over_tokens(client, finished, parent):
+    losses = pq.read_table(finished.made("pretrain") / "losses.parquet").to_pylist()
+    checks = pq.read_table(finished.made("pretrain") / "validation.parquet").to_pylist()
+    tokens = {row["step"]: row["tokens"] for row in losses}
+    wanted = {
+        "train/loss": [(row["step"], row["loss"]) for row in losses],
+        "tokens/train_loss": [(row["tokens"], row["loss"]) for row in losses],
+        "val/bits_per_byte": [(row["step"], row["bits_per_byte"]) for row in checks],
+        "tokens/val_bits_per_byte": [(tokens[row["step"]], row["bits_per_byte"]) for row in checks],
+    }
+    for name, points in wanted.items():
+        history = client.get_metric_history(parent.info.run_id, name)
+        assert [(point.step, point.value) for point in history] == points, name
+    assert client.get_metric_history(parent.info.run_id, "train/tokens_per_second")
+    assert client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
+
+
+def test_of_a_long_training_a_whole_run_has_what_a_chart_needs():
+    for steps in (100, 1_000, 30_000, 1_000_000):
+        drawn = [step for step in range(1, steps + 1) if is_drawn(step)]
+        assert len(drawn) <= 2_000
+        assert all(after - before <= max(1, after // 128) for before, after in pairwise(drawn))
 
 
 def test_the_digest_of_a_dataset_input_is_the_fingerprint_of_the_artifact(children, manifests):
@@ -238,8 +264,15 @@ def test_a_run_that_reuses_everything_can_be_compared_with_the_one_that_built_it
     newest = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time DESC"])[0]
     assert newest.info.run_id != parent.info.run_id
     assert newest.data.params == parent.data.params
-    shared = {name: value for name, value in parent.data.metrics.items() if "/" in name}
+    measured = {name for name in parent.data.metrics if "/" not in name or name.startswith("system/")}
+    shared = {name: value for name, value in parent.data.metrics.items() if name not in measured}
     assert shared.items() <= newest.data.metrics.items()
+    for name in ("train/loss", "tokens/train_loss", "tokens/val_bits_per_byte"):
+        drawn, again = (
+            [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)]
+            for run in (parent, newest)
+        )
+        assert drawn == again, name
     for stage in DEFAULT:
         assert newest.data.tags[f"llmill.{stage}.how"] == "reused"
         assert newest.data.tags[f"llmill.{stage}.run_id"] == parent.data.tags[f"llmill.{stage}.run_id"]

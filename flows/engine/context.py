@@ -123,5 +123,6 @@ def training_started(started: StepStarted, offset: int) -> TrainingStarted:
         stage=started.stage,
         fingerprint=started.fingerprint,
         key=started.key,
+        run=started.run,
         offset=offset,
     )

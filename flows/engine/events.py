@@ -166,6 +166,8 @@ class TrainingStarted(Event):
     stage: str
     fingerprint: str
     key: str
+    run: str = ""
+    """The key of the run."""
     offset: int = 0
     """Bytes of that file that are reported already."""
 
@@ -177,6 +179,10 @@ class Measured(Event):
     key: str
     points: list[tuple[str, float, int, int]]
     """Name, value, time, and second since the step began."""
+    run: str = ""
+    """The key of the run."""
+    begun: int = 0
+    """When the run began, in milliseconds since 1970."""
 
 
 @dataclass(frozen=True, kw_only=True)

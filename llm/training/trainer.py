@@ -190,7 +190,7 @@ class Trainer:
             return self.report_diverged(done)
         fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
         self.history["validation"].append(fact)
-        self.tell("validation", **fact)
+        self.tell("validation", **fact, tokens=self.config.tokens_after(done))
 
     def report_diverged(self, done: int) -> None:
         """Tell that the held-out loss is not finite; after the last step that ends the run.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,7 +22,7 @@ from flows.engine.store import Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.links import HOME, target, without_user
 from flows.listeners.mlflow.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
-from flows.listeners.mlflow.points import Point, event_points
+from flows.listeners.mlflow.points import Point, curve_points, event_points
 from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused
 
@@ -44,22 +45,33 @@ class Following:
     stage: str
     fingerprint: str
     offset: int
+    run: str = ""
+    """The key of the whole run, which gets the curves; empty in a log of an older version."""
+    step: str = ""
 
     def read(self, store: Store) -> tuple[list[Operation], Self]:
         """Return operations for what is new in its events, and the `Following` from there on."""
         folders = (store.path(self.stage, self.fingerprint), store.partial(self.stage, self.fingerprint))
         found = next((one for one in folders if (one / EVENTS).exists()), folders[0])
         lines, offset = read_lines(found / EVENTS, self.offset)
-        points = [point for line in lines for point in points_of_line(line)]
-        batches = [points[start : start + METRICS] for start in range(0, len(points), METRICS)]
-        told: list[Operation] = [measured(self.key, batch) for batch in batches]
+        told = in_requests(self.key, lines, event_points)
+        if self.run:
+            told += in_requests(self.run, lines, partial(curve_points, self.step))
         return told, replace(self, offset=offset)
 
 
-def points_of_line(line: str) -> list[Point]:
+def in_requests(
+    key: str, lines: Iterable[str], points_of: Callable[[Mapping[str, Any]], list[Point]]
+) -> list[Operation]:
+    """The operations that give a run the points of a training's lines."""
+    points = [point for line in lines for point in points_of_line(line, points_of)]
+    return [measured(key, points[start : start + METRICS]) for start in range(0, len(points), METRICS)]
+
+
+def points_of_line(line: str, points_of: Callable[[Mapping[str, Any]], list[Point]]) -> list[Point]:
     """The points of a training's event; none of half a line, where a new file took the place of what was read."""
     try:
-        return event_points(json.loads(line))
+        return points_of(json.loads(line))
     except (ValueError, KeyError, TypeError):
         return []
 
@@ -92,7 +104,12 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
             following = None
         if isinstance(event, TrainingStarted):
             following = Following(
-                key=event.key, stage=event.stage, fingerprint=event.fingerprint, offset=event.offset
+                key=event.key,
+                stage=event.stage,
+                fingerprint=event.fingerprint,
+                offset=event.offset,
+                run=event.run,
+                step=event.step,
             )
         told = translated(event, store)
         behind = Place(offset, following)

@@ -96,7 +96,8 @@ class MlflowListener:
         """Measure the machine from now on, if it can be."""
 
         def say(points: Sequence[Point]) -> None:
-            self._log.append(Measured(key=key, points=list(points)))
+            run, begun = self._run.key, self._run.time
+            self._log.append(Measured(key=key, points=list(points), run=run, begun=begun))
 
         try:
             self._monitor = SystemMonitor(begun, say)

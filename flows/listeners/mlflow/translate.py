@@ -27,14 +27,16 @@ from flows.engine.events import (
     milliseconds,
 )
 from flows.engine.store import Damaged, Store, canonical_json
+from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.description import NOTE, clipped, outcomes, run_note, summary_table
 from flows.listeners.mlflow.lineage import ARTIFACT, PARENT
-from flows.listeners.mlflow.points import Point
+from flows.listeners.mlflow.points import SYSTEM, Point, curve_points
 from flows.recipe import flatten
 from flows.stages import BY_NAME
 
 Operation = Mapping[str, Any]
 VALUE_LENGTH = 6000  # the longest value of a param that MLflow takes
+REQUEST = 800  # points: MLflow takes 1000
 ERROR = "llmill.error"
 
 
@@ -47,9 +49,9 @@ def operations(event: Event, store: Store) -> Iterator[Operation]:
             yield from step_started(event)
         case StepSealed():
             yield from step_sealed(event, store)
-            yield from linked(event, {"to": event.key, "id": ""})
+            yield from linked(event, store, {"to": event.key, "id": ""})
         case StepReused():
-            yield from linked(event, {"to": event.made_by_key, "id": event.made_by})
+            yield from linked(event, store, {"to": event.made_by_key, "id": event.made_by})
         case StepFailed(key=key) if key:
             yield {"op": "tags", "run": key, "tags": {ERROR: event.message[:VALUE_LENGTH]}}
             yield {"op": "end", "run": key, "status": event.status, "time": event.time}
@@ -57,6 +59,8 @@ def operations(event: Event, store: Store) -> Iterator[Operation]:
             yield from run_ended(event, store)
         case Measured():
             yield measured(event.key, event.points)
+            if event.run:
+                yield measured(event.run, on_the_run(event))
         case Killed():
             yield {"op": "end", "run": event.key, "status": "KILLED", "time": event.time}
         case Told():
@@ -115,8 +119,8 @@ def step_sealed(event: StepSealed, store: Store) -> Iterator[Operation]:
     yield {"op": "end", **run, "status": "FINISHED", "time": event.time}
 
 
-def linked(event: StepSealed | StepReused, made_by: Mapping[str, str]) -> Iterator[Operation]:
-    """Link a step to the parent run and copy its headline metrics there, whether it was built or reused."""
+def linked(event: StepSealed | StepReused, store: Store, made_by: Mapping[str, str]) -> Iterator[Operation]:
+    """Link a step to the parent run and copy its headline metrics and curves there, whether it was built or reused."""
     if not event.run:
         return  # who dispatched us does that
     step, run = event.step, {"run": event.run}
@@ -131,6 +135,24 @@ def linked(event: StepSealed | StepReused, made_by: Mapping[str, str]) -> Iterat
     yield measured(
         event.run, points_of({f"{step}/{name}": event.metrics[name] for name in shown}, event.finished)
     )
+    yield from curves(event, store)
+
+
+def curves(event: StepSealed | StepReused, store: Store) -> Iterator[Operation]:
+    """Draw a training on the parent run; of one that was followed, MLflow has the points by now."""
+    lines, _ = read_lines(store.path(event.stage, event.fingerprint) / EVENTS, 0)
+    points = [point for line in lines for point in curve_points(event.step, json.loads(line))]
+    for start in range(0, len(points), REQUEST):
+        yield measured(event.run, points[start : start + REQUEST])
+
+
+def on_the_run(event: Measured) -> list[Point]:
+    """The system metrics that the parent run has, at the second since that began."""
+    return [
+        (name, value, stamp, max(0, stamp - event.begun) // 1000)
+        for name, value, stamp, _ in event.points
+        if name in SYSTEM
+    ]
 
 
 def run_ended(event: RunEnded, store: Store) -> Iterator[Operation]:

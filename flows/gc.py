@@ -92,7 +92,7 @@ def ask_mlflow(graph: Graph, since: float) -> Answers:
         if told and not records.knows_one_of(told[-RUN_IDS:]):
             raise NotAsked(
                 f"MLflow at {without_user(records.uri)} knows none of the runs that made what is sealed here: set "
-                "MLFLOW_TRACKING_URI to the one that was told of them (or send what is left: llmill sync)"
+                "MLFLOW_TRACKING_URI to the one that they were reported to (or send what is left: llmill sync)"
             )
     except NotAsked as error:
         if not told and not os.environ.get("MLFLOW_TRACKING_URI"):
@@ -261,9 +261,7 @@ def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[C
     for path in sorted((store.home / "runs").glob("*.json")):
         name, _, fingerprint = path.stem.rpartition("-")
         if path.stat().st_mtime < since and (name, fingerprint) not in kept and is_free(state_lock(path)):
-            yield Candidate(
-                kind="state", path=path, why="nobody went on with that run", size=path.stat().st_size
-            )
+            yield Candidate(kind="state", path=path, why="nobody resumed that run", size=path.stat().st_size)
 
 
 def state_lock(path: Path) -> Path:
@@ -280,7 +278,7 @@ def stale_locks(store: Store, since: float) -> Iterator[Candidate]:
     for key, touched in found.items():
         there = store.path(*key).exists() or store.partial(*key).exists()
         if not there and touched < since and not held(store, key):
-            yield Candidate("lock", use_path(store, *key), "of what is there no more", key=key)
+            yield Candidate("lock", use_path(store, *key), "orphaned", key=key)
     for path in sorted((store.home / "runs").glob(".*.lock")):
         state = path.with_name(f"{path.name[1:].removesuffix('.lock')}.json")
         if not state.exists() and path.stat().st_mtime < since and is_free(path):
@@ -368,9 +366,7 @@ def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -
 def waiting(home: Path) -> str:
     """Why copies could still come: what runs have to report to MLflow; empty where nothing waits."""
     if any(unsent(log, Store(home)) for log in logs(home)):
-        return (
-            "runs have told MLflow what it does not have yet: wait for their end, or send it with llmill sync"
-        )
+        return "runs have reports that MLflow does not have yet: wait for their end, or send them with llmill sync"
     return ""
 
 

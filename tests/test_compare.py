@@ -195,7 +195,7 @@ def test_the_terminal_shows_whole_lines(llmill, runs, columns):
     ids = [run.info.run_id for run in runs.values()]
     said = llmill("compare", *ids, "--no-log", COLUMNS=columns).stdout
     assert max(map(len, said.splitlines())) <= int(columns)
-    for text in ("Settings that differ", "Figures", "On the way", "Recipes", "Models   ", "bits per byte"):
+    for text in ("Settings that differ", "Metrics", "On the way", "Recipes", "Models   ", "bits per byte"):
         assert text in said
 
 
@@ -226,7 +226,7 @@ def test_the_page_needs_nothing_else_and_shows_every_section(llmill, runs, tmp_p
     found.feed(text)
     assert found.open == []
     assert not found.loaded, "nothing is fetched from elsewhere"
-    tables = ["Settings that differ", "Figures", "Data that differs", "On the way"]
+    tables = ["Settings that differ", "Metrics", "Data that differs", "On the way"]
     assert found.headings == ["Runs", "On the way", *tables, "Models, by held-out documents", "Recipes"]
     assert found.counts["svg"] == 6
     assert found.counts["polyline"] == 6 * len(ids)

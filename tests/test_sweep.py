@@ -67,7 +67,7 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_at_work_and_repeats_none(r
 def test_it_says_first_what_will_run_and_at_last_what_came_out(swept, parent, client):
     said = (swept.home / "sweep.txt").read_text()
     head, _, rest = said.partition("1 of 4  ·  lr 0.003, seed 0")
-    assert "4 runs of 32 stages, of which 9 are built and 23 shared or sealed" in head
+    assert "4 runs of 32 steps, of which 9 are built and 23 shared or sealed" in head
     assert [line.split()[-3:] for line in head.splitlines() if line.lstrip().startswith("2 ")] == [
         ["pretrain,", "evaluate,", "export"]
     ]

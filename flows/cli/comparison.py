@@ -36,7 +36,7 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(help="Write the page with plots there.", metavar="FILE")
     ] = None,
-    log: Annotated[bool, typer.Option(help="Keep page and figures in MLflow, as a run.")] = True,
+    log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
     """Say in what runs differ, and whether one's model or recipe is better than another's."""
@@ -105,7 +105,7 @@ def sweep(
 
     writable(home)
     terminal = Terminal()
-    with stoppable(f"stopped; the same command goes on from here: {typed()}"), PrefectServer(home) as server:
+    with stoppable(f"stopped; the same command resumes it: {typed()}"), PrefectServer(home) as server:
         from flows.compare.sweep import Sweep, foresee, read_grid, read_members
 
         members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
@@ -139,11 +139,11 @@ def show_forecast(members: Any, terminal: Any) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("run", "settings", "sealed", "shared", "to be built"):
         table.add_column(column, justify="right" if column in ("run", "sealed", "shared") else "left")
-    built = stages = 0
+    built = steps = 0
     for number, (member, sealed, shared, builds) in enumerate(forecast(members), 1):
         table.add_row(str(number), member.name, str(sealed), str(shared), ", ".join(builds) or "nothing")
-        built, stages = built + len(builds), stages + len(member.steps)
+        built, steps = built + len(builds), steps + len(member.steps)
     terminal.console.print(table, soft_wrap=False)
     terminal.console.print(
-        f"{len(members)} runs of {stages} stages, of which {built} are built and {stages - built} shared or sealed"
+        f"{len(members)} runs of {steps} steps, of which {built} are built and {steps - built} shared or sealed"
     )

@@ -105,7 +105,7 @@ def adopt(
     from flows.listeners.terminal import Terminal
 
     said = {"license": license_, "origin": origin, "revision": revision, "end_of_text": end_of_text}
-    with stoppable(f"stopped; the same command goes on from here: {typed()}"):
+    with stoppable(f"stopped; the same command resumes it: {typed()}"):
         config = config_of(name, {"type": kind, "path": path.expanduser().absolute(), **said})
         adopted = seal(config, name, Store(home))
     artifact, lines = adopted.artifact, recipe_lines(name, config)

@@ -29,7 +29,7 @@ def up(
     pool: Annotated[
         list[str] | None, typer.Option(help="Start a worker for this work pool; repeatable.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; loopback unless told otherwise.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; loopback by default.")] = "127.0.0.1",
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name by which browsers reach this machine; repeatable."),
@@ -99,7 +99,7 @@ def worker(
     ] = "",
     with_healthcheck: Annotated[bool, typer.Option(help="Answer at port 8080 whether it is alive.")] = False,
 ) -> None:
-    """Carry out what is scheduled in a work pool, on this machine; a run at work saves when it is told to end."""
+    """Carry out what is scheduled in a work pool, on this machine; a run at work saves when it is asked to end."""
     for key, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(key, value)
     if not os.environ.get("PREFECT_API_URL"):

@@ -49,7 +49,7 @@ def sections(comparison: Comparison) -> list[Section]:
         )
     ]
     for heading, rows, empty in (
-        ("Figures", comparison.metrics, ""),
+        ("Metrics", comparison.metrics, ""),
         (
             "Data that differs",
             [row for row in comparison.data if row.differs],
@@ -59,7 +59,7 @@ def sections(comparison: Comparison) -> list[Section]:
     ):
         lines = [[row.stage, row.name.replace("_", " "), *figures(row)] for row in rows]
         found.append(
-            Section(heading=heading, header=["stage", "figure", *labels], rows=lines, empty=empty, fixed=2)
+            Section(heading=heading, header=["stage", "metric", *labels], rows=lines, empty=empty, fixed=2)
         )
     return [*found, *claims(comparison)]
 

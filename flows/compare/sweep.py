@@ -143,7 +143,7 @@ def read_members(
 
 
 def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list[str]]]:
-    """For each member: how many stages are sealed, how many an earlier one builds, and those that it builds itself."""
+    """For each member: how many steps are sealed, how many an earlier one builds, and those that it builds itself."""
     seen: set[tuple[str, str]] = set()
     for member in members:
         waiting = [step for step in member.steps if step.action != "reuse"]

@@ -73,9 +73,7 @@ class Course:
         if not self.message:
             self._failed(str(self._stopped(Stop())), "", "KILLED")
         message = self.message
-        self._log.warn(
-            f"{message}: ended by force; the same command goes on from here: {self._order.command}"
-        )
+        self._log.warn(f"{message}: ended by force; the same command resumes it: {self._order.command}")
         self._host.stopped(message)
         self._end("KILLED")
         self._log.close()
@@ -122,7 +120,7 @@ def explained(error: Exception, home: Path, command: str) -> Exception:
     if isinstance(error, UserError) or not disk_is_full(home, error):
         return error
     where = f"{home.resolve()} ({human_bytes(shutil.disk_usage(home).free)} free)"
-    return UserError(f"the disk is full: {where}; make room, then `{command}` goes on")
+    return UserError(f"the disk is full: {where}; make room, then `{command}` resumes the run")
 
 
 def disk_is_full(home: Path, error: BaseException | None) -> bool:

@@ -176,7 +176,7 @@ def killed_ranks(logs: Path) -> str:
     said = ", ".join(f"rank {rank} was ended by {name_of(signals[rank])}" for rank in sorted(signals))
     memory = signal.SIGKILL in signals.values()
     hint = "; the system does that when memory runs out: see `dmesg`" if memory else ""
-    return f"{said}, which nobody here sent{hint}; what is saved is gone on from when it is run again"
+    return f"{said}, which nobody here sent{hint}; the next run resumes from what is saved"
 
 
 def name_of(number: int) -> str:

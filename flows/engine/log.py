@@ -323,6 +323,6 @@ class Listening:
             call()
         except (Exception, SystemExit) as error:  # the latter is what rich makes of a closed pipe
             said = f"{type(error).__name__}: {error}"
-            self._log.warn(f"{self._name} fails and hears no more of this run: {said}")
+            self._log.warn(f"{self._name} fails and gets no more events of this run: {said}")
             return True
         return False

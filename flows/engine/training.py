@@ -89,7 +89,7 @@ NOTES: dict[str, tuple[Any, bool]] = {
     "rollback": (
         lambda event: (
             f"the loss leapt to {event['loss']:.4f} in step {event['step']} (z {event['z']:.1f}): back to step "
-            f"{event['to']}, past {event['windows']:,} windows"
+            f"{event['to']}, past {event['windows']:,} sequences"
         ),
         True,
     ),

@@ -107,7 +107,7 @@ class FlowPageListener:
         assert self._run
         assert self._page
         rows = [self._row(step, state) for step in self._run.steps]
-        done = f"{len(self._results)} of {len(rows)} stages done"
+        done = f"{len(self._results)} of {len(rows)} steps done"
         self._page.stages(rows, f"{done}, {', '.join(self._at_work)} {state}" if self._at_work else done)
         self._page.links(links(self._run, self._links), self._links.url or "where else to look")
 

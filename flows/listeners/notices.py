@@ -126,7 +126,7 @@ def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], 
     """Send to every receiver; one that can't be reached is warned of, and never fails a run."""
     unset = unset_receivers(receivers)
     for receiver in unset:
-        warn(f"{receiver} could not be told of the run's end: the variable is not set")
+        warn(f"{receiver} could not be notified of the run's end: the variable is not set")
     for receiver in receivers:
         if receiver in unset:
             continue
@@ -134,7 +134,7 @@ def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], 
             send(notice, receiver)
         except Exception as error:
             # Not the message: it may hold the address, and that a secret.
-            warn(f"{receiver} could not be told of the run's end: {type(error).__name__}")
+            warn(f"{receiver} could not be notified of the run's end: {type(error).__name__}")
 
 
 def send(notice: Notice, receiver: str) -> None:

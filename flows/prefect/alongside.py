@@ -70,7 +70,7 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
     assert process.stdout
     pickle.dump(job_of(step, order, key), process.stdin)
     process.stdin.flush()
-    last = [f"{step.name}: its process began, and said nothing"]
+    last = [f"{step.name}: its process began, and reported nothing"]
     reading = threading.Thread(target=relay, args=(process.stdout, log.append, last), daemon=True)
     reading.start()
     saves, stopping = wishes.saves, False

@@ -71,7 +71,7 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
         key=key,
         status="FAILED",
         seconds=0.0,
-        message=f"before the first stage: {message}",
+        message=f"before the first step: {message}",
         log=message,
         name=called,
         command=command,

@@ -49,7 +49,7 @@ class Dispatcher:
         """
         if self.takes(step.name) and not this_deployment.name:
             raise UserError(
-                "only a run of a deployment can dispatch stages; make one with: llmill deploy RECIPE"
+                "only a run of a deployment can dispatch steps; make one with: llmill deploy RECIPE"
             )
 
     def deployment(self, stage: str) -> str:

@@ -83,7 +83,7 @@ class Pipeline:
         joined = self.executor.order.run_key  # who dispatched us reports the end
         for receiver in () if joined else unset_receivers(runtime.notify):
             self.log.warn(
-                f"runtime.notify: {receiver} can't be told of this run's end: the variable is not set"
+                f"runtime.notify: {receiver} can't be notified of this run's end: the variable is not set"
             )
         require_possible(planned)
         for step in planned.steps:

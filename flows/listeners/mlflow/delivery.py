@@ -192,7 +192,7 @@ def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[LogFile, str]]:
     with left_behind(home) as found:
         for log in found:
             if log.head["target"] != here:
-                yield log, f"figures of an earlier run are left: {how_to_send(log)}"
+                yield log, f"metrics of an earlier run are left: {how_to_send(log)}"
                 continue
             try:
                 for operation, why in deliver(log, mlflow):
@@ -219,7 +219,7 @@ def claimed(home: Path) -> Generator[LogFile]:
 
 
 def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
-    return f"MLflow does not have what a run told it ({operation['op']}): {why}; it is kept in {log.refused}"
+    return f"MLflow does not have what a run reported ({operation['op']}): {why}; it is kept in {log.refused}"
 
 
 def how_to_send(log: LogFile) -> str:
@@ -340,7 +340,7 @@ class Sender:
         if not self._warned:
             where = f"MLflow at {without_user(self.mlflow.uri)} does not answer"
             self._warn(
-                f"{why}; the run goes on" if gone else f"{where}; the run goes on, its figures will follow"
+                f"{why}; the run goes on" if gone else f"{where}; the run goes on, its metrics will follow"
             )
         self._warned = True
         with self._change:

@@ -84,7 +84,7 @@ class Records:
     def __init__(self, home: Path, view: int = ViewType.ACTIVE_ONLY) -> None:
         self.uri = tracking_uri(home)
         if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-            raise NotAsked(f"no run has told MLflow of anything in {home} (there is no mlflow.db)")
+            raise NotAsked(f"no run in {home} has reported to MLflow (there is no mlflow.db)")
         with self._asking():
             follow_home(home)
             self._client = MlflowClient(self.uri)

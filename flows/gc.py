@@ -82,20 +82,20 @@ class Answers:
 
 
 def ask_mlflow(graph: Graph, since: float) -> Answers:
-    """Ask which artifacts runs since then refer to and which models are registered; or say why it can't be known."""
+    """Ask which artifacts runs since then refer to and which models are registered; or why it can't be known."""
     manifests = [node.artifact.manifest for node in graph.nodes.values() if node.artifact]
     named = [(one.get("mlflow_run_id", ""), one.get("mlflow_key", "")) for one in manifests]
-    told = [one for one in named if any(one)]
+    reported = [one for one in named if any(one)]
     try:
         records = Copies(graph.store.home)
         used, versions = records.used_since(int(since * 1000)), records.versions()
-        if told and not records.knows_one_of(told[-RUN_IDS:]):
+        if reported and not records.knows_one_of(reported[-RUN_IDS:]):
             raise NotAsked(
                 f"MLflow at {without_user(records.uri)} knows none of the runs that made what is sealed here: set "
                 "MLFLOW_TRACKING_URI to the one that they were reported to (or send what is left: llmill sync)"
             )
     except NotAsked as error:
-        if not told and not os.environ.get("MLFLOW_TRACKING_URI"):
+        if not reported and not os.environ.get("MLFLOW_TRACKING_URI"):
             return Answers()  # no run ever reported anything to it
         return Answers(refusal=str(error))
     return Answers(frozenset(used), tuple(versions), copies=records)
@@ -225,10 +225,16 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
         )
     verb = "sealed" if node.artifact else "left unfinished"
     when, last = f"{verb} {day(made_at(node))}", in_use.last.get(node.key, 0)
-    said = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
+    description = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
     kind: Literal["artifact", "unfinished"] = "artifact" if node.artifact else "unfinished"
     return Candidate(
-        kind=kind, path=node.path, why=said, size=size_of(node.path), key=node.key, used=last, copies=held
+        kind=kind,
+        path=node.path,
+        why=description,
+        size=size_of(node.path),
+        key=node.key,
+        used=last,
+        copies=held,
     )
 
 
@@ -350,7 +356,7 @@ def chosen_key(graph: Graph, copies: Copies | None, text: str) -> Key:
 
 
 def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -> set[Key]:
-    """Artifacts and all that was made from them, as the store or runs in MLflow say."""
+    """Artifacts and all that was made from them, as the store or runs in MLflow have it."""
     going = set(keys)
     while True:
         more = {node.key for node in graph.descendants(going & graph.nodes.keys())}

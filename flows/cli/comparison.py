@@ -1,4 +1,4 @@
-"""Put runs side by side, try settings out, and say which model is used."""
+"""Put runs side by side, and try settings out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def compare(
     log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
-    """Say in what runs differ, and whether one's model or recipe is better than another's."""
+    """Show in what runs differ, and whether one's model or recipe is better than another's."""
     quiet_libraries()
     from flows.compare.compare import compare as put_side_by_side
     from flows.compare.page import page
@@ -71,7 +71,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def keep(comparison: Any, home: Path, terminal: Any) -> None:
-    """Log a comparison to MLflow, or say why it is not there."""
+    """Log a comparison to MLflow, or warn why it is not there."""
     from flows.compare.log import log
 
     if is_read_only(home):

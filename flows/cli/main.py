@@ -60,8 +60,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        said, code = in_words(error)
-        fail(said)
+        message, code = in_words(error)
+        fail(message)
         sys.exit(code)
 
 

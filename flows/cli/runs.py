@@ -1,4 +1,4 @@
-"""Run a recipe, say what a run would do, and take part in one."""
+"""Run a recipe, show what a run would do, and take part in one."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def run(
                 server.wait()
                 if server.absent:
                     instead = "to a server of its own" if server.there else "to nobody, for it builds nothing"
-                    said = f"Prefect at {server.absent} does not answer; this run is reported {instead}"
-                    pipeline.log.warn(said)
+                    warning = f"Prefect at {server.absent} does not answer; this run is reported {instead}"
+                    pipeline.log.warn(warning)
                 if server.there:
                     with pipeline.flow(parameters_of(recipe, set_ or (), chosen, home)) as begin:
                         begin()
@@ -160,7 +160,7 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
 
 
 def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
-    """Say what a run would do, step by step, and why; runs nothing."""
+    """Show what a run would do, step by step, and why; runs nothing."""
     from flows.engine.plan import make_plan
     from flows.engine.store import Store
     from flows.headline import headline

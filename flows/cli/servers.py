@@ -59,7 +59,7 @@ def up(
     )
     with stoppable("stopped; what was started is ended again"):
         services = Up(home, wanted, terminal.note).start()
-    tell_what_is_left(home, terminal)
+    send_what_is_left(home, terminal)
     show_servers(terminal.console, described(services), services.database)
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.note(
@@ -68,7 +68,7 @@ def up(
     terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{at_home(home)}")
 
 
-def tell_what_is_left(home: Path, terminal: Any) -> None:
+def send_what_is_left(home: Path, terminal: Any) -> None:
     """Send MLflow what runs left, so that one which was killed is not shown as at work."""
     from flows.listeners.mlflow.delivery import send_left
     from flows.listeners.mlflow.links import tracking_uri
@@ -87,7 +87,7 @@ def down(home: Home = HOME) -> None:
     from flows.prefect.up import stop
 
     terminal = Terminal()
-    ended = stop(home, say=terminal.note)
+    ended = stop(home, report=terminal.note)
     console = terminal.console
     console.print(f"ended: {', '.join(ended)}" if ended else f"no servers of {home} are up")
 

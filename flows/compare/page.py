@@ -95,15 +95,15 @@ def plots(comparison: Comparison) -> list[str]:
     key = "".join(
         f'<span class="key {style(place)}"></span>{escape(name)}' for place, name in enumerate(names)
     )
-    figures = []
+    plots = []
     for what, curves in (
         ("training loss, nats a token", [one.training for one in comparison.curves]),
         ("held out, bits per byte", [one.held_out for one in comparison.curves]),
     ):
         for axis in AXES:
             drawing = plot([line(*one, axis) for one in zip(names, curves, strict=True)], axis, what)
-            figures.append(f"<figure><figcaption>{what}</figcaption>{drawing}</figure>")
-    return ["<h2>On the way</h2>", f"<p>{key}</p>", f'<div class="plots">{"".join(figures)}</div>']
+            plots.append(f"<figure><figcaption>{what}</figcaption>{drawing}</figure>")
+    return ["<h2>On the way</h2>", f"<p>{key}</p>", f'<div class="plots">{"".join(plots)}</div>']
 
 
 def line(name: str, curve: Curve, axis: str) -> Line:

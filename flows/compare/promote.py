@@ -1,4 +1,4 @@
-"""From candidate to champion, when the gates hold: each looks for itself, and says what it saw."""
+"""From candidate to champion, when the gates hold: each looks for itself, and reports what it saw."""
 
 from __future__ import annotations
 
@@ -230,7 +230,7 @@ def carry_out(registry: Registry, home: Path, decision: Decision) -> str:
     finding = Finding(home, decision.recipe, "promote", name)
     tags = {"llmill.promote.model": version.uri, "llmill.promote.outcome": decision.outcome}
     files = {EVIDENCE: json.dumps(decision.as_json(), indent=1, allow_nan=False)}
-    if why_not := finding.tell(tags, files, decision.note, "FINISHED"):
+    if why_not := finding.report(tags, files, decision.note, "FINISHED"):
         raise NotAsked(why_not)
     of_version = {
         "outcome": decision.outcome,

@@ -30,8 +30,8 @@ class Scores:
     @property
     def bits_per_byte(self) -> Floats:
         """Bits per byte of each run, over all documents."""
-        figures: Floats = self.bits.sum(axis=1) / self.bytes.sum()
-        return figures
+        totals: Floats = self.bits.sum(axis=1) / self.bytes.sum()
+        return totals
 
 
 def read_scores(subjects: Sequence[Subject]) -> Scores:

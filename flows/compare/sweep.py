@@ -188,10 +188,10 @@ def require_documents(artifact: Artifact) -> None:
 
 
 def foresee(members: Sequence[Member]) -> list[str]:
-    """Say what the comparison at the end will not be able to say, as far as that is known before anything runs.
+    """Warn of what the comparison at the end will not be able to show, as far as that is known before anything runs.
 
     Raises:
-        NoVerdict: it will not be able to say anything.
+        NoVerdict: it will not be able to show anything.
     """
     for member in members:
         most = member.config("evaluate").max_documents
@@ -249,8 +249,8 @@ def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None,
         why = "its recipe is shown to be better than every other"
     else:
         why = "the least among seeds of one recipe, which is chance"
-    figure = float(verdict.scores.bits_per_byte[place])
-    return members[place], f"candidate: {members[place].name}, {figure:.4f} bits per byte: {why}"
+    bits = float(verdict.scores.bits_per_byte[place])
+    return members[place], f"candidate: {members[place].name}, {bits:.4f} bits per byte: {why}"
 
 
 class Sweep:
@@ -272,7 +272,7 @@ class Sweep:
         """Run all members; one that fails leaves the others going."""
         self._save()
         self._finding.hold()
-        self._tell()
+        self._report()
         ended = []
         for number, member in enumerate(self.members, 1):
             self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
@@ -291,31 +291,31 @@ class Sweep:
             text, evidence = note(comparison), files(comparison)
         else:
             text, evidence = "fewer than two runs ended well", {}
-        best, said = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
-        self._tell(
+        best, reason = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
+        self._report(
             evidence,
-            f"{text}\n\n{said}".strip(),
+            f"{text}\n\n{reason}".strip(),
             "FINISHED" if len(well) == len(ended) else "FAILED",
             best.candidate if best else [],
         )
-        if said:
-            self.terminal.note(said)
+        if reason:
+            self.terminal.note(reason)
         if len(well) == len(ended):
             self._record.unlink(missing_ok=True)
         return comparison
 
     def stop(self) -> None:
-        """Say in MLflow that a person stopped it; the same command resumes it."""
-        self._tell(status="KILLED")
+        """Report to MLflow that a person stopped it; the same command resumes it."""
+        self._report(status="KILLED")
 
-    def _tell(
+    def _report(
         self,
         evidence: Mapping[str, str] | None = None,
         text: str = "",
         status: str = "",
         more: Sequence[Operation] = (),
     ) -> None:
-        if why_not := self._finding.tell(self._tags, evidence, note=text, status=status, more=more):
+        if why_not := self._finding.report(self._tags, evidence, note=text, status=status, more=more):
             self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
 
     def _member(self, member: Member, recipe: Path) -> Ended:
@@ -326,7 +326,7 @@ class Sweep:
         try:
             key = self._run(member, recipe)
         except NoVerdict as error:
-            self._tell(text=str(error), status="FAILED")
+            self._report(text=str(error), status="FAILED")
             raise
         except Exception as error:
             return Ended(member, failure=str(error) or type(error).__name__)

@@ -37,7 +37,7 @@ class Notice:
     stage: str = ""
     """The one that failed."""
     log: str = ""
-    """The last lines of what it said."""
+    """The last lines of what it reported."""
     resume: str = ""
     """The command that resumes it."""
     prefect_url: str = ""
@@ -79,7 +79,7 @@ class NoticeListener:
                 self._ended = event
 
     def close(self) -> None:
-        """Send the notice, when MLflow has had time to say where it shows the run."""
+        """Send the notice, when MLflow has had time to report where it shows the run."""
         if self._run and self._ended and self._run.notify:
             send_notice(self._notice(self._run, self._ended), self._run.notify, self._warn)
 
@@ -150,7 +150,7 @@ def send(notice: Notice, receiver: str) -> None:
         answer: Any = run_coro_as_sync(block.call(payload=content))
         answer.raise_for_status()
     elif isinstance(block, NotificationBlock):
-        told: Any = block.notify
-        told(body=notice.text, subject=notice.subject)
+        notify: Any = block.notify
+        notify(body=notice.text, subject=notice.subject)
     else:
         raise TypeError(f"{receiver} is no block that sends notices")

@@ -75,7 +75,7 @@ class Terminal:
         self.console.print(text, style="bold")
 
     def step_started(self, step: str, what: str) -> None:
-        """Begin a step's line, which says ``what`` until there is progress to report."""
+        """Begin a step's line, which shows ``what`` until there is progress to report."""
         self._began[step] = self._shown[step] = time.monotonic()
         if self.console.is_terminal:
             self._lines[step] = line("…", step, what)

@@ -37,7 +37,7 @@ CRASHED = "the process that ran this is gone; Retry resumes from what it sealed"
 STOPS = (KeyboardInterrupt, TerminationSignal, Pause)
 """Exceptions that end a run because somebody wants it to: ours, and Prefect's own."""
 WATCH_SECONDS = 3.0
-"""Between looks at what Prefect says of our run; less than the four seconds for which a connection is kept."""
+"""Between looks at what Prefect has of our run; less than the four seconds for which a connection is kept."""
 
 
 class Attempt(Generic[Value]):
@@ -67,7 +67,7 @@ class Attempt(Generic[Value]):
 
     @property
     def state(self) -> State | None:
-        """Return value of the flow's function: for Prefect, what was stopped is cancelled, and says what it leaves."""
+        """Return value of the flow's function: for Prefect, what was stopped is cancelled, with what it leaves."""
         return Cancelled(message=str(self.raised)) if self.raised else None
 
     def end(self) -> None:
@@ -178,7 +178,7 @@ def at_work(home: Path) -> Iterator[None]:
 def watched(flow_run_id: UUID, attempt: int) -> Iterator[None]:
     """Stop this process when somebody wants its flow run to end or to wait, by a button or by the API.
 
-    A worker of Prefect's hears of a cancel only; a run that no worker started, of nothing.
+    A worker of Prefect's is notified of a cancel only; a run that no worker started, of nothing.
     """
     done = threading.Event()
 

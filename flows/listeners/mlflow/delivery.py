@@ -1,7 +1,7 @@
 """How run logs get to MLflow: in order, by one process at a time, each operation until MLflow has taken it.
 
-A run has a thread that sends what earlier runs of the home left and then what the run says, so nothing of a run waits
-for MLflow. `llmill sync` sends what is left without a run: it reads on from the offset.
+A run has a thread that sends what earlier runs of the home left and then what the run logs, so nothing of a run waits
+for MLflow. `llmill sync` sends what is left without a run: it resumes from the offset.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class Following:
         lines, offset = read_lines(found / EVENTS, self.offset)
         points = [point for line in lines for point in points_of_line(line)]
         batches = [points[start : start + METRICS] for start in range(0, len(points), METRICS)]
-        told: list[Operation] = [measured(self.key, batch) for batch in batches]
-        return told, replace(self, offset=offset)
+        pending: list[Operation] = [measured(self.key, batch) for batch in batches]
+        return pending, replace(self, offset=offset)
 
 
 def points_of_line(line: str) -> list[Point]:
@@ -87,22 +87,22 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
     for event, offset in log.events(place.offset):
         following = place.following
         if following and isinstance(event, StepSealed | StepFailed) and event.key == following.key:
-            told, _ = following.read(store)
-            yield from ((operation, place) for operation in told)
+            pending, _ = following.read(store)
+            yield from ((operation, place) for operation in pending)
             following = None
         if isinstance(event, TrainingStarted):
             following = Following(
                 key=event.key, stage=event.stage, fingerprint=event.fingerprint, offset=event.offset
             )
-        told = translated(event, store)
+        pending = translated(event, store)
         behind = Place(offset, following)
-        yield from ((operation, place) for operation in told[:-1])
-        yield (told[-1] if told else None), behind
+        yield from ((operation, place) for operation in pending[:-1])
+        yield (pending[-1] if pending else None), behind
         place = behind
     if place.following:
-        told, following = place.following.read(store)
+        pending, following = place.following.read(store)
         place = Place(place.offset, following)
-        yield from ((operation, place) for operation in told)
+        yield from ((operation, place) for operation in pending)
 
 
 def translated(event: Event, store: Store) -> list[Operation]:
@@ -129,7 +129,7 @@ def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
         why = ""
         try:
             if operation:
-                mlflow.tell(experiment, operation)
+                mlflow.report(experiment, operation)
         except Refused as refusal:
             assert operation
             why = str(refusal)
@@ -223,7 +223,7 @@ def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
 
 
 def how_to_send(log: LogFile) -> str:
-    """Say what a person types to report what is meant for another MLflow than the present one."""
+    """Return what a person types to report what is meant for another MLflow than the present one."""
     meant = log.head["target"]
     return (
         "llmill sync, without MLFLOW_TRACKING_URI"
@@ -298,7 +298,7 @@ class Sender:
         self._until_it_works(self._send_what_is_left)
         while not self.done:
             with self._change:
-                # A training says nothing in the log, but goes on logging its steps in a file of its own.
+                # A training adds nothing to the log, but keeps logging its steps in a file of its own.
                 self._change.wait_for(lambda: self._news or self._closing, FOLLOW_SECONDS)
                 self._change.wait_for(lambda: self._awaited or self._closing, GATHER_SECONDS)
                 over, self._news, self._awaited = self._closing, False, False

@@ -51,7 +51,7 @@ def log_checkpoints(client: MlflowClient, run_id: str, artifact: Artifact) -> No
     for step, points in reversed([*validations.items()][::-1][::stride]):
         last = step == max(validations)
         tags = {
-            WEIGHTS: f"sealed in {artifact.path}" if last else "not kept: training went on",
+            WEIGHTS: f"sealed in {artifact.path}" if last else "not kept: training continued",
             FINGERPRINT: artifact.fingerprint,
         }
         params = {"step": str(step)}

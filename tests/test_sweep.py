@@ -143,7 +143,7 @@ def planned(tmp_path, grid, seeds=1, *changes):
 
 def test_what_the_comparison_will_not_be_able_to_say_is_said_before_it_runs(tmp_path):
     (one_seed,) = planned(tmp_path, ["pretrain.lr=1e-3,1e-4"])
-    assert "not which setting; --seeds 3 would tell" in one_seed
+    assert "not which setting; --seeds 3 would show it" in one_seed
     assert planned(tmp_path, ["pretrain.lr=1e-3,1e-4"], 2) == []
     assert planned(tmp_path, ["pretrain.seed=1,2"]) == []
     same, _ = planned(tmp_path, ["pretrain.lr=1e-3,0.001"])

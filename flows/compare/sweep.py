@@ -169,7 +169,7 @@ def first_seed(recipe: Recipe) -> int:
 
 
 class NoVerdict(UserError):
-    """A sweep that could not tell anything when all of it was trained."""
+    """A sweep that could not show anything when all of it was trained."""
 
 
 def require_documents(artifact: Artifact) -> None:
@@ -216,7 +216,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
     settings = {tuple(one for one in member.chosen if not one.startswith(f"{SEED}=")) for member in members}
     if len(settings) == len(members):
         warnings.append(
-            "one seed of each: this tells which model is better, not which setting; --seeds 3 would tell"
+            "one seed of each: this shows which model is better, not which setting; --seeds 3 would show it"
         )
     return warnings
 
@@ -229,12 +229,12 @@ def held_out_by(member: Member) -> tuple[Any, ...]:
 
 
 def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None, str]:
-    """The member that should be the candidate, and what the tests say of it; None where nothing can be told.
+    """The member that should be the candidate, and what the tests say of it; None where nothing can be decided.
 
     It is the best seed of the recipe with the least bits per byte, and not for being the last that was made.
     """
     if verdict.refused or verdict.scores is None:
-        return None, f"no candidate is named, for which is best can't be told: {verdict.refused}"
+        return None, f"no candidate is named, for which is best can't be decided: {verdict.refused}"
     group = min(verdict.groups, key=lambda one: one.mean)
     place = min(group.models, key=lambda one: float(verdict.scores.bits_per_byte[one]))  # type: ignore[union-attr]
     unsure = [

@@ -1,7 +1,7 @@
 """Whether a model is better than another, and whether a recipe is: two claims, which are never mixed.
 
-A model is what one run made; it is held against another on the held-out documents. A recipe is all settings but the
-seeds; whether one is better than another can only be told from several seeds of each.
+A model is what one run made; it is compared with another on the held-out documents. A recipe is all settings but the
+seeds; whether one is better than another can only be decided from several seeds of each.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that can be said."""
+    """All that the tests show."""
 
     refused: str = ""
     """Why nothing can be."""
@@ -122,26 +122,26 @@ class Verdict:
     recipes: list[Claim] = field(default_factory=list)
     """Each pair of recipes."""
     advice: str = ""
-    """The command whose runs would tell what these can't."""
+    """The command whose runs would show what these can't."""
 
     @property
     def about_models(self) -> str:
         """The first claim, in a line."""
         if self.refused:
-            return f"can't be told: {self.refused}"
+            return f"can't be decided: {self.refused}"
         return "; ".join(claim.in_words() for claim in self.models)
 
     @property
     def about_recipes(self) -> str:
         """The second claim, in a line."""
         if self.refused:
-            return f"can't be told: {self.refused}"
+            return f"can't be decided: {self.refused}"
         if len(self.groups) == 1:
             return one_recipe(self.groups[0])
         parts = [claim.in_words() for claim in self.recipes if claim.outcome != UNKNOWN]
         if len(parts) < len(self.recipes):
             parts.append(
-                "whether a setting is better can't be told from one seed of each: another seed of the same recipe "
+                "whether a setting is better can't be decided from one seed of each: another seed of the same recipe "
                 f"may differ as much; {self.advice}"
             )
         return "; ".join(parts)
@@ -283,13 +283,13 @@ def one_recipe(group: Group) -> str:
 
 
 def advice(subjects: Sequence[Subject]) -> str:
-    """Say what to run so that recipes can be told apart."""
+    """Return what to run so that recipes can be compared."""
     rows = recipe_rows(subjects)
     can_be_set = all(row.stage != "download" and row.name != "version" for row in rows)
     if not can_be_set or len(rows) > MOST_IN_COMMAND:
         return "run each recipe with --set pretrain.seed=1, 2 and 3, and compare all these runs"
     grids = [word for row in rows for word in ("--grid", f"{row.stage}.{row.name}={values_text(row)}")]
-    return f"this would tell: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
+    return f"this would show it: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
 
 
 def values_text(row: Row) -> str:

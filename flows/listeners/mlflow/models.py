@@ -123,7 +123,7 @@ def description(artifact: Artifact, upload: bool) -> str:
     return (
         f"Exported by llmill: {artifact.metrics['parameters']:,.0f} parameters, logits within "
         f"{artifact.metrics['logits_max_abs_difference']:.1e} of those that were trained. Load it by {how}.\n\n"
-        f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` says what it was made from."
+        f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` shows what it was made from."
     )
 
 

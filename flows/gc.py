@@ -82,20 +82,20 @@ class Answers:
 
 
 def ask_mlflow(graph: Graph, since: float) -> Answers:
-    """Ask which artifacts runs since then refer to and which models are registered; or say why it can't be known."""
+    """Ask which artifacts runs since then refer to and which models are registered; or why it can't be known."""
     manifests = [node.artifact.manifest for node in graph.nodes.values() if node.artifact]
     named = [(one.get("mlflow_run_id", ""), one.get("mlflow_key", "")) for one in manifests]
-    told = [one for one in named if any(one)]
+    reported = [one for one in named if any(one)]
     try:
         records = Copies(graph.store.home)
         used, versions = records.used_since(int(since * 1000)), records.versions()
-        if told and not records.knows_one_of(told[-RUN_IDS:]):
+        if reported and not records.knows_one_of(reported[-RUN_IDS:]):
             raise NotAsked(
                 f"MLflow at {without_user(records.uri)} knows none of the runs that made what is sealed here: set "
-                "MLFLOW_TRACKING_URI to the one that was told of them (or send what is left: llmill sync)"
+                "MLFLOW_TRACKING_URI to the one that they were reported to (or send what is left: llmill sync)"
             )
     except NotAsked as error:
-        if not told and not os.environ.get("MLFLOW_TRACKING_URI"):
+        if not reported and not os.environ.get("MLFLOW_TRACKING_URI"):
             return Answers()  # no run ever reported anything to it
         return Answers(refusal=str(error))
     return Answers(frozenset(used), tuple(versions), copies=records)
@@ -225,10 +225,16 @@ def candidate(node: Node, in_use: InUse, why: str, copies: Copies | None) -> Can
         )
     verb = "sealed" if node.artifact else "left unfinished"
     when, last = f"{verb} {day(made_at(node))}", in_use.last.get(node.key, 0)
-    said = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
+    description = f"{when}, last used {day(last / 1e9)}; {why}" if last else f"{when}; {why}"
     kind: Literal["artifact", "unfinished"] = "artifact" if node.artifact else "unfinished"
     return Candidate(
-        kind=kind, path=node.path, why=said, size=size_of(node.path), key=node.key, used=last, copies=held
+        kind=kind,
+        path=node.path,
+        why=description,
+        size=size_of(node.path),
+        key=node.key,
+        used=last,
+        copies=held,
     )
 
 
@@ -261,9 +267,7 @@ def old_state(store: Store, kept: Mapping[Key, str], since: float) -> Iterator[C
     for path in sorted((store.home / "runs").glob("*.json")):
         name, _, fingerprint = path.stem.rpartition("-")
         if path.stat().st_mtime < since and (name, fingerprint) not in kept and is_free(state_lock(path)):
-            yield Candidate(
-                kind="state", path=path, why="nobody went on with that run", size=path.stat().st_size
-            )
+            yield Candidate(kind="state", path=path, why="nobody resumed that run", size=path.stat().st_size)
 
 
 def state_lock(path: Path) -> Path:
@@ -280,7 +284,7 @@ def stale_locks(store: Store, since: float) -> Iterator[Candidate]:
     for key, touched in found.items():
         there = store.path(*key).exists() or store.partial(*key).exists()
         if not there and touched < since and not held(store, key):
-            yield Candidate("lock", use_path(store, *key), "of what is there no more", key=key)
+            yield Candidate("lock", use_path(store, *key), "orphaned", key=key)
     for path in sorted((store.home / "runs").glob(".*.lock")):
         state = path.with_name(f"{path.name[1:].removesuffix('.lock')}.json")
         if not state.exists() and path.stat().st_mtime < since and is_free(path):
@@ -352,7 +356,7 @@ def chosen_key(graph: Graph, copies: Copies | None, text: str) -> Key:
 
 
 def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -> set[Key]:
-    """Artifacts and all that was made from them, as the store or runs in MLflow say."""
+    """Artifacts and all that was made from them, as the store or runs in MLflow have it."""
     going = set(keys)
     while True:
         more = {node.key for node in graph.descendants(going & graph.nodes.keys())}
@@ -368,9 +372,7 @@ def with_descendants(graph: Graph, copies: Copies | None, keys: Iterable[Key]) -
 def waiting(home: Path) -> str:
     """Why copies could still come: what runs have to report to MLflow; empty where nothing waits."""
     if any(unsent(log, Store(home)) for log in logs(home)):
-        return (
-            "runs have told MLflow what it does not have yet: wait for their end, or send it with llmill sync"
-        )
+        return "runs have reports that MLflow does not have yet: wait for their end, or send them with llmill sync"
     return ""
 
 

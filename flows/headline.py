@@ -1,4 +1,4 @@
-"""A stage's result in a few words, with numbers as people write them."""
+"""A step's result in a few words, with numbers as people write them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flows.stages import BY_NAME
 
 
 def headline(stage: str, metrics: Mapping[str, float], most: int | None = MOST_REASONS) -> str:
-    """Sum a stage's result up in a few words: its headline metrics, and all that it discarded.
+    """Sum a step's result up in a few words: its headline metrics, and all that it discarded.
 
     Args:
         most: reasons of discarding that are named of each kind; None: all.

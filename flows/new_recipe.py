@@ -68,9 +68,9 @@ class Text:
     """As ``download.sources`` has it."""
     about: str
     size: float
-    """Bytes, about; 0 where it can't be told."""
+    """Bytes, about; 0 where it is not known."""
     documents: float
-    """About; 0 where it can't be told."""
+    """About; 0 where it is not known."""
 
 
 def new_recipe(name: str, place: str) -> str:
@@ -96,7 +96,7 @@ def new_recipe(name: str, place: str) -> str:
 
 
 def look_at(name: str, place: str) -> Text:
-    """Say what a text is by the names and sizes of its files, which are not opened."""
+    """Describe a text by the names and sizes of its files, which are not opened."""
     source = re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-_") or "text"
     local = Path(place).expanduser()
     if not local.exists() and DATASET.fullmatch(place):
@@ -116,11 +116,11 @@ def look_at(name: str, place: str) -> Text:
     about = f"{found}, {human_bytes(sum(sizes))} of text, about" + (
         f"; {passed} others are not read" if passed else ""
     )
-    said: dict[str, str | int] = {"name": source, "kind": "local", "path": str(local)}
+    written: dict[str, str | int] = {"name": source, "kind": "local", "path": str(local)}
     documents = float(len(readable))
     if kinds.most_common(1)[0][0] == ".txt" and sum(sizes) > LARGE_FILE * len(sizes):
-        said["split_chars"] = 4000
+        written["split_chars"] = 4000
         documents = sum(sizes) / 4000
     elif set(kinds) != {".txt"}:
         documents = 0  # a file of these holds any number
-    return Text(source=said, about=about, size=sum(sizes), documents=documents)
+    return Text(source=written, about=about, size=sum(sizes), documents=documents)

@@ -138,7 +138,7 @@ def _recipe_model(stages: tuple[tuple[str, Stage], ...]) -> type[Recipe]:
 
 
 def of_stage(config: type[StageConfig]) -> tuple[type[StageConfig], Any]:
-    """A step's key in a recipe: it may be left out where its config needs nothing said."""
+    """A step's key in a recipe: it may be left out where its config has defaults for all."""
     needs = any(field.is_required() for field in config.model_fields.values())
     return config, ... if needs else config()
 
@@ -149,7 +149,7 @@ def every_stage() -> type[Recipe]:
 
 
 def default_config(stage: Stage) -> StageConfig:
-    """The config of a step that is not written; without what it lacks, where that must be said."""
+    """The config of a step that is not written; without what it lacks, where that must be given."""
     lacking = of_stage(stage.config)[1] is ...
     return stage.config.model_construct() if lacking else stage.config()
 
@@ -235,7 +235,7 @@ def step_names(path: Path) -> dict[str, str]:
 
 
 def config_of(value: Any) -> Any:
-    """Return what a step's key says, without what is said of its place among the others."""
+    """Return what a step's key holds, without its place among the others."""
     if value is None:
         return {}
     if not isinstance(value, Mapping):
@@ -303,8 +303,8 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, Loader)
     except (yaml.YAMLError, ValueError) as error:
-        said = without_secrets(" ".join(str(error).split()))
-        raise UserError(f"--set {shown(override)}: {said}") from None
+        problem = without_secrets(" ".join(str(error).split()))
+        raise UserError(f"--set {shown(override)}: {problem}") from None
     *parents, last = key.split(".")
     target: Any = values
     for part in parents:
@@ -320,7 +320,7 @@ def apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def shown(setting: str) -> str:
-    """A setting as it may be kept and said: without passwords and queries of addresses, which may be signatures, and
+    """A setting as it may be kept and shown: without passwords and queries of addresses, which may be signatures, and
     without the value of what is named like a secret."""
     key, equals, _ = setting.partition("=")
     if equals and SECRET.search(key):
@@ -412,7 +412,7 @@ def suggestion(location: Sequence[str | int], model: type[BaseModel]) -> str:
         model = within
     close = difflib.get_close_matches(str(location[-1]), model.model_fields, n=1)
     known = f"; did you mean {close[0]}?" if close else f"; there are {', '.join(model.model_fields)}"
-    return known if len(location) > 1 else f"{known}, and a step of another name says which `stage` it is"
+    return known if len(location) > 1 else f"{known}, and a step of another name names its `stage`"
 
 
 def model_in(annotation: Any) -> type[BaseModel] | None:

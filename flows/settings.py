@@ -180,16 +180,16 @@ def default_of(field: FieldInfo) -> str:
 
 def range_of(field: FieldInfo) -> str:
     """A field's constraints in words."""
-    said: list[str] = []
+    parts: list[str] = []
     lengths = CHARACTERS if bare(field.annotation) is str else ITEMS
     for constraint in [*field.metadata, *constraints_in(field.annotation)]:
         for names in (BOUNDS, lengths):
-            said += [
+            parts += [
                 words.format(f"{value:,}" if isinstance(value, int) else value)
                 for name, words in names.items()
                 if (value := getattr(constraint, name, None)) is not None
             ]
-    return ", ".join(dict.fromkeys(said))
+    return ", ".join(dict.fromkeys(parts))
 
 
 def constraints_in(annotation: Any) -> Iterator[Any]:

@@ -32,7 +32,7 @@ class Stage:
     """The type of its output; empty where the config says it (`StageConfig.makes`)."""
     version: int
     headline: tuple[str, ...]
-    """The metrics that sum the stage up on one line, and stand on the parent run in MLflow. Whatever it discards
+    """The metrics that sum a step up on one line, and stand on the parent run in MLflow. Whatever it discards
     (`data_pipeline.discards`) stands behind them, and need not be named."""
     default: bool = False
     """Whether each recipe has it, written out or not."""

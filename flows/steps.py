@@ -209,8 +209,8 @@ def read_step(name: str, value: Any) -> Written | None:
     Raises:
         UserError: ``stage`` or ``inputs`` are not what they should be.
     """
-    said = value if isinstance(value, Mapping) else {}
-    stage = said.get("stage", name if name in BY_NAME else None)
+    written = value if isinstance(value, Mapping) else {}
+    stage = written.get("stage", name if name in BY_NAME else None)
     if stage is None:
         return None
     if not isinstance(stage, str) or stage not in BY_NAME:
@@ -221,7 +221,7 @@ def read_step(name: str, value: Any) -> Written | None:
         raise UserError(f"{name}: it is the name of a type; give the step another one")
     if not NAME.fullmatch(name):
         raise UserError(f"{name}: a step's name has letters, digits, _ and - only, and begins with a letter")
-    inputs = said.get("inputs") or {}
+    inputs = written.get("inputs") or {}
     if not isinstance(inputs, Mapping) or not all(
         isinstance(one, str) for one in [*inputs, *inputs.values()]
     ):

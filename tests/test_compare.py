@@ -72,7 +72,7 @@ def test_of_two_recipes_the_one_that_learns_makes_the_better_model_whichever_is_
 def test_whether_the_setting_is_better_is_not_said_from_one_seed_each(llmill, runs):
     said = compared(llmill, runs["1e-05", "0"], runs["0.003", "0"])["verdict"]
     assert [claim["outcome"] for claim in said["recipes"]] == ["not known"]
-    assert "can't be told from one seed" in said["about_recipes"]
+    assert "can't be decided from one seed" in said["about_recipes"]
     assert "llmill sweep RECIPE --grid pretrain.lr=1e-05,0.003 --seeds 3" in said["about_recipes"]
 
 
@@ -169,7 +169,7 @@ def test_models_that_saw_other_held_out_documents_are_not_ranked(llmill, runs):
     assert "better" not in said["verdict"]["about_models"]
     llmill.run("--set", "pretrain.lr=0.003", "--set", "evaluate.max_documents=5", "--to", "evaluate")
     said = compared(llmill, "latest", "latest")
-    assert said["verdict"]["refused"].startswith("5 held-out documents are too few to tell, 10 are needed")
+    assert said["verdict"]["refused"].startswith("5 held-out documents are too few to compare, 10 are needed")
 
 
 def test_loss_and_perplexity_of_different_tokenizers_are_not_held_against_each_other(llmill, runs):
@@ -195,7 +195,7 @@ def test_the_terminal_shows_whole_lines(llmill, runs, columns):
     ids = [run.info.run_id for run in runs.values()]
     said = llmill("compare", *ids, "--no-log", COLUMNS=columns).stdout
     assert max(map(len, said.splitlines())) <= int(columns)
-    for text in ("Settings that differ", "Figures", "On the way", "Recipes", "Models   ", "bits per byte"):
+    for text in ("Settings that differ", "Metrics", "On the way", "Recipes", "Models   ", "bits per byte"):
         assert text in said
 
 
@@ -226,7 +226,7 @@ def test_the_page_needs_nothing_else_and_shows_every_section(llmill, runs, tmp_p
     found.feed(text)
     assert found.open == []
     assert not found.loaded, "nothing is fetched from elsewhere"
-    tables = ["Settings that differ", "Figures", "Data that differs", "On the way"]
+    tables = ["Settings that differ", "Metrics", "Data that differs", "On the way"]
     assert found.headings == ["Runs", "On the way", *tables, "Models, by held-out documents", "Recipes"]
     assert found.counts["svg"] == 6
     assert found.counts["polyline"] == 6 * len(ids)

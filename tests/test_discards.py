@@ -97,7 +97,7 @@ def test_files_that_are_left_out_are_said_before_a_run_and_as_they_are_now(
     finally:
         more.unlink()
     check_said(again, SAID | {"download": ["(reused)", "5 left out (3 .pdf, 1 .exe, 1 .lz4)"]})
-    assert "every stage was reused" in again
+    assert "every step was reused" in again
     assert "!" not in again  # no share is above 1
 
 

@@ -31,7 +31,7 @@ def test_a_run_seals_every_stage_and_says_so(finished: Llmill):
 def test_a_second_run_reuses_everything(finished: Llmill):
     before = finished.payloads()
     result = finished.afresh("run", str(finished.recipe))
-    assert "every stage was reused" in result.stdout
+    assert "every step was reused" in result.stdout
     assert result.stderr == ""
     assert finished.payloads() == before
 
@@ -201,7 +201,7 @@ def test_a_run_that_is_told_to_stop_stops_whole_and_says_how_to_go_on(make_llmil
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=60)
     assert run.returncode == 130, (out, err)
-    assert "the same command goes on from here" in err
+    assert "the same command resumes it" in err
     assert "Traceback" not in out + err
     _, alive = psutil.wait_procs(family, timeout=10)
     assert not alive
@@ -219,7 +219,7 @@ def test_mlflow_being_away_stops_no_run_and_its_figures_follow(make_llmill):
     away = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
     result = llmill.run("--only", "download", **away)
     assert "does not answer; the run goes on" in result.stdout
-    assert "not all figures reached MLflow" in result.stdout
+    assert "not all metrics reached MLflow" in result.stdout
     assert "llmill sync" in result.stdout
     assert [name.split("/")[0] for name in llmill.payloads()] == ["download"]
 
@@ -273,7 +273,7 @@ def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_
     environment = {k: v for k, v in finished.environment().items() if not k.startswith("PREFECT_")}
     command = [sys.executable, "-m", "flows.cli.main", "run", str(finished.recipe), "--home", str(home)]
     for more, said, started in (
-        ([], "every stage was reused", False),
+        ([], "every step was reused", False),
         (["--set", "evaluate.max_new_tokens=8"], "✓ evaluate", True),
     ):
         result = subprocess.run(

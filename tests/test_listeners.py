@@ -146,7 +146,7 @@ def test_all_other_sinks_that_die_at_an_event_are_a_warning_each_and_nothing_els
 ) -> None:
     warned = replay(f"-others-{kind}", kind, lambda: None, "terminal", "script", "notices", "page")
     assert known(server, f"-others-{kind}") == undisturbed
-    assert sum("GONE could not be told" in text for text in warned) == 1
-    broken = [text.partition(" fails")[0] for text in warned if "hears no more of this run" in text]
+    assert sum("GONE could not be notified" in text for text in warned) == 1
+    broken = [text.partition(" fails")[0] for text in warned if "gets no more events of this run" in text]
     assert broken.count("the script") == 1
     assert broken.count("the terminal") == 1

@@ -111,5 +111,5 @@ def test_a_server_that_is_absent_at_the_start_is_told_of_and_another_one_serves(
     dead = f"http://127.0.0.1:{free_port()}/api"
     said = finished.afresh("run", str(finished.recipe), PREFECT_API_URL=dead)
     assert f"Prefect at {dead} does not answer" in said.stdout
-    assert "every stage was reused" in said.stdout
+    assert "every step was reused" in said.stdout
     assert "Traceback" not in said.stdout + said.stderr

@@ -64,7 +64,7 @@ def test_a_stage_that_would_never_end_is_ended(make_llmill, prefect_server, kind
     assert run.returncode == 130, (out, err)
     why = "stopped by Ctrl-C" if number == signal.SIGINT else "stopped by SIGTERM"
     assert f"download: {why}" in out
-    assert "the same command goes on from here" in out + err
+    assert "the same command resumes it" in out + err
     assert "Traceback" not in out + err
     assert not psutil.wait_procs(family, 30)[1]
     assert flow_states(prefect_server, llmill) == {"CANCELLED"}

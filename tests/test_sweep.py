@@ -67,7 +67,7 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_at_work_and_repeats_none(r
 def test_it_says_first_what_will_run_and_at_last_what_came_out(swept, parent, client):
     said = (swept.home / "sweep.txt").read_text()
     head, _, rest = said.partition("1 of 4  ·  lr 0.003, seed 0")
-    assert "4 runs of 32 stages, of which 9 are built and 23 shared or sealed" in head
+    assert "4 runs of 32 steps, of which 9 are built and 23 shared or sealed" in head
     assert [line.split()[-3:] for line in head.splitlines() if line.lstrip().startswith("2 ")] == [
         ["pretrain,", "evaluate,", "export"]
     ]
@@ -143,7 +143,7 @@ def planned(tmp_path, grid, seeds=1, *changes):
 
 def test_what_the_comparison_will_not_be_able_to_say_is_said_before_it_runs(tmp_path):
     (one_seed,) = planned(tmp_path, ["pretrain.lr=1e-3,1e-4"])
-    assert "not which setting; --seeds 3 would tell" in one_seed
+    assert "not which setting; --seeds 3 would show it" in one_seed
     assert planned(tmp_path, ["pretrain.lr=1e-3,1e-4"], 2) == []
     assert planned(tmp_path, ["pretrain.seed=1,2"]) == []
     same, _ = planned(tmp_path, ["pretrain.lr=1e-3,0.001"])
@@ -187,8 +187,8 @@ def test_values_may_be_lists():
 def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_is_said() -> None:
     members = [SimpleNamespace(name=f"member {place}") for place in range(4)]
     groups = [
-        Group(label="1", settings={"lr": 1}, runs=["A", "B"], models=[0, 1], figures=[2.0, 1.8]),
-        Group(label="2", settings={"lr": 2}, runs=["C", "D"], models=[2, 3], figures=[1.7, 3.0]),
+        Group(label="1", settings={"lr": 1}, runs=["A", "B"], models=[0, 1], bits_per_byte=[2.0, 1.8]),
+        Group(label="2", settings={"lr": 2}, runs=["C", "D"], models=[2, 3], bits_per_byte=[1.7, 3.0]),
     ]
     scores = SimpleNamespace(bits_per_byte=np.array([2.0, 1.8, 1.7, 3.0]))
     one, two = (group.name for group in groups)

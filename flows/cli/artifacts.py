@@ -110,7 +110,7 @@ def trace(
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an artifact was made from and went into; or where a document is, and which steps read it."""
+    """Show what an artifact was made from and went into; or where a document is, and which steps read it."""
     quiet_libraries()
     from flows.lineage import report
     from flows.lineage.documents import DocumentTrace
@@ -141,7 +141,7 @@ def find(
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
-    """Say where a text is: in any file of the home, packed or not, in databases, as tokens, and in MLflow."""
+    """Find where a text is: in any file of the home, packed or not, in databases, as tokens, and in MLflow."""
     quiet_libraries()
     from flows.lineage.search import search
     from flows.listeners.terminal import Terminal
@@ -201,7 +201,7 @@ def gc(
     refuse_read_only(home)
     store, console = Store(home), Terminal().console
     if models and not artifact:
-        raise UserError("--models says what goes with an --artifact: name one")
+        raise UserError("--models goes with an --artifact: name one")
     found = select(store, artifact, models) if artifact else survey(store, days)
     if yes and found.refusal:
         raise UserError(f"nothing is removed: {found.refusal}")
@@ -218,8 +218,8 @@ def gc(
         return
     for one, left in done:
         name = f"{one.path.parent.name:<16}{one.path.name:<26}"
-        said = f"stays: {left}" if left else one.why
-        console.print(f"{name}{human_bytes(one.size):>9}  {said}")
+        reason = f"stays: {left}" if left else one.why
+        console.print(f"{name}{human_bytes(one.size):>9}  {reason}")
     size = human_bytes(sum(one.size for one, left in done if not left))
     if found.kept:
         reasons = Counter(found.kept.values())

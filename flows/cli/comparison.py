@@ -1,4 +1,4 @@
-"""Put runs side by side, try settings out, and say which model is used."""
+"""Put runs side by side, and try settings out."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(help="Write the page with plots there.", metavar="FILE")
     ] = None,
-    log: Annotated[bool, typer.Option(help="Keep page and figures in MLflow, as a run.")] = True,
+    log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
-    """Say in what runs differ, and whether one's model or recipe is better than another's."""
+    """Show in what runs differ, and whether one's model or recipe is better than another's."""
     quiet_libraries()
     from flows.compare.compare import compare as put_side_by_side
     from flows.compare.page import page
@@ -72,7 +72,7 @@ def write_page(path: Path, text: str) -> None:
 
 
 def keep(comparison: Any, home: Path, terminal: Any) -> None:
-    """Log a comparison to MLflow, or say why it is not there."""
+    """Log a comparison to MLflow, or warn why it is not there."""
     from flows.compare.log import log
 
     if is_read_only(home):
@@ -104,7 +104,7 @@ def sweep(
 
     writable(home)
     terminal = Terminal()
-    with stoppable(f"stopped; the same command goes on from here: {typed()}"), PrefectServer(home) as server:
+    with stoppable(f"stopped; the same command resumes it: {typed()}"), PrefectServer(home) as server:
         from flows.compare.sweep import Sweep, foresee, read_grid, read_members
 
         members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
@@ -138,11 +138,11 @@ def show_forecast(members: Any, terminal: Any) -> None:
     table = Table(box=None, header_style="dim", pad_edge=False)
     for column in ("run", "settings", "sealed", "shared", "to be built"):
         table.add_column(column, justify="right" if column in ("run", "sealed", "shared") else "left")
-    built = stages = 0
+    built = steps = 0
     for number, (member, sealed, shared, builds) in enumerate(forecast(members), 1):
         table.add_row(str(number), member.name, str(sealed), str(shared), ", ".join(builds) or "nothing")
-        built, stages = built + len(builds), stages + len(member.steps)
+        built, steps = built + len(builds), steps + len(member.steps)
     terminal.console.print(table, soft_wrap=False)
     terminal.console.print(
-        f"{len(members)} runs of {stages} stages, of which {built} are built and {stages - built} shared or sealed"
+        f"{len(members)} runs of {steps} steps, of which {built} are built and {steps - built} shared or sealed"
     )

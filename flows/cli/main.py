@@ -1,6 +1,6 @@
 """``llmill``: the command line.
 
-Exit codes: 0 done, 1 a stage failed, 2 the user's mistake (one or two lines say what to do), 130 stopped.
+Exit codes: 0 done, 1 a step failed, 2 the user's mistake (one or two lines say what to do), 130 stopped.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ def main() -> None:
     except Exception as error:
         if "--debug" in sys.argv:
             raise
-        said, code = in_words(error)
-        fail(said)
+        message, code = in_words(error)
+        fail(message)
         sys.exit(code)
 
 

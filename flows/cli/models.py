@@ -103,9 +103,9 @@ def adopt(
     from flows.headline import headline
     from flows.listeners.terminal import Terminal
 
-    said = {"license": license_, "origin": origin, "revision": revision, "end_of_text": end_of_text}
-    with stoppable(f"stopped; the same command goes on from here: {typed()}"):
-        config = config_of(name, {"type": kind, "path": path.expanduser().absolute(), **said})
+    about = {"license": license_, "origin": origin, "revision": revision, "end_of_text": end_of_text}
+    with stoppable(f"stopped; the same command resumes it: {typed()}"):
+        config = config_of(name, {"type": kind, "path": path.expanduser().absolute(), **about})
         adopted = seal(config, name, Store(home))
     artifact, lines = adopted.artifact, recipe_lines(name, config)
     if as_json:
@@ -157,7 +157,7 @@ def promote(
         str | None, typer.Argument(help="A registered model; else the one that has a candidate.")
     ] = None,
     version: Annotated[str | None, typer.Option(help="Of it; else its candidate.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be decided.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be decided.")] = False,
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:

@@ -55,7 +55,7 @@ def at_home(home: Path) -> str:
 
 
 def writable(home: Path) -> None:
-    """Make the home folder, or say why not."""
+    """Make the home folder, or report why not."""
     try:
         home.mkdir(parents=True, exist_ok=True)
         if not os.access(home, os.W_OK):
@@ -81,15 +81,15 @@ def announce(what: str) -> None:
 
 
 @contextmanager
-def stoppable(said: str) -> Iterator[None]:
-    """Let signals unwind what the block does; then say so, and end as a stopped process does."""
+def stoppable(message: str) -> Iterator[None]:
+    """Let signals unwind what the block does; then report it, and end as a stopped process does."""
     from flows.listeners.terminal import fail
 
     unwind_on_signals()
     try:
         yield
     except KeyboardInterrupt:
-        fail(said)
+        fail(message)
         raise typer.Exit(STOPPED) from None
 
 

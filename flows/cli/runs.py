@@ -1,4 +1,4 @@
-"""Run a recipe, say what a run would do, and take part in one."""
+"""Run a recipe, show what a run would do, and take part in one."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def run(
     chosen = {"start": start, "stop": stop, "only": only, "force": force}
     loaded = load_recipe(recipe, set_ or ())
     writable(home)
-    with stoppable(f"stopped; the same command goes on from here: {typed()}"):
+    with stoppable(f"stopped; the same command resumes it: {typed()}"):
         save_when_asked()
         planned = Planned.of(loaded, home, Selection(**chosen))
         terminal = Terminal(Screen(stderr=True) if as_json else None)
@@ -87,9 +87,9 @@ def run(
                 pipeline.prepare()
                 server.wait()
                 if server.absent:
-                    instead = "to a server of its own" if server.there else "nobody, for it builds nothing"
-                    said = f"Prefect at {server.absent} does not answer; this run is told {instead}"
-                    pipeline.log.warn(said)
+                    instead = "to a server of its own" if server.there else "to nobody, for it builds nothing"
+                    warning = f"Prefect at {server.absent} does not answer; this run is reported {instead}"
+                    pipeline.log.warn(warning)
                 if server.there:
                     with pipeline.flow(parameters_of(recipe, set_ or (), chosen, home)) as begin:
                         begin()
@@ -136,15 +136,15 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
     terminal.summary((name, one.artifact, one.how, one.seconds) for name, one in results.items())
     reused = sum(result.how == "reused" for result in results.values())
     seconds = duration(sum(result.seconds for result in results.values()))
-    what = "every stage was reused" if reused == len(results) else f"{reused} of {len(results)} stages reused"
-    console.print(f"\n{what}; stages {seconds}, everything else {duration(executor.overhead_seconds)}")
+    what = "every step was reused" if reused == len(results) else f"{reused} of {len(results)} steps reused"
+    console.print(f"\n{what}; steps {seconds}, everything else {duration(executor.overhead_seconds)}")
     exported = [one.artifact for one in results.values() if one.artifact.stage == "export"]
     for artifact in exported:
         console.print(f"model   {artifact.path}")
     option = at_home(home)
     if mlflow.failure:
         terminal.note(
-            f"not all figures reached MLflow at {mlflow.place} ({mlflow.failure}); they are kept, and sent by the "
+            f"not all metrics reached MLflow at {mlflow.place} ({mlflow.failure}); they are kept, and sent by the "
             f"next run or: llmill sync{option}",
             warning=True,
         )
@@ -162,7 +162,7 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
 
 
 def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:
-    """Say what a run would do, step by step, and why; runs nothing."""
+    """Show what a run would do, step by step, and why; runs nothing."""
     from flows.engine.plan import make_plan
     from flows.headline import headline
     from flows.listeners.terminal import Terminal

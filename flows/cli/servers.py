@@ -33,7 +33,7 @@ def up(
     pool: Annotated[
         list[str] | None, typer.Option(help="Start a worker for this work pool; repeatable.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Where to listen; loopback unless told otherwise.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Where to listen; loopback by default.")] = "127.0.0.1",
     allow_host: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Another name by which browsers reach this machine; repeatable."),
@@ -60,7 +60,7 @@ def up(
     )
     with stoppable("stopped; what was started is ended again"):
         services = Up(home, wanted, terminal.note).start()
-    tell_what_is_left(home, terminal)
+    send_what_is_left(home, terminal)
     show_servers(terminal.console, described(services), services.database)
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.note(
@@ -69,7 +69,7 @@ def up(
     terminal.console.print(f"next    llmill deploy flows/recipes/quickstart.yaml{at_home(home)}")
 
 
-def tell_what_is_left(home: Path, terminal: Any) -> None:
+def send_what_is_left(home: Path, terminal: Any) -> None:
     """Send MLflow what runs left, so that one which was killed is not shown as at work."""
     from flows.listeners.mlflow.delivery import send_left
     from flows.listeners.mlflow.operations import Away, Mlflow
@@ -86,7 +86,7 @@ def down(home: Home = HOME) -> None:
     from flows.listeners.terminal import Terminal
 
     terminal = Terminal()
-    ended = stop(home, say=terminal.note)
+    ended = stop(home, report=terminal.note)
     console = terminal.console
     console.print(f"ended: {', '.join(ended)}" if ended else f"no servers of {home} are up")
 
@@ -98,7 +98,7 @@ def worker(
     ] = "",
     with_healthcheck: Annotated[bool, typer.Option(help="Answer at port 8080 whether it is alive.")] = False,
 ) -> None:
-    """Carry out what is scheduled in a work pool, on this machine; a run at work saves when it is told to end."""
+    """Carry out what is scheduled in a work pool, on this machine; a run at work saves when it is asked to end."""
     for key, value in CLIENT_SETTINGS.items():
         os.environ.setdefault(key, value)
     if not os.environ.get("PREFECT_API_URL"):

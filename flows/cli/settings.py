@@ -1,4 +1,4 @@
-"""Say what a recipe may say."""
+"""Show what a recipe may set."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def settings(
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Say what a recipe may set: type, default, range, and what it does."""
+    """Show what a recipe may set: type, default, range, and what it does."""
     from flows.listeners.terminal import Terminal
     from flows.settings import settings as known
 

@@ -33,7 +33,9 @@ def sync(
     with left_behind(home) as found:
         for log in found:
             if log.head["target"] != target(home) and not here:
-                terminal.note(f"a run told another MLflow: {how_to_send(log)}, or --here", warning=True)
+                terminal.note(
+                    f"a run reported to another MLflow: {how_to_send(log)}, or --here", warning=True
+                )
                 continue
             try:
                 for operation, why in deliver(log, mlflow):

@@ -49,7 +49,7 @@ def sections(comparison: Comparison) -> list[Section]:
         )
     ]
     for heading, rows, empty in (
-        ("Figures", comparison.metrics, ""),
+        ("Metrics", comparison.metrics, ""),
         (
             "Data that differs",
             [row for row in comparison.data if row.differs],
@@ -57,9 +57,9 @@ def sections(comparison: Comparison) -> list[Section]:
         ),
         ("On the way", way, ""),
     ):
-        lines = [[row.stage, row.name.replace("_", " "), *figures(row)] for row in rows]
+        lines = [[row.stage, row.name.replace("_", " "), *metric_cells(row)] for row in rows]
         found.append(
-            Section(heading=heading, header=["stage", "figure", *labels], rows=lines, empty=empty, fixed=2)
+            Section(heading=heading, header=["stage", "metric", *labels], rows=lines, empty=empty, fixed=2)
         )
     return [*found, *claims(comparison)]
 
@@ -114,16 +114,16 @@ def setting(value: Any) -> str:
     return text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
 
 
-def figures(row: Row) -> list[str]:
+def metric_cells(row: Row) -> list[str]:
     """Each run's value; from the second on with the difference to the first."""
     first = row.values[0]
     return [
-        figure(row.name, value) + (change(row.name, first, value) if place and row.comparable else "")
+        metric_cell(row.name, value) + (change(row.name, first, value) if place and row.comparable else "")
         for place, value in enumerate(row.values)
     ]
 
 
-def figure(name: str, value: float | None) -> str:
+def metric_cell(name: str, value: float | None) -> str:
     if value is None:
         return ABSENT
     if name.startswith("seconds"):
@@ -141,7 +141,7 @@ def change(name: str, first: float | None, value: float | None) -> str:
         return ""
     difference = value - first
     sign = "+" if difference > 0 else "-"
-    return f" ({sign}{figure(name, abs(difference))})"
+    return f" ({sign}{metric_cell(name, abs(difference))})"
 
 
 def runs_table(comparison: Comparison) -> Section:

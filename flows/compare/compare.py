@@ -27,7 +27,7 @@ class Comparison:
     """The curves of each run; empty where a model was not trained here."""
     verdict: Verdict
     warnings: list[str]
-    """Why some metrics can't be held against each other."""
+    """Why some metrics can't be compared."""
 
     @property
     def title(self) -> str:

@@ -12,7 +12,7 @@ from flows.listeners.markdown import link, plain
 from flows.listeners.mlflow.findings import Finding
 
 MOST_IN_NAME = 4
-PAGE, FIGURES = "compare.html", "compare.json"
+PAGE, DATA = "compare.html", "compare.json"
 
 
 def log(comparison: Comparison, home: Path) -> tuple[str, str]:
@@ -23,12 +23,12 @@ def log(comparison: Comparison, home: Path) -> tuple[str, str]:
     finding = Finding(home, recipe, "compare", f"compare {' vs '.join(names[:MOST_IN_NAME])}{more}")
     runs = [one.run.run_id for one in comparison.subjects if one.run]
     tags = {"llmill.compare.runs": ",".join(runs)}
-    why_not = finding.tell(tags, files(comparison), note(comparison), "FINISHED")
+    why_not = finding.report(tags, files(comparison), note(comparison), "FINISHED")
     return finding.link, why_not
 
 
 def files(comparison: Comparison) -> Mapping[str, str]:
-    return {PAGE: page(comparison), FIGURES: json.dumps(comparison.as_json(), indent=1, allow_nan=False)}
+    return {PAGE: page(comparison), DATA: json.dumps(comparison.as_json(), indent=1, allow_nan=False)}
 
 
 def note(comparison: Comparison) -> str:

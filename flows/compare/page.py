@@ -49,7 +49,7 @@ def page(comparison: Comparison) -> str:
         table(runs_table(comparison), links(comparison)),
         *plots(comparison),
         *(table(section) for section in sections(comparison)),
-        '<p class="quiet">Differences are to the first run. Fewer bits per byte are better. Models are held against '
+        '<p class="quiet">Differences are to the first run. Fewer bits per byte are better. Models are compared with '
         "each other by a paired bootstrap over the held-out documents, recipes by Welch's test over seeds and "
         "documents, adjusted by Holm's method where there are several: docs/compare.md.</p>",
     ]
@@ -95,15 +95,15 @@ def plots(comparison: Comparison) -> list[str]:
     key = "".join(
         f'<span class="key {style(place)}"></span>{escape(name)}' for place, name in enumerate(names)
     )
-    figures = []
+    parts = []
     for what, curves in (
         ("training loss, nats a token", [one.training for one in comparison.curves]),
         ("held out, bits per byte", [one.held_out for one in comparison.curves]),
     ):
         for axis in AXES:
             drawing = plot([line(*one, axis) for one in zip(names, curves, strict=True)], axis, what)
-            figures.append(f"<figure><figcaption>{what}</figcaption>{drawing}</figure>")
-    return ["<h2>On the way</h2>", f"<p>{key}</p>", f'<div class="plots">{"".join(figures)}</div>']
+            parts.append(f"<figure><figcaption>{what}</figcaption>{drawing}</figure>")
+    return ["<h2>On the way</h2>", f"<p>{key}</p>", f'<div class="plots">{"".join(parts)}</div>']
 
 
 def line(name: str, curve: Curve, axis: str) -> Line:

@@ -1,4 +1,4 @@
-"""From candidate to champion, when the gates hold: each looks for itself, and says what it saw."""
+"""From candidate to champion, when the gates hold: each looks for itself, and reports what it saw."""
 
 from __future__ import annotations
 
@@ -126,11 +126,14 @@ def quality(finder: Finder, candidate: Subject, champion: ModelVersion | None) -
             raise UserError(f"{champion.uri} has no tag llmill.fingerprint: what it is can't be known")
         other = finder.of_export(champion.fingerprint, "champion", champion.uri)
     except UserError as error:
-        return Gate(name=name, holds=False, says=f"can't be held against the champion: {error}", evidence={})
+        return Gate(name=name, holds=False, says=f"can't be compared with the champion: {error}", evidence={})
     verdict = judge([other, candidate])
     if verdict.refused:
         return Gate(
-            name=name, holds=False, says=f"can't be held against the champion: {verdict.refused}", evidence={}
+            name=name,
+            holds=False,
+            says=f"can't be compared with the champion: {verdict.refused}",
+            evidence={},
         )
     (claim,) = verdict.models
     evidence = {**claim.as_json(), "margin": MARGIN, "champion": champion.fingerprint}
@@ -157,7 +160,7 @@ def parity(export: Artifact) -> Gate:
         return Gate(
             name="logits parity",
             holds=False,
-            says="the export does not say how far its logits are off",
+            says="the export does not record how far its logits are off",
             evidence=evidence,
         )
     says = f"logits differ by {difference:.1e}, {TOLERANCE:.0e} is allowed"
@@ -230,7 +233,7 @@ def carry_out(registry: Registry, home: Path, decision: Decision) -> str:
     finding = Finding(home, decision.recipe, "promote", name)
     tags = {"llmill.promote.model": version.uri, "llmill.promote.outcome": decision.outcome}
     files = {EVIDENCE: json.dumps(decision.as_json(), indent=1, allow_nan=False)}
-    if why_not := finding.tell(tags, files, decision.note, "FINISHED"):
+    if why_not := finding.report(tags, files, decision.note, "FINISHED"):
         raise NotAsked(why_not)
     of_version = {
         "outcome": decision.outcome,

@@ -34,7 +34,7 @@ class Row:
     values: list[Any]
     """In the order of the runs; None where a run has none."""
     comparable: bool = True
-    """Whether values mean the same in all runs, so that differences between them say something."""
+    """Whether values mean the same in all runs, so that differences between them mean something."""
 
     def as_json(self) -> dict[str, Any]:
         own = {"stage": self.stage, "name": self.name, "values": self.values}
@@ -70,7 +70,7 @@ def setting_rows(subjects: Sequence[Subject]) -> list[Row]:
 
 
 def recipe_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """Those of `setting_rows` that tell recipes of models apart."""
+    """Those of `setting_rows` that distinguish recipes of models."""
     return [row for row in setting_rows(subjects) if row.stage in MODEL_STAGES and not is_seed(row.name)]
 
 
@@ -111,12 +111,12 @@ def marked(row: Row) -> Row:
 
 
 def data_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """Documents kept and dropped by reason, tokens by source, and windows of each source that were read."""
+    """Documents kept and dropped by reason, tokens by source, and sequences of each source that were read."""
     rows = []
     for stage, wanted in COUNTED.items():
-        figures = [metrics_of(subject.artifacts.get(stage)) for subject in subjects]
-        names = dict.fromkeys(name for one in figures for name in chosen(one, wanted))
-        rows += [Row(stage, name, [one.get(name) for one in figures]) for name in names]
+        metrics = [metrics_of(subject.artifacts.get(stage)) for subject in subjects]
+        names = dict.fromkeys(name for one in metrics for name in chosen(one, wanted))
+        rows += [Row(stage, name, [one.get(name) for one in metrics]) for name in names]
     read = [tokens_read(subject.made) for subject in subjects]
     names = dict.fromkeys(name for one in read for name in one)
     return rows + [Row("pretrain", name, [one.get(name) for one in read]) for name in names]

@@ -14,7 +14,7 @@ from flows.compare.subjects import Subject
 
 
 class NotComparable(Exception):
-    """Models that can't be held against each other; the message says why."""
+    """Models that can't be compared; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Scores:
     @property
     def bits_per_byte(self) -> Floats:
         """Bits per byte of each run, over all documents."""
-        figures: Floats = self.bits.sum(axis=1) / self.bytes.sum()
-        return figures
+        totals: Floats = self.bits.sum(axis=1) / self.bytes.sum()
+        return totals
 
 
 def read_scores(subjects: Sequence[Subject]) -> Scores:
@@ -50,7 +50,7 @@ def read_scores(subjects: Sequence[Subject]) -> Scores:
             )
     if len(ids) < MIN_DOCUMENTS:
         raise NotComparable(
-            f"{len(ids)} held-out documents are too few to tell, {MIN_DOCUMENTS} are needed: raise "
+            f"{len(ids)} held-out documents are too few to compare, {MIN_DOCUMENTS} are needed: raise "
             "tokenize.val_fraction"
         )
     sizes = np.array([first[id][0] for id in ids], np.float64)

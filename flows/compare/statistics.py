@@ -1,6 +1,6 @@
 """The tests behind `llmill compare`: whether two models differ on held-out documents, and two recipes over seeds.
 
-All differences are second minus first, in bits per byte, where less is better. A model's figure is a ratio of sums: the
+All differences are second minus first, in bits per byte, where less is better. A model's score is a ratio of sums: the
 bits of all documents over their bytes, so that a long document counts for more than a short one.
 """
 
@@ -20,7 +20,7 @@ SEED = 20_260_101
 LEVEL = 0.05
 POWER = 0.8
 MIN_DOCUMENTS = 10
-"""With fewer, resamples say little of the documents that there might have been."""
+"""With fewer, resamples show little of the documents that there might have been."""
 DRAWN = 1 << 22
 """Documents drawn at once, in all resamples: about 100 MB."""
 
@@ -67,10 +67,10 @@ def paired_bootstrap(
     quantiles = np.quantile(scores_SP, 1 - LEVEL, axis=0, method="higher")
     reaches = np.multiply(quantiles, errors[0], out=np.zeros_like(quantiles), where=errors[0] > 0)
     p_values = (1 + (scores_SP >= own).sum(axis=0)) / (1 + resamples)
-    figures = zip(differences[0], reaches, errors[0], p_values, strict=True)
+    results = zip(differences[0], reaches, errors[0], p_values, strict=True)
     return [
         estimate(float(found), float(reach), float(error), float(p), documents - 1)
-        for found, reach, error, p in figures
+        for found, reach, error, p in results
     ]
 
 

@@ -144,7 +144,7 @@ def read_members(
 
 
 def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list[str]]]:
-    """For each member: how many stages are sealed, how many an earlier one builds, and those that it builds itself."""
+    """For each member: how many steps are sealed, how many an earlier one builds, and those that it builds itself."""
     seen: set[tuple[str, str]] = set()
     for member in members:
         waiting = [step for step in member.steps if step.action != "reuse"]
@@ -170,7 +170,7 @@ def first_seed(recipe: Recipe) -> int:
 
 
 class NoVerdict(UserError):
-    """A sweep that could not tell anything when all of it was trained."""
+    """A sweep that could not show anything when all of it was trained."""
 
 
 def require_documents(artifact: Artifact) -> None:
@@ -189,10 +189,10 @@ def require_documents(artifact: Artifact) -> None:
 
 
 def foresee(members: Sequence[Member]) -> list[str]:
-    """Say what the comparison at the end will not be able to say, as far as that is known before anything runs.
+    """Warn of what the comparison at the end will not be able to show, as far as that is known before anything runs.
 
     Raises:
-        NoVerdict: it will not be able to say anything.
+        NoVerdict: it will not be able to show anything.
     """
     for member in members:
         most = member.config("evaluate").max_documents
@@ -217,7 +217,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
     settings = {tuple(one for one in member.chosen if not one.startswith(f"{SEED}=")) for member in members}
     if len(settings) == len(members):
         warnings.append(
-            "one seed of each: this tells which model is better, not which setting; --seeds 3 would tell"
+            "one seed of each: this shows which model is better, not which setting; --seeds 3 would show it"
         )
     return warnings
 
@@ -230,12 +230,12 @@ def held_out_by(member: Member) -> tuple[Any, ...]:
 
 
 def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None, str]:
-    """The member that should be the candidate, and what the tests say of it; None where nothing can be told.
+    """The member that should be the candidate, and what the tests say of it; None where nothing can be decided.
 
     It is the best seed of the recipe with the least bits per byte, and not for being the last that was made.
     """
     if verdict.refused or verdict.scores is None:
-        return None, f"no candidate is named, for which is best can't be told: {verdict.refused}"
+        return None, f"no candidate is named, for which is best can't be decided: {verdict.refused}"
     group = min(verdict.groups, key=lambda one: one.mean)
     place = min(group.models, key=lambda one: float(verdict.scores.bits_per_byte[one]))  # type: ignore[union-attr]
     unsure = [
@@ -250,8 +250,8 @@ def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None,
         why = "its recipe is shown to be better than every other"
     else:
         why = "the least among seeds of one recipe, which is chance"
-    figure = float(verdict.scores.bits_per_byte[place])
-    return members[place], f"candidate: {members[place].name}, {figure:.4f} bits per byte: {why}"
+    bits = float(verdict.scores.bits_per_byte[place])
+    return members[place], f"candidate: {members[place].name}, {bits:.4f} bits per byte: {why}"
 
 
 class Sweep:
@@ -273,7 +273,7 @@ class Sweep:
         """Run all members; one that fails leaves the others going."""
         self._save()
         self._finding.hold()
-        self._tell()
+        self._report()
         ended = []
         for number, member in enumerate(self.members, 1):
             self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
@@ -292,31 +292,31 @@ class Sweep:
             text, evidence = note(comparison), files(comparison)
         else:
             text, evidence = "fewer than two runs ended well", {}
-        best, said = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
-        self._tell(
+        best, reason = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
+        self._report(
             evidence,
-            f"{text}\n\n{said}".strip(),
+            f"{text}\n\n{reason}".strip(),
             "FINISHED" if len(well) == len(ended) else "FAILED",
             best.candidate if best else [],
         )
-        if said:
-            self.terminal.note(said)
+        if reason:
+            self.terminal.note(reason)
         if len(well) == len(ended):
             self._record.unlink(missing_ok=True)
         return comparison
 
     def stop(self) -> None:
-        """Say in MLflow that a person stopped it; the same command resumes it."""
-        self._tell(status="KILLED")
+        """Report to MLflow that a person stopped it; the same command resumes it."""
+        self._report(status="KILLED")
 
-    def _tell(
+    def _report(
         self,
         evidence: Mapping[str, str] | None = None,
         text: str = "",
         status: str = "",
         more: Sequence[Operation] = (),
     ) -> None:
-        if why_not := self._finding.tell(self._tags, evidence, note=text, status=status, more=more):
+        if why_not := self._finding.report(self._tags, evidence, note=text, status=status, more=more):
             self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
 
     def _member(self, member: Member, recipe: Path) -> Ended:
@@ -327,7 +327,7 @@ class Sweep:
         try:
             key = self._run(member, recipe)
         except NoVerdict as error:
-            self._tell(text=str(error), status="FAILED")
+            self._report(text=str(error), status="FAILED")
             raise
         except Exception as error:
             return Ended(member, failure=str(error) or type(error).__name__)

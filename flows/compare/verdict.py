@@ -1,7 +1,7 @@
 """Whether a model is better than another, and whether a recipe is: two claims, which are never mixed.
 
-A model is what one run made; it is held against another on the held-out documents. A recipe is all settings but the
-seeds; whether one is better than another can only be told from several seeds of each.
+A model is what one run made; it is compared with another on the held-out documents. A recipe is all settings but the
+seeds; whether one is better than another can only be decided from several seeds of each.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ class Group:
     runs: list[str]
     models: list[int]
     """Places of the runs with different models: its seeds."""
-    figures: list[float]
+    bits_per_byte: list[float]
     """Bits per byte of each of these models."""
 
     @property
     def mean(self) -> float:
-        return math.fsum(self.figures) / len(self.figures)
+        return math.fsum(self.bits_per_byte) / len(self.bits_per_byte)
 
     @property
     def spread(self) -> float | None:
         """Standard deviation over the seeds; None where there is one only."""
-        return float(np.std(self.figures, ddof=1)) if len(self.figures) > 1 else None
+        return float(np.std(self.bits_per_byte, ddof=1)) if len(self.bits_per_byte) > 1 else None
 
     @property
     def name(self) -> str:
         """``recipe 1 (lr 0.003)``."""
-        told = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in self.settings.items())
-        return f"recipe {self.label}" + (f" ({told})" if told else "")
+        parts = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in self.settings.items())
+        return f"recipe {self.label}" + (f" ({parts})" if parts else "")
 
     def as_json(self) -> dict[str, Any]:
         own = {"label": self.label, "settings": self.settings, "runs": self.runs, "seeds": len(self.models)}
-        return own | {"bits_per_byte": self.figures, "mean": self.mean, "spread": self.spread}
+        return own | {"bits_per_byte": self.bits_per_byte, "mean": self.mean, "spread": self.spread}
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Claim:
             "adjusted_p_value": self.adjusted,
         }
 
-    def said(self, unit: str = "bits per byte") -> str:
+    def in_words(self, unit: str = "bits per byte") -> str:
         """In words: ``B is better than A: ...``."""
         a, b, found = self.first, self.second, self.estimate
         heading = {
@@ -111,7 +111,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """All that can be said."""
+    """All that the tests show."""
 
     refused: str = ""
     """Why nothing can be."""
@@ -122,29 +122,29 @@ class Verdict:
     recipes: list[Claim] = field(default_factory=list)
     """Each pair of recipes."""
     advice: str = ""
-    """The command whose runs would tell what these can't."""
+    """The command whose runs would show what these can't."""
 
     @property
     def about_models(self) -> str:
         """The first claim, in a line."""
         if self.refused:
-            return f"can't be told: {self.refused}"
-        return "; ".join(claim.said() for claim in self.models)
+            return f"can't be decided: {self.refused}"
+        return "; ".join(claim.in_words() for claim in self.models)
 
     @property
     def about_recipes(self) -> str:
         """The second claim, in a line."""
         if self.refused:
-            return f"can't be told: {self.refused}"
+            return f"can't be decided: {self.refused}"
         if len(self.groups) == 1:
             return one_recipe(self.groups[0])
-        told = [claim.said() for claim in self.recipes if claim.outcome != UNKNOWN]
-        if len(told) < len(self.recipes):
-            told.append(
-                "whether a setting is better can't be told from one seed of each: another seed of the same recipe "
+        parts = [claim.in_words() for claim in self.recipes if claim.outcome != UNKNOWN]
+        if len(parts) < len(self.recipes):
+            parts.append(
+                "whether a setting is better can't be decided from one seed of each: another seed of the same recipe "
                 f"may differ as much; {self.advice}"
             )
-        return "; ".join(told)
+        return "; ".join(parts)
 
     def as_json(self) -> dict[str, Any]:
         held_out = (
@@ -187,7 +187,7 @@ def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
     by_key: dict[str, list[int]] = {}
     for place, subject in enumerate(subjects):
         by_key.setdefault(recipe_key(subject), []).append(place)
-    telling, figures = recipe_rows(subjects), scores.bits_per_byte.tolist()
+    telling, bits_per_byte = recipe_rows(subjects), scores.bits_per_byte.tolist()
     groups = []
     for number, places in enumerate(by_key.values(), 1):
         models = list({subjects[place].model: place for place in reversed(places)}.values())[::-1]
@@ -197,7 +197,7 @@ def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
                 settings={f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
                 runs=[subjects[place].label for place in places],
                 models=models,
-                figures=[figures[place] for place in models],
+                bits_per_byte=[bits_per_byte[place] for place in models],
             )
         )
     return groups
@@ -261,7 +261,7 @@ def over_seeds(scores: Scores, first: Group, second: Group) -> Estimate | None:
     if min(len(first.models), len(second.models)) < 2:
         return None
     more = scores.bits[second.models].mean(axis=0) - scores.bits[first.models].mean(axis=0)
-    return seeds_test(np.array(first.figures), np.array(second.figures), more, scores.bytes)
+    return seeds_test(np.array(first.bits_per_byte), np.array(second.bits_per_byte), more, scores.bytes)
 
 
 def outcome(estimate: Estimate, p_value: float) -> str:
@@ -275,7 +275,7 @@ def one_recipe(group: Group) -> str:
     """Describe several runs of one recipe, between which there is no difference to claim."""
     if group.spread is None:
         return "no difference: they are the same model"
-    low, high = min(group.figures), max(group.figures)
+    low, high = min(group.bits_per_byte), max(group.bits_per_byte)
     return (
         f"no difference: these are seeds of one recipe ({len(group.models)} models, {low:.4f} to {high:.4f} bits per "
         f"byte, standard deviation {group.spread:.4f})"
@@ -283,13 +283,13 @@ def one_recipe(group: Group) -> str:
 
 
 def advice(subjects: Sequence[Subject]) -> str:
-    """Say what to run so that recipes can be told apart."""
+    """Return what to run so that recipes can be compared."""
     rows = recipe_rows(subjects)
     can_be_set = all(row.stage != "download" and row.name != "version" for row in rows)
     if not can_be_set or len(rows) > MOST_IN_COMMAND:
         return "run each recipe with --set pretrain.seed=1, 2 and 3, and compare all these runs"
     grids = [word for row in rows for word in ("--grid", f"{row.stage}.{row.name}={values_text(row)}")]
-    return f"this would tell: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
+    return f"this would show it: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
 
 
 def values_text(row: Row) -> str:

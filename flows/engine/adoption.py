@@ -71,10 +71,10 @@ def config_of(name: str, values: Mapping[str, Any]) -> AdoptConfig:
 
 def recipe_lines(name: str, config: AdoptConfig) -> str:
     """The step as a recipe has it."""
-    said = config.model_dump(mode="json", exclude_none=True, exclude={"runtime"})
+    written = config.model_dump(mode="json", exclude_none=True, exclude={"runtime"})
     if name != "adopt":
-        said = {"stage": "adopt", **said}
-    return str(yaml.safe_dump({name: said}, sort_keys=False, allow_unicode=True, width=1000))
+        written = {"stage": "adopt", **written}
+    return str(yaml.safe_dump({name: written}, sort_keys=False, allow_unicode=True, width=1000))
 
 
 def build(step: Step, store: Store) -> Artifact:

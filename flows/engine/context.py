@@ -1,4 +1,4 @@
-"""The context that a step's body is given in a run, but for `map`: all that it says goes to the run log."""
+"""The context that a step's body is given in a run, but for `map`: all that it reports goes to the run log."""
 
 from __future__ import annotations
 
@@ -48,17 +48,17 @@ class StepContext:
         self._log.append(self._counted)
 
     def advance(self, finished: int, done: int, total: int) -> None:
-        """Say that items are finished: in shards, where the body counts in these, else as parts of the whole."""
+        """Report that items are finished: in shards, where the body counts in these, else as parts of the whole."""
         if self._counted and self._counted.unit == "shards":
             self.progress(self._counted.done + finished, self._counted.total, "shards")
         else:
-            self.say(f"{done} of {total} parts")
+            self.show(f"{done} of {total} parts")
 
     def note(self, message: str, *, warning: bool = False) -> None:
         self.notes.append(message)
         self._log.append(Note(text=message, warning=warning, step=self.step))
 
-    def say(self, text: str) -> None:
+    def show(self, text: str) -> None:
         """Show what is being done."""
         self._log.append(Activity(step=self.step, text=text))
 
@@ -76,7 +76,7 @@ class StepContext:
         training = TrainingReader(self.step, events)
         self._log.append(training_started(self._started, training.offset))
         grace_seconds = self.grace(grace_seconds)
-        self.say(f"starting {ranks} rank(s)")
+        self.show(f"starting {ranks} rank(s)")
 
         def follow() -> None:
             if time.monotonic() - self._followed >= FOLLOW_SECONDS:
@@ -86,10 +86,10 @@ class StepContext:
         try:
             if isinstance(batch, SlurmJob):
                 slurm.run(
-                    job, batch, logs=logs, grace_seconds=grace_seconds, while_running=follow, say=self.note
+                    job, batch, logs=logs, grace_seconds=grace_seconds, while_running=follow, note=self.note
                 )
             else:
-                self._say_who_is_awaited(job, ranks)
+                self._note_who_is_awaited(job, ranks)
                 launch.local(module, job, ranks, logs=logs, grace_seconds=grace_seconds, while_running=follow)
         finally:
             self._follow(training)
@@ -106,8 +106,8 @@ class StepContext:
             else:
                 self._log.append(event)
 
-    def _say_who_is_awaited(self, job: Path, ranks: int) -> None:
-        """Say what to type on the other machines, where a person starts them."""
+    def _note_who_is_awaited(self, job: Path, ranks: int) -> None:
+        """Note what to type on the other machines, where a person starts them."""
         nodes = nodes_for(ranks)
         if nodes.started_by == "hand":
             self.note(
@@ -117,7 +117,7 @@ class StepContext:
 
 
 def training_started(started: StepStarted, offset: int) -> TrainingStarted:
-    """Say where a step's training tells of itself; ``offset`` bytes of that were told before."""
+    """Make the event that names a training's own log; ``offset`` bytes of that were reported before."""
     return TrainingStarted(
         step=started.step,
         stage=started.stage,

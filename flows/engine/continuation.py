@@ -54,7 +54,7 @@ class Continuation:
         return known
 
     def end(self) -> None:
-        """Forget the run: it ended well, and its log says so."""
+        """Forget the run: it ended well, and its log has that."""
         if self._file:
             self._file.unlink(missing_ok=True)
 
@@ -76,11 +76,11 @@ class Continuation:
         return known
 
     def unfinished(self, stage: str, fingerprint: str) -> bool:
-        """Whether a killed run sealed an artifact but did not live to say so."""
+        """Whether a killed run sealed an artifact but did not live to log it."""
         return self._step(stage, fingerprint).exists()
 
     def forget(self, stage: str, fingerprint: str) -> None:
-        """The step is ended, and its log says so."""
+        """The step is ended, and its log has that."""
         self._step(stage, fingerprint).unlink(missing_ok=True)
 
     def _step(self, stage: str, fingerprint: str) -> Path:

@@ -1,4 +1,4 @@
-"""The course of a run: where it stands, how it fails or is stopped, and what is said of that."""
+"""The course of a run: where it stands, how it fails or is stopped, and what is reported of that."""
 
 from __future__ import annotations
 
@@ -45,12 +45,12 @@ class Course:
         """The context of the body that is called, once it is."""
         self.message = ""
         """Why the run failed or was stopped."""
-        self.said = ""
+        self.details = ""
         """The trace of that, or the message of a user's mistake; empty where it was stopped."""
 
     @contextmanager
     def reported(self) -> Iterator[None]:
-        """Say that the run begins, and how it ends."""
+        """Log that the run begins, and how it ends."""
         status = "KILLED"
         try:
             self._reporter.run_started()
@@ -66,16 +66,16 @@ class Course:
             self._end(status)
 
     def _end(self, status: str) -> None:
-        self._reporter.run_ended(status, self._results, message=self.message, step=self.step, said=self.said)
+        self._reporter.run_ended(
+            status, self._results, message=self.message, step=self.step, details=self.details
+        )
 
     def give_up(self) -> None:
-        """Say everywhere that the run was stopped, while what is at work does not let it end."""
+        """Report everywhere that the run was stopped, while what is at work does not let it end."""
         if not self.message:
             self._failed(str(self._stopped(Stop())), "", "KILLED")
         message = self.message
-        self._log.warn(
-            f"{message}: ended by force; the same command goes on from here: {self._order.command}"
-        )
+        self._log.warn(f"{message}: ended by force; the same command resumes it: {self._order.command}")
         self._host.stopped(message)
         self._end("KILLED")
         self._log.close()
@@ -84,15 +84,15 @@ class Course:
         """Return the `Stop` to raise: its message says in which step, who wanted it, and what is kept of that."""
         if not self.message:
             why = asked.why or (str(stop) if isinstance(stop, Stop) else "stopped by Prefect")
-            told = isinstance(stop, Interrupted)  # it says itself what is saved
-            kept = self.context.kept if self.context and not told else ""
+            interrupted = isinstance(stop, Interrupted)  # its message has what is saved
+            kept = self.context.kept if self.context and not interrupted else ""
             where = f"{self.step}: " if self.step else ""
             self.message = "; ".join(part for part in (f"{where}{why}", kept) if part)
         return Stop(self.message)
 
     @contextmanager
     def failures(self, step: Step) -> Iterator[None]:
-        """Keep the trace of a failure beside the unfinished artifact, and say how to resume."""
+        """Keep the trace of a failure beside the unfinished artifact, and report how to resume."""
         try:
             yield
         except UserError as error:
@@ -105,15 +105,15 @@ class Course:
             with suppress(OSError):  # the failure itself matters more than its log
                 log.parent.mkdir(exist_ok=True)
                 log.write_text(trace)
-            said = f"{step.name} failed: {type(error).__name__}: {error}"
-            raise StageFailed(f"{said}\nresume with: `{self._order.command}`\ntrace: {log}") from error
+            details = f"{step.name} failed: {type(error).__name__}: {error}"
+            raise StageFailed(f"{details}\nresume with: `{self._order.command}`\ntrace: {log}") from error
         except self._host.stops as stop:
             stopped = self._stopped(stop)
             self._failed(str(stopped), "", "KILLED")
             raise stopped from None
 
-    def _failed(self, message: str, said: str, status: str = "FAILED") -> None:
-        self.message, self.said = message, said
+    def _failed(self, message: str, details: str, status: str = "FAILED") -> None:
+        self.message, self.details = message, details
         self._reporter.step_failed(self.step, message, status)
 
 
@@ -122,7 +122,7 @@ def explained(error: Exception, home: Path, command: str) -> Exception:
     if isinstance(error, UserError) or not disk_is_full(home, error):
         return error
     where = f"{home.resolve()} ({human_bytes(shutil.disk_usage(home).free)} free)"
-    return UserError(f"the disk is full: {where}; make room, then `{command}` goes on")
+    return UserError(f"the disk is full: {where}; make room, then `{command}` resumes the run")
 
 
 def disk_is_full(home: Path, error: BaseException | None) -> bool:

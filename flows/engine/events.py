@@ -1,4 +1,4 @@
-"""The events of a run log: all that a run says about itself, one JSON object a line (docs/run-log.md).
+"""The events of a run log: all that a run reports, one JSON object a line (docs/run-log.md).
 
 Each has ``event`` (its kind) and ``time`` (milliseconds since 1970). Readers pass over kinds and fields that they do
 not know; `SCHEMA` is raised when something changes its meaning or goes.
@@ -261,7 +261,7 @@ class RunEnded(Event):
     step: str = ""
     """The one at work."""
     log: str = ""
-    """The last lines of what it said."""
+    """The last lines of what it reported."""
     results: list[dict[str, Any]] = field(default_factory=list)
     """Step, stage, fingerprint, how and seconds of each step that is done."""
     name: str = ""

@@ -1,5 +1,5 @@
-"""The executor walks a plan: it reuses what is sealed, builds the rest under its lock and seals it, and says so in the
-run log. It knows neither Prefect nor MLflow: where work is done, and how a run may be stopped, is said by its `Host`.
+"""The executor walks a plan: it reuses what is sealed, builds the rest under its lock and seals it, and logs
+that. It knows neither Prefect nor MLflow: where work is done, and how a run may be stopped, is up to its `Host`.
 
 Only a manifest says "done". So a second run of the same recipe, a run after a failure and a run after ``kill -9`` are
 all the same thing: sealed steps are reused, an unfinished one is resumed where it stopped.
@@ -104,16 +104,16 @@ class Executor:
         return all(artifact.inputs[type_].payload_sha256 == one.payload_sha256 for type_, one in ours)
 
     def _reusable(self, step: Step) -> Artifact | None:
-        """A step's artifact where it is to be reused, once its log says that it is there."""
+        """A step's artifact where it is to be reused, once the log has that it is there."""
         artifact = step.artifact
         if step.action != "reuse" or artifact is None or not self._made_from_ours(step, artifact):
             return None
         lock = self.store.lock(artifact.stage, artifact.fingerprint)
-        with suppress(TimeoutError), lock.acquire(timeout=0):  # who holds the lock is about to say it
+        with suppress(TimeoutError), lock.acquire(timeout=0):  # who holds the lock is about to log it
             if self.reporter.keys.unfinished(artifact.stage, artifact.fingerprint):
                 inputs = list(self._inputs(step).values())
                 started = self.reporter.step_started(step, inputs, late=True, resumed=True)
-                self.log.append(training_started(started, 0))  # of which it is not known what was told
+                self.log.append(training_started(started, 0))  # of which it is not known what was reported
                 self.reporter.step_sealed(step, started, Result(artifact, "ran", 0.0))
         return artifact
 

@@ -131,7 +131,7 @@ def raise_failure(what: str, logs: Path) -> NoReturn:
 def join(module: str, job: Path, ranks: int) -> int:
     """Run this machine's part of ranks that `local` starts on another one; torchrun's exit code.
 
-    `llm.machine.nodes` says what the environment must say, here as there.
+    `llm.machine.nodes` documents what the environment must hold, here as there.
 
     Raises:
         UserError: it names one machine only.
@@ -173,10 +173,10 @@ def killed_ranks(logs: Path) -> str:
     signals = {int(rank): -code for rank, code in codes.items() if code < 0}
     if not signals:
         return ""
-    said = ", ".join(f"rank {rank} was ended by {name_of(signals[rank])}" for rank in sorted(signals))
+    ended = ", ".join(f"rank {rank} was ended by {name_of(signals[rank])}" for rank in sorted(signals))
     memory = signal.SIGKILL in signals.values()
     hint = "; the system does that when memory runs out: see `dmesg`" if memory else ""
-    return f"{said}, which nobody here sent{hint}; what is saved is gone on from when it is run again"
+    return f"{ended}, which nobody here sent{hint}; the next run resumes from what is saved"
 
 
 def name_of(number: int) -> str:
@@ -215,7 +215,7 @@ def signal_steps(number: signal.Signals) -> None:
 def stop(nodes: Nodes, process: subprocess.Popen[bytes], grace_seconds: float) -> None:
     """End torchrun and its ranks: politely first, then for good; at once when we are interrupted again.
 
-    Not torchrun alone is waited for: told twice to end (by a scheduler too) it goes before its ranks have saved.
+    Not torchrun alone is waited for: asked twice to end (by a scheduler too) it goes before its ranks have saved.
     """
     asked.allow(grace_seconds + STOP_SECONDS)
     family: list[psutil.Process] = []

@@ -1,6 +1,6 @@
 """The run log: ``<home>/runs/<id>/log.jsonl``, append only, one event a line (`flows.engine.events`).
 
-It is the only thing that a run says about itself. Terminal, flow page and notices are given each event by a thread of
+It is all that a run reports. Terminal, flow page and notices are given each event by a thread of
 their own; MLflow's sender reads the file from its offset, in this process or, when that is gone, in another. Whoever
 sends a log holds its lock: its run as long as that lives, then whoever sends what is left. So a line is only ever
 written behind whole ones, and a line that a kill tore is the last.
@@ -37,7 +37,7 @@ from flows.engine.events import (
     Told,
     read_event,
 )
-from flows.engine.stopping import TELL_SECONDS, asked
+from flows.engine.stopping import REPORT_SECONDS, asked
 
 CLOSE_SECONDS = 120.0  # for all listeners to end; each has shorter limits of its own
 DAMAGED = "damaged"
@@ -151,7 +151,7 @@ class LogFile:
         return True
 
     def end_killed(self) -> None:
-        """End the runs that a process which is no more began and did not end: it was killed when it last wrote here."""
+        """End the runs that a process which is gone began and did not end: it was killed when it last wrote here."""
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if not whole or not self.head.get("lasts"):
@@ -227,7 +227,7 @@ def take_outbox(home: Path) -> None:
 
 
 class Listener(Protocol):
-    """Something that hears of a run."""
+    """Something that gets the events of a run."""
 
     def handle(self, event: Event) -> None:
         """Take note of an event."""
@@ -248,21 +248,21 @@ class RunLog:
         self._listening: list[Listening] = []
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        """Leave all of it behind where what refers to it is sent to another process, which says nothing."""
+        """Leave all of it behind where what refers to it is sent to another process, which logs nothing."""
         return object, ()
 
     def attach(self, name: str, listener: Listener) -> None:
-        """Have a listener hear of all that comes."""
+        """Give a listener all events that come."""
         self._listening.append(Listening(name, listener, self))
 
     def append(self, event: Event) -> bool:
-        """Say that something happened. No failure of this ends a run, such as a full disk; it is warned of once.
+        """Log an event. No failure of this ends a run, such as a full disk; it is warned of once.
 
         Returns:
             Whether it is kept.
         """
         failure: Exception | None = None
-        with self._lock:  # of several threads that say something
+        with self._lock:  # of several threads that log something
             if event.kept:
                 try:
                     self.file.append(event)
@@ -272,8 +272,8 @@ class RunLog:
                 one.put(event)
         if failure and not (self._lost or self._closing):
             self._lost = True
-            said = f"{type(failure).__name__}: {failure}"
-            self.warn(f"what MLflow should know of this run can't be kept in {self.file.folder}: {said}")
+            reason = f"{type(failure).__name__}: {failure}"
+            self.warn(f"what MLflow should know of this run can't be kept in {self.file.folder}: {reason}")
         return failure is None
 
     def note(self, text: str, step: str = "") -> None:
@@ -285,10 +285,10 @@ class RunLog:
     def close(self) -> None:
         """Have all listeners end, in the order in which they came, within some time that they share.
 
-        What is said from here on is heard by those who listen, and kept for as long as nobody has removed the file.
+        What is logged from here on still reaches the listeners, and is kept for as long as nobody has removed the file.
         """
         self._closing = True
-        deadline = time.monotonic() + (TELL_SECONDS if asked.why else CLOSE_SECONDS)
+        deadline = time.monotonic() + (REPORT_SECONDS if asked.why else CLOSE_SECONDS)
         for one in self._listening:
             one.close(max(0.0, deadline - time.monotonic()))
 
@@ -322,7 +322,7 @@ class Listening:
         try:
             call()
         except (Exception, SystemExit) as error:  # the latter is what rich makes of a closed pipe
-            said = f"{type(error).__name__}: {error}"
-            self._log.warn(f"{self._name} fails and hears no more of this run: {said}")
+            reason = f"{type(error).__name__}: {error}"
+            self._log.warn(f"{self._name} fails and gets no more events of this run: {reason}")
             return True
         return False

@@ -91,5 +91,5 @@ class Host(Protocol):
         ...
 
     def stopped(self, message: str) -> None:
-        """Say, from any thread, that this process is about to end."""
+        """Report, from any thread, that this process is about to end."""
         ...

@@ -40,7 +40,7 @@ class Part(Generic[Item, Result]):
         results = []
         for item in self.items:
             if self.stop.exists():
-                raise Stopped("another part of the stage failed")
+                raise Stopped("another part of the step failed")
             try:
                 results.append(self.fn(item))
             except BaseException:

@@ -87,7 +87,7 @@ class Step:
     """Type of an input -> the step that makes it."""
     artifact: Artifact | None = None
     predicted: list[str] = field(default_factory=list)
-    """Predictions of what a run of the step will need and find, as far as its config can tell."""
+    """Predictions of what a run of the step will need and find, as far as its config can predict."""
 
     def as_json(self) -> dict[str, Any]:
         return {

@@ -27,7 +27,7 @@ def reachable(host: str) -> str:
 
 
 def listener(host: str, port: int) -> str:
-    """Who listens on a port, as far as the system says; empty where nobody does."""
+    """Who listens on a port, as far as the system reports; empty where nobody does."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -35,7 +35,7 @@ class Reporter:
         """The key and the name by which the run is known."""
         self.started = time.monotonic()
         self.open_key = ""
-        """The key of the step that is said to have begun, and not to have ended."""
+        """The key of the step that is logged as begun, and not as ended."""
         self._ended = threading.Lock()
 
     @property
@@ -47,8 +47,8 @@ class Reporter:
     def _about(self) -> dict[str, Any]:
         """Fields of the run's first and last event."""
         recipe = self._order.recipe
-        said = {"description": recipe.description, "command": self._order.command}
-        return {**said, "store": str(self._store.root.resolve()), "quoting": recipe.runtime.upload_texts}
+        about = {"description": recipe.description, "command": self._order.command}
+        return {**about, "store": str(self._store.root.resolve()), "quoting": recipe.runtime.upload_texts}
 
     def run_started(self) -> None:
         order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
@@ -72,9 +72,9 @@ class Reporter:
         self._log.append(started)
 
     def run_ended(
-        self, status: str, results: Mapping[str, Result], *, message: str, step: str, said: str
+        self, status: str, results: Mapping[str, Result], *, message: str, step: str, details: str
     ) -> None:
-        """Say, once, how the run ended: FINISHED, FAILED or KILLED; ``step`` was at work, and ``said`` this last."""
+        """Log, once, how the run ended: FINISHED, FAILED or KILLED; ``step`` was at work, ``details`` has its trace."""
         if not self._ended.acquire(blocking=False):
             return
         ended = RunEnded(
@@ -83,7 +83,7 @@ class Reporter:
             seconds=time.monotonic() - self.started,
             message=message,
             step=step,
-            log=last_lines(said, LAST_LINES),
+            log=last_lines(details, LAST_LINES),
             results=[done_step(name, result) for name, result in results.items()],
             name=self.known.name,
             **self._about,
@@ -114,7 +114,7 @@ class Reporter:
     def step_started(
         self, step: Step, inputs: Sequence[Artifact], *, late: bool, resumed: bool
     ) -> StepStarted:
-        """Say that a step is built, or continued; ``late``: that it was, by a run that had no time to say so."""
+        """Log that a step is built, or resumed; ``late``: that it was, by a run that had no time to log it."""
         stage, name = step.stage.name, str(step.fingerprint)
         known = self.keys.step(stage, name)
         folder = self._store.partial(stage, name)
@@ -137,12 +137,12 @@ class Reporter:
             begun=known.begun,
             flow_run=self._host.flow_run(),
         )
-        self.open_key = known.key  # before it is said: a stop may come within that
+        self.open_key = known.key  # before it is logged: a stop may come within that
         self._log.append(started)
         return started
 
     def step_sealed(self, step: Step, started: StepStarted, result: Result) -> None:
-        """Say that an artifact is there; from here on it need not be said again."""
+        """Log that an artifact is there; from here on it need not be logged again."""
         artifact, runtime = result.artifact, self._order.recipe.runtime
         sealed = StepSealed(
             step=step.name,
@@ -214,7 +214,7 @@ def described_input(artifact: Artifact) -> dict[str, Any]:
 
 
 def sealed_at(artifact: Artifact) -> int:
-    """When an artifact was sealed, in milliseconds since 1970: what is said of it again is then said of one time."""
+    """When an artifact was sealed, in milliseconds since 1970: what is logged of it again then has the same time."""
     return int(datetime.fromisoformat(artifact.manifest["finished"]).timestamp() * 1000)
 
 
@@ -226,10 +226,10 @@ def resolved_yaml(recipe: Recipe, steps: Sequence[Step]) -> str:
 
 
 def resolved_step(step: Step) -> tuple[str, Mapping[str, Any]]:
-    """Name and settings of a step, with its place among the others where the recipe must say it."""
-    said: dict[str, Any] = {"stage": step.stage.name} if step.name != step.stage.name else {}
-    said |= {"inputs": step.sources} if said and step.sources else {}
+    """Name and settings of a step, with its place among the others where the recipe must name it."""
+    settings: dict[str, Any] = {"stage": step.stage.name} if step.name != step.stage.name else {}
+    settings |= {"inputs": step.sources} if settings and step.sources else {}
     if step.config:
         runtime = step.config.runtime.model_dump(mode="json")
-        said |= step.config.identity() | ({"runtime": runtime} if runtime else {})
-    return step.name, said
+        settings |= step.config.identity() | ({"runtime": runtime} if runtime else {})
+    return step.name, settings

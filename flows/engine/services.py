@@ -26,7 +26,7 @@ class Running:
 
     pid: int
     created: float
-    """When the system says it began: another process may get its number later."""
+    """When it began, as the system reports: another process may get its number later."""
     url: str = ""
     """Where people open it; empty for a worker."""
     log: str = ""

@@ -45,7 +45,7 @@ WAITING = {
     "RESV_DEL_HOLD",
     "SPECIAL_EXIT",
 }
-TOLD_SECONDS = 1.0
+ENDING_POLL_SECONDS = 1.0
 """Between questions while a job ends."""
 KILL_SECONDS = 40
 """Slurm's KillWait, 30 by default, and some more."""
@@ -71,7 +71,7 @@ def run(
     logs: Path,
     grace_seconds: float,
     while_running: Callable[[], None],
-    say: Callable[[str], None],
+    note: Callable[[str], None],
 ) -> None:
     """Have a job of Slurm train what ``job`` describes, and wait for its end.
 
@@ -80,20 +80,20 @@ def run(
 
     Raises:
         UserError: Slurm refuses the job, or a rank ended with a user's mistake.
-        Interrupted: it was told to stop by others than us, and is not queued again.
+        Interrupted: it was asked to stop by others than us, and is not queued again.
         RuntimeError: it failed; the message holds the end of its log.
     """
     logs.mkdir(parents=True, exist_ok=True)
     number = at_work(job.parent)
     if number:
-        say(f"Slurm job {number} trains already: this run follows it")
+        note(f"Slurm job {number} trains already: this run follows it")
     else:
         (logs / "error.json").unlink(missing_ok=True)
         number = submit(job, wanted, logs)
         remember(job.parent, number)
     launch.save_asked.clear()
     try:
-        standing = follow(number, wanted.poll_seconds, while_running, say)
+        standing = follow(number, wanted.poll_seconds, while_running, note)
     except BaseException:
         cancel(job.parent, number, grace_seconds + launch.MARGIN_SECONDS)
         raise
@@ -128,7 +128,7 @@ def submit(job: Path, wanted: SlurmJob, logs: Path) -> str:
     """The number of a new job.
 
     Raises:
-        UserError: sbatch is not there, or says no.
+        UserError: sbatch is not there, or refuses the job.
     """
     script = job.parent / "slurm.sh"
     command = shlex.join([sys.executable, "-m", "flows.engine.slurm_job", str(job.resolve())])
@@ -176,9 +176,9 @@ def has_ended(number: str) -> bool:
 
 
 def follow(
-    number: str, poll_seconds: float, while_running: Callable[[], None], say: Callable[[str], None]
+    number: str, poll_seconds: float, while_running: Callable[[], None], note: Callable[[str], None]
 ) -> Standing:
-    """Wait until a job has ended: until Slurm has said so twice, for a job that is queued again may seem to end."""
+    """Wait until a job has ended: until Slurm has reported so twice, for a job that is queued again may seem to end."""
     last = Standing("")
     due = 0.0
     while True:
@@ -189,7 +189,7 @@ def follow(
                 return now
             if now and now != last:
                 if now.state not in ENDED:
-                    say(f"Slurm job {number}: {now}")
+                    note(f"Slurm job {number}: {now}")
                 last = now
         if launch.save_asked.is_set():
             launch.save_asked.clear()
@@ -229,5 +229,5 @@ def wait_for_end(number: str, seconds: float) -> bool:
         standing = standing_of(number)
         if standing and standing.state in ENDED:
             return True
-        time.sleep(TOLD_SECONDS)
+        time.sleep(ENDING_POLL_SECONDS)
     return False

@@ -1,5 +1,5 @@
 """The program that a job of Slurm runs on its first machine (``python -m flows.engine.slurm_job JOB``): it starts the
-ranks on all of its machines, and queues itself again when it is told to end by others than the run that submitted it.
+ranks on all of its machines, and queues itself again when it is asked to end by others than the run that submitted it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a run is asked to stop: by a signal, or on Prefect's pages. Either way `Stop` is raised in the main thread, once.
 
-Who asks is often heard twice: a worker and systemd both send SIGTERM, and Prefect says what it wants besides. Only a
+A request often comes twice: a worker and systemd both send SIGTERM, and Prefect has its own besides. Only a
 second Ctrl-C is more than the first: what is being saved is then given up.
 """
 
@@ -16,9 +16,9 @@ from types import FrameType
 
 STOP_SECONDS = 10.0
 """Seconds that a run gets to end in, besides the time in which ranks save."""
-TELL_SECONDS = 15.0
+REPORT_SECONDS = 15.0
 """Seconds that it gets on top to report to Prefect, MLflow and those whom the recipe names."""
-END_SECONDS = STOP_SECONDS + TELL_SECONDS
+END_SECONDS = STOP_SECONDS + REPORT_SECONDS
 WORDS = {
     signal.SIGINT: "stopped by Ctrl-C",
     signal.SIGTERM: "stopped by SIGTERM",
@@ -46,7 +46,7 @@ class Asked:
         self.note(why)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    def hear(self, number: int, frame: FrameType | None) -> None:
+    def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle a signal."""
         self.note(WORDS[signal.Signals(number)])
         if not self._raised or number == signal.SIGINT:
@@ -72,7 +72,7 @@ def unwind_on_signals() -> None:
     """From now on, let SIGTERM, SIGHUP and Ctrl-C raise `Stop`, but for those that our parent had us ignore (nohup)."""
     for number in WORDS:
         if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, asked.hear)
+            signal.signal(number, asked.handle)
 
 
 @contextmanager
@@ -92,11 +92,11 @@ def heeding_signals() -> Iterator[None]:
 
 
 @contextmanager
-def ending_in_time(tell: Callable[[], None]) -> Iterator[None]:
-    """See that this process ends soon after it is asked to, even where its main thread computes and hears nothing.
+def ending_in_time(report: Callable[[], None]) -> Iterator[None]:
+    """See that this process ends soon after it is asked to, even where its main thread computes and handles no signal.
 
-    When the block has not been left by `Asked.deadline`, ``tell`` is called from another thread, for `TELL_SECONDS` at
-    most, and the process ends with code 130. Must be entered in the main thread.
+    When the block has not been left by `Asked.deadline`, ``report`` is called from another thread, for `REPORT_SECONDS`
+    at most, and the process ends with code 130. Must be entered in the main thread.
 
     Raises:
         Stop: somebody has asked before: what was raised then may have been lost within an import or a destructor.
@@ -109,18 +109,18 @@ def ending_in_time(tell: Callable[[], None]) -> Iterator[None]:
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
 
     def watch() -> None:
-        heard = os.read(reading, 64)
+        received = os.read(reading, 64)
         while not done.is_set():
-            for number in heard:
+            for number in received:
                 if number in WORDS and signal.getsignal(number) is not signal.SIG_IGN:
                     asked.note(WORDS[signal.Signals(number)])
-            heard = b""
+            received = b""
             if not asked.why:
-                heard = os.read(reading, 64)
+                received = os.read(reading, 64)
             elif done.wait(0.2) or time.monotonic() < asked.deadline:
                 continue
             else:
-                end(tell)
+                end(report)
 
     thread = threading.Thread(target=watch, name="end-in-time", daemon=True)
     thread.start()
@@ -136,9 +136,9 @@ def ending_in_time(tell: Callable[[], None]) -> Iterator[None]:
         os.close(writing)
 
 
-def end(tell: Callable[[], None]) -> None:
+def end(report: Callable[[], None]) -> None:
     """End this process, whatever it computes."""
-    telling = threading.Thread(target=tell, name="tell", daemon=True)
-    telling.start()
-    telling.join(TELL_SECONDS)
+    reporting = threading.Thread(target=report, name="report", daemon=True)
+    reporting.start()
+    reporting.join(REPORT_SECONDS)
     os._exit(130)

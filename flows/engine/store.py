@@ -361,7 +361,7 @@ def see_writable(partial: Path) -> None:
         if not os.access(parent, os.W_OK | os.X_OK):
             owner = Path(parent).owner()
             raise UserError(
-                f"{parent}: {owner} began this, and we may not go on with it: let {owner} run it, or give us leave to "
+                f"{parent}: {owner} began this, and we may not resume it: let {owner} run it, or give us leave to "
                 f"write there (chmod -R g+w {shlex.quote(str(partial))}, and umask 002 for all who share a home)"
             )
 

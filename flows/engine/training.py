@@ -44,7 +44,7 @@ class TrainingReader:
             yield from self._shown(json.loads(line))
 
     def kept(self, grace_seconds: float) -> str:
-        """Say, in words, what the training has on disk, and what it has not."""
+        """Describe what the training has on disk, and what it has not."""
         lost = self._done - (self._saved or 0)
         saved = f"step {self._saved} is saved" if self._saved is not None else "no step is saved"
         if lost <= 0:
@@ -52,7 +52,7 @@ class TrainingReader:
         return f"{saved}, {lost} later one(s) are lost: they were not saved within grace_seconds ({grace_seconds:g})"
 
     def _shown(self, event: dict[str, Any]) -> Iterator[Event]:
-        """One training event; the last validation stays on the line."""
+        """One training event; the last validation stays on the step's line."""
         kind = event["event"]
         if kind in ("checkpoint", "resume", "end", "interrupted", "rollback"):
             self._saved = event["to" if kind == "rollback" else "step"]
@@ -89,7 +89,7 @@ NOTES: dict[str, tuple[Any, bool]] = {
     "rollback": (
         lambda event: (
             f"the loss leapt to {event['loss']:.4f} in step {event['step']} (z {event['z']:.1f}): back to step "
-            f"{event['to']}, past {event['windows']:,} windows"
+            f"{event['to']}, past {event['windows']:,} sequences"
         ),
         True,
     ),

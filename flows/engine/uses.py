@@ -103,7 +103,7 @@ def last_used(store: Store, stage: str, fingerprint: str) -> int:
 
 @contextmanager
 def alone(store: Store, stage: str, fingerprint: str) -> Iterator[bool]:
-    """Keep all runs from using an artifact for as long as the block lasts, if none does: the block is told."""
+    """Keep all runs from using an artifact for as long as the block lasts, if none does, which is yielded."""
     path = use_path(store, stage, fingerprint)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -63,7 +63,7 @@ def artifact_json(graph: Graph, node: Node, known: Known) -> dict[str, Any]:
 
 
 def describe(node: Node) -> dict[str, Any]:
-    """Return what the manifest says of an artifact's making."""
+    """Return what the manifest has of an artifact's making."""
     described: dict[str, Any] = {
         "stage": node.stage,
         "fingerprint": node.fingerprint,
@@ -100,20 +100,20 @@ def artifact_lines(graph: Graph, node: Node, known: Known) -> list[str]:
 
 def node_lines(node: Node) -> list[str]:
     """An artifact, and how it was made."""
-    said = describe(node)
+    facts = describe(node)
     first = f"  {node.stage:<16}{node.fingerprint}  "
     if not node.artifact:
-        steps = said.get("checkpoints")
+        steps = facts.get("checkpoints")
         return [
             first + node.state + (f", checkpoints of steps {', '.join(map(str, steps))}" if steps else "")
         ]
-    code, finished = said["code"], said["finished"][:16].replace("T", " ")
+    code, finished = facts["code"], facts["finished"][:16].replace("T", " ")
     version = f"llmill {code['version']}" + (f" ({code['commit']})" if code["commit"] else "")
-    ids = f"MLflow {said['mlflow_run_id'] or '-'}  Prefect {said['prefect_flow_run_id']}"
+    ids = f"MLflow {facts['mlflow_run_id'] or '-'}  Prefect {facts['prefect_flow_run_id']}"
     lines = [first + headline(node.stage, node.artifact.metrics)]
-    lines += [f"    {source_line(one)}" for one in said.get("sources", [])]
+    lines += [f"    {source_line(one)}" for one in facts.get("sources", [])]
     lines.append(
-        f"    payload {said['payload_sha256'][:16]}…  {finished}  {version} on {said['host']}  {ids}"
+        f"    payload {facts['payload_sha256'][:16]}…  {finished}  {version} on {facts['host']}  {ids}"
     )
     return lines
 
@@ -147,10 +147,10 @@ def document_json(trace: DocumentTrace, known: Known) -> dict[str, Any]:
 def document_lines(trace: DocumentTrace, known: Known) -> list[str]:
     """The same for a person."""
     lines = [trace.id]
-    said: dict[Any, str] = {key: place_line(place) for key, place in trace.places.items()}
-    said |= {reading.node.key: reading_line(reading) for reading in trace.readings}
+    facts: dict[Any, str] = {key: place_line(place) for key, place in trace.places.items()}
+    facts |= {reading.node.key: reading_line(reading) for reading in trace.readings}
     lines += [
-        f"  {node.stage:<16}{node.fingerprint}  {said[node.key]}" for node in trace.graph.in_order(said)
+        f"  {node.stage:<16}{node.fingerprint}  {facts[node.key]}" for node in trace.graph.in_order(facts)
     ]
     models = trace.models()
     lines += ["", "shaped" if models else "shaped no exported model that is here"]
@@ -180,7 +180,7 @@ def place_line(place: Place) -> str:
         how = "the same text as" if facts["kind"] == "exact" else f"{facts['jaccard']:.2f} alike to"
         return f"removed: {how} {facts['duplicate_of']}, which was kept"
     if place.what == "removed":
-        return f"removed: what it says is in {', '.join(facts['spans_in'])}"
+        return f"removed: its text is in {', '.join(facts['spans_in'])}"
     if place.what == "scored":
         return f"evaluated on it: {facts['bits_per_byte'] or 0:.4f} bits per byte"
     if place.what == "sampled":
@@ -207,11 +207,11 @@ def reading_line(reading: Reading) -> str:
     for read in reads:
         steps.setdefault(read.fate, []).append(read.step)
     sequences = len({read.sequence for read in reads})
-    told = "; ".join(
+    read_by = "; ".join(
         f"{'' if fate == 'trained' else fate + ': '}{step_ranges(some)}" for fate, some in steps.items()
     )
     count = len({read.step for read in reads})
-    return f"{count:,} of {config.steps:,} steps{going} read {sequences:,} sequences of it: step {told}"
+    return f"{count:,} of {config.steps:,} steps{going} read {sequences:,} sequences of it: step {read_by}"
 
 
 def step_ranges(steps: Sequence[int]) -> str:

@@ -70,8 +70,8 @@ class FlowPageListener:
             case StepSealed(late=False, step=step) | StepReused(step=step):
                 self._results[step] = event
                 self._left(step)
-                said = headline(event.stage, event.metrics)
-                self._log(f"{step} {event.how}: {said} · {duration(event.seconds)}", INFO)
+                result = headline(event.stage, event.metrics)
+                self._log(f"{step} {event.how}: {result} · {duration(event.seconds)}", INFO)
         if self._page is None:
             return
         match event:
@@ -107,7 +107,7 @@ class FlowPageListener:
         assert self._run
         assert self._page
         rows = [self._row(step, state) for step in self._run.steps]
-        done = f"{len(self._results)} of {len(rows)} stages done"
+        done = f"{len(self._results)} of {len(rows)} steps done"
         self._page.stages(rows, f"{done}, {', '.join(self._at_work)} {state}" if self._at_work else done)
         self._page.links(links(self._run, self._links), self._links.url or "where else to look")
 
@@ -201,7 +201,7 @@ class FlowPage:
                     self._change.wait_for(lambda: self._closing, SEND_SECONDS)
 
     def _send(self, client: Any, kind: str, fields: Mapping[str, Any]) -> None:
-        if not self._ids:  # a run that is retried goes on with what its page shows
+        if not self._ids:  # a run that is retried resumes what its page shows
             ours = {"flow_run_id": {"any_": [str(self._flow_run_id)]}, "type": {"not_any_": ["result"]}}
             for entry in client.request("POST", "/artifacts/filter", json={"artifacts": ours}).json():
                 self._ids[entry["key"].removeprefix(f"{self._prefix}-")] = UUID(entry["id"])

@@ -9,7 +9,7 @@ from flows.engine.events import SCHEMA, Event
 
 
 class LinesListener:
-    """Writes each event on a line of its own; the first line says the version of the schema."""
+    """Writes each event on a line of its own; the first line has the version of the schema."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out

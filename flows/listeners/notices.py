@@ -37,7 +37,7 @@ class Notice:
     stage: str = ""
     """The one that failed."""
     log: str = ""
-    """The last lines of what it said."""
+    """The last lines of what it reported."""
     resume: str = ""
     """The command that resumes it."""
     prefect_url: str = ""
@@ -79,7 +79,7 @@ class NoticeListener:
                 self._ended = event
 
     def close(self) -> None:
-        """Send the notice, when MLflow has had time to say where it shows the run."""
+        """Send the notice, when MLflow has had time to report where it shows the run."""
         if self._run and self._ended and self._run.notify:
             send_notice(self._notice(self._run, self._ended), self._run.notify, self._warn)
 
@@ -126,7 +126,7 @@ def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], 
     """Send to every receiver; one that can't be reached is warned of, and never fails a run."""
     unset = unset_receivers(receivers)
     for receiver in unset:
-        warn(f"{receiver} could not be told of the run's end: the variable is not set")
+        warn(f"{receiver} could not be notified of the run's end: the variable is not set")
     for receiver in receivers:
         if receiver in unset:
             continue
@@ -134,7 +134,7 @@ def send_notice(notice: Notice, receivers: Sequence[str], warn: Callable[[str], 
             send(notice, receiver)
         except Exception as error:
             # Not the message: it may hold the address, and that a secret.
-            warn(f"{receiver} could not be told of the run's end: {type(error).__name__}")
+            warn(f"{receiver} could not be notified of the run's end: {type(error).__name__}")
 
 
 def send(notice: Notice, receiver: str) -> None:
@@ -150,7 +150,7 @@ def send(notice: Notice, receiver: str) -> None:
         answer: Any = run_coro_as_sync(block.call(payload=content))
         answer.raise_for_status()
     elif isinstance(block, NotificationBlock):
-        told: Any = block.notify
-        told(body=notice.text, subject=notice.subject)
+        notify: Any = block.notify
+        notify(body=notice.text, subject=notice.subject)
     else:
         raise TypeError(f"{receiver} is no block that sends notices")

@@ -75,7 +75,7 @@ class Terminal:
         self.console.print(text, style="bold")
 
     def step_started(self, step: str, what: str) -> None:
-        """Begin a step's line, which says ``what`` until there is progress to report."""
+        """Begin a step's line, which shows ``what`` until there is progress to report."""
         self._began[step] = self._shown[step] = time.monotonic()
         if self.console.is_terminal:
             self._lines[step] = line("…", step, what)
@@ -138,7 +138,7 @@ class Terminal:
     def summary(self, rows: Iterable[tuple[str, Artifact, str, float]]) -> None:
         """The table at the end: what each step made, whether it ran, and for how long."""
         table = Table(box=None, header_style="dim", pad_edge=False)
-        for column in ("stage", "", "result", "time", "artifact"):
+        for column in ("step", "", "result", "time", "artifact"):
             table.add_column(
                 column, justify="right" if column == "time" else "left", no_wrap=column != "result"
             )

@@ -70,7 +70,7 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
     assert process.stdout
     pickle.dump(job_of(step, order, key), process.stdin)
     process.stdin.flush()
-    last = [f"{step.name}: its process began, and said nothing"]
+    last = [f"{step.name}: its process began, and reported nothing"]
     reading = threading.Thread(target=relay, args=(process.stdout, log.append, last), daemon=True)
     reading.start()
     saves, stopping = wishes.saves, False
@@ -98,18 +98,18 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
 
 
 def job_of(step: Step, order: Order, key: str) -> Job:
-    """Say what the process is to do: its share of the cores is that of one of the steps that may be at work."""
+    """Describe what the process is to do: its share of the cores is that of one of the steps that may be at work."""
     recipe, runtime = order.recipe, order.recipe.runtime
-    said = recipe.model_dump(exclude_unset=True)
+    written = recipe.model_dump(exclude_unset=True)
     steps = {
-        one.name: said.pop(one.name, {}) | {"stage": one.stage.name, "inputs": one.sources}
+        one.name: written.pop(one.name, {}) | {"stage": one.stage.name, "inputs": one.sources}
         for one in recipe.steps
     }
     workers = max(1, runtime.worker_count // runtime.parallel_steps)
     context = serialize_context()
     context["flow_run_context"].pop("flow", None)  # it holds what can't be sent, such as locks
     return Job(
-        recipe=said | {"runtime": said.get("runtime", {}) | {"workers": workers}} | steps,
+        recipe=written | {"runtime": written.get("runtime", {}) | {"workers": workers}} | steps,
         home=str(order.planned.uses.store.home),
         step=step.name,
         force=order.planned.selection.force == step.name,

@@ -46,13 +46,13 @@ def carry_out(
             prepared = True
             pipeline.run()
     except Exception as error:
-        if not prepared and not dispatcher.parent_key:  # else who dispatched us says so
+        if not prepared and not dispatcher.parent_key:  # else who dispatched us reports it
             report_failure(recipe, home, error, command)
         raise
 
 
 def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> None:
-    """Say everywhere that a run could not be planned."""
+    """Report everywhere that a run could not be planned."""
     values = read_leniently(recipe)
     name, key = str(values.get("name") or recipe.stem), uuid4().hex
     called, store = f"{name} {datetime.now():{TIME}}", str((home / "store").resolve())
@@ -71,7 +71,7 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
         key=key,
         status="FAILED",
         seconds=0.0,
-        message=f"before the first stage: {message}",
+        message=f"before the first step: {message}",
         log=message,
         name=called,
         command=command,
@@ -79,7 +79,7 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
     )
     try:
         log = begin_log(home, name)
-    except OSError:  # a full disk, or a home that is not ours: who is to be told needs neither
+    except OSError:  # a full disk, or a home that is not ours: who is to be notified needs neither
         alone = NoticeListener(Terminal().note)
         for event in (begun, ended):
             alone.handle(event)

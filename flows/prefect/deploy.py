@@ -278,15 +278,15 @@ def register(file: Path, names: Sequence[str]) -> None:
     """Register deployments with the Prefect server of the environment, as ``prefect deploy`` does.
 
     Raises:
-        UserError: Prefect refuses the file; the message holds what it said.
+        UserError: Prefect refuses the file; the message holds its output.
     """
     chosen = [word for name in names for word in ("--name", name)]
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file), *chosen]
     plain = {**os.environ, "NO_COLOR": "1", "COLUMNS": "160"}
     done = subprocess.run(command, capture_output=True, text=True, env=plain, check=False)
     if done.returncode:
-        said = last_lines(done.stdout + done.stderr, 6)
-        raise UserError(f"{file}: Prefect refuses these deployments:\n{said}")
+        output = last_lines(done.stdout + done.stderr, 6)
+        raise UserError(f"{file}: Prefect refuses these deployments:\n{output}")
 
 
 def offer_steps(api: str, names: Sequence[str], steps: Sequence[str]) -> None:

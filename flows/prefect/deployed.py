@@ -25,11 +25,11 @@ from flows.prefect.names import FLOW, TIME
 
 AWAY_SECONDS = 600
 SETTING = r"^[^=]+=(.|\n)*$"
-"""As `apply_override` takes it: what the keys may be is said by the recipe's model, not twice."""
+"""As `apply_override` takes it: what the keys may be is defined by the recipe's model, not twice."""
 
 
 StepName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
-"""Which there are is said by the recipe."""
+"""Which there are is defined by the recipe."""
 
 
 class Stages(BaseModel):

@@ -33,13 +33,13 @@ class DispatchedFailed(Exception):
 class Dispatcher:
     """Which steps go elsewhere; none by default."""
 
-    def __init__(self, stages: frozenset[str] = frozenset(), parent_key: str = "") -> None:
-        self._stages = stages
+    def __init__(self, steps: frozenset[str] = frozenset(), parent_key: str = "") -> None:
+        self._steps = steps
         self.parent_key = parent_key
         """The key of the run in MLflow of whoever dispatched us; empty where nobody did."""
 
-    def takes(self, stage: str) -> bool:
-        return stage in self._stages
+    def takes(self, step: str) -> bool:
+        return step in self._steps
 
     def check(self, step: Step) -> None:
         """See that a step which goes elsewhere means the same there.
@@ -49,14 +49,14 @@ class Dispatcher:
         """
         if self.takes(step.name) and not this_deployment.name:
             raise UserError(
-                "only a run of a deployment can dispatch stages; make one with: llmill deploy RECIPE"
+                "only a run of a deployment can dispatch steps; make one with: llmill deploy RECIPE"
             )
 
-    def deployment(self, stage: str) -> str:
+    def deployment(self, step: str) -> str:
         """The deployment that builds a step: ours is ``pipeline/NAME``, its is ``pipeline/NAME.STEP``."""
-        return f"{FLOW}/{this_deployment.name}.{stage}"
+        return f"{FLOW}/{this_deployment.name}.{step}"
 
-    def run(self, stage: str, wishes: Wishes, *, parent_key: str, force: bool) -> None:
+    def run(self, step: str, wishes: Wishes, *, parent_key: str, force: bool) -> None:
         """Start a step's deployment, and wait until it has ended well. When we are stopped, so is it.
 
         With ``force`` it builds the step again although it is sealed.
@@ -64,11 +64,11 @@ class Dispatcher:
         Raises:
             DispatchedFailed: it ended otherwise.
         """
-        chosen = {"only": stage, **({"force": stage} if force else {})}
+        chosen = {"only": step, **({"force": step} if force else {})}
         changes = {"parent_key": parent_key, "stages": chosen}
         mine: dict[str, Any] = flow_run.parameters
         shared = {name: mine[name] for name in ("recipe", "settings", "home")}
-        started: Any = run_deployment(self.deployment(stage), parameters={**shared, **changes}, timeout=0)
+        started: Any = run_deployment(self.deployment(step), parameters={**shared, **changes}, timeout=0)
         try:
             ended = wait_for(started, wishes.stop)
         except BaseException:
@@ -78,7 +78,7 @@ class Dispatcher:
         assert ended.state
         if not ended.state.is_completed():
             raise DispatchedFailed(
-                f"{stage}: flow run “{ended.name}” of {self.deployment(stage)} ended as {ended.state.name}: "
+                f"{step}: flow run “{ended.name}” of {self.deployment(step)} ended as {ended.state.name}: "
                 f"{ended.state.message or 'no reason given'}"
             )
 

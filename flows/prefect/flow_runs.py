@@ -33,11 +33,11 @@ from flows.prefect.run_notes import Note, end_note, here, read_notes, write_note
 Value = TypeVar("Value")
 AT_WORK = {StateType.RUNNING, StateType.CANCELLING}
 OPEN = {*AT_WORK, StateType.PENDING}
-CRASHED = "the process that ran this is gone; Retry goes on from what it sealed"
+CRASHED = "the process that ran this is gone; Retry resumes from what it sealed"
 STOPS = (KeyboardInterrupt, TerminationSignal, Pause)
 """Exceptions that end a run because somebody wants it to: ours, and Prefect's own."""
 WATCH_SECONDS = 3.0
-"""Between looks at what Prefect says of our run; less than the four seconds for which a connection is kept."""
+"""Between looks at what Prefect has of our run; less than the four seconds for which a connection is kept."""
 
 
 class Attempt(Generic[Value]):
@@ -67,7 +67,7 @@ class Attempt(Generic[Value]):
 
     @property
     def state(self) -> State | None:
-        """Return value of the flow's function: for Prefect, what was stopped is cancelled, and says what it leaves."""
+        """Return value of the flow's function: for Prefect, what was stopped is cancelled, with what it leaves."""
         return Cancelled(message=str(self.raised)) if self.raised else None
 
     def end(self) -> None:
@@ -107,7 +107,7 @@ def stopped(stop: BaseException) -> State:
     with suppress(Exception), get_client(sync_client=True) as client:
         run = client.read_flow_run(UUID(str(flow_run.id)))
         if run.state and not ours(run, int(flow_run.run_count)):
-            close_stages(client, run.id, ended)
+            close_steps(client, run.id, ended)
             if run.state.type == StateType.PAUSED and not run.state.state_details.pause_reschedule:
                 state: State = Suspended(pause_expiration_time=run.state.state_details.pause_timeout)
                 state.message = str(stop)
@@ -123,7 +123,7 @@ def finished() -> State | None:
     """
     with suppress(Exception), get_client(sync_client=True) as client:
         if client.read_flow_run(UUID(str(flow_run.id))).state_type == StateType.CANCELLING:
-            return Cancelled(message="cancelled in Prefect, when all stages were done")
+            return Cancelled(message="cancelled in Prefect, when all steps were done")
     return None
 
 
@@ -178,7 +178,7 @@ def at_work(home: Path) -> Iterator[None]:
 def watched(flow_run_id: UUID, attempt: int) -> Iterator[None]:
     """Stop this process when somebody wants its flow run to end or to wait, by a button or by the API.
 
-    A worker of Prefect's hears of a cancel only; a run that no worker started, of nothing.
+    A worker of Prefect's is notified of a cancel only; a run that no worker started, of nothing.
     """
     done = threading.Event()
 
@@ -245,12 +245,12 @@ def close_run(note: Note) -> None:
         run = client.read_flow_run(UUID(note.flow_run_id))
         if run.run_count > note.attempt:  # it was retried since
             return
-        close_stages(client, run.id, state)
+        close_steps(client, run.id, state)
         if run.state_type in AT_WORK:
             client.set_flow_run_state(run.id, state, force=True)
 
 
-def close_stages(client: SyncPrefectClient, flow_run_id: UUID, state: State) -> None:
+def close_steps(client: SyncPrefectClient, flow_run_id: UUID, state: State) -> None:
     """Set the last state of what a flow run began and did not end."""
     begun = FlowRunFilterParentFlowRunId(any_=[flow_run_id])
     for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(parent_flow_run_id=begun)):

@@ -96,7 +96,7 @@ class PrefectHost:
         return {"id": str(flow_run.id), "url": str(flow_run.ui_url)} if flow_run.id else {}
 
     def made_by(self, key: str) -> dict[str, str]:
-        """The run in MLflow, whose id is empty where MLflow does not say soon, and the flow run."""
+        """The run in MLflow, whose id is empty where MLflow does not answer soon, and the flow run."""
         return {
             "mlflow_run_id": self._mlflow.id_of(key),
             "mlflow_key": key,
@@ -108,7 +108,7 @@ class PrefectHost:
             give_up(message)
 
     def missed(self, what: str) -> None:
-        """Say that Prefect did not learn how something began or ended."""
+        """Warn that Prefect did not learn how something began or ended."""
         self._log.warn(f"Prefect at {PREFECT_API_URL.value()} does not answer; {what} goes on without it")
 
 

@@ -40,8 +40,8 @@ def main() -> None:
         with hydrated_context(job.prefect):
             carry_out(job, reports)
     except (Exception, *STOPS) as error:
-        said = str(error) if isinstance(error, tuple(CODES)) else f"{type(error).__name__}: {error}"
-        reports.write(json.dumps({"failed": said}, allow_nan=False) + "\n")
+        message = str(error) if isinstance(error, tuple(CODES)) else f"{type(error).__name__}: {error}"
+        reports.write(json.dumps({"failed": message}, allow_nan=False) + "\n")
         reports.flush()
         sys.exit(next((code for kind, code in CODES.items() if isinstance(error, kind)), 1))
 

@@ -1,7 +1,7 @@
 """Changes to deployments that people made on Prefect's pages: seen, shown and kept when a file is registered again.
 
 To register a file replaces what the server has: a schedule edited there, a pause, a parameter. A home keeps what the
-server said after the last registration; a field that has another value there by now was changed on a page.
+server had after the last registration; a field that has another value there by now was changed on a page.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ EVENTS_SECONDS = 5.0  # for states not yet reported to Prefect's server when a r
 
 
 class Pipeline:
-    """One run. Use it as a context: at the block's end, all who listen have heard of it, or had time to.
+    """One run. Use it as a context: at the block's end, all listeners have its events, or had time to.
 
     Args:
         listeners: those who listen besides MLflow, the flow run's page and the receivers of notices; by name.
@@ -61,7 +61,7 @@ class Pipeline:
             self.log.attach(name, listener)
         self._host = PrefectHost(recipe.runtime, uses, self.log, self._dispatcher, self.mlflow)
         self.executor = Executor(order, self.log, self._host)
-        self._told = False  # whether a flow of this process is told to Prefect
+        self._in_prefect = False  # whether a flow of this process is reported to Prefect
 
     def __enter__(self) -> Self:
         return self
@@ -69,7 +69,7 @@ class Pipeline:
     def __exit__(self, *fault: object) -> None:
         self.log.close()
         self.executor.reporter.release()
-        if self._told:
+        if self._in_prefect:
             self._flush()
 
     def prepare(self) -> None:
@@ -83,7 +83,7 @@ class Pipeline:
         joined = self.executor.order.run_key  # who dispatched us reports the end
         for receiver in () if joined else unset_receivers(runtime.notify):
             self.log.warn(
-                f"runtime.notify: {receiver} can't be told of this run's end: the variable is not set"
+                f"runtime.notify: {receiver} can't be notified of this run's end: the variable is not set"
             )
         require_possible(planned)
         for step in planned.steps:
@@ -111,7 +111,7 @@ class Pipeline:
             if HEARTBEATS.name not in os.environ:
                 # A flow waits up to a second for the thread that sends them to wake and end.
                 stack.enter_context(temporary_settings({HEARTBEATS: None}))
-            self._told = True
+            self._in_prefect = True
             if not answers(PREFECT_API_URL.value()):
                 self._host.missed("the run")
                 yield self.executor.run

@@ -96,7 +96,7 @@ def watch_heartbeats(client: SyncPrefectClient) -> None:
 def watch() -> Automation:
     """The automation that finds runs whose process went silent.
 
-    Whatever else is heard of a run ends the wait for its heartbeat: one that was retried, or suspended, has no process.
+    Any other event of a run ends the wait for its heartbeat: one that was retried, or suspended, has no process.
     """
     trigger = EventTrigger(
         after={"prefect.flow-run.heartbeat"},

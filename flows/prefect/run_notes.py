@@ -59,7 +59,7 @@ _changing = threading.Lock()
 
 
 def write_note(home: Path, flow_run_id: str, *, api: str, name: str, attempt: int) -> None:
-    """Say that this process carries out a flow run."""
+    """Note that this process carries out a flow run."""
     process = psutil.Process()
     file = folder(home) / f"{flow_run_id}.json"
     note = Note(
@@ -76,7 +76,7 @@ def write_note(home: Path, flow_run_id: str, *, api: str, name: str, attempt: in
 
 
 def needs(seconds: float) -> None:
-    """Say how long this process needs from now on, at least, to end when it is asked to."""
+    """Note how long this process needs from now on, at least, to end when it is asked to."""
     with _changing:
         if _mine:
             _mine[0] = replace(_mine[0], seconds=max(seconds, _mine[0].seconds))
@@ -84,7 +84,7 @@ def needs(seconds: float) -> None:
 
 
 def end_note(final: str, message: str) -> Note | None:
-    """Say how the flow run of this process ended; the note, or None where there is none."""
+    """Note how the flow run of this process ended; the note, or None where there is none."""
     if not _mine:
         return None
     ended = replace(_mine.pop(), final=final, message=message)

@@ -120,7 +120,7 @@ def dask(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
                 n_workers=runtime.worker_count,
                 threads_per_worker=1,
                 processes=True,
-                memory_limit=0,  # no killing of workers: a stage's own settings bound what it needs
+                memory_limit=0,  # no killing of workers: a step's own settings bound what it needs
                 dashboard_address=None,
                 silence_logs=logging.CRITICAL,
                 preload="flows.engine.parts",
@@ -135,7 +135,7 @@ def dask(runtime: RecipeRuntime, home: Path) -> Iterator[Workers]:
 
 
 def ask_scheduler(address: str) -> dict[str, Any]:
-    """Ask what a Dask scheduler says of itself and its workers."""
+    """Ask what a Dask scheduler reports of itself and its workers."""
     import distributed
 
     async def ask() -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Start and end the servers that a home keeps up: Prefect's, MLflow's, and workers that carry out what is scheduled.
 
 ``llmill up`` starts what is missing, ``llmill down`` ends exactly that; ``servers.json`` in the home says what there
-is. All listen on loopback unless told otherwise. Without them, a run brings its own Prefect server
+is. All listen on loopback by default. Without them, a run brings its own Prefect server
 (`flows.prefect.servers`).
 """
 
@@ -67,8 +67,8 @@ class Wanted:
 class Up:
     """Starts what is missing of a home's servers."""
 
-    def __init__(self, home: Path, wanted: Wanted, say: Callable[[str], None]) -> None:
-        self.home, self.wanted, self.say = home.resolve(), wanted, say
+    def __init__(self, home: Path, wanted: Wanted, report: Callable[[str], None]) -> None:
+        self.home, self.wanted, self.report = home.resolve(), wanted, report
         self.folder = place(self.home).parent
         self.services = Services()
         self._started: list[str] = []
@@ -100,7 +100,9 @@ class Up:
         for name, running in self.services.processes.items():
             remains = [] if running.alive else running.family()
             if remains:
-                self.say(f"the process of {name} is gone; what it had started ends too ({numbers(remains)})")
+                self.report(
+                    f"the process of {name} is gone; what it had started ends too ({numbers(remains)})"
+                )
                 end(remains)
 
     def _check(self) -> None:
@@ -188,7 +190,7 @@ class Up:
         for pool in missing:
             self._spawn(names[pool], *self._worker(pool))
         for pool in missing:
-            self.say(f"waiting for the worker of pool {pool}")
+            self.report(f"waiting for the worker of pool {pool}")
             wait_for_worker(api, pool, since, partial(self._see_alive, names[pool]))
 
     def _settle(self) -> None:
@@ -249,7 +251,7 @@ class Up:
     def _wait(self, name: str) -> None:
         url = self.services.processes[name].url
         if name in self._started:
-            self.say(f"waiting for {name} at {url}")
+            self.report(f"waiting for {name} at {url}")
         deadline = time.monotonic() + START_SECONDS
         health = f"{url}/api/health" if name == PREFECT else f"{url}/health"
         while not healthy(health):
@@ -269,11 +271,11 @@ class Up:
 
 
 def stop(
-    home: Path, names: Sequence[str] | None = None, say: Callable[[str], None] = lambda text: None
+    home: Path, names: Sequence[str] | None = None, report: Callable[[str], None] = lambda text: None
 ) -> list[str]:
     """End the home's servers (of these names), workers first, and forget them; the names of those that were alive.
 
-    Runs at work under a worker save first, for as long as they need; ``say`` reports them, and what they saved.
+    Runs at work under a worker save first, for as long as they need; ``report`` gets them, and what they saved.
     """
     services = read_services(home)
     chosen = [name for name in services.processes if names is None or name in names]
@@ -281,7 +283,7 @@ def stop(
     families = {name: services.processes[name].family() for name in order}
     ended = [name for name in order if families[name]]
     workers = [name for name in ended if name not in (PREFECT, MLFLOW)]
-    end_workers(home, [services.processes[name].pid for name in workers if services.alive(name)], say)
+    end_workers(home, [services.processes[name].pid for name in workers if services.alive(name)], report)
     for name in ended:
         end([*families[name], *services.processes[name].family()], first=services.processes[name].pid)
     left = {name: entry for name, entry in services.processes.items() if name not in chosen}
@@ -294,7 +296,7 @@ def stop(
     return ended
 
 
-def end_workers(home: Path, pids: Sequence[int], say: Callable[[str], None]) -> None:
+def end_workers(home: Path, pids: Sequence[int], report: Callable[[str], None]) -> None:
     """Ask all workers to end at once, for a run of one may wait for a run of another, and wait until they have."""
     family: dict[int, psutil.Process] = {}
     for pid in pids:
@@ -303,18 +305,18 @@ def end_workers(home: Path, pids: Sequence[int], say: Callable[[str], None]) -> 
             family |= {one.pid: one for one in (worker, *worker.children(recursive=True))}
     at_work = [note for note in read_notes(home) if note.at_work and note.pid in family]
     for note in at_work:
-        say(f"{note.name} is at work: it saves and ends, which may take {note.seconds:.0f} s")
+        report(f"{note.name} is at work: it saves and ends, which may take {note.seconds:.0f} s")
     for pid in pids:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGTERM)
     patience = max((note.seconds for note in at_work), default=0.0)
     psutil.wait_procs(list(family.values()), patience + STOP_SECONDS)
     for note in at_work:
-        say(f"{note.name}: {outcome(note)}")
+        report(f"{note.name}: {outcome(note)}")
 
 
 def outcome(note: Note) -> str:
-    """Say what became of a run that was asked to end."""
+    """Describe what became of a run that was asked to end."""
     found = next((now for now in read_notes(note.file.parents[2]) if now.file == note.file), None)
     if found is None or found.final == "completed":
         return "completed"

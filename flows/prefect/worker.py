@@ -1,7 +1,7 @@
 """A worker of a process pool that waits for what it has started: Prefect's own kills a run as soon as it is to end
 itself, and 30 seconds after a cancel.
 
-Told to end (SIGTERM, Ctrl-C), it takes no more runs, tells those at work to end, and waits for as long as each says
+Asked to end (SIGTERM, Ctrl-C), it takes no more runs, asks those at work to end, and waits for as long as each notes
 that it needs to save; a second Ctrl-C ends them at once. A cancel, a pause or a suspension is heeded by the run itself
 (`flows.prefect.flow_runs.watched`).
 """
@@ -31,7 +31,7 @@ from flows.listeners.terminal import Terminal
 from flows.prefect.run_notes import WORKER, Note, read_notes
 
 KILL_SECONDS = 5.0
-"""Seconds that a run gets on top of those that it says it needs."""
+"""Seconds that a run gets on top of those that it notes it needs."""
 
 
 class Worker(ProcessWorker):
@@ -92,7 +92,7 @@ class Worker(ProcessWorker):
 
 
 async def end(process: Process, flow_run: FlowRun) -> None:
-    """Tell a run that is at work to end, and wait until it has; not longer than it said, and some seconds."""
+    """Ask a run that is at work to end, and wait until it has; not longer than it noted, and some seconds."""
     if process.returncode is not None:
         return
     with suppress(ProcessLookupError):
@@ -106,7 +106,7 @@ async def end(process: Process, flow_run: FlowRun) -> None:
 
 
 def note_of(flow_run: FlowRun) -> Note | None:
-    """Return what a flow run says of itself in its home; None before it has come that far."""
+    """Return the note of a flow run in its home; None before it has come that far."""
     parameters: Mapping[str, Any] = flow_run.parameters
     home = Path(parameters.get("home") or os.environ.get("LLMILL_HOME", ".llmill"))
     return next((note for note in read_notes(home) if note.flow_run_id == str(flow_run.id)), None)
@@ -122,12 +122,12 @@ def kill_tree(pid: int) -> None:
 
 
 def serve(pool: str, *, healthcheck: bool = False, name: str = "") -> None:
-    """Serve a pool until this process is told to end."""
+    """Serve a pool until this process is asked to end."""
     worker = Worker(work_pool_name=pool, name=name or f"{pool}@{socket.gethostname()}")
-    asyncio.run(until_told(worker, healthcheck))
+    asyncio.run(serve_until_asked(worker, healthcheck))
 
 
-async def until_told(worker: Worker, healthcheck: bool) -> None:
+async def serve_until_asked(worker: Worker, healthcheck: bool) -> None:
     serving = asyncio.ensure_future(worker.start(with_healthcheck=healthcheck))
 
     def stop(number: signal.Signals) -> None:

@@ -216,10 +216,10 @@ def test_a_sweep_that_is_killed_is_ended_too_and_one_that_ends_well_is_told_once
     killed, well = (Finding(mlflow.home, "small", "sweep", name, key=name * 16) for name in ("3", "4"))
     for finding in (killed, well):
         finding.hold()
-        assert not finding.tell({"llmill.sweep.settings": "pretrain.lr"})
+        assert not finding.report({"llmill.sweep.settings": "pretrain.lr"})
     assert list(send_left(mlflow.home, mlflow)) == []
     assert {run.info.status for run in runs(mlflow)} == {"RUNNING"}
-    assert not well.tell({}, status="FINISHED")
+    assert not well.report({}, status="FINISHED")
     assert killed._held
     killed._held.release()  # as the system does when a process is killed
     assert list(send_left(mlflow.home, mlflow)) == []
@@ -240,7 +240,7 @@ def test_a_run_that_was_deleted_is_not_asked_a_thousand_times(mlflow: Mlflow) ->
     [run] = runs(mlflow)
     MlflowClient(mlflow.uri).delete_run(run.info.run_id)
     with pytest.raises(Refused, match="active"):
-        mlflow.tell("small", TOLD[4])
+        mlflow.report("small", TOLD[4])
 
 
 def test_files_of_an_artifact_that_was_removed_are_told_of_by_a_tag(mlflow: Mlflow) -> None:

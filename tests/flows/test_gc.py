@@ -416,5 +416,5 @@ def test_a_run_ends_well_and_whole_while_gc_removes_all_that_it_may(copied: Llmi
     assert rounds > 3
     unused = {key for key in before if key[0] in ("evaluate", "export")}
     assert gone == {"/".join(key) for key in unused}, "what the run neither reuses nor builds"
-    assert "6 of 8 stages reused" in out
+    assert "6 of 8 steps reused" in out
     assert_whole(store)

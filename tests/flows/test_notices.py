@@ -22,7 +22,9 @@ def test_a_variable_that_is_not_set_is_warned_of_and_fails_no_run(monkeypatch):
     assert unset_receivers(["env:LLMILL_TEST_HOOK", "slack-webhook/team"]) == ["env:LLMILL_TEST_HOOK"]
     warnings: list[str] = []
     send_notice(Notice("small", "failed", "it failed"), ["env:LLMILL_TEST_HOOK"], warnings.append)
-    assert warnings == ["env:LLMILL_TEST_HOOK could not be told of the run's end: the variable is not set"]
+    assert warnings == [
+        "env:LLMILL_TEST_HOOK could not be notified of the run's end: the variable is not set"
+    ]
     monkeypatch.setenv("LLMILL_TEST_HOOK", "http://127.0.0.1:1")
     assert not unset_receivers(["env:LLMILL_TEST_HOOK"])
 
@@ -32,7 +34,7 @@ def test_a_receiver_that_cannot_be_told_is_warned_of_without_its_address(monkeyp
     warnings: list[str] = []
     send_notice(Notice("small", "failed", "it failed"), ["env:LLMILL_TEST_HOOK"], warnings.append)
     assert len(warnings) == 1
-    assert "env:LLMILL_TEST_HOOK could not be told" in warnings[0]
+    assert "env:LLMILL_TEST_HOOK could not be notified" in warnings[0]
     assert "secret-path" not in warnings[0]
 
 

@@ -220,7 +220,7 @@ def test_a_listener_that_fails_or_waits_touches_neither_the_run_nor_the_others(t
     slow.may_go_on.set()
     log.close()
     said = [event.text for event in sound.heard if isinstance(event, Note) and event.warning]
-    assert said == ["the broken one fails and hears no more of this run: KeyError: 'no such thing'"]
+    assert said == ["the broken one fails and gets no more events of this run: KeyError: 'no such thing'"]
     assert [event.kind for event in broken.heard] == ["run_started"]
     assert [event.kind for event in slow.heard][:2] == ["run_started", "progress"]
     assert sound.closed

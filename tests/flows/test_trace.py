@@ -275,7 +275,7 @@ def test_a_document_all_of_which_was_cut_out_leads_to_those_that_keep_it_and_the
     for id, keepers in dropped.items():
         trace = DocumentTrace(line, id)
         said = document_lines(trace, Known(line.store))[3]
-        assert f"removed: what it says is in {', '.join(keepers)}" in said
+        assert f"removed: its text is in {', '.join(keepers)}" in said
         assert trace.others() == keepers
         assert not trace.readings
         for keeper in keepers:

@@ -160,7 +160,7 @@ def disturb(trained: Trained) -> None:
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=SECONDS)
     assert run.returncode == 130, (out, err)
-    assert "the same command goes on from here" in err
+    assert "the same command resumes it" in err
     assert trained.cluster.state(first) in slurm.ENDED
     assert "interrupted after step" in out
     reached = trained.steps()

@@ -8,7 +8,7 @@ import os
 SETTINGS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # who sends tries again himself, and who asks hears it at once
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",  # who sends tries again himself, and who asks gets an error at once
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
 for name, value in SETTINGS.items():

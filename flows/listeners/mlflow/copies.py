@@ -1,7 +1,7 @@
 """Copies of artifacts in MLflow: the files and the page of each step's run, logged models, registered versions.
 
 What `llmill gc` removes from the store goes from there too, on whatever store MLflow keeps files. Params, metrics and
-tags of the runs stay: they say that there was an artifact, and what it was made from, with its checksum.
+tags of the runs stay: they record that there was an artifact, and what it was made from, with its checksum.
 """
 
 from __future__ import annotations

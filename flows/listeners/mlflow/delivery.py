@@ -1,7 +1,7 @@
 """How run logs get to MLflow: in order, by one process at a time, each operation until MLflow has taken it.
 
-A run has a thread that sends what earlier runs of the home left and then what the run says, so nothing of a run waits
-for MLflow. `llmill sync` sends what is left without a run: it reads on from the offset.
+A run has a thread that sends what earlier runs of the home left and then what the run logs, so nothing of a run waits
+for MLflow. `llmill sync` sends what is left without a run: it resumes from the offset.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ class Following:
         folders = (store.path(self.stage, self.fingerprint), store.partial(self.stage, self.fingerprint))
         found = next((one for one in folders if (one / EVENTS).exists()), folders[0])
         lines, offset = read_lines(found / EVENTS, self.offset)
-        told = in_requests(self.key, lines, event_points)
+        pending = in_requests(self.key, lines, event_points)
         if self.run:
-            told += in_requests(self.run, lines, partial(curve_points, self.step))
-        return told, replace(self, offset=offset)
+            pending += in_requests(self.run, lines, partial(curve_points, self.step))
+        return pending, replace(self, offset=offset)
 
 
 def in_requests(
@@ -99,8 +99,8 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
     for event, offset in log.events(place.offset):
         following = place.following
         if following and isinstance(event, StepSealed | StepFailed) and event.key == following.key:
-            told, _ = following.read(store)
-            yield from ((operation, place) for operation in told)
+            pending, _ = following.read(store)
+            yield from ((operation, place) for operation in pending)
             following = None
         if isinstance(event, TrainingStarted):
             following = Following(
@@ -111,15 +111,15 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
                 run=event.run,
                 step=event.step,
             )
-        told = translated(event, store)
+        pending = translated(event, store)
         behind = Place(offset, following)
-        yield from ((operation, place) for operation in told[:-1])
-        yield (told[-1] if told else None), behind
+        yield from ((operation, place) for operation in pending[:-1])
+        yield (pending[-1] if pending else None), behind
         place = behind
     if place.following:
-        told, following = place.following.read(store)
+        pending, following = place.following.read(store)
         place = Place(place.offset, following)
-        yield from ((operation, place) for operation in told)
+        yield from ((operation, place) for operation in pending)
 
 
 def translated(event: Event, store: Store) -> list[Operation]:
@@ -146,7 +146,7 @@ def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
         why = ""
         try:
             if operation:
-                mlflow.tell(experiment, operation)
+                mlflow.report(experiment, operation)
         except Refused as refusal:
             assert operation
             why = str(refusal)
@@ -209,7 +209,7 @@ def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[LogFile, str]]:
     with left_behind(home) as found:
         for log in found:
             if log.head["target"] != here:
-                yield log, f"figures of an earlier run are left: {how_to_send(log)}"
+                yield log, f"metrics of an earlier run are left: {how_to_send(log)}"
                 continue
             try:
                 for operation, why in deliver(log, mlflow):
@@ -236,11 +236,11 @@ def claimed(home: Path) -> Generator[LogFile]:
 
 
 def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
-    return f"MLflow does not have what a run told it ({operation['op']}): {why}; it is kept in {log.refused}"
+    return f"MLflow does not have what a run reported ({operation['op']}): {why}; it is kept in {log.refused}"
 
 
 def how_to_send(log: LogFile) -> str:
-    """Say what a person types to report what is meant for another MLflow than the present one."""
+    """Return what a person types to report what is meant for another MLflow than the present one."""
     meant = log.head["target"]
     return (
         "llmill sync, without MLFLOW_TRACKING_URI"
@@ -315,7 +315,7 @@ class Sender:
         self._until_it_works(self._send_what_is_left)
         while not self.done:
             with self._change:
-                # A training says nothing in the log, but goes on logging its steps in a file of its own.
+                # A training adds nothing to the log, but keeps logging its steps in a file of its own.
                 self._change.wait_for(lambda: self._news or self._closing, FOLLOW_SECONDS)
                 self._change.wait_for(lambda: self._awaited or self._closing, GATHER_SECONDS)
                 over, self._news, self._awaited = self._closing, False, False
@@ -357,7 +357,7 @@ class Sender:
         if not self._warned:
             where = f"MLflow at {without_user(self.mlflow.uri)} does not answer"
             self._warn(
-                f"{why}; the run goes on" if gone else f"{where}; the run goes on, its figures will follow"
+                f"{why}; the run goes on" if gone else f"{where}; the run goes on, its metrics will follow"
             )
         self._warned = True
         with self._change:

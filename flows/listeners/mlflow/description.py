@@ -12,7 +12,8 @@ from flows.engine.store import Artifact, Damaged, Store
 from flows.headline import headline
 from flows.listeners.markdown import code, plain
 
-SAMPLES, FAILED, TABLE = "What the model writes:", "**Failed**: ", "| stage |"
+SAMPLES, FAILED = "What the model writes:", "**Failed**: "
+TABLES = ("| step |", "| stage |")  # how the table begins, now and in older versions
 MOST_SAMPLES = 3
 SAMPLE_CHARACTERS = 400
 NOTE = "mlflow.note.content"
@@ -65,15 +66,15 @@ def summary_table(results: Mapping[str, Outcome]) -> str:
     """A table with one row a step."""
     rows = [
         (
-            stage,
+            step,
             how,
             headline(artifact.stage, artifact.metrics),
             f"{seconds:.1f}",
             f"`{artifact.fingerprint}`",
         )
-        for stage, (artifact, how, seconds) in results.items()
+        for step, (artifact, how, seconds) in results.items()
     ]
-    return table(("stage", "", "result", "seconds", "artifact"), rows, ["---", "---", "---", "---:", "---"])
+    return table(("step", "", "result", "seconds", "artifact"), rows, ["---", "---", "---", "---:", "---"])
 
 
 def samples(results: Mapping[str, Outcome]) -> str:
@@ -92,4 +93,5 @@ def without_texts(note: str) -> str:
     """A note that quotes nothing: without samples and what follows them, and without the words of a failure."""
     kept = note.partition(SAMPLES)[0]
     head, failed, rest = kept.partition(FAILED)
-    return (head + rest[rest.rfind(TABLE) :] if failed and TABLE in rest else head).rstrip()
+    begins = max(map(rest.rfind, TABLES))
+    return (head + rest[begins:] if failed and begins >= 0 else head).rstrip()

@@ -27,11 +27,11 @@ class Finding:
         self._held: LogFile | None = None
 
     def hold(self) -> None:
-        """Say that this process is at work on the run: when it is killed, whoever sends what is left ends the run."""
+        """Log that this process is at work on the run: when it is killed, whoever sends what is left ends the run."""
         self._held = LogFile.begin(self.home, self.experiment, target(self.home), lasts=True)
-        self._held.append(*map(told, self._begin))
+        self._held.append(*map(as_event, self._begin))
 
-    def tell(
+    def report(
         self,
         tags: Mapping[str, str],
         files: Mapping[str, str] | None = None,
@@ -67,7 +67,7 @@ class Finding:
     def _deliver(self, operations: list[Operation]) -> str:
         log = LogFile.begin(self.home, self.experiment, target(self.home))
         try:
-            log.append(*map(told, operations))
+            log.append(*map(as_event, operations))
             refused = [why for _, why in deliver(log, self._mlflow) if why]
         except Away as error:
             log.release()
@@ -77,5 +77,5 @@ class Finding:
         return f"MLflow does not have it: {refused[0]}" if refused else ""
 
 
-def told(operation: Operation) -> Told:
+def as_event(operation: Operation) -> Told:
     return Told(operation=dict(operation))

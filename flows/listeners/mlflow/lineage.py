@@ -56,7 +56,7 @@ class ModelVersion:
     name: str
     version: str
     fingerprint: str
-    """Fingerprint of the export; empty where neither its tags nor its run say."""
+    """Fingerprint of the export; empty where neither its tags nor its run have it."""
     aliases: tuple[str, ...]
     ours: bool = False
     """Whether a run registered it by itself, as each does that exports; a person may have registered others."""
@@ -84,7 +84,7 @@ class Records:
     def __init__(self, home: Path, view: int = ViewType.ACTIVE_ONLY) -> None:
         self.uri = tracking_uri(home)
         if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-            raise NotAsked(f"no run has told MLflow of anything in {home} (there is no mlflow.db)")
+            raise NotAsked(f"no run in {home} has reported to MLflow (there is no mlflow.db)")
         with self._asking():
             follow_home(home)
             self._client = MlflowClient(self.uri)
@@ -98,8 +98,8 @@ class Records:
         except NotAsked:
             raise
         except Exception as error:  # MLflow lets errors of its database and its network through as they are
-            said = without_secrets((str(error).splitlines() or [type(error).__name__])[0], self.uri)[:200]
-            raise NotAsked(f"MLflow at {without_user(self.uri)} does not answer: {said}") from error
+            message = without_secrets((str(error).splitlines() or [type(error).__name__])[0], self.uri)[:200]
+            raise NotAsked(f"MLflow at {without_user(self.uri)} does not answer: {message}") from error
 
     @staticmethod
     def _paged(ask: Callable[[str | None], Any]) -> Iterator[Any]:
@@ -171,7 +171,7 @@ class Records:
         return False
 
     def versions(self) -> list[ModelVersion]:
-        """All versions of registered models that were exported by llmill, and those that do not say who made them."""
+        """All versions of registered models that were exported by llmill, and those that record no maker."""
         with self._asking():
             aliases: dict[Key, list[str]] = {}
             for model in self._paged(lambda token: self._client.search_registered_models(page_token=token)):

@@ -23,7 +23,7 @@ TABLE = {
     ),
     "params": ("pretrain.lr", "pretrain.tokens", "pretrain.batch_tokens", "pretrain.seed"),
 }
-"""The columns by which runs of one recipe are told apart. MLflow's own table shows neither metrics nor params."""
+"""The columns by which runs of one recipe are distinguished. MLflow's own table shows neither metrics nor params."""
 
 
 def tracking_uri(home: Path) -> str:
@@ -46,7 +46,7 @@ def without_user(uri: str) -> str:
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """Return what somebody said of ``uri``, without the user and the password that may be in it."""
+    """Return a message on ``uri``, without the user and the password that may be in it."""
     parts = urlsplit(uri)
     user, at, _ = parts.netloc.rpartition("@")
     text = text.replace(user + at, "") if at else text

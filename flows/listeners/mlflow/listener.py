@@ -45,7 +45,7 @@ class MlflowListener:
         self._patience = CLOSE_SECONDS
 
     def start(self) -> None:
-        """Begin to connect, before there is anything to tell: a new database takes seconds to make."""
+        """Begin to connect, before there is anything to report: a new database takes seconds to make."""
         if not self._begun:
             self._begun = True
             self._sender.start()
@@ -61,7 +61,7 @@ class MlflowListener:
         return "" if self._sender.done else self._sender.failure or "it is slow"
 
     def id_of(self, key: str) -> str:
-        """A run's id in MLflow; empty where MLflow does not say soon."""
+        """A run's id in MLflow; empty where MLflow does not answer soon."""
         return self._sender.id_of(key)
 
     def handle(self, event: Event) -> None:
@@ -95,12 +95,12 @@ class MlflowListener:
     def _watch(self, key: str, begun: int) -> None:
         """Measure the machine from now on, if it can be."""
 
-        def say(points: Sequence[Point]) -> None:
-            run, begun = self._run.key, self._run.time
-            self._log.append(Measured(key=key, points=list(points), run=run, begun=begun))
+        def report(points: Sequence[Point]) -> None:
+            run = self._run
+            self._log.append(Measured(key=key, points=list(points), run=run.key, begun=run.time))
 
         try:
-            self._monitor = SystemMonitor(begun, say)
+            self._monitor = SystemMonitor(begun, report)
         except Exception as error:
             self._log.warn(f"the machine is not measured: {type(error).__name__}: {error}")
 
@@ -110,7 +110,7 @@ class MlflowListener:
         self._monitor = None
 
     def _link(self) -> None:
-        """Say where the run's page is, once that is known; a run that we joined has another's."""
+        """Log where the run's page is, once that is known; a run that we joined has another's."""
         mlflow = self._sender.mlflow
         place, run_id = mlflow.experiments.get(self._experiment, ""), mlflow.ids.get(self._run.key, "")
         url = run_url(self._uri, place, run_id)

@@ -51,7 +51,7 @@ def log_checkpoints(client: MlflowClient, run_id: str, artifact: Artifact) -> No
     for step, points in reversed([*validations.items()][::-1][::stride]):
         last = step == max(validations)
         tags = {
-            WEIGHTS: f"sealed in {artifact.path}" if last else "not kept: training went on",
+            WEIGHTS: f"sealed in {artifact.path}" if last else "not kept: training continued",
             FINGERPRINT: artifact.fingerprint,
         }
         params = {"step": str(step)}
@@ -123,7 +123,7 @@ def description(artifact: Artifact, upload: bool) -> str:
     return (
         f"Exported by llmill: {artifact.metrics['parameters']:,.0f} parameters, logits within "
         f"{artifact.metrics['logits_max_abs_difference']:.1e} of those that were trained. Load it by {how}.\n\n"
-        f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` says what it was made from."
+        f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` shows what it was made from."
     )
 
 

@@ -43,8 +43,8 @@ def follow_home(home: Path) -> None:
                 for old in before:
                     lead(connection, old, now)
         except sqlite3.OperationalError as error:
-            said = f"{database}: the home was moved here from {min(before)}, but its files can't be found: {error}"
-            raise OSError(said) from None
+            message = f"{database}: the home was moved here from {min(before)}, but its files can't be found: {error}"
+            raise OSError(message) from None
 
 
 def open_file(database: Path, mode: str) -> sqlite3.Connection:

@@ -80,7 +80,7 @@ class Mlflow:
         self._connected: MlflowClient | None = None
         self._unsure: set[str] = set()
 
-    def tell(self, experiment: str, operation: Operation) -> None:
+    def report(self, experiment: str, operation: Operation) -> None:
         """Carry one operation out.
 
         Raises:
@@ -94,16 +94,16 @@ class Mlflow:
                 raise
             except Exception as error:
                 # MLflow lets errors of its database and its network through as they are.
-                said = self._said(error)
+                message = self._message(error)
                 if is_ours(error):
-                    raise Refused(f"a fault of llmill's own: {type(error).__name__}: {said}") from error
+                    raise Refused(f"a fault of llmill's own: {type(error).__name__}: {message}") from error
                 if is_refusal(error):
                     self._see_experiment(experiment)
-                    raise Refused(said) from error
+                    raise Refused(message) from error
                 if not self._is_its_own(error) or not self.answers(experiment):
-                    raise Away(said) from error
+                    raise Away(message) from error
                 if pause is None:
-                    raise Refused(said) from error
+                    raise Refused(message) from error
                 time.sleep(pause)
 
     def _carry_out(self, experiment: str, operation: Operation) -> None:
@@ -125,7 +125,7 @@ class Mlflow:
         except Gone:
             raise
         except Exception as error:
-            raise Away(self._said(error)) from error
+            raise Away(self._message(error)) from error
 
     def _see_experiment(self, name: str) -> None:
         """See that an experiment, by whose deletion all its runs are deleted, is still there.
@@ -145,12 +145,12 @@ class Mlflow:
             return False
         return True
 
-    def _said(self, error: Exception) -> str:
+    def _message(self, error: Exception) -> str:
         text = (str(error).splitlines() or [""])[0] or type(error).__name__
         return without_secrets(text, self.uri)[:300]
 
     def _is_its_own(self, error: Exception) -> bool:
-        """Whether MLflow itself says this of the operation, not the network or a proxy of it or of files."""
+        """Whether MLflow itself answers this to the operation, not the network or a proxy of it or of files."""
         if not isinstance(error, MlflowException) or error.error_code == "TEMPORARILY_UNAVAILABLE":
             return False
         return isinstance(error, RestException) or not self.uri.startswith("http")
@@ -187,7 +187,7 @@ class Mlflow:
         return self.experiments[name]
 
     def _restoring(self, name: str, experiment_id: str) -> str:
-        """Say what happened to a deleted experiment, and what a person can do."""
+        """Describe what happened to a deleted experiment, and what a person can do."""
         place = without_user(self.uri)
         return (
             f"experiment {name} was deleted in MLflow; have it again with "
@@ -318,7 +318,7 @@ class Mlflow:
                 if len(part) > 1:
                     parts[:0] = [part[: len(part) // 2], part[len(part) // 2 :]]
                 else:
-                    refused.append(self._said(error))
+                    refused.append(self._message(error))
         if refused:
             raise Refused(refused[0] + (f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""))
 

@@ -24,9 +24,9 @@ SHORTEST_SECONDS = 1.0  # over which a processor's load means something
 class SystemMonitor:
     """Measures from a thread of its own, from when it is made until `stop`."""
 
-    def __init__(self, begun: int, tell: Callable[[Sequence[Point]], None]) -> None:
+    def __init__(self, begun: int, report: Callable[[Sequence[Point]], None]) -> None:
         """``begun`` is when the step first began, in milliseconds since 1970."""
-        self._begun, self._tell = begun, tell
+        self._begun, self._report = begun, report
         self._monitors = [CPUMonitor(), DiskMonitor()]
         with suppress(ImportError, RuntimeError):  # no GPU, or nothing to ask it with
             self._monitors.append(GPUMonitor())
@@ -48,7 +48,7 @@ class SystemMonitor:
             over = self._over.wait(SECONDS)
             if time.monotonic() - measured_at > SHORTEST_SECONDS:
                 measured_at = time.monotonic()
-                self._tell(self._measure())
+                self._report(self._measure())
 
     def _measure(self) -> list[Point]:
         stamp = int(time.time() * 1000)

@@ -26,7 +26,7 @@ def log_manifest(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
 
 
 def log_about(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
-    """Log the files that say of an artifact how it was made and what became of it."""
+    """Log the files on how an artifact was made and what became of it."""
     for name in ABOUT:
         if (artifact.path / name).exists():
             client.log_artifact(run_id, str(artifact.path / name))

@@ -76,7 +76,7 @@ def through(
         shutil.rmtree(home, ignore_errors=True)
         home.mkdir(parents=True)
         before = cpu_seconds(servers)
-        order = Order(planned=Planned.of(recipe, home, Selection()), command="")
+        order = Order(name="measured", planned=Planned.of(recipe, home, Selection()), command="")
         listeners = {"the terminal": TerminalListener(Terminal())}
         with PrefectServer(home) as server, Pipeline(order, listeners) as pipeline:
             pipeline.prepare()

@@ -60,7 +60,7 @@ def manifests(finished: Llmill) -> dict[str, dict]:
 
 
 def test_a_run_is_a_parent_with_a_child_for_each_stage_that_ran(parent, children):
-    assert parent.info.run_name.startswith("small ")
+    assert parent.info.run_name.startswith("small · ")
     assert parent.info.status == "FINISHED"
     assert set(children) == set(DEFAULT)
     assert {child.info.status for child in children.values()} == {"FINISHED"}

@@ -34,7 +34,7 @@ def pipeline(ask, finished: Llmill) -> dict[str, Any]:
 
 
 def test_a_run_is_a_flow_and_each_stage_a_subflow_that_says_what_it_makes(ask, pipeline, finished: Llmill):
-    assert pipeline["name"].startswith("small ")
+    assert pipeline["name"].startswith("small · ")
     assert pipeline["state_type"] == "COMPLETED"
     subflows = ask("flow_runs", flow_runs={"parent_flow_run_id": {"any_": [pipeline["id"]]}})
     subflows.sort(key=lambda run: run["start_time"])

@@ -33,7 +33,7 @@ from flows.prefect.servers import PrefectServer
 
 if TYPE_CHECKING:
     from flows.engine.log import Listener
-    from flows.engine.plan import Planned
+    from flows.engine.order import Order
     from flows.listeners.terminal import Terminal
     from flows.prefect.pipeline import Pipeline
 
@@ -58,6 +58,10 @@ def run(
     stop: To = None,
     only: Only = None,
     force: Force = None,
+    name: Annotated[
+        str, typer.Option(help="Name of this run in Prefect and MLflow; otherwise it says what was set.")
+    ] = "",
+    note: Annotated[str, typer.Option(help="What to remember of this run; it stands on its pages.")] = "",
     home: Home = HOME,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the events of the run as they come, one JSON object a line.")
@@ -68,6 +72,8 @@ def run(
     if not as_json:
         announce(f"reading {recipe}")
     quiet_libraries()
+    from flows.engine.naming import name_run
+    from flows.engine.order import Order
     from flows.engine.plan import Planned, Selection
     from flows.listeners.terminal import Screen, Terminal
     from flows.recipe import load_recipe
@@ -80,10 +86,11 @@ def run(
         planned = Planned.of(loaded, home, Selection(**chosen))
         terminal = Terminal(Screen(stderr=True) if as_json else None)
 
-        terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}")
+        order = Order(planned=planned, name=name_run(planned, set_ or (), name), command=typed(), note=note)
+        terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}  ·  run “{order.name}”")
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
-            with pipeline_of(planned, listeners(terminal, as_json)) as pipeline:
+            with pipeline_of(order, listeners(terminal, as_json)) as pipeline:
                 pipeline.prepare()
                 server.wait()
                 if server.absent:
@@ -99,12 +106,11 @@ def run(
                 report(pipeline, terminal, home)
 
 
-def pipeline_of(planned: Planned, shown: Mapping[str, Listener]) -> Pipeline:
-    """A run of what is planned. Prefect reads its settings when it is imported: when its server is known."""
-    from flows.engine.order import Order
+def pipeline_of(order: Order, shown: Mapping[str, Listener]) -> Pipeline:
+    """A run of what is ordered. Prefect reads its settings when it is imported: when its server is known."""
     from flows.prefect.pipeline import Pipeline
 
-    return Pipeline(Order(planned=planned, command=typed()), shown)
+    return Pipeline(order, shown)
 
 
 def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:

@@ -23,6 +23,7 @@ from flows.compare.statistics import MIN_DOCUMENTS
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
 from flows.engine.continuation import read_record
+from flows.engine.naming import name_run
 from flows.engine.order import Order
 from flows.engine.plan import Planned, Selection, Step, make_plan
 from flows.engine.store import Artifact, Store, canonical_json
@@ -340,7 +341,13 @@ class Sweep:
         from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
 
         planned = Planned.of(member.recipe, self.home, Selection())
-        order = Order(planned=planned, command=self.command, sweep=self._finding.key, look=require_documents)
+        order = Order(
+            planned=planned,
+            name=name_run(planned, member.chosen),
+            command=self.command,
+            sweep=self._finding.key,
+            look=require_documents,
+        )
         parameters = {
             "recipe": str(recipe.resolve()),
             "settings": [shown(setting) for setting in member.settings],

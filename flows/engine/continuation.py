@@ -4,6 +4,7 @@ again."""
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from filelock import FileLock, Timeout
 from data_pipeline.core.files import write_durably
 from flows.engine.events import milliseconds
 from flows.engine.log import runs
+from flows.engine.plan import Step
 from flows.engine.store import shared_lock
+from flows.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Known:
     new: bool
     """Whether nobody knows the key yet."""
     name: str = ""
+    """The name that it has had until now."""
     begun: int = 0
     """When it began, in milliseconds since 1970."""
 
@@ -44,14 +48,18 @@ class Continuation:
         try:
             lock.acquire(timeout=0)
         except Timeout:  # another run of the plan is at work
-            return Known(key=uuid4().hex, new=True, name=name)
+            return Known(key=uuid4().hex, new=True)
         self._lock, self._file = lock, self._folder / f"{plan}.json"
         record = read_record(self._file)
         known = Known(
-            key=record.get("key") or uuid4().hex, new="key" not in record, name=record.get("name") or name
+            key=record.get("key") or uuid4().hex, new="key" not in record, name=record.get("name") or ""
         )
-        self._write(self._file, {"key": known.key, "name": known.name})
+        self._write(self._file, {"key": known.key, "name": name})
         return known
+
+    def name_of(self, plan: str) -> str:
+        """The name of the run of a plan that was not ended; empty where there is none."""
+        return str(read_record(self._folder / f"{plan}.json").get("name") or "")
 
     def end(self) -> None:
         """Forget the run: it ended well, and its log has that."""
@@ -88,6 +96,11 @@ class Continuation:
 
     def _write(self, file: Path, record: dict[str, Any]) -> None:
         write_durably(file, json.dumps(record, allow_nan=False))
+
+
+def plan_id(recipe: Recipe, steps: Sequence[Step]) -> str:
+    """What a plan is known by, whoever runs it."""
+    return f"{recipe.name}-{steps[-1].fingerprint}"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -69,6 +69,8 @@ class RunStarted(Event):
     key: str
     """The key that it is known by, also when it is continued: tag ``llmill.key`` in MLflow."""
     name: str
+    renamed: bool = False
+    """Whether it had another name before it was resumed."""
     recipe: str
     description: str = ""
     command: str = ""

@@ -21,8 +21,11 @@ class Order:
     """The run that is wanted, and for whom."""
 
     planned: Planned
+    name: str
     command: str
     """The command that a person types to run it again."""
+    note: str = ""
+    """The words of a person on this run."""
     sweep: str = ""
     """The key of the sweep that the run belongs to."""
     run_key: str = ""

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from data_pipeline.core.text import last_lines
-from flows.engine.continuation import Continuation, Known
+from flows.engine.continuation import Continuation, Known, plan_id
 from flows.engine.events import RunEnded, RunStarted, StepFailed, StepReused, StepSealed, StepStarted
 from flows.engine.log import RunLog
 from flows.engine.order import Host, Order, Result
@@ -21,7 +21,6 @@ from flows.engine.training import EVENTS, read_lines
 from flows.recipe import Recipe
 
 LAST_LINES = 20
-TIME = "%Y-%m-%d %H:%M:%S"
 
 
 class Reporter:
@@ -47,17 +46,18 @@ class Reporter:
     def _about(self) -> dict[str, Any]:
         """Fields of the run's first and last event."""
         recipe = self._order.recipe
-        about = {"description": recipe.description, "command": self._order.command}
+        description = "\n\n".join(filter(None, (self._order.note, recipe.description)))
+        about = {"description": description, "command": self._order.command}
         return {**about, "store": str(self._store.root.resolve()), "quoting": recipe.runtime.upload_texts}
 
     def run_started(self) -> None:
         order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
-        name = f"{recipe.name} {datetime.now():{TIME}}"
         if not order.run_key:
-            self.known = self.keys.claim(f"{recipe.name}-{steps[-1].fingerprint}", name)
+            self.known = self.keys.claim(plan_id(recipe, steps), order.name)
         started = RunStarted(
             key=self.known.key,
-            name=self.known.name or name,
+            name=order.name,
+            renamed=self.known.name not in ("", order.name),
             new=self.known.new,
             joined=bool(order.run_key),
             recipe=recipe.name,
@@ -85,7 +85,7 @@ class Reporter:
             step=step,
             log=last_lines(details, LAST_LINES),
             results=[done_step(name, result) for name, result in results.items()],
-            name=self.known.name,
+            name=self._order.name,
             **self._about,
         )
         if self._log.append(ended) and status == "FINISHED":

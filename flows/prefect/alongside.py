@@ -45,6 +45,7 @@ class Job:
     force: bool
     command: str
     sweep: str
+    name: str
     key: str
     prefect: dict[str, Any]
     """Prefect's context; without a flow run, where there is none."""
@@ -115,6 +116,7 @@ def job_of(step: Step, order: Order, key: str) -> Job:
         force=order.planned.selection.force == step.name,
         command=order.command,
         sweep=order.sweep,
+        name=order.name,
         key=key,
         prefect=context,
     )

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,6 +14,7 @@ import yaml
 from prefect.runtime import flow_run
 
 from flows.engine.events import RunEnded, RunStarted
+from flows.engine.naming import dated, name_run
 from flows.engine.order import Order
 from flows.engine.plan import Planned, Selection
 from flows.listeners.flow_page import FlowPageListener
@@ -22,7 +22,6 @@ from flows.listeners.mlflow.listener import MlflowListener, begin_log
 from flows.listeners.notices import NoticeListener
 from flows.listeners.terminal import Terminal, TerminalListener
 from flows.prefect.dispatch import Dispatcher
-from flows.prefect.names import TIME
 from flows.prefect.pipeline import Pipeline
 from flows.recipe import load_recipe
 
@@ -34,13 +33,15 @@ def carry_out(
     *,
     selection: Selection,
     command: str,
+    note: str,
     dispatcher: Dispatcher,
 ) -> None:
     """Run a recipe within the flow run that calls this. ``command`` is what a person types to resume it."""
     prepared = False
     try:
         planned = Planned.of(load_recipe(recipe, settings), home, selection)
-        order = Order(planned=planned, command=command, run_key=dispatcher.parent_key)
+        name = name_run(planned, settings, flow_run.name or "")
+        order = Order(planned=planned, name=name, command=command, note=note, run_key=dispatcher.parent_key)
         with Pipeline(order, {"the terminal": TerminalListener(Terminal())}, dispatcher) as pipeline:
             pipeline.prepare()
             prepared = True
@@ -55,7 +56,7 @@ def report_failure(recipe: Path, home: Path, error: Exception, command: str) -> 
     """Report everywhere that a run could not be planned."""
     values = read_leniently(recipe)
     name, key = str(values.get("name") or recipe.stem), uuid4().hex
-    called, store = f"{name} {datetime.now():{TIME}}", str((home / "store").resolve())
+    called, store = flow_run.name or dated(name), str((home / "store").resolve())
     seen = {"id": str(flow_run.id), "url": str(flow_run.ui_url)} if flow_run.id else {}
     begun = RunStarted(
         key=key,

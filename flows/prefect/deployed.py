@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import Annotated
 
@@ -21,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from data_pipeline.core.errors import UserError
 from flows.engine.process import quiet_libraries
 from flows.engine.stopping import heeding_signals
-from flows.prefect.names import FLOW, TIME
+from flows.prefect.names import FLOW, is_made_up
 
 AWAY_SECONDS = 600
 SETTING = r"^[^=]+=(.|\n)*$"
@@ -50,11 +49,16 @@ Setting = Annotated[str, Field(pattern=SETTING, description="step.field=value")]
 
 
 def run_name() -> str:
-    """``quickstart 2026-11-26 02:00:00``, or with a step's name where that runs alone."""
+    """Name a flow run: as it was named in Prefect's form, else after what was set and the step that runs alone."""
+    from flows.engine.naming import dated, in_words
+
+    typed = str(flow_run.name or "")
+    if typed and not is_made_up(typed):
+        return typed
     parameters = flow_run.parameters
-    only = (parameters.get("stages") or ALL).only
-    name = recipe_name(Path(parameters["recipe"]), parameters.get("settings") or ())
-    return " ".join([name, *([only] if only else []), f"{datetime.now():{TIME}}"])
+    only, settings = (parameters.get("stages") or ALL).only, parameters.get("settings") or ()
+    what = in_words(settings) or recipe_name(Path(parameters["recipe"]), settings)
+    return dated(f"{what} {only}" if only else what)
 
 
 def recipe_name(path: Path, settings: Sequence[str]) -> str:
@@ -74,6 +78,7 @@ def pipeline(
     stages: Stages = ALL,
     home: str = "",
     dispatch: list[StepName] = [],  # noqa: B006
+    note: str = "",
     parent_key: str = "",
 ) -> State | None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
@@ -83,6 +88,7 @@ def pipeline(
         settings: Changes to the recipe, each written as step.field=value.
         stages: Which steps run; all where nothing is chosen.
         home: Where everything is kept; where it is empty, LLMILL_HOME of the worker.
+        note: What to remember of this run; it stands on its pages.
         dispatch: Steps that run as deployments of their own, in the work pools that those name.
         parent_key: Tag llmill.key of the run in MLflow that a dispatched step belongs to; set by who dispatches it.
     """
@@ -104,7 +110,13 @@ def pipeline(
             dispatcher = Dispatcher(frozenset(dispatch), parent_key)
             selection = Selection(**chosen)
             carry_out(
-                Path(recipe), settings, place, selection=selection, command=command, dispatcher=dispatcher
+                Path(recipe),
+                settings,
+                place,
+                selection=selection,
+                command=command,
+                note=note,
+                dispatcher=dispatcher,
             )
     except STOPS as stop:
         return stopped(stop)

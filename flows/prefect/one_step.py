@@ -64,7 +64,7 @@ def carry_out(job: Job, reports: TextIO) -> None:
     recipe = build_recipe(job.recipe)
     selection = Selection(only=job.step, force=job.step if job.force else None)
     planned = Planned.of(recipe, Path(job.home), selection)
-    order = Order(planned=planned, command=job.command, sweep=job.sweep, run_key=job.key)
+    order = Order(planned=planned, name=job.name, command=job.command, sweep=job.sweep, run_key=job.key)
     with Pipeline(order, {"the run that started it": LinesListener(reports)}) as ours:
         ours.prepare()
         ours.run()

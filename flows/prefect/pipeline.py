@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -29,7 +28,7 @@ from flows.listeners.notices import NoticeListener, check_receivers, unset_recei
 from flows.prefect.dispatch import Dispatcher
 from flows.prefect.flow_runs import at_work, attempted, settle
 from flows.prefect.host import PrefectHost
-from flows.prefect.names import FLOW, TIME
+from flows.prefect.names import FLOW
 from flows.prefect.runners import reach
 
 EVENTS_SECONDS = 5.0  # for states not yet reported to Prefect's server when a run ends
@@ -105,8 +104,7 @@ class Pipeline:
 
         ``parameters`` are those by which a deployment would run the same.
         """
-        recipe = self.executor.order.recipe
-        name = f"{recipe.name} {datetime.now():{TIME}}"
+        recipe, name = self.executor.order.recipe, self.executor.order.name
         with ExitStack() as stack:
             if HEARTBEATS.name not in os.environ:
                 # A flow waits up to a second for the thread that sends them to wake and end.

@@ -250,7 +250,8 @@ class Mlflow:
         if parent and not (new and known):
             self._client.set_tag(run_id, PARENT, self._run(experiment, parent))
         if not new:
-            self._client.update_run(run_id, status="RUNNING")
+            name = operation["name"] if operation.get("rename") else None
+            self._client.update_run(run_id, status="RUNNING", name=name)
         if new and operation.get("seen"):
             self._see_again(run_id, **operation["seen"])
 

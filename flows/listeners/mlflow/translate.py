@@ -73,7 +73,7 @@ def run_started(event: RunStarted) -> Iterator[Operation]:
     if event.joined:
         yield {"op": "join", **beginning(event.key, event.name, event.time)}
         return
-    yield {"op": "begin", **beginning(event.key, event.name, event.time)}
+    yield {"op": "begin", **beginning(event.key, event.name, event.time), "rename": event.renamed}
     tags = {"llmill.recipe": event.recipe, **prefect_tags(event.flow_run)}
     if event.description:
         tags[NOTE] = clipped(event.description)

@@ -29,7 +29,7 @@ class Corpus:
     seed: int
     mixture: Mixture | None
     documents: bool
-    """Whether batches say which document each token belongs to."""
+    """Whether batches hold the document index of each token."""
 
     def streams(self, split: Split) -> list[Stream]:
         """The text of a split, in the order in which its sequences are numbered."""

@@ -69,7 +69,7 @@ class Job(Config):
         return self if self.resolved else self.model_copy(update={"resolved": self.config.wanted.resolve()})
 
     def write(self) -> Path:
-        """Write what the ranks read, and say where."""
+        """Write what the ranks read, and return its path."""
         with atomic_path(self.scratch / "job.json") as path:
             path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
         return self.scratch / "job.json"

@@ -105,7 +105,7 @@ class SpikeDetector:
         return (done - 1) // self.config.rollback_every * self.config.rollback_every
 
     def saves_at(self, done: int) -> bool:
-        """Say whether a spike may roll back to step ``done``."""
+        """Return whether a spike may roll back to step ``done``."""
         return self.config.spike_z is not None and done % self.config.rollback_every == 0
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.tokenize.flat import Part, Stream
+from data_pipeline.tokenize.flat import Stream, StreamShard
 from data_pipeline.tokenize.shards import TokenShards
 from llm.data.loader import Loader, RankSlice
 from llm.data.sequences import Sequences
@@ -36,7 +36,7 @@ def numbered(job: Job, texts: dict[str, np.ndarray]) -> Sequences:
             for number, (name, tokens) in enumerate(texts.items())
             if source in (None, name.split("/")[0])
         ]
-        streams.append(Stream([Part(np.concatenate(owners))]))
+        streams.append(Stream([StreamShard(np.concatenate(owners))]))
         assert len(streams[-1]) == len(real)
     return Sequences(streams, job.model.context)
 

@@ -54,7 +54,7 @@ def forecast(search: Search, documents: float, text_bytes: float, workers: int) 
         disk=documents * (BYTES_A_DOCUMENT + signature) + OPEN_SHARE * text_bytes,
         worker_memory=LIBRARIES + search.memory,
         driver_memory=LIBRARIES + documents * RESIDENT_A_DOCUMENT,
-        partitions=search.parts(documents),
+        partitions=search.partitions(documents),
         seconds=(text_bytes / (MB_PER_CORE * 1e6) + documents * SECONDS_A_DOCUMENT) / workers,
         workers=workers,
     )

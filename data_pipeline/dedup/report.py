@@ -116,9 +116,9 @@ def largest_clusters(
     """The kept documents that most others repeat, with some of those, as Markdown."""
     best: list[tuple[int, str, int]] = []
     for start in range(0, len(clusters), ROWS_AT_ONCE):
-        part = clusters[start : start + ROWS_AT_ONCE]
+        sizes = clusters[start : start + ROWS_AT_ONCE]
         least = max(1, -best[-1][0] if len(best) == CLUSTERS else 1)
-        rows = start + np.flatnonzero(part >= least)
+        rows = start + np.flatnonzero(sizes >= least)
         found = zip((-clusters[rows]).tolist(), signed.ids(rows).to_pylist(), rows.tolist(), strict=True)
         best = nsmallest(CLUSTERS, [*best, *found])
     if not best:

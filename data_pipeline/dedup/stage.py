@@ -27,10 +27,10 @@ from data_pipeline.dedup.candidates import (
     Corpus,
     Search,
     find_crowds,
-    mark_part,
+    mark_partition,
     read_chunks,
     read_raw,
-    search_part,
+    search_partition,
 )
 from data_pipeline.dedup.config import DedupConfig
 from data_pipeline.dedup.greedy import decide
@@ -133,19 +133,21 @@ def find_all_crowds(search: Search, corpus: Corpus, context: StageContext) -> ND
     if corpus.signed.documents <= search.leaders:
         return NO_KEYS
     work = partial(find_crowds, search, corpus)
-    return np.array(list(chain.from_iterable(map_parts("crowds", work, search, corpus, context))), np.uint64)
+    return np.array(
+        list(chain.from_iterable(map_partitions("crowds", work, search, corpus, context))), np.uint64
+    )
 
 
 def search_all(
     search: Search, corpus: Corpus, folder: Path, context: StageContext, check: Check | None = None
 ) -> list[Path]:
     """Files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
-    work = partial(search_part, search, corpus, folder, check)
-    map_parts(f"match {search.kind}", work, search, corpus, context)
-    return part_paths(search, corpus, folder, "edges")
+    work = partial(search_partition, search, corpus, folder, check)
+    map_partitions(f"match {search.kind}", work, search, corpus, context)
+    return partition_paths(search, corpus, folder, "edges")
 
 
-def map_parts(
+def map_partitions(
     name: str,
     work: Callable[[tuple[int, int]], Result],
     search: Search,
@@ -153,15 +155,15 @@ def map_parts(
     context: StageContext,
 ) -> list[Result]:
     """The results of ``work`` for all partitions of the keys (number, of how many)."""
-    parts = search.parts(corpus.signed.documents)
-    items = [(number, parts) for number in range(parts)]
-    return context.map(work, items, names=[f"{name} {number}" for number in range(parts)])
+    partitions = search.partitions(corpus.signed.documents)
+    items = [(number, partitions) for number in range(partitions)]
+    return context.map(work, items, names=[f"{name} {number}" for number in range(partitions)])
 
 
-def part_paths(search: Search, corpus: Corpus, folder: Path, kind: str) -> list[Path]:
+def partition_paths(search: Search, corpus: Corpus, folder: Path, kind: str) -> list[Path]:
     """The files that the partitions of the keys have written."""
-    parts = search.parts(corpus.signed.documents)
-    return [folder / f"{number:05d}-of-{parts:05d}.{kind}" for number in range(parts)]
+    partitions = search.partitions(corpus.signed.documents)
+    return [folder / f"{number:05d}-of-{partitions:05d}.{kind}" for number in range(partitions)]
 
 
 def search_again(
@@ -199,9 +201,11 @@ def search_again(
         save_array(again.seekers, seekers)
         save_array(again.kept, kept)
         those = replace(corpus, again=again)
-        map_parts("mark", partial(mark_part, search, those, folder / "marks"), search, corpus, context)
+        map_partitions(
+            "mark", partial(mark_partition, search, those, folder / "marks"), search, corpus, context
+        )
         marks = save_rows(
-            part_paths(search, corpus, folder / "marks", "rows"), len(kept), folder / "open.npy"
+            partition_paths(search, corpus, folder / "marks", "rows"), len(kept), folder / "open.npy"
         )
         sets = write_sets(rules, shards, corpus.signed, marks, folder / "sets", context)
         check = partial(those_that_hold, rules, sets)

@@ -39,7 +39,7 @@ NAME_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-"""Members that only say what the next one is called; `tarfile` holds them in memory."""
+"""Members that only hold the next one's name; `tarfile` holds them in memory."""
 
 LINK = ("link_or_device", "no file of its own")
 
@@ -65,10 +65,10 @@ def members(
 
     Args:
         passed_over: counts members that are passed over by suffix.
-        unsaid: the format of members whose names say none.
+        unsaid: the format of members whose names have none.
     """
     seen: set[bytes] = set()
-    for part, name, member in zip_entries(stream, limit) if suffix == ".zip" else tar_entries(stream, limit):
+    for index, name, member in zip_entries(stream, limit) if suffix == ".zip" else tar_entries(stream, limit):
         if name is None:
             assert isinstance(member, tuple)
             yield "", Rejected(None, *member)
@@ -78,7 +78,7 @@ def members(
         if not refusal and (reason := why_not_read(name, unsaid)):
             passed_over[reason] += 1
             continue
-        if not refusal and not (unused := unused_name(shown, part, seen)):
+        if not refusal and not (unused := unused_name(shown, index, seen)):
             refusal = "repeated_name", "the archive holds this name twice; the first was read"
         if refusal:
             yield shown, Rejected(None, *refusal, member=shown)
@@ -88,7 +88,7 @@ def members(
 
 
 def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
-    """Say why no member of this name is read (reason, detail), if so."""
+    """Return why no member of this name is read (reason, detail), if so."""
     if is_unsafe(name):
         return "unsafe_name", "a path that is absolute, leaves the folder or is too long"
     if is_archive(name) and not why_not_read(name, unsaid):
@@ -97,15 +97,15 @@ def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
 
 
 def why_not_read(name: str, unsaid: str | None) -> str | None:
-    """Say why a member is not looked at, as such members are counted; None where it is read."""
+    """Return why a member is not looked at, as such members are counted; None where it is read."""
     if is_hidden(name):
         return "hidden"
     return None if has_known_suffix(name, unsaid) else suffix_of(name)
 
 
-def unused_name(name: str, part: int, seen: set[bytes]) -> str:
+def unused_name(name: str, index: int, seen: set[bytes]) -> str:
     """``name`` if no member had it, else one made of it where the archive is not the first of its file; else empty."""
-    for one in (name, f"{name}~{part + 1}")[: 2 if part else 1]:
+    for one in (name, f"{name}~{index + 1}")[: 2 if index else 1]:
         digest = blake2b(one.encode(), digest_size=16).digest()
         if digest not in seen:
             seen.add(digest)
@@ -114,7 +114,7 @@ def unused_name(name: str, part: int, seen: set[bytes]) -> str:
 
 
 def is_unsafe(name: str) -> bool:
-    """Say whether a member's name would lead out of a folder on some system, or can't be part of an id."""
+    """Return whether a member's name would lead out of a folder on some system, or can't be part of an id."""
     parts = name.replace("\\", "/").split("/")
     has_drive = len(parts[0]) > 1 and parts[0][1] == ":"
     control = any(character < " " for character in name)
@@ -122,7 +122,7 @@ def is_unsafe(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
+    """Return whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
     return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
@@ -139,7 +139,7 @@ class Header(tarfile.TarInfo):
 
     ended = False
     """Whether zeros, which end an archive, came last."""
-    part = 0
+    archive = 0
     """Archives that have ended before this header's."""
 
     @classmethod
@@ -154,7 +154,7 @@ class Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no header where one should be: {error}") from error
         if cls.ended:
-            cls.ended, cls.part = False, cls.part + 1
+            cls.ended, cls.archive = False, cls.archive + 1
         if header.type in NAME_TYPES and header.size > MAX_NAME_BYTES:
             raise tarfile.ReadError(f"a name of {header.size} bytes")
         return header
@@ -185,9 +185,9 @@ def tar_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
             archive.members = []  # type: ignore[attr-defined]  # else they all stay in memory
             if entry.isfile():
                 content = Limited(archive.extractfile(entry), limit, TAR_BLOCK_BYTES)
-                yield OfThis.part, entry.name, Member(buffered(content))
+                yield OfThis.archive, entry.name, Member(buffered(content))
             elif not entry.isdir():
-                yield OfThis.part, entry.name, LINK
+                yield OfThis.archive, entry.name, LINK
     while stream.read1(BUFFER_BYTES):  # to the end, where the compression has its checksum
         pass
 
@@ -235,11 +235,11 @@ def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
     `zipfile` takes the last directory for that of the whole file; what else stands there is looked for here.
     """
     archives, faults = zip_archives(stream)
-    for part, archive in enumerate(archives):
+    for index, archive in enumerate(archives):
         with archive:
             for entry in archive.infolist():
                 if not entry.filename.endswith("/"):
-                    yield part, entry.filename, open_zipped(archive, entry, limit)
+                    yield index, entry.filename, open_zipped(archive, entry, limit)
     yield from ((0, None, ("unreadable_file", fault)) for fault in faults)
 
 

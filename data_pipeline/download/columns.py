@@ -30,7 +30,7 @@ def read_parquet(
     meta_fields: Sequence[str],
     limit: Limit,
     spool: Path | None,
-    part: Slice | None = None,
+    within: Slice | None = None,
 ) -> Iterator[Record]:
     """The rows of a Parquet file; one that can't be read from anywhere (it is compressed) is copied to disk first."""
     with ExitStack() as stack:
@@ -39,7 +39,7 @@ def read_parquet(
             shutil.copyfileobj(stream, copy, 1 << 20)
             copy.seek(0)
             stream = copy
-        if part is None and is_joined(stream):
+        if within is None and is_joined(stream):
             yield Rejected(
                 None, "unreadable_file", "several Parquet files in one: keep each in a file of its own"
             )
@@ -60,7 +60,7 @@ def read_parquet(
         folded = pq.ParquetFile(
             stream, metadata=file.metadata, read_dictionary=words, buffer_size=BUFFER_BYTES, pre_buffer=False
         )
-        first, end = part.share(file.num_row_groups) if part else (0, file.num_row_groups)
+        first, end = within.bounds(file.num_row_groups) if within else (0, file.num_row_groups)
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
         for group in range(first, end):
             size = rows_at_once(file, folded, group, columns)

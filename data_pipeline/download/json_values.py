@@ -46,7 +46,7 @@ class Start:
 
 
 class Window:
-    """The part of a text, which comes in blocks, that is not parsed yet."""
+    """The rest of a text, which comes in blocks, that is not parsed yet."""
 
     def __init__(self, blocks: Iterator[str], has_bad_bytes: Callable[[], bool]) -> None:
         self._blocks, self._has_bad_bytes = blocks, has_bad_bytes
@@ -55,14 +55,14 @@ class Window:
 
     def more(self) -> bool:
         """Read at least as much again as is there, so that parsing anew costs a constant factor; False at the end."""
-        parts, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
+        blocks, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
         while wanted > 0 and not self._ended:
             block = next(self._blocks, None)
             self._ended = block is None
-            parts.append(block or "")
+            blocks.append(block or "")
             wanted -= len(block or "")
-        grown = sum(map(len, parts[1:])) > 0
-        self._text, self._at = "".join(parts), 0
+        grown = sum(map(len, blocks[1:])) > 0
+        self._text, self._at = "".join(blocks), 0
         return grown
 
     def peek(self) -> Start:

@@ -84,19 +84,19 @@ class Reading:
 
 
 def read_file(
-    path: Path, reading: Reading, part: Slice | None = None, passed_over: Counter[str] | None = None
+    path: Path, reading: Reading, within: Slice | None = None, passed_over: Counter[str] | None = None
 ) -> Iterator[Record]:
     """The documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
 
     Args:
-        part: read this slice of JSON lines or Parquet only.
+        within: read this slice of JSON lines or Parquet only.
         passed_over: counts the members of an archive that are passed over.
 
     Raises:
         OSError: of the disk; what is wrong with the content comes out as `Rejected`.
     """
     suffix, compression = split_suffix(path.name, reading.format)
-    part = part if part and part.count > 1 else None
+    within = within if within and within.count > 1 else None
     limits = reading.limits(path.stat().st_size)
 
     def records() -> Iterator[Record]:
@@ -105,7 +105,7 @@ def read_file(
                 skipped = Counter[str]() if passed_over is None else passed_over
                 yield from read_archive(stream, suffix, reading, limits, skipped)
             else:
-                yield from read_stream(stream, suffix, reading, limits, part)
+                yield from read_stream(stream, suffix, reading, limits, within)
 
     yield from judged(records(), reading)
 
@@ -132,15 +132,15 @@ def read_member(name: str, member: Member, reading: Reading, limits: Limits) -> 
 
 
 def read_stream(
-    stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, part: Slice | None = None
+    stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, within: Slice | None = None
 ) -> Iterator[Record]:
     """The documents in a stream of one format."""
     if suffix in FIELDS and reading.text_format == "html":
         plain = replace(reading, text_format="plain")
-        yield from with_main_text(read_stream(stream, suffix, plain, limits, part), reading.html)
+        yield from with_main_text(read_stream(stream, suffix, plain, limits, within), reading.html)
     elif suffix == ".parquet":
         yield from read_parquet(
-            stream, reading.text_field, reading.meta_fields, limits.of("rows"), reading.spool, part
+            stream, reading.text_field, reading.meta_fields, limits.of("rows"), reading.spool, within
         )
     elif suffix in (".warc", ".wet"):
         yield from read_warc(stream, reading.encoding, limits, reading.html)
@@ -150,18 +150,18 @@ def read_stream(
         if codecs.lookup(reading.encoding).name != "utf-8":
             stream = buffered(Recoded(stream, reading.encoding))
         elif fault := other_encoding(stream):
-            if part is None or part.index == 0:
+            if within is None or within.index == 0:
                 raise fault
             return  # said once, by the first slice
-        yield from read_characters(stream, suffix, reading, part)
+        yield from read_characters(stream, suffix, reading, within)
 
 
 def read_characters(
-    stream: BufferedReader, suffix: str, reading: Reading, part: Slice | None
+    stream: BufferedReader, suffix: str, reading: Reading, within: Slice | None
 ) -> Iterator[Record]:
     """The documents in a stream of UTF-8."""
-    if suffix == ".jsonl" and part:
-        yield from read_jsonl(stream, reading, part.row, lines_of(stream, part))
+    if suffix == ".jsonl" and within:
+        yield from read_jsonl(stream, reading, within.row, lines_of(stream, within))
     elif suffix == ".jsonl" and not has_old_line_ends(stream):
         yield from read_jsonl(stream, reading)
     elif suffix in (".json", ".jsonl"):
@@ -228,8 +228,8 @@ def read_text(stream: BufferedReader, split_chars: int | None) -> Iterator[Recor
         yield read_whole(stream)
         return
     row = -1
-    for row, part in enumerate(split_paragraphs(decoded(stream), split_chars)):
-        yield whole(row, part)
+    for row, text in enumerate(split_paragraphs(decoded(stream), split_chars)):
+        yield whole(row, text)
     if row < 0:
         yield whole(None, "")
 

@@ -268,75 +268,75 @@ class FlatTokens:
         return dict(sorted(totals.items()))
 
     def stream(self, source: str | None = None) -> Stream:
-        """All tokens of the split in its order, or those of one source, as if they lay end to end."""
+        """Return all tokens of the split in its order, or those of one source, as if they lay end to end."""
         if source is None:
-            return Stream([Part(shard.read()) for shard in self.shards])
+            return Stream([StreamShard(shard.read()) for shard in self.shards])
         with_it = [shard for shard in self.shards if source in shard.sources]
-        return Stream([Part(shard.read(), *shard.documents(source)) for shard in with_it])
+        return Stream([StreamShard(shard.read(), *shard.documents(source)) for shard in with_it])
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tokens of a stream that lie in one array: all of it or, with `starts` and `ends`, some documents of it."""
+class StreamShard:
+    """Tokens of a stream in one shard: all of it or, with `starts` and `ends`, some documents of it."""
 
     tokens: Tokens
     starts: NDArray[np.int64] | None = None
     """Shape (documents,): where each begins in `tokens`."""
     ends: NDArray[np.int64] | None = None
-    """Shape (documents,): tokens of the part up to the end of each."""
+    """Shape (documents,): tokens of the stream in the shard up to the end of each."""
 
     def __len__(self) -> int:
         return len(self.tokens) if self.ends is None else int(self.ends[-1])
 
-    def pieces(self, place: int) -> Iterator[Tokens]:
-        """Yield what lies in one piece each, from the token of that number to the end of the part."""
+    def slices(self, start: int) -> Iterator[Tokens]:
+        """Yield contiguous slices of `tokens`, from token ``start`` of the stream in the shard to the end."""
         if self.starts is None or self.ends is None:
-            yield self.tokens[place:]
+            yield self.tokens[start:]
             return
-        document = int(self.ends.searchsorted(place, side="right"))
+        document = int(self.ends.searchsorted(start, side="right"))
         begun = int(self.ends[document - 1]) if document else 0
         for number in range(document, len(self.ends)):
-            start, end = int(self.starts[number]) - begun, int(self.ends[number])
-            yield self.tokens[start + place : start + end]
-            place = begun = end
+            offset, end = int(self.starts[number]) - begun, int(self.ends[number])
+            yield self.tokens[offset + start : offset + end]
+            start = begun = end
 
 
 class Stream:
     """Tokens that are read as if they lay end to end, wherever they do."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
-        self.parts: Sequence[Part] = [part for part in parts if len(part)]
-        self.firsts: NDArray[np.int64] = np.cumsum([0, *map(len, self.parts)])
-        """Shape (parts + 1,): tokens before each part, and of all."""
+    def __init__(self, shards: Iterable[StreamShard]) -> None:
+        self.shards: Sequence[StreamShard] = [shard for shard in shards if len(shard)]
+        self.firsts: NDArray[np.int64] = np.cumsum([0, *map(len, self.shards)])
+        """Shape (shards + 1,): tokens before each shard, and of all."""
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
     @property
     def token_type(self) -> np.dtype[Any]:
-        return self.parts[0].tokens.dtype if self.parts else np.dtype("<u2")
+        return self.shards[0].tokens.dtype if self.shards else np.dtype("<u2")
 
     def read(self, starts: NDArray[np.int64], length: int) -> Tokens:
-        """Rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream."""
-        if len(starts) and len(self.parts) == 1 and self.parts[0].ends is None:
-            return sliding_window_view(self.parts[0].tokens, length)[starts]
-        # Rows are spread over the parts, so few are of one: row by row costs less than what numpy takes for each part.
+        """Read rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream."""
+        if len(starts) and len(self.shards) == 1 and self.shards[0].ends is None:
+            return sliding_window_view(self.shards[0].tokens, length)[starts]
+        # Rows are spread over the shards, so few are of one: row by row costs less than numpy takes for each shard.
         rows: Tokens = np.empty((len(starts), length), self.token_type)
         owners = np.searchsorted(self.firsts, starts, side="right") - 1
-        places = starts - self.firsts[owners]
-        for row, owner, place in zip(rows, owners.tolist(), places.tolist(), strict=True):
-            self._fill(row, owner, place)
+        offsets = starts - self.firsts[owners]
+        for row, owner, start in zip(rows, owners.tolist(), offsets.tolist(), strict=True):
+            self._fill(row, owner, start)
         return rows
 
-    def _fill(self, row: Tokens, owner: int, place: int) -> None:
-        """Copy what begins at token ``place`` of part ``owner``, piece by piece."""
+    def _fill(self, row: Tokens, owner: int, start: int) -> None:
+        """Copy what begins at token ``start`` of shard ``owner``, slice by slice."""
         filled = 0
-        for number in range(owner, len(self.parts)):
-            for piece in self.parts[number].pieces(place):
-                taken = piece[: len(row) - filled]
+        for number in range(owner, len(self.shards)):
+            for tokens in self.shards[number].slices(start):
+                taken = tokens[: len(row) - filled]
                 row[filled : filled + len(taken)] = taken
                 filled += len(taken)
                 if filled == len(row):
                     return
-            place = 0
-        raise AssertionError(f"the stream ends before {len(row)} tokens from {place} of part {owner}")
+            start = 0
+        raise AssertionError(f"the stream ends before {len(row)} tokens from {start} of shard {owner}")

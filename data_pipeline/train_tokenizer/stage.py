@@ -29,7 +29,7 @@ from data_pipeline.core.processes import compute_apart
 from data_pipeline.core.text import human_bytes, table
 from data_pipeline.documents import byte_lengths, corrupt, shard_paths
 from data_pipeline.hashing import HASHES, hash_column
-from data_pipeline.sorted_runs import Runs, gather, order_of, write_run
+from data_pipeline.sorted_runs import SortedRuns, gather, order_of, write_run
 from data_pipeline.stage import Metrics, Runtime, StageConfig, StageContext
 from data_pipeline.train_tokenizer.long_runs import longest_runs
 from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, load_tokenizer
@@ -161,7 +161,7 @@ def draw_sample(
         if sum(drawn) >= config.sample_bytes or last == HASHES - 1:
             break
         last = min(HASHES - 1, 2 * last + 1)
-    runs = Runs(scratch, tuple(sample_name(shard, last) for shard in shards))
+    runs = SortedRuns(scratch, tuple(sample_name(shard, last) for shard in shards))
     rows = gather(runs, context).between(0, last)
     order = order_of(rows)
     sizes = pc.binary_length(rows.column("data")).to_numpy()[order]
@@ -187,12 +187,12 @@ def sample_name(shard: Path, last: int) -> str:
 
 
 def draw(salt: str, last: int, scratch: Path, shard: Path) -> int:
-    """Copy a shard's documents whose hash is at most ``last`` into a run; returns the bytes of their text."""
+    """Copy a shard's documents whose hash is at most ``last`` into a sorted run; returns the bytes of their text."""
     name = sample_name(shard, last)
 
     def work() -> dict[str, int]:
         size = 0
-        with write_run(Runs(scratch, ()).path(name, 0)) as run:
+        with write_run(SortedRuns(scratch, ()).path(name, 0)) as run:
             for ids, keys, texts in read_drawn(shard, salt, last):
                 size += int(byte_lengths(texts).sum())
                 run.add(ids, keys, texts.cast(pa.large_binary()))

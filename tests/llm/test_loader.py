@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tokenize.flat import Part, Stream
+from data_pipeline.tokenize.flat import Stream, StreamShard
 from llm.data import loader as module
 from llm.data.loader import Loader, RankSlice
 from llm.data.order import batch_sequences
@@ -25,7 +25,7 @@ ALONE = RankSlice(0, 1, 4)
 @pytest.fixture(scope="module")
 def sequences() -> Sequences:
     tokens = np.random.default_rng(0).integers(0, 50, 3000).astype("<u2")
-    return Sequences([Stream([Part(tokens)])], CONTEXT, end=0)
+    return Sequences([Stream([StreamShard(tokens)])], CONTEXT, end=0)
 
 
 def growing(step: int) -> tuple[int, int]:

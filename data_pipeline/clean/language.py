@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from data_pipeline.core.config import Config
 
 UNKNOWN = "und"
-"""ISO 639's code for what can't be told: a text without a letter, of which the model would say English."""
+"""ISO 639's code for what can't be identified: a text without a letter, for which the model would return English."""
 
 
 LANGUAGES = frozenset(

@@ -43,7 +43,7 @@ def without_addresses(shards: Sequence[Path], context: StageContext) -> Iterator
 
 
 def has_address(shard: Path) -> bool:
-    """Say whether any document of a shard has an address in its meta."""
+    """Return whether any document of a shard has an address in its meta."""
     return any(
         pc.any(pc.match_substring(batch.column("meta"), '"url": "')).as_py()
         for batch in read_shard(shard, ("meta",))

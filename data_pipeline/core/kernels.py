@@ -18,8 +18,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 def kernel(function: Callable[..., Any] | None = None, *, inline: str = "never") -> Any:
     """Compile a function without the interpreter's lock, and keep its code on disk.
 
-    numba itself looks at the function's own file alone: it would go on with old code when a kernel that is called, or
-    a number that is read, changes in another module. So these are part of what tells old code from new.
+    numba itself looks at the function's own file alone: it would keep old code when a kernel that is called, or
+    a number that is read, changes in another module. So these are part of what distinguishes old code from new.
     """
     if function is None:
         return partial(kernel, inline=inline)

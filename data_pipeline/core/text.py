@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, cut after its first line; its type where it says nothing."""
+    """Return an error's message, cut after its first line; its type where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 

@@ -9,9 +9,9 @@ of direction) are as if they were not there.
 Kernels take the classes as a table by code point (`character_classes`) and go from word to word by this rule:
 
 ====================  ==================================================
-`LETTER`              goes on with a word of letters, or begins one
+`LETTER`              continues a word of letters, or begins one
 `UNSPACED`            begins a word
-`MARK`                goes on with any word; begins none
+`MARK`                continues any word; begins none
 `IGNORED`             changes nothing
 `SPACE`, `OTHER`      end a word
 ====================  ==================================================
@@ -67,7 +67,7 @@ ZERO_WIDTH_SPACE = "\u200b"
 """Parts words where it stands, unlike the other format characters: Khmer and Thai have it between words."""
 
 Signs = Literal["none", "symbols", "all"]
-"""Which signs tell a word from another, beside its letters: none; operators, currencies, emoji and other symbols; or
+"""Signs that distinguish words beside their letters: none; operators, currencies, emoji and other symbols; or
 punctuation, too."""
 OPERATORS = "!$%&*+-/<=>?@^|~"
 """Characters of ASCII that source code computes with. Brackets, quotes, ``#`` and what parts clauses is punctuation."""
@@ -98,15 +98,15 @@ def character_classes(letters: str = "") -> NDArray[np.uint8]:
 
 @cache
 def telling_signs(signs: Signs) -> NDArray[np.bool_]:
-    """Find which characters below `TABLE_SIZE` that are no part of words tell words apart; see `Signs`."""
+    """Find which characters below `TABLE_SIZE` that are no part of words distinguish words; see `Signs`."""
     other = character_classes("_") == OTHER
     if signs == "all":
         return other & np.array([unicodedata.category(chr(code))[0] in "SP" for code in range(TABLE_SIZE)])
-    told = np.zeros(TABLE_SIZE, np.bool_)
+    distinguishing = np.zeros(TABLE_SIZE, np.bool_)
     if signs == "symbols":
-        told[128:] = [unicodedata.category(chr(code))[0] == "S" for code in range(128, TABLE_SIZE)]
-        told[[ord(one) for one in OPERATORS]] = True
-    return told & other
+        distinguishing[128:] = [unicodedata.category(chr(code))[0] == "S" for code in range(128, TABLE_SIZE)]
+        distinguishing[[ord(one) for one in OPERATORS]] = True
+    return distinguishing & other
 
 
 @cache

@@ -40,7 +40,7 @@ def summarise(
     spans: SpanTally | None,
     out: Path,
 ) -> Metrics:
-    """Write ``report.md`` and return the metrics; ``clusters`` says how many documents repeat each row."""
+    """Write ``report.md`` and return the metrics; ``clusters`` holds how many documents repeat each row."""
     sources = by_source(tallies)
     documents, kept, bytes_in, bytes_out = (sum(column) for column in zip(*sources.values(), strict=True))
     exact, near = (sum(one[kind] for one in tallies) for kind in ("exact", "near"))

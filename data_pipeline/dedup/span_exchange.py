@@ -143,7 +143,7 @@ def rows_of(dtype: np.dtype[Any], count: int, **columns: NDArray[Any]) -> NDArra
 def firsts(
     groups: NDArray[np.int64], count: int, entries: Entries, shards: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int64]:
-    """Index of each group's first entry: by hash of the document's id, then by shard, row and place."""
+    """Find the index of each group's first entry: by hash of the document's id, then by shard, row and position."""
     if shards is None:
         shards = np.zeros(len(entries), np.uint32)
     columns = [np.ascontiguousarray(entries[name]) for name in ("document", "row", "place")]
@@ -166,7 +166,7 @@ def keeper_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.i
 
 
 def total_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The sum over all shards of what each key has as place."""
+    """Sum over all shards what each key has as ``place``."""
     _, groups, sizes = group(entries["key"])
     totals = np.zeros(len(sizes), np.int64)
     np.add.at(totals, groups, entries["place"].astype(np.int64))

@@ -128,7 +128,7 @@ class SpanTally:
 def cut_repeats(
     rules: SpanRules, shards: Sequence[Path], scratch: Path, out: Path, context: StageContext, memory_mb: int
 ) -> SpanTally:
-    """Copy document shards into ``out`` without repeated spans; ``out/cut.parquet`` says what was cut (schema `CUT`).
+    """Copy document shards into ``out`` without repeated spans; ``out/cut.parquet`` lists what was cut (schema `CUT`).
 
     The law, for windows of ``min_words`` words in the texts that come in:
 

@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 
 
 def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Copy ``inputs["documents"]`` shard by shard without duplicates; ``removed.parquet`` says what each repeats."""
+    """Copy ``inputs["documents"]`` shard by shard without duplicates; ``removed.parquet`` lists what each repeats."""
     shards = shard_paths(inputs["documents"])
     removal, cut_short = find_duplicates(config, shards, out / "scratch", context)
     unique = out / "scratch" / "unique" if config.spans else out
@@ -182,7 +182,7 @@ def search_again(
 
     Args:
         found: what the first search wrote.
-        edges: files of those that hold; ``repeats.npy`` in ``scratch`` says what was decided by them.
+        edges: files of those that hold; ``repeats.npy`` in ``scratch`` holds what was decided by them.
 
     Returns:
         Path of what is decided in the end, and how many kept documents met `DedupConfig.max_comparisons`.

@@ -57,7 +57,7 @@ detail why it has none that can be read. A fault of the archive itself has no na
 
 
 def members(
-    stream: BufferedReader, suffix: str, limit: Limit, passed_over: Counter[str], unsaid: str | None = None
+    stream: BufferedReader, suffix: str, limit: Limit, passed_over: Counter[str], default: str | None = None
 ) -> Iterator[tuple[str, Member | Rejected]]:
     """(name, content) of each member with a known suffix, in the order of the archive.
 
@@ -65,7 +65,7 @@ def members(
 
     Args:
         passed_over: counts members that are passed over by suffix.
-        unsaid: the format of members whose names have none.
+        default: the format of members whose names have none.
     """
     seen: set[bytes] = set()
     for index, name, member in zip_entries(stream, limit) if suffix == ".zip" else tar_entries(stream, limit):
@@ -74,8 +74,8 @@ def members(
             yield "", Rejected(None, *member)
             continue
         shown = printable(name)[:MAX_NAME_CHARACTERS]
-        refusal = refuse(name, unsaid) or (member if isinstance(member, tuple) else None)
-        if not refusal and (reason := why_not_read(name, unsaid)):
+        refusal = refuse(name, default) or (member if isinstance(member, tuple) else None)
+        if not refusal and (reason := why_not_read(name, default)):
             passed_over[reason] += 1
             continue
         if not refusal and not (unused := unused_name(shown, index, seen)):
@@ -87,20 +87,20 @@ def members(
             yield unused, member
 
 
-def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
+def refuse(name: str, default: str | None) -> tuple[str, str] | None:
     """Return why no member of this name is read (reason, detail), if so."""
     if is_unsafe(name):
         return "unsafe_name", "a path that is absolute, leaves the folder or is too long"
-    if is_archive(name) and not why_not_read(name, unsaid):
+    if is_archive(name) and not why_not_read(name, default):
         return "nested_archive", "an archive within an archive is not opened: unpack it"
     return None
 
 
-def why_not_read(name: str, unsaid: str | None) -> str | None:
+def why_not_read(name: str, default: str | None) -> str | None:
     """Return why a member is not looked at, as such members are counted; None where it is read."""
     if is_hidden(name):
         return "hidden"
-    return None if has_known_suffix(name, unsaid) else suffix_of(name)
+    return None if has_known_suffix(name, default) else suffix_of(name)
 
 
 def unused_name(name: str, index: int, seen: set[bytes]) -> str:

@@ -44,7 +44,7 @@ def read_parquet(
                 None, "unreadable_file", "several Parquet files in one: keep each in a file of its own"
             )
             return
-        # Said to be off, or Arrow reads a column of a whole row group at once.
+        # Set to off, or Arrow reads a column of a whole row group at once.
         file = stack.enter_context(pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False))
         names = file.schema_arrow.names
         leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
@@ -75,7 +75,7 @@ MAGIC = b"PAR1"
 
 
 def is_joined(stream: BinaryIO) -> bool:
-    """Say whether several Parquet files follow one another: Arrow would take pages of the first for the last's."""
+    """Return whether several Parquet files follow one another: Arrow would take pages of the first for the last's."""
     stream.seek(0)
     start, before = 0, b""
     while block := stream.read(BUFFER_BYTES):
@@ -91,7 +91,7 @@ def is_joined(stream: BinaryIO) -> bool:
 
 
 def is_footer(stream: BinaryIO, end: int) -> bool:
-    """Say whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
+    """Return whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
     stream.seek(max(0, end - 4))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= end - 8:
@@ -106,7 +106,7 @@ def is_footer(stream: BinaryIO, end: int) -> bool:
 
 
 def is_nested(name: str, leaves: Sequence[str]) -> bool:
-    """Say whether there is something at the dotted path ``name``."""
+    """Return whether there is something at the dotted path ``name``."""
     return any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves)
 
 
@@ -140,7 +140,7 @@ def rows_at_once(file: pq.ParquetFile, folded: pq.ParquetFile, group: int, colum
     """So many rows of a row group that all columns together hold about `BATCH_BYTES` as stored, and no more than
     `REPEATED_BYTES` if each repeats what is longest in its dictionaries.
 
-    The sizes of single columns would say more, but Arrow aborts the process where a damaged file lies in these.
+    The sizes of single columns would be more exact, but Arrow aborts the process where a damaged file lies in these.
     """
     found = file.metadata.row_group(group)
     stored = max(1, found.total_byte_size)

@@ -102,14 +102,14 @@ class Window:
                 if not self.more():
                     raise
                 continue
-            if end < len(self._text) or not self.more():  # a number may go on
+            if end < len(self._text) or not self.more():  # a number may continue
                 start, self._at = self._at, end
                 if self._has_bad_bytes():
                     refuse_bad_bytes(self._text[start:end])
                 return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Say whether more text could mend a fault."""
+        """Return whether more text could mend a fault."""
         at_end = error.pos >= len(self._text) - LONGEST_TOKEN
         return at_end or error.msg.startswith("Unterminated string")
 
@@ -145,7 +145,7 @@ def commas_and_brackets(text: str, start: int = 0) -> int:
 
 
 def can_be_encoded(text: str) -> bool:
-    """Say whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
+    """Return whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
@@ -164,7 +164,7 @@ def json_values(
 
     Rows count as the lines of JSON lines do, broken and blank ones included; elements, and values that share a
     line, count one each. A single value that is no element has no row (None). What is broken is rejected, and the
-    reading goes on with the next line; in an array with the next one that begins as the lines of elements do.
+    reading continues with the next line; in an array with the next one that begins as the lines of elements do.
 
     Args:
         has_bad_bytes: whether there was anything until now that is no UTF-8; ``surrogateescape`` decodes it.
@@ -237,7 +237,7 @@ def find_element(window: Window, lead: str | None) -> bool:
     """Go to the next line where an element of the array may begin, after a broken one; False if there is none.
 
     Args:
-        lead: white space before the broken one in its line, by which elements are told from what is in them.
+        lead: white space before the broken one in its line, by which elements are distinguished from what is in them.
     """
     while (start := window.peek()).char:
         if start.lead is not None:

@@ -33,7 +33,7 @@ def list_local(source: LocalSource) -> Listing:
         about = f"; left out: {named(+left_out, MOST_REASONS)}" if +left_out else ""
         raise UserError(
             f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, none ending with "
-            f"{known_suffixes()}; `format` says what others hold{about})"
+            f"{known_suffixes()}; `format` sets that of others{about})"
             if paths
             else f"source {source.name}: no file at {source.path}{about}"
         )

@@ -65,7 +65,7 @@ def list_objects(source: ObjectSource) -> Listing:
     if not readable:
         raise UserError(
             f"source {source.name}: nothing to read at {source.url} ({len(found)} files, none ending with "
-            f"{known_suffixes()}; `format` says what others hold)"
+            f"{known_suffixes()}; `format` sets that of others)"
         )
     listing: list[Listed] = []
     total = 0

@@ -2,7 +2,7 @@
 
 A record that can't be used never ends the reading: it comes out as `Rejected` with a reason. So does the fault of
 a whole file (a cut gzip, an unreadable Parquet, a decompression bomb), after the good records that stand before it.
-Memory is bounded by `MAX_DOCUMENT_BYTES` and not by the size of a file. Text is UTF-8 unless its source says
+Memory is bounded by `MAX_DOCUMENT_BYTES` and not by the size of a file. Text is UTF-8 unless its source sets
 another ``encoding``; none is ever guessed.
 """
 
@@ -63,11 +63,11 @@ class Reading:
     split: str = "none"
     """Cut ``.txt`` at every one of these: ``lines`` or ``paragraphs``."""
     delimiter: str | None = None
-    """Between the fields of CSV and TSV; None: as the suffix says."""
+    """Between the fields of CSV and TSV; None: by the suffix."""
     quotes: bool = True
     """Whether a field of CSV and TSV may stand in double quotes."""
     format: str | None = None
-    """Format of files whose names say none."""
+    """Format of files whose names have none."""
     text_format: str = "plain"
     """``html`` where fields and columns hold pages."""
     html: HtmlRules = field(default_factory=HtmlRules)
@@ -113,7 +113,7 @@ def read_file(
 def read_archive(
     stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, passed_over: Counter[str]
 ) -> Iterator[Record]:
-    """The documents of an archive's members, each as if it were a file; every record says its member."""
+    """Yield the documents of an archive's members, each as if it were a file; every record names its member."""
     for name, member in members(stream, suffix, limits.of("archive"), passed_over, reading.format):
         if isinstance(member, Rejected):
             yield member
@@ -152,7 +152,7 @@ def read_stream(
         elif fault := other_encoding(stream):
             if within is None or within.index == 0:
                 raise fault
-            return  # said once, by the first slice
+            return  # reported once, by the first slice
         yield from read_characters(stream, suffix, reading, within)
 
 
@@ -184,7 +184,7 @@ def other_encoding(stream: BufferedReader) -> UnicodeDecodeError | None:
 
 
 def has_old_line_ends(stream: BufferedReader) -> bool:
-    """Say whether lines end with CR only, as on Macs of long ago."""
+    """Return whether lines end with CR only, as on Macs of long ago."""
     head = stream.peek()
     return b"\r" in head and b"\n" not in head
 
@@ -250,7 +250,7 @@ def decoded(stream: BufferedReader) -> Iterator[str]:
     """The text of a file, in blocks, without a byte order mark.
 
     Raises:
-        UnicodeDecodeError: it isn't UTF-8; the reason says which byte of the file, after the text before it.
+        UnicodeDecodeError: it isn't UTF-8; the reason names the byte of the file, after the text before it.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     end = 0

@@ -1,4 +1,4 @@
-"""One record of a source: a document's text with what its file says of it, or the reason why it can't be used."""
+"""One record of a source: a document's text with what its file has on it, or the reason why it can't be used."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> 
     """``text`` as a document, if it is one: not empty, of bounded size, free of NUL, and UTF-8 can hold it.
 
     A NUL stands in no text: it is binary data or another encoding, read wrongly. Mojibake (text that was decoded
-    wrongly before it came here) can't be told from text without guessing, so it passes.
+    wrongly before it came here) can't be distinguished from text without guessing, so it passes.
     """
     if not text:
         return Rejected(row, "empty", "")
@@ -119,9 +119,9 @@ def kept(values: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any] | N
     are UTF-8."""
     found = {name: find(values, name) for name in fields}
     return {
-        name: said
+        name: kept
         for name, value in found.items()
-        if value is not MISSING and (said := plain(value)) is not None
+        if value is not MISSING and (kept := plain(value)) is not None
     } or None
 
 

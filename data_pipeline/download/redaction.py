@@ -1,4 +1,4 @@
-"""Redaction of addresses and of what others say of them: nothing secret may be said or kept."""
+"""Redaction of addresses and of what others report of them: nothing secret may be logged or kept."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Where text comes from: the kinds of source, and the pinned listing of what each holds.
 
-A listing says what a source consists of (relative names, sizes, hashes or revisions). It is made when a run is
+A listing is what a source consists of (relative names, sizes, hashes or revisions). It is made when a run is
 planned; its hash is part of the identity of the downloaded artifact, so that a changed file is a new artifact,
 while absolute paths are not, so that the same files elsewhere are the same artifact. No source has a key, a
 password or a token among its options: drivers find these where the user keeps them (environment, ~/.netrc,
@@ -73,15 +73,15 @@ class TextSource(Config):
     url: Annotated[str | None, AfterValidator(without_password)] = None
     """Where the text comes from, for a person; kept with each document, as is the licence."""
     retrieved: date | None = None
-    """The day on which the text was taken from there, as its collector says. Never the clock's: the same
+    """The day on which the text was taken from there, as its collector states. Never the clock's: the same
     recipe gives the same bytes on any day."""
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Facts kept with every document of the source; a field of the document's own name comes before them."""
-        said = {"license": self.license, "url": self.url}
-        said |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
-        return {key: value for key, value in said.items() if value}
+        stated = {"license": self.license, "url": self.url}
+        stated |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
+        return {key: value for key, value in stated.items() if value}
 
 
 def text_encoding(name: str) -> str:
@@ -162,7 +162,7 @@ def url_name(url: str) -> str:
 
 
 class HttpSource(FileSource):
-    """Files fetched by HTTP(S); the suffix of the address's path says the format. Uses ~/.netrc."""
+    """Files fetched by HTTP(S); the suffix of the address's path gives the format. Uses ~/.netrc."""
 
     kind: Literal["http"] = "http"
     urls: tuple[Annotated[str, AfterValidator(without_credentials)], ...] = Field(min_length=1)
@@ -186,7 +186,7 @@ class HttpSource(FileSource):
 
     @field_validator("urls")
     @classmethod
-    def _told_apart(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _distinct(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         seen: set[str] = set()
         for url in urls:
             name = url_name(url)

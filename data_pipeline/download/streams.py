@@ -51,7 +51,7 @@ class ExpandsTooFar(Exception):
 
 
 def is_fault_of_disk(error: BaseException) -> bool:
-    """Say whether reading again may go well. A codec's OSError has no number, or that of a seek to where nothing is."""
+    """Return whether reading again may work. A codec's OSError has no number, or that of a seek to where nothing is."""
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
@@ -268,7 +268,7 @@ def looks_like(head: bytes) -> str | None:
 
 
 def advice(head: bytes) -> str:
-    """Say what to do about a file that is not UTF-8 and begins with ``head``."""
+    """Return what to do about a file that is not UTF-8 and begins with ``head``."""
     if found := looks_like(head):
         return f"looks like {found.upper()}, so set the source's encoding to {found}"
     return "set the source's encoding to what it is in: cp1252, latin-1, ..."

@@ -71,7 +71,7 @@ def table_rows(stream: BufferedReader, delimiter: str, quotes: bool) -> Iterator
 
 
 def explained(error: csv.Error, first: int, last: int, quotes: bool) -> str:
-    """Say what is wrong with the lines ``first`` to ``last``, which were read as one row."""
+    """Return what is wrong with the lines ``first`` to ``last``, which were read as one row."""
     where = f"line {first}" if first == last else f"lines {first} to {last}, read as one row"
     hint = "; where quotes are part of the text, set the source's quotes to false" if quotes else ""
     return f"{where}: {error}{hint}"

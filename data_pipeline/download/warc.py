@@ -48,7 +48,7 @@ GZIP = b"\x1f\x8b"
 
 
 def unpacked(stream: BufferedReader, limit: Limit) -> BufferedReader:
-    """``stream``, unpacked if it is gzip although its name doesn't say so: `warcio` would do it without a limit."""
+    """``stream``, unpacked if it is gzip although its name doesn't show it: `warcio` would do it without a limit."""
     if not stream.peek(2).startswith(GZIP):
         return stream
     stream = buffered(Limited(Unpacked(stream, "gzip"), limit))

@@ -70,7 +70,7 @@ def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> 
 
 
 def inexact(description: Mapping[str, Any]) -> str:
-    """Say what of a tokenizer `gigatoken` does otherwise than `tokenizers`, on texts that are rare; often nothing.
+    """Return what of a tokenizer `gigatoken` does otherwise than `tokenizers`, on texts that are rare; often nothing.
 
     Its NFC knows other characters, and it reads added tokens out of a text only if they are given to it, the special
     ones too.
@@ -184,7 +184,7 @@ def append_to_each(encoded: Encoded, token: int) -> Encoded:
 
 
 def find_fault(texts: pa.Array, fast: Encoder, slow: Encoder) -> str | None:
-    """Say how two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
+    """Return how two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
     if not len(texts):
         return None
     begun = pc.utf8_slice_codeunits(texts, 0, CHECKED_CHARACTERS)

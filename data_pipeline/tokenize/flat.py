@@ -34,7 +34,7 @@ FOLDER = "flat"
 SOURCES_KEY = b"llmill.sources"
 """Metadata of an index: JSON, name of a source -> [documents, tokens] in the shard, in order of name."""
 COLUMNS = pa.schema([("start", pa.int64()), ("end", pa.int64())])
-"""Columns of an index, a row a document: its first token's place in the shard's flat file; and how many tokens of its
+"""Columns of an index, a row a document: its first token's index in the shard's flat file; and how many tokens of its
 source the shard has up to its last one, that included."""
 
 Tokens = NDArray[np.unsignedinteger[Any]]
@@ -61,7 +61,7 @@ class Vocabulary:
         require_tokenizer(self.tokenizer_sha256, tokenizer, tokens)
 
     def metadata(self, tokens: int) -> dict[bytes, bytes]:
-        """Return what files of ``tokens`` of its tokens say of themselves."""
+        """Return what files of ``tokens`` of its tokens hold on themselves."""
         values = {TOKENIZER_KEY: self.tokenizer_sha256, VOCAB_KEY: self.size, TOKENS_KEY: tokens}
         return {key: str(value).encode() for key, value in values.items()}
 
@@ -151,7 +151,7 @@ def write_flat(folder: Path, name: str, vocabulary: Vocabulary, end: int) -> Ite
 
 
 def is_written(folder: Path, name: str) -> bool:
-    """Say whether a shard's flat files are there."""
+    """Return whether a shard's flat files are there."""
     return all(path.exists() for path in flat_paths(folder, name))
 
 
@@ -213,7 +213,7 @@ class FlatShard:
         """All tokens, mapped.
 
         Raises:
-            UserError: the file is not there, or has not as many as the index says.
+            UserError: the file is not there, or has not as many as the index has.
         """
         kind = self.vocabulary.token_type
         try:
@@ -250,7 +250,7 @@ class FlatTokens:
     def __init__(self, folder: Path, split: Split) -> None:
         names = [path.stem for path in sorted((folder / FOLDER).glob(f"{split}-*.arrow"))]
         if not names:
-            shard_paths(folder, split)  # which says so where there is nothing at all
+            shard_paths(folder, split)  # which raises where there is nothing at all
             raise UserError(f"{folder} holds {split} shards without flat files ({FOLDER}/); build it again")
         self.shards = [FlatShard(folder, name) for name in names]
         if len({shard.vocabulary for shard in self.shards}) != 1:

@@ -38,7 +38,7 @@ from data_pipeline.tokenize.encode import (
 )
 from data_pipeline.tokenize.flat import Vocabulary
 from data_pipeline.tokenize.merge import Merging, TokenShard, merge
-from data_pipeline.tokenize.report import FIGURES, Split, count, summarise
+from data_pipeline.tokenize.report import COUNTS, Split, count, summarise
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256, vocab_size
 
 FOOTERS_AT_ONCE = 16
@@ -162,7 +162,7 @@ def encode_all(encoding: Encoding, shards: Sequence[Path], context: StageContext
 def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
     """Encode one document shard into a sorted run.
 
-    Returns its tally; ``fault`` in it says why `gigatoken` must not be used, and is None where it may.
+    Returns its tally; ``fault`` in it is why `gigatoken` must not be used, and is None where it may.
     """
 
     def work() -> dict[str, Any]:
@@ -176,7 +176,7 @@ def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
 
 def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
     encode = encoding.load(encoding.encoder)
-    tally: dict[str, Counter[str]] = {name: Counter() for name in FIGURES}
+    tally: dict[str, Counter[str]] = {name: Counter() for name in COUNTS}
     fault = None
     with write_run(SortedRuns(encoding.scratch, ()).path(encoding.name(shard), 0)) as run:
         for batch in read_shard(shard, ("id", "text", "source")):

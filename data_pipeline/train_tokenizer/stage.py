@@ -148,7 +148,7 @@ def draw_sample(
 ) -> pa.Array:
     """Texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
 
-    So the sample depends on the documents and the seed, never on how they lie in shards. The footers tell about which
+    So the sample depends on the documents and the seed, never on how they lie in shards. The footers show about which
     hashes to look at; of row groups without one of these, no text is read. Held in memory are `MARGIN` times
     ``sample_bytes`` and the sample.
     """

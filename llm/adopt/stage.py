@@ -77,6 +77,6 @@ WORK: dict[Kind, Work] = {"tokenizer": tokenizer, "model": model, "documents": d
 
 def report(config: AdoptConfig, metrics: Metrics) -> str:
     """Return the stage's report in Markdown: what is known of where it comes from, and its metrics."""
-    said = {name: value for name, value in config.identity().items() if value is not None}
-    figures = [(name, f"{value:,.0f}") for name, value in metrics.items()]
-    return f"# Adopted: a {config.type}\n\n{table(('', ''), [*said.items(), *figures])}"
+    given = {name: value for name, value in config.identity().items() if value is not None}
+    counts = [(name, f"{value:,.0f}") for name, value in metrics.items()]
+    return f"# Adopted: a {config.type}\n\n{table(('', ''), [*given.items(), *counts])}"

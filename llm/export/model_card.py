@@ -48,7 +48,7 @@ INPUTS = ("model", "tokenizer", "scores")
 
 
 def about_tokens(end: str, config: Mapping[str, Any]) -> str:
-    """Say how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
+    """Return how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
     return SPECIAL_TOKENS.format(end=end) + (SPLIT if config.get("split_special_tokens") else READ)
 
 
@@ -57,7 +57,7 @@ def model_card(
 ) -> str:
     """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
     adopted = manifests.get("model", {}).get("stage") == "adopt"
-    parts = [
+    sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         (ADOPTED if adopted else TRAINED).format(parameters=metrics["parameters"]),
@@ -68,13 +68,13 @@ def model_card(
         "## Architecture",
         architecture(model),
         "## How good it is",
-        figures(manifests.get("scores") or of_stage(manifests, "evaluate")),
+        scores(manifests.get("scores") or of_stage(manifests, "evaluate")),
         "## Training text",
         sources(of_stage(manifests, "download")),
         "## How it was made",
         lineage(manifests),
     ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def architecture(model: ModelConfig) -> str:
@@ -101,18 +101,18 @@ def adoptions(manifests: Manifests) -> list[str]:
     for manifest in found.values():
         config = manifest["config"]
         where = " ".join(filter(None, [config.get("hub"), config.get("revision")]))
-        said = "; ".join(filter(None, [config.get("origin"), where])) or "not stated"
+        stated = "; ".join(filter(None, [config.get("origin"), where])) or "not stated"
         content = config.get("content_sha256")
         hashed = f"`{content}`" if content else "that of the revision"
-        rows.append((config["type"], said, config.get("license") or "not stated", hashed))
+        rows.append((config["type"], stated, config.get("license") or "not stated", hashed))
     return ["## Made from", table(("", "origin", "licence", "SHA-256 of the content"), rows)] if rows else []
 
 
-def figures(manifest: Mapping[str, Any]) -> str:
+def scores(manifest: Mapping[str, Any]) -> str:
     """Return the metrics of the evaluate stage, in Markdown."""
     if not manifest:
         return "Not evaluated."
-    rows = [(metric, figure(value)) for metric, value in manifest["metrics"].items()]
+    rows = [(metric, number(value)) for metric, value in manifest["metrics"].items()]
     return "On held-out documents of the same sources:\n\n" + table(("metric", "value"), rows)
 
 
@@ -135,14 +135,14 @@ def sources(manifest: Mapping[str, Any]) -> str:
 
 
 def origin(source: Mapping[str, Any]) -> str:
-    """Say where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
-    said: list[str] = []
-    if source.get("dataset"):  # elsewhere, `split` says how files are cut into documents
-        said = [source["dataset"]]
-        said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
-    said += source.get("urls", ())
-    said += [source["url"]] if source.get("url") else []
-    return ", ".join(said)
+    """Return where a person finds the text of a source: data set and commit, addresses, or the page about it."""
+    found: list[str] = []
+    if source.get("dataset"):  # elsewhere, `split` sets how files are cut into documents
+        found = [source["dataset"]]
+        found += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
+    found += source.get("urls", ())
+    found += [source["url"]] if source.get("url") else []
+    return ", ".join(found)
 
 
 def of_stage(manifests: Manifests, stage: str) -> Mapping[str, Any]:
@@ -156,11 +156,11 @@ def lineage(manifests: Manifests) -> str:
     for step, manifest in manifests.items():
         if step in INPUTS:
             continue  # it stands there under the name of its step too
-        found = ", ".join(f"{metric} {figure(value)}" for metric, value in manifest["metrics"].items())
+        found = ", ".join(f"{metric} {number(value)}" for metric, value in manifest["metrics"].items())
         rows.append((step, f"`{manifest['fingerprint'][:12]}`", found))
     return table(("stage", "fingerprint", "figures"), rows)
 
 
-def figure(value: float) -> str:
-    """A count without decimals, anything else with four digits."""
+def number(value: float) -> str:
+    """Format a count without decimals, anything else with four digits."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"

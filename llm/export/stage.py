@@ -104,7 +104,7 @@ def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
 
 
 def report(config: ExportConfig, model: ModelConfig, difference: tuple[float, float], out: Path) -> str:
-    """The stage's report in Markdown: what the model card, ``README.md``, does not say.
+    """Return the stage's report in Markdown: what the model card, ``README.md``, does not hold.
 
     ``difference`` of logits is the one that was found, and the one that is allowed.
     """

@@ -81,7 +81,7 @@ def blocks(positions: int) -> list[tuple[int, int]]:
 
 
 def heads_first(x_BTHE: Tensor) -> Tensor:
-    """Return the heads of sequences as one batch, each in one piece: ``(N, T, E)``."""
+    """Return the heads of sequences as one batch, each contiguous: ``(N, T, E)``."""
     return x_BTHE.transpose(1, 2).reshape(-1, x_BTHE.shape[1], x_BTHE.shape[3])
 
 

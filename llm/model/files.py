@@ -18,7 +18,7 @@ ARCHITECTURES: dict[Layout, str] = {
 
 
 def read_type(path: Path) -> str | None:
-    """Read from a ``config.json`` which type the model is of; None where it doesn't say.
+    """Read from a ``config.json`` which type the model is of; None where it has none.
 
     Raises:
         UserError: it is no JSON object.

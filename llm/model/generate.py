@@ -63,9 +63,9 @@ def stream(
     top_p: float,
     seed: int,
 ) -> Iterator[str]:
-    """The continuation that `generate` gives, piece by piece as it is drawn; pieces end with whole characters."""
+    """Yield the continuation that `generate` gives in chunks, as it is drawn; chunks end with whole characters."""
     end = end_of_text(tokenizer)
-    unsaid: list[int] = []
+    pending: list[int] = []
     for _, token in draws(
         model,
         [[end, *tokenizer.encode(prompt).ids]],
@@ -75,13 +75,13 @@ def stream(
         top_p=top_p,
         seeds=[seed],
     ):
-        unsaid.append(token)
-        piece = tokenizer.decode(unsaid, skip_special_tokens=True)
-        if not piece.endswith(UNFINISHED):
-            unsaid.clear()
-            yield piece
-    if unsaid:
-        yield tokenizer.decode(unsaid, skip_special_tokens=True)
+        pending.append(token)
+        chunk = tokenizer.decode(pending, skip_special_tokens=True)
+        if not chunk.endswith(UNFINISHED):
+            pending.clear()
+            yield chunk
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=True)
 
 
 def open_folder(folder: Path) -> tuple[Transformer, Tokenizer]:
@@ -227,7 +227,7 @@ class Cache:
         self.lengths_B = self.lengths_B[index]
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Logits ``(B, V)``, on the CPU, of what follows when each row has gone on by its ``tokens``.
+        """Return logits ``(B, V)``, on the CPU, of what follows when ``tokens`` are appended to each row.
 
         Shorter rows are filled up behind, where none of theirs looks and where their next tokens will be written.
         """

@@ -117,8 +117,8 @@ def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
     theirs = {}
     for layer in range(layers):
         for kind in ("weight", "bias"):
-            parts = [weights.pop(f"layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(parts)
+            qkv = [weights.pop(f"layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(qkv)
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)
         if name == "lm_head.weight":
@@ -236,8 +236,8 @@ def require_supported(theirs: Any, folder: Path) -> None:
             or rope.get("partial_rotary_factor", 1.0) != 1.0,
         }
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-        said = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
-        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {said}")
+        unsupported = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
+        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {unsupported}")
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
@@ -275,14 +275,14 @@ def load_weights(model: Transformer, folder: Path) -> None:
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
         if name not in parameters:
-            raise UserError(f"{folder} holds a weight that its config.json has no place for: {name}")
+            raise UserError(f"{folder} holds a weight that its config.json does not describe: {name}")
         rows = model.config.vocab_size if name in ("embed_tokens.weight", "lm_head.weight") else None
-        place = parameters[name][:rows]
-        if place.shape != weight.shape:
+        target = parameters[name][:rows]
+        if target.shape != weight.shape:
             raise UserError(
-                f"{folder}: {name} has shape {list(weight.shape)}, not the config's {list(place.shape)}"
+                f"{folder}: {name} has shape {list(weight.shape)}, not the config's {list(target.shape)}"
             )
-        place.copy_(weight)
+        target.copy_(weight)
         missing.discard(name)
     if missing:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(missing)[:5])}")
@@ -341,7 +341,7 @@ def require_start(model: ModelConfig, folder: Path, specials: Sequence[str], tok
 
 
 def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
-    """Say what a recipe must set so that its model has another's shape: ``pretrain.model.heads=4 (not 8), ...``."""
+    """Return what a recipe must set so that its model has another's shape: ``pretrain.model.heads=4 (not 8), ...``."""
     asked, given = theirs.model_dump(), ours.model_dump()
     here, there = arithmetic(ours), arithmetic(theirs)
     names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]

@@ -155,7 +155,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def norm(config: ModelConfig) -> nn.Module:
-    """The norm before a block's parts and before the head."""
+    """The norm before a block's halves and before the head."""
     if config.positions == "learned":
         return nn.LayerNorm(config.width, config.norm_eps)
     return RMSNorm(config.width, config.norm_eps)

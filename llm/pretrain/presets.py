@@ -121,6 +121,6 @@ def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 def look_up(values: Mapping[str, Any], key: str) -> Any:
     """``values["model"]["width"]`` for ``model.width``."""
-    for part in key.split("."):
-        values = values[part]
+    for section in key.split("."):
+        values = values[section]
     return values

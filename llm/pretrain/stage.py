@@ -1,4 +1,4 @@
-"""The pretrain stage: token shards to a trained model. Here is what a recipe may say (`PretrainConfig`), and the body,
+"""The pretrain stage: token shards to a trained model. Here is what a recipe may set (`PretrainConfig`), and the body,
 which checks that it can be done, has the ranks started (`llm.training.trainer` is what each of them runs; they read the
 token shards where they lie) and turns what they leave behind into the artifact. A body started again after a kill goes
 on from the newest whole checkpoint and ends with the same bytes.
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     `llm.training.recovery`).
 
     Raises:
-        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another precision.
+        UserError: the corpus is smaller than one batch; more ranks than fit; a checkpoint of another precision.
     """
     config = config.resolve()
     for line in presets.describe(config.model_dump()):

@@ -64,7 +64,7 @@ class SpikeDetector:
         if row > self.max_nonfinite:
             raise UserError(
                 f"loss or gradient was not finite in {row} steps in a row, up to step {done}: training diverged; "
-                "lower pretrain.lr (pretrain.runtime.max_nonfinite says how many may be skipped)"
+                "lower pretrain.lr (pretrain.runtime.max_nonfinite limits how many may be skipped)"
             )
 
     def require_any(self, history: History, steps: int) -> None:
@@ -100,7 +100,7 @@ class SpikeDetector:
         if len(before) >= self.max_rollbacks:
             raise UserError(
                 f"the loss spiked again in step {done}, after {len(before)} rollbacks: lower pretrain.lr, or look at "
-                "the data (pretrain.runtime.max_rollbacks says how many there may be)"
+                "the data (pretrain.runtime.max_rollbacks limits how many there may be)"
             )
         return (done - 1) // self.config.rollback_every * self.config.rollback_every
 

@@ -185,10 +185,14 @@ class Trainer:
             losses = self.engine.token_losses(batch)
             weight = torch.from_numpy(indices <= sequences[-1]).to(losses.device)[:, None]
             sums += text_sums(losses, self.token_bytes[batch.targets_BT.to(losses.device)], weight)
-        nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
-        if not math.isfinite(nats_all):
+        loss_sum, count, text_loss_sum, text_bytes = self.engine.sum(sums).tolist()
+        if not math.isfinite(loss_sum):
             return self.report_diverged(done)
-        fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
+        fact = {
+            "step": done,
+            "loss": loss_sum / count,
+            "bits_per_byte": bits_per_byte(text_loss_sum, text_bytes),
+        }
         self.history["validation"].append(fact)
         self.log("validation", **fact)
 

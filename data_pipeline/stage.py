@@ -40,7 +40,7 @@ class StageConfig(Config):
     runtime: Runtime = Runtime()
 
     def resolve(self) -> Self:
-        """A copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
+        """Return a copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
 
         Raises:
             UserError: what is named does not exist or can't be used.
@@ -49,11 +49,11 @@ class StageConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
+        """Return the JSON value that is hashed into the fingerprint. Call it on a resolved config."""
         return self.model_dump(mode="json", exclude={"runtime"})
 
     def makes(self) -> tuple[str, ...]:
-        """The types of what a step with this config makes; empty: as in the table of stages."""
+        """Return the types of what a step with this config makes; empty: as in the table of stages."""
         return ()
 
     def left_out(self) -> Metrics | None:
@@ -73,7 +73,7 @@ class StageConfig(Config):
         return
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
-        """Lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
+        """Return lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
 
         Args:
             metrics: of the sealed artifact that is the stage's first input; empty where that is not built yet.

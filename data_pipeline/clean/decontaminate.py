@@ -86,7 +86,7 @@ class Contamination:
         ]
 
     def find(self, texts: pa.Array) -> Iterator[tuple[int, str, str]]:
-        """The rows to drop: (row, reason with the set's name, an n-gram that was found)."""
+        """Yield the rows to drop: (row, reason with the set's name, an n-gram that was found)."""
         first: dict[tuple[int, int], str] = {}
         matches: dict[int, Counter[int]] = {}
         for match in self._sequences.find(texts):
@@ -102,7 +102,7 @@ class Contamination:
 
 
 def read_items(file: PinnedFile, fields: tuple[str, ...]) -> Iterator[str]:
-    """The texts of an evaluation set.
+    """Yield the texts of an evaluation set.
 
     Raises:
         UserError: the file is broken, lacks a field, or a field holds something else than text.
@@ -157,10 +157,10 @@ def is_utf8(text: str) -> bool:
 
 @lru_cache(maxsize=2)
 def cached_contamination(rules: str, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
-    """The sets of a config (as JSON, since a config can't be hashed), read once a process."""
+    """Return the sets of a config (as JSON, since a config can't be hashed), read once a process."""
     return Contamination(Decontamination.model_validate_json(rules), files, form)
 
 
 def contamination(rules: Decontamination, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
-    """The n-grams of the sets of ``rules`` (``files``, in the same order), for texts of a Unicode form."""
+    """Return the n-grams of the sets of ``rules`` (``files``, in the same order), for texts of a Unicode form."""
     return cached_contamination(rules.model_dump_json(), files, form)

@@ -107,15 +107,15 @@ class Masking(Config):
     """In place of telephone numbers."""
 
     def kinds(self) -> list[str]:
-        """The kinds that are masked, in the order in which it is done."""
+        """Return the kinds that are masked, in the order in which it is done."""
         return [kind for kind in KINDS if getattr(self, kind) is not None]
 
     def mask(self, kind: str, text: str) -> tuple[str, int]:
-        """The text with placeholders for one kind, and how many were put in."""
+        """Return the text with placeholders for one kind, and how many were put in."""
         return replace(KINDS[kind], text, getattr(self, kind))
 
     def candidates(self, kind: str, texts: pa.Array) -> NDArray[np.int64]:
-        """The rows that may hold something of a kind."""
+        """Return the rows that may hold something of a kind."""
         found = pc.match_substring_regex(texts, KINDS[kind].hint)
         return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
@@ -165,7 +165,7 @@ def ascii_kin() -> NDArray[np.uint32]:
 
 
 def with_ascii_kin(text: str) -> str:
-    """A text as the patterns read it, a character for a character."""
+    """Return a text as the patterns read it, a character for a character."""
     if text.isascii():
         return text
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")

@@ -101,7 +101,7 @@ class GopherRules(Config):
         return self
 
     def broken(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
-        """The rules that need only counts, and the texts that break each."""
+        """Yield the rules that need only counts, and the texts that break each."""
         yield from self._by_words(stats)
         yield from self._by_lines(stats)
         yield from self._by_vocabulary(texts, stats)
@@ -142,7 +142,7 @@ class GopherRules(Config):
             yield "min_stop_words", self._lacking_stop_words(texts, stats, self.min_stop_words)
 
     def _lacking_stop_words(self, texts: pa.Array, stats: TextStats, least: int) -> NDArray[np.bool_]:
-        """The texts with fewer than ``least`` different stop words; those of English are counted already."""
+        """Return the texts with fewer than ``least`` different stop words; those of English are counted already."""
         codes = self.languages or tuple(STOP_WORDS)
         english = "en" in codes and not self.stop_words
         lacking = stats.stop_words < least if english else np.ones(len(texts), np.bool_)
@@ -172,7 +172,7 @@ class GopherRules(Config):
                 yield f"max_duplicate_{name}", fraction_of(part, whole) > limit
 
     def broken_by_ngrams(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
-        """The rules that count n-grams: the dearest, so ask them of what the others left."""
+        """Yield the rules that count n-grams: the dearest, so ask them of what the others left."""
         tops, duplicates = self.max_top_ngram_characters or {}, self.max_duplicate_ngram_characters or {}
         if not tops and not duplicates:
             return

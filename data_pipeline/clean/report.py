@@ -95,7 +95,7 @@ def values_of(stats: TextStats) -> dict[str, NDArray[np.float64]]:
 
 
 def add_tallies(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tallies of all shards as one, its keys in order."""
+    """Return the tallies of all shards as one, its keys in order."""
     groups: dict[str, dict[str, list[int]]] = {}
     histograms: dict[str, Any] = {}
     examples: dict[str, list[list[str]]] = {}
@@ -208,7 +208,7 @@ def page(
 
 
 def histogram(edges: Sequence[float], of_all: Sequence[int], of_kept: Sequence[int]) -> str:
-    """A table with a bar a bin: full where documents were kept, light where they were dropped."""
+    """Return a table with a bar a bin: full where documents were kept, light where they were dropped."""
     filled = [at for at, count in enumerate(of_all) if count]
     if not filled:
         return "None.\n"

@@ -104,7 +104,7 @@ class Sequences:
         )  # fmt: skip
 
     def _items_with(self, window: list[str], key: np.uint64) -> list[int]:
-        """The first item of each group that has this window, compared word by word."""
+        """Return the first item of each group that has this window, compared word by word."""
         items: dict[int, int] = {}
         first, last = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
         for item, at in zip(self._item[first:last].tolist(), self._at[first:last].tolist(), strict=True):
@@ -123,7 +123,7 @@ def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
 
 
 def room_for(entries: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """An empty hash table at most half full, and sixteen bits an entry that mostly show: not in it."""
+    """Return an empty hash table at most half full, and sixteen bits an entry that mostly show: not in it."""
     size = 1 << max(4, (2 * entries).bit_length())
     return np.zeros(size, np.uint64), np.zeros(size, np.uint8)
 

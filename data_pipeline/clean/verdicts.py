@@ -21,7 +21,7 @@ class Verdicts:
         """Evidence by row: what was found, where a reason alone does not show it."""
 
     def alive(self) -> NDArray[np.int64]:
-        """The rows that nothing has dropped so far."""
+        """Return the rows that nothing has dropped so far."""
         return np.flatnonzero(self.codes == 0)
 
     def reason(self, row: int) -> str:

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh processes that end by themselves when the process that made them is killed.
+    """Yield a pool of fresh processes that end by themselves when the process that made them is killed.
 
     ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock.
     """

@@ -75,7 +75,7 @@ OPERATORS = "!$%&*+-/<=>?@^|~"
 
 @cache
 def character_classes(letters: str = "") -> NDArray[np.uint8]:
-    """The class of each code point below `TABLE_SIZE`; of ``letters`` it is `LETTER`, whatever they are."""
+    """Return the class of each code point below `TABLE_SIZE`; of ``letters`` it is `LETTER`, whatever they are."""
     if letters:
         table = character_classes().copy()
         table[[ord(one) for one in letters]] = LETTER
@@ -111,7 +111,7 @@ def telling_signs(signs: Signs) -> NDArray[np.bool_]:
 
 @cache
 def lower_case() -> NDArray[np.uint32]:
-    """The lower case of each code point below `TABLE_SIZE`; itself where that is more than one."""
+    """Return the lower case of each code point below `TABLE_SIZE`; itself where that is more than one."""
     table = np.arange(TABLE_SIZE, dtype=np.uint32)
     for code in range(TABLE_SIZE):
         lowered = chr(code).lower()
@@ -168,7 +168,7 @@ def word_pattern() -> re.Pattern[str]:
 
 
 def one_of(codes: NDArray[np.int64]) -> str:
-    """A regular expression for one of some characters, given by ascending code points."""
+    """Return a regular expression for one of some characters, given by ascending code points."""
     runs = [
         [code for _, code in run] for _, run in groupby(enumerate(codes.tolist()), lambda at: at[1] - at[0])
     ]
@@ -176,7 +176,7 @@ def one_of(codes: NDArray[np.int64]) -> str:
 
 
 def words_of(text: str, joined: bool = False) -> list[str]:
-    """The lower-cased words of a text, without format characters.
+    """Return the lower-cased words of a text, without format characters.
 
     Args:
         joined: whether punctuation but `DASHES` is as if it were not there (``don't`` is ``dont``); else it parts

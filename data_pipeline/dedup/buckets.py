@@ -27,7 +27,7 @@ def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
 
 @kernel
 def meeting_band(one: NDArray[np.uint64], other: NDArray[np.uint64], crowded: NDArray[np.bool_]) -> int:
-    """The band whose bucket gives the edge of a pair: the first that they share, if possible no crowd."""
+    """Return the band whose bucket gives the edge of a pair: the first that they share, if possible no crowd."""
     first = -1
     for band in range(len(one)):
         if one[band] == other[band]:

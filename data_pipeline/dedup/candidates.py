@@ -152,14 +152,14 @@ def mark_partition(search: Search, corpus: Corpus, folder: Path, partition: tupl
 
 
 def read_raw(path: Path, dtype: np.dtype) -> NDArray[np.void]:
-    """The records of a raw file, which stay on disk."""
+    """Return the records of a raw file, which stay on disk."""
     if not path.stat().st_size:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
 
 
 def read_chunks(paths: Iterable[Path], at_once: int = EDGES_AT_ONCE) -> Iterator[NDArray[np.void]]:
-    """The edges of some files, ``at_once`` at a time; they stay on disk."""
+    """Yield the edges of some files, ``at_once`` at a time; they stay on disk."""
     for path in paths:
         edges = read_raw(path, EDGE)
         for start in range(0, len(edges), at_once):
@@ -198,7 +198,7 @@ class Finder:
         )
 
     def count_keys(self, low: int, high: int) -> Iterator[NDArray[np.uint64]]:
-        """The keys of crowds from ``low`` to below ``high``."""
+        """Yield the keys of crowds from ``low`` to below ``high``."""
         count = self.signed.count(self.search.kind, low, high)
         if count > self.search.most_entries and high - low > 1:
             middle = (low + high) // 2
@@ -224,7 +224,7 @@ class Finder:
             yield from self.find_in_buckets(*self.shared(low, high))
 
     def find_in_buckets(self, keys: NDArray[np.uint64], rows: NDArray[np.int64]) -> Iterator[Found]:
-        """The same for buckets that are loaded: rows by ascending key."""
+        """Yield the same for buckets that are loaded: rows by ascending key."""
         starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))[: len(keys)]
         sizes = np.diff(starts, append=len(keys))
         crowded = sizes > self.search.most_members
@@ -238,7 +238,7 @@ class Finder:
                 yield from self.compare(keys[start:end], rows[start:end])
 
     def find_in_crowd(self, key: int) -> Iterator[Found]:
-        """The same for one key that more documents have than fit: the most preferred first, then ever less so."""
+        """Yield the same for one key that more documents have than fit: the most preferred first, then ever less so."""
         if self.seekers is not None and not any(self.seekers[rows].any() for rows in self.chunks(key)):
             return
         leaders = last = np.zeros(0, np.int64)
@@ -261,7 +261,7 @@ class Finder:
         return rows[np.argsort(self.signed.rank(rows))]
 
     def beyond(self, last: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some rows that are less preferred than ``last`` (all, where that is empty), ascending."""
+        """Return those of some rows that are less preferred than ``last`` (all, where that is empty), ascending."""
         together = np.union1d(last, rows)
         rank = self.signed.rank(together)
         return together[rank > rank[np.searchsorted(together, last)]] if len(last) else together
@@ -284,7 +284,7 @@ class Finder:
         return rows if self.copies is None else rows[self.copies[rows] == NONE]
 
     def shared(self, low: int, high: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Keys that several documents have, ascending, and the rows that have them."""
+        """Return keys that several documents have, ascending, and the rows that have them."""
         found = list(self.signed.slices(self.search.kind, low, high))
         keys = np.concatenate([keys for keys, _ in found])
         rows = np.concatenate([rows for _, rows in found])
@@ -310,7 +310,7 @@ class Finder:
         leaders: NDArray[np.int64] = NO_ROWS,
         passed: int = 0,
     ) -> Generator[Found, None, NDArray[np.int64]]:
-        """Edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
+        """Yield edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
 
         ``leaders`` are more preferred ones of the same bucket, which have been compared already; they are of the
         ``passed`` documents that came before.

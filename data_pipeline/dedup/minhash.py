@@ -86,7 +86,7 @@ def run_bits(block: np.uint64) -> np.uint64:
 
 @kernel(inline="always")
 def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
-    """The eight bytes from ``at`` on, with zeros for those behind the last of the buffer."""
+    """Return the eight bytes from ``at`` on, with zeros for those behind the last of the buffer."""
     last = len(blocks) - 1
     if at <= last:
         return blocks[at]
@@ -95,7 +95,7 @@ def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
 
 @kernel(inline="always")
 def fold(hashed: np.uint64, block: np.uint64) -> np.uint64:
-    """The hash of a word to which another eight bytes (or the last few) are added."""
+    """Return the hash of a word to which another eight bytes (or the last few) are added."""
     hashed = (hashed ^ block) * MULTIPLIER
     return hashed ^ (hashed >> np.uint64(32))
 
@@ -420,7 +420,7 @@ def sets_all(
 
 
 def shingle_sets(texts: pa.Array, *, ngram: int, seed: int, signs: Signs) -> list[NDArray[np.uint64]]:
-    """The sorted distinct shingle hashes of every text of a column."""
+    """Return the sorted distinct shingle hashes of every text of a column."""
     data, offsets = buffers(texts)
     if not len(texts):
         return []

@@ -99,7 +99,7 @@ def scores(rules: SignRules, batch: pa.RecordBatch, sizes: NDArray[np.int64]) ->
 
 
 def quality(meta: str | None, field: str | None) -> float:
-    """The number under ``field`` of a document's meta; minus infinity where there is none."""
+    """Return the number under ``field`` of a document's meta; minus infinity where there is none."""
     try:
         value = json.loads(meta or "{}")[field]
         number = float(value) if isinstance(value, int | float) else -np.inf

@@ -48,7 +48,7 @@ Item = tuple[int, Path]
 
 
 def longest_first(row: dict[str, Any]) -> tuple[int, str, int]:
-    """The order of examples: longest first, then by id and position."""
+    """Return the order of examples: longest first, then by id and position."""
     return -row["words"], row["id"], row["start"]
 
 
@@ -95,7 +95,7 @@ class Marks:
         )
 
     def of_row(self, row: int) -> Marks:
-        """The marks of one document."""
+        """Return the marks of one document."""
         start, end = np.searchsorted(self.rows, np.array([row, row + 1], np.uint32))
         return Marks(
             rows=self.rows[start:end],
@@ -105,7 +105,7 @@ class Marks:
         )
 
     def keepers_of(self, first: int, last: int, width: int) -> list[int]:
-        """The keepers of repeated windows with a word from ``first`` to ``last`` of one document, in order."""
+        """Return the keepers of repeated windows with a word from ``first`` to ``last`` of one document, in order."""
         near = np.array([max(0, first - width + 1), last], np.uint32)
         start, end = np.searchsorted(self.places, near)
         repeated = self.kinds[start:end] == REPEATED
@@ -113,7 +113,7 @@ class Marks:
         return keepers
 
     def rows_to_cut(self, start: int, end: int) -> list[int]:
-        """Rows from ``start`` to ``end`` that have repeated windows."""
+        """Return rows from ``start`` to ``end`` that have repeated windows."""
         low, high = np.searchsorted(self.rows, np.array([start, end], np.uint32))
         here = self.rows[low:high][self.kinds[low:high] == REPEATED]
         rows: list[int] = np.unique(here).tolist()
@@ -230,7 +230,8 @@ def cut_batch(
     cuts: Cuts,
     tally: Tally,
 ) -> pa.RecordBatch:
-    """The rows of ``batch``, which begins at ``first_row`` of its shard, with their texts cut, less those dropped."""
+    """Return the rows of ``batch``, which begins at ``first_row`` of its shard, with their texts cut, less those
+    dropped."""
     changed, kept = np.zeros(batch.num_rows, bool), np.ones(batch.num_rows, bool)
     texts: list[str] = []
     column = batch.column("text")

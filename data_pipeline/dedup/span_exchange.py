@@ -117,7 +117,7 @@ def keys_path(scratch: Path, name: str, shard: int) -> Path:
 def group(
     keys: NDArray[np.uint64],
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct keys in order, the number of each key's group among them, and the sizes of the groups."""
+    """Return the distinct keys in order, the number of each key's group among them, and the sizes of the groups."""
     distinct, groups, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     return distinct, groups, sizes
 
@@ -133,7 +133,7 @@ def count_keys(path: Path) -> int:
 
 
 def rows_of(dtype: np.dtype[Any], count: int, **columns: NDArray[Any]) -> NDArray[Any]:
-    """An array of records, from its columns."""
+    """Return an array of records, from its columns."""
     rows = np.empty(count, dtype)
     for name, column in columns.items():
         rows[name] = column
@@ -158,7 +158,8 @@ def seen_elsewhere(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.b
 
 
 def keeper_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The document in which each key comes first, as ``shard << 32 | row``; `NONE` where no other shard has the key."""
+    """Return the document in which each key comes first, as ``shard << 32 | row``; `NONE` where no other shard has the
+    key."""
     _, groups, sizes = group(entries["key"])
     first = firsts(groups, len(sizes), entries, shards)
     documents = shards[first].astype(np.int64) << 32 | entries["row"][first]

@@ -92,7 +92,7 @@ def find_anchors(
     anchors: NDArray[np.uint64],
     first: NDArray[np.int32],
 ) -> int:
-    """The smallest of each ``within`` consecutive hashes, once for each position; returns how many there are.
+    """Return the smallest of each ``within`` consecutive hashes, once for each position; returns how many there are.
 
     Window i spans ``hashes[i : i + within]``. ``first`` is the window from which on an anchor is the smallest. Of equal
     ones the last counts: so equal windows have their anchors at the same distance, in different positions even where
@@ -124,7 +124,7 @@ def all_anchors(
     width: int,
     classes: NDArray[np.uint8],
 ) -> NDArray[np.uint64]:
-    """The anchors of all texts of a column, in order: see `find_anchors`."""
+    """Return the anchors of all texts of a column, in order: see `find_anchors`."""
     words, starts, short, anchors, first = room(offsets)
     found = np.empty((offsets[-1] - offsets[0]) // 2 + len(offsets), np.uint64)
     total = 0
@@ -204,7 +204,7 @@ def first_of_each(
     rows: NDArray[np.uint32],
     places: NDArray[np.uint32],
 ) -> NDArray[np.int64]:
-    """Index of each group's first member in the order of document hash, shard, row and position."""
+    """Return the index of each group's first member in the order of document hash, shard, row and position."""
     best = np.full(groups, -1, np.int64)
     for at in range(len(group)):
         other = best[group[at]]

@@ -129,7 +129,7 @@ def find_copies(config: DedupConfig, signed: Signed, scratch: Path, context: Sta
 
 
 def find_all_crowds(search: Search, corpus: Corpus, context: StageContext) -> NDArray[np.uint64]:
-    """The keys of all crowds, ascending: none where there are too few documents for one."""
+    """Return the keys of all crowds, ascending: none where there are too few documents for one."""
     if corpus.signed.documents <= search.leaders:
         return NO_KEYS
     work = partial(find_crowds, search, corpus)
@@ -141,7 +141,7 @@ def find_all_crowds(search: Search, corpus: Corpus, context: StageContext) -> ND
 def search_all(
     search: Search, corpus: Corpus, folder: Path, context: StageContext, check: Check | None = None
 ) -> list[Path]:
-    """Files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
+    """Return files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
     work = partial(search_partition, search, corpus, folder, check)
     map_partitions(f"match {search.kind}", work, search, corpus, context)
     return partition_paths(search, corpus, folder, "edges")
@@ -154,14 +154,14 @@ def map_partitions(
     corpus: Corpus,
     context: StageContext,
 ) -> list[Result]:
-    """The results of ``work`` for all partitions of the keys (number, of how many)."""
+    """Return the results of ``work`` for all partitions of the keys (number, of how many)."""
     partitions = search.partitions(corpus.signed.documents)
     items = [(number, partitions) for number in range(partitions)]
     return context.map(work, items, names=[f"{name} {number}" for number in range(partitions)])
 
 
 def partition_paths(search: Search, corpus: Corpus, folder: Path, kind: str) -> list[Path]:
-    """The files that the partitions of the keys have written."""
+    """Return the files that the partitions of the keys have written."""
     partitions = search.partitions(corpus.signed.documents)
     return [folder / f"{number:05d}-of-{partitions:05d}.{kind}" for number in range(partitions)]
 
@@ -265,7 +265,8 @@ def verify(
     scratch: Path,
     context: StageContext,
 ) -> list[Path]:
-    """Files of the edges that hold. Shingle sets are made for the documents that signatures leave open, no others."""
+    """Return files of the edges that hold. Shingle sets are made for the documents that signatures leave open, no
+    others."""
     rules = config.verify_rules()
     marks = save_marks(rules.certain, found, signed.documents, scratch / "open.npy")
     sets = write_sets(rules, shards, signed, marks, scratch / "sets", context)

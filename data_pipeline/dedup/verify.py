@@ -116,7 +116,7 @@ def verify_edges(rules: VerifyRules, sets: Sets, folder: Path, edges: Path) -> N
 
 
 def those_that_hold(rules: VerifyRules, sets: Sets, edges: NDArray[np.void]) -> NDArray[np.void]:
-    """The edges that hold, with exact similarities where estimates don't suffice."""
+    """Return the edges that hold, with exact similarities where estimates don't suffice."""
     edges = np.array(edges)
     measure(rules, sets, edges)
     return edges[edges["similarity"] >= rules.threshold]

@@ -104,7 +104,8 @@ def why_not_read(name: str, default: str | None) -> str | None:
 
 
 def unused_name(name: str, index: int, seen: set[bytes]) -> str:
-    """``name`` if no member had it, else one made of it where the archive is not the first of its file; else empty."""
+    """Return ``name`` if no member had it, else one made of it where the archive is not the first of its file; else
+    empty."""
     for one in (name, f"{name}~{index + 1}")[: 2 if index else 1]:
         digest = blake2b(one.encode(), digest_size=16).digest()
         if digest not in seen:
@@ -127,7 +128,7 @@ def is_hidden(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """``name`` with what isn't UTF-8 in it as escapes."""
+    """Return ``name`` with what isn't UTF-8 in it as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -172,7 +173,7 @@ class Available:
 
 
 def tar_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
-    """The members of a tar, and of those that follow it in the file, read in one pass."""
+    """Yield the members of a tar, and of those that follow it in the file, read in one pass."""
     source: Any = Available(stream)
 
     class OfThis(Header):
@@ -230,7 +231,7 @@ class Front(io.RawIOBase):
 
 
 def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
-    """The members of a zip, and of those that stand before it in the file.
+    """Yield the members of a zip, and of those that stand before it in the file.
 
     `zipfile` takes the last directory for that of the whole file; what else stands there is looked for here.
     """
@@ -244,7 +245,7 @@ def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
 
 
 def zip_archives(stream: BufferedReader) -> tuple[list[zipfile.ZipFile], list[str]]:
-    """The archives that are joined in a file, in order, and what is to be said of bytes that belong to none.
+    """Return the archives that are joined in a file, in order, and what is to be said of bytes that belong to none.
 
     Raises:
         zipfile.BadZipFile: there is none at the end.
@@ -295,7 +296,7 @@ WITHOUT_LIMIT = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 def open_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: Limit) -> Member | tuple[str, str]:
-    """A member's content, or the reason and the detail why it can't be read."""
+    """Return a member's content, or the reason and the detail why it can't be read."""
     if entry.flag_bits & 1:
         return "encrypted", "its content needs a password"
     if (entry.external_attr >> 16) & 0o170000 == 0o120000:

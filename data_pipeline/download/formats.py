@@ -71,6 +71,6 @@ def suffix_of(name: str) -> str:
 
 
 def known_suffixes() -> str:
-    """The suffixes of files that can be read, for a person."""
+    """Return the suffixes of files that can be read, for a person."""
     plain, packed = ", ".join((*SUFFIXES, *ALIASES)), ", ".join(COMPRESSIONS)
     return f"{plain} (also {packed}), .zip or .tar (also .tgz, .tar.zst, ...)"

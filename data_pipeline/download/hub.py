@@ -26,7 +26,7 @@ from data_pipeline.download.streams import Limit
 
 
 def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed, ...]:
-    """A data set as one listed item, pinned to a commit, or to its files' hashes where it is a local folder.
+    """Return a data set as one listed item, pinned to a commit, or to its files' hashes where it is a local folder.
 
     Raises:
         Unresolved: the Hub can't be reached (or `HF_HUB_OFFLINE` is set) and ``revision`` is no full commit.
@@ -179,7 +179,7 @@ def explaining(source: HuggingFaceSource, rows: Callable[[], int]) -> Iterator[N
 
 
 def split_of(source: HuggingFaceSource, listed: Listed) -> Any:
-    """The split as `datasets` streams it: of column formats only the columns that are kept are read."""
+    """Return the split as `datasets` streams it: of column formats only the columns that are kept are read."""
     import datasets
 
     kind, _, pinned = listed.version.partition(":")
@@ -199,7 +199,7 @@ SAVED = ("state.json", "dataset_dict.json")
 
 
 def saved_split(source: HuggingFaceSource, folder: str) -> Any:
-    """The split of a folder that `save_to_disk` wrote, as a stream of as many shards as it has files."""
+    """Return the split of a folder that `save_to_disk` wrote, as a stream of as many shards as it has files."""
     import datasets
 
     saved = datasets.load_from_disk(folder)

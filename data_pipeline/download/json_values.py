@@ -83,7 +83,7 @@ class Window:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here.
+        """Return the value that begins here.
 
         Raises:
             UnicodeDecodeError: there are bytes in it that are no UTF-8; it is skipped.
@@ -220,7 +220,7 @@ def numbered(window: Window) -> Iterator[tuple[int, Any, bool]]:
 
 
 def value_at(window: Window) -> tuple[Any, bool]:
-    """The value that begins here, and whether its end was found; else the rest of the line is skipped."""
+    """Return the value that begins here, and whether its end was found; else the rest of the line is skipped."""
     try:
         return window.value(), True
     except UnicodeDecodeError as error:
@@ -254,7 +254,7 @@ def shown(line: str) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, where: str) -> Rejected:
-    """The rejection of a line or a value for its first byte that is no UTF-8."""
+    """Return the rejection of a line or a value for its first byte that is no UTF-8."""
     byte = error.object[error.start]
     return Rejected(
         None, "not_utf8", f"byte 0x{byte:02x} at offset {error.start} of the {where}; {advice(b'')}"

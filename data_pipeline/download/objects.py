@@ -29,7 +29,7 @@ MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The `fsspec` file system of an address, and the path within.
+    """Return the `fsspec` file system of an address, and the path within.
 
     Raises:
         UserError: its driver is not installed, or there is none.
@@ -47,7 +47,7 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def list_objects(source: ObjectSource) -> Listing:
-    """The files of an object source, sorted by name; the others are counted.
+    """Return the files of an object source, sorted by name; the others are counted.
 
     Raises:
         UserError: there is none that can be read, or they can't be explanation from later versions.
@@ -78,7 +78,7 @@ def list_objects(source: ObjectSource) -> Listing:
 
 
 def readable_of(source: ObjectSource, names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The names of files that are read, sorted, and how many are not."""
+    """Return the names of files that are read, sorted, and how many are not."""
     readable, left_out = [], Counter[str]()
     for name in sorted(names):
         if hidden(name):
@@ -183,7 +183,7 @@ def refuse_if_other(store: Any, path: str, listed: Listed) -> None:
 
 
 def explained(what: str, error: Exception, passing: type[Exception]) -> Exception:
-    """A driver's fault as a mistake to mend, or as one that may pass (``passing``), with no secret in it."""
+    """Return a driver's fault as a mistake to mend, or as one that may pass (``passing``), with no secret in it."""
     explanation = f"{what} ({type(error).__name__}: {without_secrets(first_line(error))})"
     if isinstance(error, MISTAKES) or "Credentials" in type(error).__name__:
         return UserError(f"{explanation}: check the address, and the credentials in the environment")

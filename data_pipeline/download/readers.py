@@ -86,7 +86,7 @@ class Reading:
 def read_file(
     path: Path, reading: Reading, within: Slice | None = None, passed_over: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
+    """Yield the documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
 
     Args:
         within: read this slice of JSON lines or Parquet only.
@@ -134,7 +134,7 @@ def read_member(name: str, member: Member, reading: Reading, limits: Limits) -> 
 def read_stream(
     stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, within: Slice | None = None
 ) -> Iterator[Record]:
-    """The documents in a stream of one format."""
+    """Yield the documents in a stream of one format."""
     if suffix in FIELDS and reading.text_format == "html":
         plain = replace(reading, text_format="plain")
         yield from with_main_text(read_stream(stream, suffix, plain, limits, within), reading.html)
@@ -159,7 +159,7 @@ def read_stream(
 def read_characters(
     stream: BufferedReader, suffix: str, reading: Reading, within: Slice | None
 ) -> Iterator[Record]:
-    """The documents in a stream of UTF-8."""
+    """Yield the documents in a stream of UTF-8."""
     if suffix == ".jsonl" and within:
         yield from read_jsonl(stream, reading, within.row, lines_of(stream, within))
     elif suffix == ".jsonl" and not has_old_line_ends(stream):
@@ -176,7 +176,7 @@ def read_characters(
 
 
 def other_encoding(stream: BufferedReader) -> UnicodeDecodeError | None:
-    """The fault of a stream whose first bytes show that it is not UTF-8."""
+    """Return the fault of a stream whose first bytes show that it is not UTF-8."""
     head = stream.peek(8)[:8]
     if (b"\0" not in head and head[:1] < b"\xfe") or not looks_like(head):
         return None
@@ -190,7 +190,7 @@ def has_old_line_ends(stream: BufferedReader) -> bool:
 
 
 def judged(records: Iterator[Record], reading: Reading) -> Iterator[Record]:
-    """``records``, and what ended them early as the last one."""
+    """Yield ``records``, and what ended them early as the last one."""
     try:
         yield from records
     except UnicodeDecodeError as error:
@@ -235,7 +235,7 @@ def read_text(stream: BufferedReader, split_chars: int | None) -> Iterator[Recor
 
 
 def read_whole(stream: BufferedReader) -> Record:
-    """A text file as one document."""
+    """Return a text file as one document."""
     blocks, size = [], 0
     for block in decoded(stream):
         blocks.append(block)
@@ -247,7 +247,7 @@ def read_whole(stream: BufferedReader) -> Record:
 
 
 def decoded(stream: BufferedReader) -> Iterator[str]:
-    """The text of a file, in blocks, without a byte order mark.
+    """Yield the text of a file, in blocks, without a byte order mark.
 
     Raises:
         UnicodeDecodeError: it isn't UTF-8; the reason names the byte of the file, after the text before it.
@@ -286,7 +286,7 @@ def read_jsonl(
 
 
 def parse(row: int, line: bytes, reading: Reading) -> Record:
-    """The document in one line of JSON."""
+    """Return the document in one line of JSON."""
     try:
         text = line.decode()
         if text.startswith("\ufeff"):  # at the beginning, and where files were joined
@@ -304,7 +304,7 @@ def parse(row: int, line: bytes, reading: Reading) -> Record:
 
 
 def chosen(row: int | None, value: Any, reading: Reading) -> Record:
-    """The document in a parsed value."""
+    """Return the document in a parsed value."""
     try:
         return pick(row, value, reading.text_field, reading.meta_fields)
     except RecursionError:
@@ -312,7 +312,8 @@ def chosen(row: int | None, value: Any, reading: Reading) -> Record:
 
 
 def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
-    """The values of a file one after the other, arrays opened: an array, one value, JSON lines, or several of these."""
+    """Yield the values of a file one after the other, arrays opened: an array, one value, JSON lines, or several of
+    these."""
     blocks = JsonBlocks(stream)
     for value in json_values(blocks, lambda: blocks.has_bad_bytes):
         if isinstance(value, Rejected):

@@ -212,7 +212,7 @@ def transfer(session: httpx.Client, listed: Listed, target: Path, fetching: Fetc
 
 
 def range_headers(listed: Listed, have: int) -> dict[str, str]:
-    """Headers that ask for what follows the first ``have`` bytes, if the content is still the same."""
+    """Return headers that ask for what follows the first ``have`` bytes, if the content is still the same."""
     if not have:
         return {}
     headers = {"range": f"bytes={have}-"}

@@ -49,7 +49,7 @@ class Listing:
 
 
 def without_password(url: str | None) -> str | None:
-    """``url``, if it carries no user name or password: these would end up in every document."""
+    """Return ``url``, if it carries no user name or password: these would end up in every document."""
     if url and "@" in url.partition("://")[2].partition("/")[0]:
         raise ValueError("an address with a user name or password in it")
     return url
@@ -85,7 +85,7 @@ class TextSource(Config):
 
 
 def text_encoding(name: str) -> str:
-    """The standard name of an encoding."""
+    """Return the standard name of an encoding."""
     try:
         found = codecs.lookup(name)
     except LookupError:
@@ -143,7 +143,7 @@ class InstalledPythonSource(TextSource):
 
 
 def without_credentials(url: str) -> str:
-    """``url``, if it carries no user name or password: these would end up in manifests."""
+    """Return ``url``, if it carries no user name or password: these would end up in manifests."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an http:// or https:// address")
@@ -227,7 +227,7 @@ NAMES_A_CONTAINER = ("abfs", "abfss", "az", "wasb", "wasbs")  # as in abfs://con
 
 
 def of_a_store(url: str) -> str:
-    """``url``, if it is one of an object store and carries no credentials."""
+    """Return ``url``, if it is one of an object store and carries no credentials."""
     scheme, colon, rest = url.partition("://")
     if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or not rest.strip("/"):
         raise ValueError("not an address such as s3://bucket/folder")

@@ -96,7 +96,8 @@ class DownloadConfig(StageConfig):
         return by_reason("left_out", self._left_out)
 
     def identity(self) -> dict[str, Any]:
-        """Options of the sources with the hash of what they hold; no path of this machine and no key is in it."""
+        """Return options of the sources with the hash of what they hold; no path of this machine and no key is in
+        it."""
         pairs = zip(self.sources, self.listings, strict=True)
         sources = [describe(source, listing) for source, listing in pairs]
         return {"sources": sources, "shard_bytes": self.shard_bytes}
@@ -107,12 +108,12 @@ LOCATIONS = {"path", "urls", "sha256", "dataset", "revision"}
 
 
 def no_query(url: str) -> str:
-    """An address as anyone may see it: a query may hold a key."""
+    """Return an address as anyone may see it: a query may hold a key."""
     return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
-    """A source as manifests name it: its options, where it is found by anyone, and the hash of what it holds."""
+    """Return a source as manifests name it: its options, where it is found by anyone, and the hash of what it holds."""
     public: dict[str, Any] = {}
     if isinstance(source, HttpSource):
         public["urls"] = [no_query(url) for url in source.urls]
@@ -206,7 +207,8 @@ def first_rejected(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Pat
 
 
 def absent_fields(sources: Sequence[Source], shards: Iterable[Path]) -> Iterator[str]:
-    """A warning for each field of ``meta_fields`` that no document of its source has; looks until each was seen."""
+    """Yield a warning for each field of ``meta_fields`` that no document of its source has; looks until each was
+    seen."""
     wanted = {
         source.name: {json.dumps(name, allow_nan=False): name for name in source.meta_fields}
         for source in sources

@@ -217,7 +217,7 @@ class Unpacked:
         return out
 
     def _unpack(self, size: int) -> bytes:
-        """The next bytes, about ``size`` of them; none at the end."""
+        """Return the next bytes, about ``size`` of them; none at the end."""
         while member := self._member or self._next_member():
             data, ended = b"", False
             if member.needs_input:
@@ -261,8 +261,8 @@ ASCII_AS = {
 
 
 def looks_like(head: bytes) -> str | None:
-    """The encoding that the first bytes of a text show by a mark, or by the NULs beside ASCII; None where it may be
-    UTF-8."""
+    """Return the encoding that the first bytes of a text show by a mark, or by the NULs beside ASCII; None where it may
+    be UTF-8."""
     marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     return marked or next((name for form, name in ASCII_AS.items() if re.match(form, head, re.DOTALL)), None)
 
@@ -326,14 +326,14 @@ class Recoded(io.RawIOBase):
 
 
 def buffered(raw: Any) -> io.BufferedReader:
-    """A stream with `readline`, read in large blocks."""
+    """Return a stream with `readline`, read in large blocks."""
     return io.BufferedReader(raw, BUFFER_BYTES)
 
 
 def decompressed(
     stream: Path | io.BufferedReader, compression: str | None, limit: Limit
 ) -> io.BufferedReader:
-    """The content of ``stream`` (a path or a file object), counted against ``limit`` if it is compressed."""
+    """Return the content of ``stream`` (a path or a file object), counted against ``limit`` if it is compressed."""
     if isinstance(stream, Path):
         stream = io.BufferedReader(stream.open("rb", 0), BUFFER_BYTES)
     if compression is None:

@@ -15,7 +15,7 @@ from data_pipeline.download.records import Record, Rejected, pick
 def read_table(
     stream: BufferedReader, text_field: str, meta_fields: Sequence[str], delimiter: str, quotes: bool
 ) -> Iterator[Record]:
-    """The rows of a table after the first, which names the fields; blank lines don't count."""
+    """Yield the rows of a table after the first, which names the fields; blank lines don't count."""
     rows = table_rows(stream, delimiter, quotes)
     names = next(rows, None)
     if names is None:
@@ -46,7 +46,7 @@ def read_table(
 
 
 def table_rows(stream: BufferedReader, delimiter: str, quotes: bool) -> Iterator[list[str] | Rejected]:
-    """The fields of each row that isn't blank, or why it can't be read."""
+    """Yield the fields of each row that isn't blank, or why it can't be read."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     lines = TextLines(stream)
     rows = csv.reader(

@@ -51,7 +51,7 @@ PROBES = (
 
 
 def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> Encoder:
-    """The encoder of the tokenizer in ``folder``; no text yields a special token.
+    """Return the encoder of the tokenizer in ``folder``; no text yields a special token.
 
     Raises:
         Unsupported: `gigatoken` doesn't know a part of this tokenizer, or does it otherwise. The encoder raises it
@@ -93,7 +93,7 @@ class Unsupported(Exception):
 
 
 def with_gigatoken(description: Mapping[str, Any], parallel: bool) -> Encoder:
-    """The encoder of the tokenizer that a ``tokenizer.json`` describes."""
+    """Return the encoder of the tokenizer that a ``tokenizer.json`` describes."""
     import awkward  # half a second, which plans and most stages need not wait for
 
     # Without its added tokens: else "<|endoftext|>" written in a text would become the special token.

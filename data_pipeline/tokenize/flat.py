@@ -85,7 +85,7 @@ class Index:
         self._lengths.append(lengths.astype(np.int64))
 
     def table(self, vocabulary: Vocabulary) -> pa.Table:
-        """The rows of `COLUMNS`, and in the metadata what a reader needs to know before it reads any."""
+        """Return the rows of `COLUMNS`, and in the metadata what a reader needs to know before it reads any."""
         lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
         coded = pa.chunked_array(self._sources, pa.dictionary(pa.int32(), pa.large_string()))
         coded = coded.unify_dictionaries().combine_chunks()
@@ -136,7 +136,7 @@ def assert_ended(ids: pa.Array, offsets: NDArray[np.int64], tokens: Tokens, end:
 
 @contextmanager
 def write_flat(folder: Path, name: str, vocabulary: Vocabulary, end: int) -> Iterator[FlatWriter]:
-    """A `FlatWriter` whose files appear when the block ends well, the index last."""
+    """Yield a `FlatWriter` whose files appear when the block ends well, the index last."""
     tokens, index = flat_paths(folder, name)
     with atomic_path(tokens) as temporary, open(temporary, "wb") as file:
         writer = FlatWriter(file, vocabulary, end)
@@ -176,7 +176,7 @@ def lay_shard(vocabulary: Vocabulary, end: int, shard: Path) -> None:
 
 
 def index_of(shard: Path) -> FlatShard:
-    """The index of a Parquet shard: as it lies beside it or, where it does not, made of it."""
+    """Return the index of a Parquet shard: as it lies beside it or, where it does not, made of it."""
     if is_written(shard.parent, shard.stem):
         return FlatShard(shard.parent, shard.stem)
     index = Index()
@@ -210,7 +210,7 @@ class FlatShard:
         return start, end
 
     def read(self) -> Tokens:
-        """All tokens, mapped.
+        """Return all tokens, mapped.
 
         Raises:
             UserError: the file is not there, or has not as many as the index has.
@@ -229,7 +229,7 @@ class FlatShard:
 
 
 def read_index(path: Path) -> pa.Table:
-    """The rows of a shard's index, mapped."""
+    """Return the rows of a shard's index, mapped."""
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
@@ -261,7 +261,7 @@ class FlatTokens:
         self.tokens = sum(shard.tokens for shard in self.shards)
 
     def sources(self) -> dict[str, int]:
-        """Tokens of each source, in order of name."""
+        """Return tokens of each source, in order of name."""
         totals: Counter[str] = Counter()
         for shard in self.shards:
             totals.update({name: tokens for name, (_, tokens) in shard.sources.items()})

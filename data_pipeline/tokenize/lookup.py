@@ -60,13 +60,13 @@ class TokenPlace:
 
 
 def find_document(folder: Path, id: str, likely: str | None = None) -> Row | None:
-    """A document's row in the shards of a stage's folder; the shard called ``likely`` is looked into first."""
+    """Return a document's row in the shards of a stage's folder; the shard called ``likely`` is looked into first."""
     paths = sorted(folder.glob("documents-*.parquet"), key=lambda path: (path.name != likely, path.name))
     return find_row(paths, id, ("meta",))
 
 
 def find_rejected(folder: Path, id: str, likely: str | None = None) -> Row | None:
-    """A document's row (reason, excerpt) among those that a stage refused."""
+    """Return a document's row (reason, excerpt) among those that a stage refused."""
     name = likely and likely.replace("documents", "rejected")
     paths = sorted((folder / "rejected").glob("*.parquet"), key=lambda path: (path.name != name, path.name))
     return find_row(paths, id, ("reason", "excerpt"))
@@ -79,7 +79,7 @@ def find_removed(folder: Path, id: str) -> Row | None:
 
 
 def find_row(paths: Iterable[Path], id: str, columns: tuple[str, ...]) -> Row | None:
-    """The first row with this id in some Parquet files."""
+    """Return the first row with this id in some Parquet files."""
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:

@@ -49,7 +49,7 @@ def count(
 
 
 def count_words(texts: pa.Array, block: int = 1 << 16) -> int:
-    """Words in a column of texts: what stands between ASCII white space and control characters.
+    """Count the words in a column of texts: what stands between ASCII white space and control characters.
 
     In blocks that stay in the processor's cache: passes over arrays as large as a row group take four times as long.
     """

@@ -77,7 +77,8 @@ class TokenizeConfig(StageConfig):
         return f"tokenize-{self.seed}"
 
     def first_keys(self, split: Split, shards: int) -> list[int]:
-        """The smallest hash of each of a split's ``shards`` shards, and last what the hashes of all are below."""
+        """Return the smallest hash of each of a split's ``shards`` shards, and last what the hashes of all are
+        below."""
         first, end = (0, self.held_out) if split == "val" else (self.held_out, HASHES)
         return [first + (end - first) * index // shards for index in range(shards + 1)]
 
@@ -109,7 +110,7 @@ class Encoding:
         return kept_encoder(encoder, self.folder, self.parallel, self.vocabulary.tokenizer_sha256)
 
     def name(self, shard: Path) -> str:
-        """The name of the run that a document shard becomes."""
+        """Return the name of the run that a document shard becomes."""
         return f"{shard.stem}-{self.encoder}"
 
 

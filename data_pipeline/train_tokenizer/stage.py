@@ -146,7 +146,7 @@ def train_tokenizer(
 def draw_sample(
     config: TokenizerConfig, shards: Sequence[Path], scratch: Path, context: StageContext
 ) -> pa.Array:
-    """Texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
+    """Return texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
 
     So the sample depends on the documents and the seed, never on how they lie in shards. The footers show about which
     hashes to look at; of row groups without one of these, no text is read. Held in memory are `MARGIN` times
@@ -170,7 +170,7 @@ def draw_sample(
 
 
 def text_size(shard: Path) -> int:
-    """Bytes of text in a shard, about, from its footer."""
+    """Count the bytes of text in a shard, about, from its footer."""
     try:
         footer = pq.read_metadata(shard)
     except (pa.ArrowException, OSError) as error:
@@ -240,7 +240,7 @@ def learn(config: TokenizerConfig, sample: Path, out: Path) -> None:
 
 
 def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
-    """The texts one after the other; only a few exist as Python objects at a time."""
+    """Yield the texts one after the other; only a few exist as Python objects at a time."""
     for start in range(0, len(texts), at_once):
         yield from texts.slice(start, at_once).to_pylist()
 
@@ -293,7 +293,8 @@ def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str], enough: int = 1_000_000) -> float:
-    """Bytes of UTF-8 that a token stands for, over the first texts of the sample (about ``enough`` characters)."""
+    """Return bytes of UTF-8 that a token stands for, over the first texts of the sample (about ``enough``
+    characters)."""
     size = tokens = characters = 0
     for text in texts:
         if characters >= enough:

@@ -24,7 +24,7 @@ their turns with that."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a stage's folder, set so that text never yields a special token.
+    """Return the tokenizer in a stage's folder, set so that text never yields a special token.
 
     A document that holds the characters ``<|endoftext|>`` is encoded as these characters; to end a document,
     append `end_of_text` (tokenizer). Nothing is put around a text, and none is cut or padded, whatever the file sets.
@@ -59,7 +59,7 @@ def end_token(folder: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
         UserError: there is none.
@@ -74,13 +74,13 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def content_of(token: Any) -> str | None:
-    """The characters of a special token, which older files describe in an object."""
+    """Return the characters of a special token, which older files describe in an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
+    """Return the id of the token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
     id = tokenizer.token_to_id(end_of(tokenizer))
     assert id is not None, f"the vocabulary lacks {end_of(tokenizer)}"
     return int(id)
@@ -111,7 +111,7 @@ def token_bytes(folder: Path) -> NDArray[np.int32]:
 
 
 def special_tokens(folder: Path) -> list[str]:
-    """The special tokens of a tokenizer, in the order of their ids.
+    """Return the special tokens of a tokenizer, in the order of their ids.
 
     Raises:
         UserError: there is none, or it can't be read.

@@ -36,7 +36,7 @@ def adopt(config: AdoptConfig, inputs: Mapping[str, Path], out: Path, context: S
 
 
 def fetched(config: AdoptConfig, folder: Path) -> Path:
-    """The folder with what lies on the hub."""
+    """Return the folder with what lies on the hub."""
     assert config.hub is not None
     assert config.revision is not None, "resolve() the config first"
     download(config.hub, config.revision, config.type, folder)

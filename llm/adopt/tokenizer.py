@@ -151,7 +151,7 @@ def require_byte_level(description: Mapping[str, Any], path: Path) -> None:
 
 
 def steps_of(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, those in sequences one by one."""
+    """Yield the steps of a normalizer or pre-tokenizer, those in sequences one by one."""
     if component is None:
         return
     held = component.get("pretokenizers") or component.get("normalizers")
@@ -162,7 +162,7 @@ def steps_of(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]
 
 
 def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The special tokens of a tokenizer, in the order of their ids."""
+    """Return the special tokens of a tokenizer, in the order of their ids."""
     added = tokenizer.get_added_tokens_decoder()
     return [token.content for _, token in sorted(added.items()) if token.special]
 
@@ -226,7 +226,8 @@ def remarks(description: Mapping[str, Any]) -> list[str]:
 
 
 def sorted_bytes() -> list[int]:
-    """The bytes in the order of the characters that stand for them: first those that are printed as themselves."""
+    """Return the bytes in the order of the characters that stand for them: first those that are printed as
+    themselves."""
     printed = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
     return [*printed, *(byte for byte in range(256) if byte not in printed)]
 

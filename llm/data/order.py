@@ -78,7 +78,7 @@ def unpermute(images: Indices, total: int, seed: int, epoch: int = 0) -> Indices
 
 
 def network(total: int, seed: int, epoch: int) -> tuple[np.uint64, Indices]:
-    """Half the bits of the numbers that the network for ``range(total)`` permutes, and its rounds' keys."""
+    """Return half the bits of the numbers that the network for ``range(total)`` permutes, and its rounds' keys."""
     if total < 1:
         raise ValueError(f"no permutation of {total} things")
     bits = np.uint64(max(1, ((total - 1).bit_length() + 1) // 2))
@@ -87,7 +87,7 @@ def network(total: int, seed: int, epoch: int) -> tuple[np.uint64, Indices]:
 
 
 def feistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
-    """One pass of the network over numbers of ``2 * bits`` bits."""
+    """Apply one pass of the network to numbers of ``2 * bits`` bits."""
     mask = np.uint64((1 << int(bits)) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
@@ -105,7 +105,7 @@ def unfeistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
 
 
 def mix(values: Any) -> Any:
-    """The SplitMix64 finaliser (Steele, Lea and Flood 2014): spreads every input bit over all 64."""
+    """Apply the SplitMix64 finaliser (Steele, Lea and Flood 2014): every input bit spreads over all 64."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

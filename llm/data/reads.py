@@ -59,7 +59,7 @@ class Training:
     """Facts as in ``skipped.parquet``, in order: `step`, `reason`, and the sequences passed over (`windows`)."""
 
     def stretches(self) -> list[Stretch]:
-        """The steps in the order in which they were taken; some twice, where the training went back."""
+        """Return the steps in the order in which they were taken; some twice, where the training went back."""
         plan, found, first, skipped = self.config.plan, [], 0, 0
         for fact in self.skipped:
             if fact["reason"] == "spike":
@@ -72,12 +72,12 @@ class Training:
         return [*found, Stretch(first=first, end=self.config.steps, skipped=skipped, rolled_back=False)]
 
     def samples(self) -> int:
-        """Samples that the whole run reads or passes over."""
+        """Count the samples that the whole run reads or passes over."""
         last = self.stretches()[-1]
         return self.config.plan.sequences_before(last.end) + last.skipped
 
     def step_of(self, sample: int, stretches: Sequence[Stretch]) -> tuple[int, int, Fate] | None:
-        """The step (from 1) that reads a sample, the row of its batch, and what became of it."""
+        """Return the step (from 1) that reads a sample, the row of its batch, and what became of it."""
         plan = self.config.plan
         for stretch in stretches:
             first, end = (

@@ -78,7 +78,7 @@ class Sequences:
         return batch
 
     def _gather(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Tokens of shape ``(len(indices), context + 1)``."""
+        """Return tokens of shape ``(len(indices), context + 1)``."""
         if len(self._streams) == 1:
             return self._streams[0].read(indices * self.context, self.context + 1)
         gathered = np.empty((len(indices), self.context + 1), self._streams[0].token_type)

@@ -240,5 +240,5 @@ def report(
 
 
 def quoted(text: str) -> list[str]:
-    """``text`` as an indented Markdown block, which nothing inside it can end."""
+    """Return ``text`` as an indented Markdown block, which nothing inside it can end."""
     return [f"    {line}" for line in text.splitlines()] or ["    (nothing)"]

@@ -55,7 +55,7 @@ def about_tokens(end: str, config: Mapping[str, Any]) -> str:
 def model_card(
     name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics, special_tokens: str
 ) -> str:
-    """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
+    """Return ``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
     adopted = manifests.get("model", {}).get("stage") == "adopt"
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
@@ -78,7 +78,7 @@ def model_card(
 
 
 def architecture(model: ModelConfig) -> str:
-    """The shape as a table."""
+    """Return the shape as a table."""
     layout = layout_of(model)
     heads = f"{model.heads}, {model.kv_head_count} of keys and values"
     rows = [
@@ -146,12 +146,12 @@ def origin(source: Mapping[str, Any]) -> str:
 
 
 def of_stage(manifests: Manifests, stage: str) -> Mapping[str, Any]:
-    """The manifest of a step of this stage; an empty one where there is none."""
+    """Return the manifest of a step of this stage; an empty one where there is none."""
     return next((one for one in manifests.values() if one.get("stage") == stage), {})
 
 
 def lineage(manifests: Manifests) -> str:
-    """Each step's fingerprint and metrics: enough to find the artifacts, or make them again."""
+    """Return each step's fingerprint and metrics: enough to find the artifacts, or make them again."""
     rows = []
     for step, manifest in manifests.items():
         if step in INPUTS:

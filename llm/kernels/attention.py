@@ -86,7 +86,7 @@ def choose(
     context: int,
     documents: bool,
 ) -> tuple[BackEnd, str]:
-    """The back end to use and why: the one that was asked for, or for "auto" the fastest that can run.
+    """Return the back end to use and why: the one that was asked for, or for "auto" the fastest that can run.
 
     Raises:
         UserError: the one that was asked for cannot run here.

@@ -99,7 +99,7 @@ class MeanLoss(torch.autograd.Function):
 
 
 class TokenLosses(torch.autograd.Function):
-    """The loss of each position (nats). The incoming gradient is known in the backward pass, which so computes again."""
+    """The loss of each position (nats). The incoming gradient is known in the backward pass, which computes again."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, head: LinearHead) -> Tensor:
@@ -123,7 +123,7 @@ def sweep(
     scale: float | Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of each position, and the gradients of sum(scale * loss) in x and weight, where wanted."""
+    """Return the loss of each position, and the gradients of sum(scale * loss) in x and weight, where wanted."""
     exact = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
     nats_N = torch.empty(len(x_ND), dtype=exact, device=x_ND.device)
     x_grad_ND = torch.empty_like(x_ND, dtype=exact) if wanted[0] else None
@@ -153,7 +153,7 @@ def sweep(
 
 
 def chunks(x_ND: Tensor, vocab: int) -> list[slice]:
-    """The positions in slices of as many as `CHUNK_BYTES` has room for, equal but for the last."""
+    """Return the positions in slices of as many as `CHUNK_BYTES` has room for, equal but for the last."""
     most = CHUNK_BYTES["cpu" if x_ND.device.type == "cpu" else "cuda"] // (4 * vocab)
     count = math.ceil(len(x_ND) / max(1, most))
     size = max(1, math.ceil(len(x_ND) / max(1, count)))
@@ -163,7 +163,7 @@ def chunks(x_ND: Tensor, vocab: int) -> list[slice]:
 def make_logits(
     x_CD: Tensor, matrix_VD: Tensor, head: LinearHead, exact: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's logits, and what holds them with columns that have no probability."""
+    """Return a chunk's logits, and what holds them with columns that have no probability."""
     if head.matmul == "onednn":
         logits_CV = onednn(x_CD, matrix_VD)
         return logits_CV, logits_CV

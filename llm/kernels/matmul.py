@@ -16,7 +16,7 @@ from llm.machine.hardware import cpu_flags, cpu_vendor
 
 
 def choose_matmul(asked: Library | Literal["auto"], *, device: str, precision: str) -> tuple[Library, str]:
-    """The library to use and why.
+    """Return the library to use and why.
 
     Raises:
         UserError: oneDNN is asked for and cannot be had.

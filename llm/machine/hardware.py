@@ -16,7 +16,7 @@ def device_kind() -> Literal["cpu", "cuda"]:
 
 
 def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
+    """Return the precision in which this machine multiplies matrices fastest without loss of range, and why."""
     if gpus():
         import torch
 
@@ -34,7 +34,7 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """The processor's features as Linux lists them; empty elsewhere."""
+    """Return the processor's features as Linux lists them; empty elsewhere."""
     return frozenset(first_entry("flags", cpuinfo).split())
 
 

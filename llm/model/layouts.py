@@ -54,7 +54,7 @@ def layout_of(config: ModelShape) -> Layout:
 
 
 def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
+    """Return ``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
 
     Keys that version 5 of `transformers` reads elsewhere than version 4 stand in both places, for a reader takes its
     default in silence where it finds nothing.
@@ -101,7 +101,7 @@ def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, 
 
 
 def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
+    """Return our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
         padded = name in ("embed_tokens.weight", "lm_head.weight")
@@ -113,7 +113,7 @@ def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Our weights of GPT-2's blocks, as GPT-2 names and turns them."""
+    """Return our weights of GPT-2's blocks, as GPT-2 names and turns them."""
     theirs = {}
     for layer in range(layers):
         for kind in ("weight", "bias"):
@@ -154,7 +154,7 @@ def turned(name: str, weight: Tensor) -> Tensor:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Our config of the model in a folder of one of the three layouts.
+    """Return our config of the model in a folder of one of the three layouts.
 
     Raises:
         UserError: there is none, or it computes what our model does not.
@@ -182,7 +182,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def our_config(theirs: Any) -> ModelConfig:
-    """Our config of what one of `transformers`' describes, which must be supported."""
+    """Return our config of what one of `transformers`' describes, which must be supported."""
     if theirs.model_type == "gpt2":
         return ModelConfig(
             positions="learned",
@@ -241,7 +241,7 @@ def require_supported(theirs: Any, folder: Path) -> None:
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Our names and the weights of a model in one of the layouts, a tensor at a time.
+    """Yield our names and the weights of a model in one of the layouts, a tensor at a time.
 
     Raises:
         UserError: a file is missing, or can't be read.
@@ -289,7 +289,7 @@ def load_weights(model: Transformer, folder: Path) -> None:
 
 
 def content_sha256(folder: Path) -> str:
-    """A hash of what the model in a folder computes, wherever it lies and however its files are written.
+    """Return a hash of what the model in a folder computes, wherever it lies and however its files are written.
 
     Raises:
         UserError: there is none, or none that our model computes.
@@ -305,7 +305,7 @@ def content_sha256(folder: Path) -> str:
 
 
 def files_sha256(folder: Path, checksum: Callable[[Path], str]) -> str:
-    """A hash of a model's files, by which older trainings name what they started from.
+    """Return a hash of a model's files, by which older trainings name what they started from.
 
     ``checksum`` gives the SHA-256 of a file.
     """
@@ -353,7 +353,7 @@ def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
 
 
 def written(value: Any) -> str:
-    """A setting as a recipe has it."""
+    """Return a setting as a recipe has it."""
     return json.dumps(value, allow_nan=False)
 
 
@@ -366,7 +366,7 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_folder(folder: Path) -> Transformer:
-    """The model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
+    """Return the model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
 
     Raises:
         UserError: there is none, or none that our model computes.

@@ -246,7 +246,7 @@ class PretrainConfig(StageConfig):
         return self
 
     def resolve(self) -> Self:
-        """A copy with ``precision`` pinned to what this machine computes in.
+        """Return a copy with ``precision`` pinned to what this machine computes in.
 
         Raises:
             UserError: more ranks than this machine has room for; attention that cannot run here; nothing to compile
@@ -273,7 +273,7 @@ class PretrainConfig(StageConfig):
         return self
 
     def with_start(self, folder: Path) -> Self:
-        """A copy that knows what ``folder`` holds, to start from."""
+        """Return a copy that knows what ``folder`` holds, to start from."""
         from llm.model.layouts import content_sha256
 
         folder = folder.expanduser().absolute()
@@ -297,7 +297,7 @@ class PretrainConfig(StageConfig):
         return identity
 
     def idle(self) -> Iterator[tuple[str, str]]:
-        """Settings (section and name) that move no bit of the weights as the others are."""
+        """Yield settings (section and name) that move no bit of the weights as the others are."""
         if self.schedule.kind == "cosine":
             yield from (("schedule", name) for name in ("decay_share", "decay_shape"))
         if self.schedule.warmup_steps is not None:
@@ -373,11 +373,11 @@ class PretrainConfig(StageConfig):
         return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
 
     def step_samples(self, step: int) -> tuple[int, int]:
-        """The first sample that ``step`` (from 0) reads a sequence from, and how many there are for it."""
+        """Return the first sample that ``step`` (from 0) reads a sequence from, and how many there are for it."""
         return self.plan.sequences_before(step), self.plan.sequences_at(step)
 
     def tokens_after(self, done: int) -> int:
-        """Tokens that the first ``done`` steps read."""
+        """Count the tokens that the first ``done`` steps read."""
         return self.plan.sequences_before(done) * self.model.context
 
 
@@ -395,7 +395,7 @@ def tokens_at(manifest: Mapping[str, Any], steps: NDArray[np.int64]) -> NDArray[
 
 
 def read_sealed(identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> PretrainConfig:
-    """The config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
+    """Return the config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
 
     Raises:
         ValidationError: it is of another version of llmill.

@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
 
 
 def describe_resolved(resolved: Resolved) -> list[str]:
-    """Lines for a person: what the ranks compute with, and why."""
+    """Return lines for a person: what the ranks compute with, and why."""
     lines = [
         f"precision {resolved.precision}: {resolved.precision_reason}",
         f"attention {resolved.attention}: {resolved.attention_reason}",
@@ -103,8 +103,8 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
 
 
 def as_begun(job: Job) -> Job:
-    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
-    follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
+    """Return ``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the
+    bits that follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
 
     Raises:
         UserError: that checkpoint was made in another precision; something that is asked for cannot run here.

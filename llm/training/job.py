@@ -61,7 +61,7 @@ class Job(Config):
         return checkpoint.Setup(**{name: getattr(self.resolved, name) for name in names})
 
     def resolve(self) -> Job:
-        """A copy that knows what its ranks compute with, who must be on this machine, or on ones like it.
+        """Return a copy that knows what its ranks compute with, who must be on this machine, or on ones like it.
 
         Raises:
             UserError: something that is asked for cannot run here.

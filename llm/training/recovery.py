@@ -80,7 +80,7 @@ class SpikeDetector:
             )
 
     def spike(self, history: History) -> float | None:
-        """The newest step's `robust_z`, where it makes a spike."""
+        """Return the newest step's `robust_z`, where it makes a spike."""
         config = self.config
         if config.spike_z is None:
             return None
@@ -91,7 +91,7 @@ class SpikeDetector:
         return z if z > config.spike_z else None
 
     def rollback_to(self, history: History, done: int) -> int:
-        """The step that a spike in step ``done`` rolls back to.
+        """Return the step that a spike in step ``done`` rolls back to.
 
         Raises:
             UserError: it was rolled back too often.
@@ -110,5 +110,5 @@ class SpikeDetector:
 
 
 def skipped_sequences(history: History) -> int:
-    """Sequences that rollbacks passed over: step N reads those that come so many after its own."""
+    """Count the sequences that rollbacks passed over: step N reads those that come so many after its own."""
     return sum(fact["windows"] for fact in history["skipped"])

@@ -87,7 +87,7 @@ class Wanted(Given):
     micro_batch: int | Literal["auto"]
 
     def pin_precision(self) -> Precision:
-        """The precision, "auto" being what this machine is fast in."""
+        """Return the precision, "auto" being what this machine is fast in."""
         return hardware_precision()[0] if self.precision == "auto" else self.precision
 
     def require(self) -> None:
@@ -181,5 +181,5 @@ class Resolved(Given):
         return self.batches.steps
 
     def accumulation(self, step: int) -> int:
-        """Micro-batches a rank works through in ``step``."""
+        """Count the micro-batches a rank works through in ``step``."""
         return self.batches.sequences_at(step) // (self.data_parallel_size * self.micro_batch)

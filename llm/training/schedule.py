@@ -53,11 +53,12 @@ class Schedule(Config):
         return self
 
     def warmup_of(self, steps: int) -> int:
-        """Steps of ``steps`` in which the rate rises."""
+        """Count the steps of ``steps`` in which the rate rises."""
         return round(self.warmup_share * steps) if self.warmup_steps is None else self.warmup_steps
 
     def decay_of(self, steps: int) -> int:
-        """Steps of ``steps`` in which a wsd schedule falls: those that `decay_share` rounds to, after the warm-up."""
+        """Count the steps of ``steps`` in which a wsd schedule falls: those that `decay_share` rounds to, after the
+        warm-up."""
         return min(round(self.decay_share * steps), steps - self.warmup_of(steps))
 
     def require_room(self, steps: int) -> None:
@@ -110,7 +111,7 @@ class BatchPlan:
         return self.stairs[0][1]
 
     def sequences_at(self, step: int) -> int:
-        """Sequences that ``step`` (from 0) reads."""
+        """Count the sequences that ``step`` (from 0) reads."""
         for steps, sequences in self.stairs:
             if step < steps:
                 return sequences
@@ -118,7 +119,7 @@ class BatchPlan:
         return self.stairs[-1][1]
 
     def sequences_before(self, step: int) -> int:
-        """Sequences that the steps before ``step`` read."""
+        """Count the sequences that the steps before ``step`` read."""
         total = 0
         for steps, sequences in self.stairs[:-1]:
             total += min(step, steps) * sequences
@@ -126,7 +127,8 @@ class BatchPlan:
         return total + step * self.stairs[-1][1]
 
     def step_of(self, sequence: int) -> int:
-        """The step that reads the ``sequence``-th of all sequences (from 0): the inverse of `sequences_before`."""
+        """Return the step that reads the ``sequence``-th of all sequences (from 0): the inverse of
+        `sequences_before`."""
         first = 0
         for steps, sequences in self.stairs[:-1]:
             if sequence < steps * sequences:
@@ -136,7 +138,8 @@ class BatchPlan:
 
 
 def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup | None) -> BatchPlan:
-    """The sizes of batches that read ``tokens`` tokens, less a remainder under one whole batch; at least one step.
+    """Return the sizes of batches that read ``tokens`` tokens, less a remainder under one whole batch; at least one
+    step.
 
     Raises:
         ValueError: the warm-up's sizes do not divide.
@@ -156,7 +159,7 @@ def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup
 
 
 def warmup_sizes(batch_tokens: int, context: int, warmup: BatchWarmup | None) -> list[int]:
-    """Tokens of the batches below ``batch_tokens``, doubling.
+    """Return tokens of the batches below ``batch_tokens``, doubling.
 
     Raises:
         ValueError: they do not end at ``batch_tokens``, or hold no whole number of sequences.

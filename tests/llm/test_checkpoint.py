@@ -116,7 +116,7 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
         ({"compile": True}, "compile=False", "compile=True"),
     ],
 )
-def test_another_setup_is_gone_on_with_and_told(changed: dict[str, Any], was: str, is_now: str) -> None:
+def test_another_setup_is_resumed_with_and_reported(changed: dict[str, Any], was: str, is_now: str) -> None:
     made = Checkpoint(step=8, setup=SETUP, files={})
     assert checkpoint.changes(made, SETUP) is None
     checkpoint.require_same_training(made, replace(SETUP, **changed))
@@ -132,7 +132,7 @@ def test_another_precision_is_refused_with_what_it_was() -> None:
 
 
 def test_layers_split_otherwise_are_refused() -> None:
-    """Parts of matrices are saved as they are, so other ranks cannot take them up."""
+    """Shards of matrices are saved as they are, so other ranks cannot resume from them."""
     made = Checkpoint(step=8, setup=replace(SETUP, tensor_parallel=2), files={})
     with pytest.raises(UserError, match="made with tensor_parallel=2, but pretrain would resume with 1"):
         checkpoint.require_same_training(made, SETUP)

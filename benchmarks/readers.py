@@ -33,7 +33,7 @@ def drain(batches: Pairs, tokens: int) -> dict[str, int]:
 def llmill(shards: str, context: int, batch: int, tokens: int, end: int | None = None) -> Work:
     """Ours, as the trainer uses it; with ``end``, documents' numbers too. The thread shares the core."""
     from data_pipeline.tokenize.flat import FlatTokens
-    from llm.data.loader import Loader, Share
+    from llm.data.loader import Loader, RankSlice
     from llm.data.order import batch_sequences
     from llm.data.sequences import Sequences
 
@@ -43,7 +43,9 @@ def llmill(shards: str, context: int, batch: int, tokens: int, end: int | None =
     steps = -(-tokens // (batch * context))
 
     def pairs() -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        with Loader(windows, order, lambda step: (step * batch, batch), Share(0, 1, batch), steps) as loader:
+        with Loader(
+            windows, order, lambda step: (step * batch, batch), RankSlice(0, 1, batch), steps
+        ) as loader:
             for step in range(steps):
                 (one,) = loader.micro_batches(step)
                 yield one.tokens_BT, one.targets_BT

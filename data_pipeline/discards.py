@@ -1,4 +1,4 @@
-"""Records, files, documents and pieces of text that a stage discards: their metrics, and how people read these.
+"""Records, files, documents and slices of text that a stage discards: their metrics, and how people read these.
 
 A stage names each count ``kind/reason``; `by_reason` makes such metrics. Whoever shows a result (terminal, summary,
 plan, status, pages of Prefect and MLflow) asks `describe` for them, so nothing that is discarded goes unseen.
@@ -27,7 +27,7 @@ class Kind:
     words: str
     """Stand behind the number."""
     of: str
-    """Name of what is counted, where it is a share of something."""
+    """Name of what is counted, where it is a fraction of something."""
     whole: tuple[str, ...] = ()
     """The metrics that, with the discarded where it is not among them, are all of it."""
     included: bool = False
@@ -69,7 +69,7 @@ def plain_name(reason: str) -> str:
 
 
 def is_discard(name: str) -> bool:
-    """Say whether a metric counts what was discarded."""
+    """Return whether a metric counts what was discarded."""
     kind, slash, _ = name.partition("/")
     return bool(slash) and kind in KINDS
 
@@ -85,7 +85,7 @@ def reasons_of(metrics: Mapping[str, float], kind: str) -> dict[str, float]:
 
 
 def describe(metrics: Mapping[str, float], most: int | None = MOST_REASONS) -> list[str]:
-    """Name all that was discarded, a part for each kind: ``98 rejected (90 empty, 8 not_utf8)``.
+    """Name all that was discarded, by kind: ``98 rejected (90 empty, 8 not_utf8)``.
 
     Args:
         most: reasons that are named of each kind; None: all.
@@ -102,17 +102,17 @@ def named(reasons: Mapping[str, float], most: int | None) -> str:
     if len(reasons) == 1:
         return next(iter(reasons))
     shown = list(reasons.items())
-    if most is not None and len(shown) > most + 1:  # one more takes no more room than to say so
+    if most is not None and len(shown) > most + 1:  # one more takes no more room than its count
         shown = shown[:most]
-    parts = [f"{count:,.0f} {reason}" for reason, count in shown]
+    named = [f"{count:,.0f} {reason}" for reason, count in shown]
     if rest := len(reasons) - len(shown):
         more = sum(reasons.values()) - sum(count for _, count in shown)
-        parts.append(f"{more:,.0f} for {rest} other reasons")
-    return ", ".join(parts)
+        named.append(f"{more:,.0f} for {rest} other reasons")
+    return ", ".join(named)
 
 
 def warnings(metrics: Mapping[str, float], shares: Mapping[str, float]) -> list[str]:
-    """Say what was discarded in a share of more than is allowed; ``shares`` has the allowed one of each kind."""
+    """Return what was discarded beyond the allowed fraction; ``shares`` has that of each kind."""
     lines = []
     for kind, allowed in shares.items():
         about, reasons = KINDS[kind], reasons_of(metrics, kind)

@@ -95,7 +95,7 @@ class ShardWriter:
 
 @contextmanager
 def write_shard(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[ShardWriter]:
-    """A `ShardWriter` whose file appears under ``path`` when the block ends well, and not at all otherwise."""
+    """Yield a `ShardWriter` whose file appears under ``path`` when the block ends well, and not at all otherwise."""
     with atomic_path(path) as temporary:
         writer = ShardWriter(temporary, schema)
         try:
@@ -105,7 +105,7 @@ def write_shard(path: Path, schema: pa.Schema = SCHEMA) -> Iterator[ShardWriter]
 
 
 def shard_paths(folder: Path, kind: str = "documents") -> list[Path]:
-    """The shards ``<kind>-00000.parquet``, ... of a stage's folder, in order.
+    """Return the shards ``<kind>-00000.parquet``, ... of a stage's folder, in order.
 
     Raises:
         UserError: there is none.
@@ -119,7 +119,7 @@ def shard_paths(folder: Path, kind: str = "documents") -> list[Path]:
 
 
 def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The rows of a Parquet shard, one record batch a row group (in order).
+    """Yield the rows of a Parquet shard, one record batch a row group (in order).
 
     Raises:
         UserError: the file can't be read; the message names it.
@@ -138,7 +138,7 @@ def read_shard(path: Path, columns: Iterable[str] | None = None) -> Iterator[pa.
 
 
 def count_rows(shard: Path) -> int:
-    """Rows of a shard, from its footer."""
+    """Count the rows of a shard, from its footer."""
     try:
         return int(pq.read_metadata(shard).num_rows)
     except (pa.ArrowException, OSError) as error:
@@ -146,7 +146,7 @@ def count_rows(shard: Path) -> int:
 
 
 def corrupt(path: Path, error: Exception) -> UserError:
-    """The error for a shard that can't be read."""
+    """Return the error for a shard that can't be read."""
     return UserError(
         f"corrupt shard {path}: {first_line(error)}\n"
         "run `llmill verify`, then build its stage again with --force <stage>"
@@ -154,7 +154,7 @@ def corrupt(path: Path, error: Exception) -> UserError:
 
 
 def buffers(texts: pa.Array) -> tuple[NDArray[np.uint8], NDArray[np.int32]]:
-    """Bytes and offsets (documents + 1) of a column of strings without nulls, in place."""
+    """Return bytes and offsets (documents + 1) of a column of strings without nulls, in place."""
     assert texts.type == pa.string(), f"expected string, found {texts.type}"
     assert texts.null_count == 0, "texts are never null"
     if not len(texts):
@@ -170,7 +170,8 @@ def byte_lengths(column: pa.Array) -> NDArray[np.int64]:
 
 
 def hash_ids(ids: Iterable[str], salt: str) -> NDArray[np.uint64]:
-    """A uniform 64-bit hash of every id, the same everywhere and for ever: what splits, samples and orders use."""
+    """Return a uniform 64-bit hash of every id, the same everywhere and for ever: what splits, samples and orders
+    use."""
     seed = blake2b(salt.encode(), digest_size=16).digest()
     digests = b"".join(blake2b(one.encode(), digest_size=8, key=seed).digest() for one in ids)
     return np.frombuffer(digests, dtype="<u8").astype(np.uint64)
@@ -183,7 +184,7 @@ def save_array(path: Path, array: NDArray[Any]) -> None:
 
 
 def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sum of several tallies, its keys in order."""
+    """Return the sum of several tallies, its keys in order."""
     total: dict[str, int] = {}
     for one in counts:
         for key, value in one.items():
@@ -192,7 +193,7 @@ def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
 
 
 def blocks(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """The eight bytes from each byte on as one little-endian number, in place; for all bytes but the last seven.
+    """Return the eight bytes from each byte on as one little-endian number, in place; for all bytes but the last seven.
 
     There is always one: fewer than eight bytes are followed by zeros.
     """

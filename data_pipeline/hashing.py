@@ -20,7 +20,7 @@ KEPT = np.array([(1 << 8 * count) - 1 for count in range(9)], np.uint64)
 
 
 def hash_column(column: pa.Array, salt: str) -> NDArray[np.uint64]:
-    """A uniform 64-bit hash of every string of a column of type string without nulls, shape (rows,)."""
+    """Return a uniform 64-bit hash of every string of a column of type string without nulls, shape (rows,)."""
     assert column.type == pa.string(), column.type
     assert not column.null_count
     starts, words = words_of(column)

@@ -1,6 +1,6 @@
 """The shuffle between documents and token shards: sorted runs on disk, and one range of keys merged from all of them.
 
-A run is an Arrow file of record batches, each sorted by key (a hash of the document's id), read by memory mapping.
+A sorted run is an Arrow file of record batches, each sorted by key (a hash of the document's id), mapped into memory.
 Whoever writes the documents of a range of keys looks into every run; where there are more than `FAN_IN` runs, groups of
 them are first gathered into fewer, cut by ranges of keys, so that no task ever opens more than `FAN_IN` files a range.
 Tokens travel as bytes: Arrow copies a list of numbers element by element, and bytes as a block.
@@ -34,33 +34,33 @@ RUN = pa.schema([("id", pa.large_string()), ("key", pa.uint64()), ("data", pa.la
 
 
 @dataclass(frozen=True)
-class Runs:
-    """A set of runs, each cut into the same ranges of keys (one file a range)."""
+class SortedRuns:
+    """A set of sorted runs, each cut into the same ranges of keys (one file a range)."""
 
     folder: Path
     names: tuple[str, ...]
     firsts: tuple[int, ...] = (0,)
     """The smallest key of each range."""
 
-    def path(self, name: str, part: int) -> Path:
-        return self.folder / f"{name}-{part:05d}.arrow"
+    def path(self, name: str, index: int) -> Path:
+        return self.folder / f"{name}-{index:05d}.arrow"
 
-    def last(self, part: int) -> int:
-        """The largest key of a range."""
-        return (*self.firsts, HASHES)[part + 1] - 1
+    def last(self, index: int) -> int:
+        """Return the largest key of a range."""
+        return (*self.firsts, HASHES)[index + 1] - 1
 
     def size(self) -> int:
-        """Bytes on disk."""
-        parts = range(len(self.firsts))
-        return sum(self.path(name, part).stat().st_size for name in self.names for part in parts)
+        """Return the bytes on disk."""
+        ranges = range(len(self.firsts))
+        return sum(self.path(name, index).stat().st_size for name in self.names for index in ranges)
 
     def between(self, first: int, last: int) -> pa.RecordBatch:
-        """The documents with a key in [first, last] of all runs, sorted within each of its pieces only."""
-        parts = range(bisect_right(self.firsts, first) - 1, bisect_right(self.firsts, last))
+        """Return the documents with a key in [first, last] of all runs, sorted within each slice of a batch only."""
+        ranges = range(bisect_right(self.firsts, first) - 1, bisect_right(self.firsts, last))
         found = [pa.RecordBatch.from_pylist([], RUN)]
         for name in self.names:
-            for part in parts:
-                found += slices(self.path(name, part), first, last)
+            for index in ranges:
+                found += slices(self.path(name, index), first, last)
         return pa.concat_batches(found)
 
 
@@ -78,7 +78,7 @@ def slices(path: Path, first: int, last: int) -> Iterator[pa.RecordBatch]:
 
 
 class RunWriter:
-    """Writes a run; holds `RUN_BYTES` and one addition at most."""
+    """Writer of a sorted run; holds `RUN_BYTES` and one addition at most."""
 
     def __init__(self, writer: pa.ipc.RecordBatchFileWriter) -> None:
         self._writer = writer
@@ -113,7 +113,7 @@ def open_run(path: Path) -> Iterator[pa.ipc.RecordBatchFileWriter]:
 
 @contextmanager
 def write_run(path: Path) -> Iterator[RunWriter]:
-    """A `RunWriter` whose file appears under ``path`` when the block ends well."""
+    """Yield a `RunWriter` whose file appears under ``path`` when the block ends well."""
     with open_run(path) as writer:
         run = RunWriter(writer)
         yield run
@@ -121,7 +121,7 @@ def write_run(path: Path) -> Iterator[RunWriter]:
 
 
 def order_of(rows: pa.RecordBatch) -> NDArray[np.int64]:
-    """The order of rows by key, and by id where keys are equal (which two of 10^9 documents hardly ever are)."""
+    """Return the order of rows by key, and by id where keys are equal (which two of 10^9 documents hardly ever are)."""
     keys = rows.column("key").to_numpy()
     order: NDArray[np.int64] = np.argsort(keys, kind="stable")
     ordered = keys[order]
@@ -131,30 +131,34 @@ def order_of(rows: pa.RecordBatch) -> NDArray[np.int64]:
     return order
 
 
-def gather(runs: Runs, context: StageContext) -> Runs:
+def gather(runs: SortedRuns, context: StageContext) -> SortedRuns:
     """Merge ``runs`` until at most `FAN_IN` are left. Each level writes all they hold once more."""
     level = 0
     while len(runs.names) > FAN_IN:
         level += 1
         groups = [runs.names[start : start + FAN_IN] for start in range(0, len(runs.names), FAN_IN)]
-        parts = max(1, -(-runs.size() // (len(groups) * GATHER_BYTES)))
+        ranges = max(1, -(-runs.size() // (len(groups) * GATHER_BYTES)))
         names = tuple(f"gathered-{level}-{number:06d}" for number in range(len(groups)))
-        gathered = Runs(runs.folder, names, tuple(HASHES * part // parts for part in range(parts)))
+        gathered = SortedRuns(runs.folder, names, tuple(HASHES * index // ranges for index in range(ranges)))
         work = [
-            (Runs(runs.folder, group, runs.firsts), gathered.path(name, part), *bounds(gathered, part))
+            (
+                SortedRuns(runs.folder, group, runs.firsts),
+                gathered.path(name, index),
+                *bounds(gathered, index),
+            )
             for group, name in zip(groups, names, strict=True)
-            for part in range(parts)
+            for index in range(ranges)
         ]
-        context.map(gather_part, work, names=[path.stem for _, path, *_ in work])
+        context.map(gather_range, work, names=[path.stem for _, path, *_ in work])
         runs = gathered
     return runs
 
 
-def bounds(runs: Runs, part: int) -> tuple[int, int]:
-    return runs.firsts[part], runs.last(part)
+def bounds(runs: SortedRuns, index: int) -> tuple[int, int]:
+    return runs.firsts[index], runs.last(index)
 
 
-def gather_part(work: tuple[Runs, Path, int, int]) -> None:
+def gather_range(work: tuple[SortedRuns, Path, int, int]) -> None:
     """Write one range of keys of a group of runs as one sorted batch, unless it is there."""
     group, path, first, last = work
     if path.exists():
@@ -165,13 +169,13 @@ def gather_part(work: tuple[Runs, Path, int, int]) -> None:
 
 
 def pack(offsets: NDArray[np.int64], tokens: NDArray[np.unsignedinteger]) -> pa.Array:
-    """Documents ``tokens[offsets[i] : offsets[i + 1]]`` as bytes, sharing the buffer."""
+    """Pack documents ``tokens[offsets[i] : offsets[i + 1]]`` as bytes, sharing the buffer."""
     buffers = [None, pa.py_buffer(offsets * tokens.itemsize), pa.py_buffer(tokens)]
     return pa.Array.from_buffers(pa.large_binary(), len(offsets) - 1, buffers)
 
 
 def unpack(data: pa.Array, element: pa.DataType) -> pa.Array:
-    """The lists of tokens that `pack` made bytes of, sharing the buffer."""
+    """Return the lists of tokens that `pack` made bytes of, sharing the buffer."""
     size = element.bit_width // 8
     _, offsets, buffer = data.buffers()
     ends = np.frombuffer(offsets, np.int64)[data.offset : data.offset + len(data) + 1] // size

@@ -21,7 +21,7 @@ from data_pipeline.core.processes import process_pool
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Metrics = dict[str, float]
-"""Figures that a stage body returns. They depend on its config and inputs only, never on the clock."""
+"""Metrics that a stage body returns. They depend on its config and inputs only, never on the clock."""
 
 
 class Runtime(Config):
@@ -40,7 +40,7 @@ class StageConfig(Config):
     runtime: Runtime = Runtime()
 
     def resolve(self) -> Self:
-        """A copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
+        """Return a copy in which all that depends on the world (files, revisions, ``auto``) is pinned.
 
         Raises:
             UserError: what is named does not exist or can't be used.
@@ -49,15 +49,15 @@ class StageConfig(Config):
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The JSON value that is hashed into the fingerprint. Call it on a resolved config."""
+        """Return the JSON value that is hashed into the fingerprint. Call it on a resolved config."""
         return self.model_dump(mode="json", exclude={"runtime"})
 
     def makes(self) -> tuple[str, ...]:
-        """The types of what a step with this config makes; empty: as the table of stages says."""
+        """Return the types of what a step with this config makes; empty: as in the table of stages."""
         return ()
 
     def left_out(self) -> Metrics | None:
-        """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: it can't tell."""
+        """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: unknown."""
         return None
 
     def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
@@ -73,7 +73,7 @@ class StageConfig(Config):
         return
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
-        """Lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
+        """Return lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
 
         Args:
             metrics: of the sealed artifact that is the stage's first input; empty where that is not built yet.
@@ -100,11 +100,11 @@ class StageContext(Protocol):
         ...
 
     def progress(self, done: float, total: float | None, unit: str) -> None:
-        """Say how far the stage is: ``done`` of ``total`` ``unit`` ("documents", "MB", "steps")."""
+        """Report how far the stage is: ``done`` of ``total`` ``unit`` ("documents", "MB", "steps")."""
         ...
 
     def note(self, message: str, *, warning: bool = False) -> None:
-        """Tell a person one line: a choice made ("precision fp32: ...") or a warning."""
+        """Report one line to a person: a choice made ("precision fp32: ...") or a warning."""
         ...
 
     def launch(

@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from data_pipeline.documents import write_shard
-from data_pipeline.download.parts import Parts
+from data_pipeline.download.group_writer import GroupWriter
 from data_pipeline.download.stage import DownloadConfig, download
 from data_pipeline.stage import LocalContext, Metrics, StageConfig, StageContext
 
@@ -142,19 +142,19 @@ def check_kills(config: Mapping[str, Any], folder: Path) -> None:
     assert len(kept) >= 3
     assert download(whole, {}, out, LocalContext())["documents"] > 0
     inodes = {path.stat().st_ino for path in out.rglob("*.parquet")}
-    assert set(kept.values()) <= inodes, "a whole part was written again"
+    assert set(kept.values()) <= inodes, "a whole shard was written again"
     assert digests(out) == digests(folder / "undisturbed")
 
 
 def slowly(config: Mapping[str, Any], out: Path) -> None:
-    """A download with a short rest after each part, so that there is time to kill it."""
-    seal = Parts.seal
+    """A download with a short rest after each shard, so that there is time to kill it."""
+    seal = GroupWriter.seal
 
-    def rest(self: Parts, piece: int, place: Any) -> None:
-        seal(self, piece, place)
+    def rest(self: GroupWriter, index: int, position: Any) -> None:
+        seal(self, index, position)
         time.sleep(0.2)
 
-    Parts.seal = rest  # type: ignore[method-assign]
+    GroupWriter.seal = rest  # type: ignore[method-assign]
     download(DownloadConfig.model_validate(config), {}, out, LocalContext())
 
 

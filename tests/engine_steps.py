@@ -80,7 +80,7 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
     for step in range(experiment.steps):
         if step and step == experiment.reload_after:
             folder.mkdir(exist_ok=True)
-            checkpoint.write_part(folder, dist.get_rank(), engine.snapshot())
+            checkpoint.write_shard(folder, dist.get_rank(), engine.snapshot())
             dist.barrier()
             engine = Engine(Transformer(shape, seed=config.seed + 1), resolved)
             engine.restore(folder)

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.tokenize.flat import Part, Stream
+from data_pipeline.tokenize.flat import Stream, StreamShard
 from data_pipeline.tokenize.shards import TokenShards
-from llm.data.loader import Loader, Share
+from llm.data.loader import Loader, RankSlice
 from llm.data.sequences import Sequences
 from llm.training.job import Job
 from llm.training.recovery import History, skipped_sequences
@@ -36,7 +36,7 @@ def numbered(job: Job, texts: dict[str, np.ndarray]) -> Sequences:
             for number, (name, tokens) in enumerate(texts.items())
             if source in (None, name.split("/")[0])
         ]
-        streams.append(Stream([Part(np.concatenate(owners))]))
+        streams.append(Stream([StreamShard(np.concatenate(owners))]))
         assert len(streams[-1]) == len(real)
     return Sequences(streams, job.model.context)
 
@@ -54,7 +54,7 @@ def replay(job: Job, sequences: Sequences, spikes: dict[int, int]) -> tuple[dict
     found: dict[int, set[Any]] = defaultdict(set)
     left = dict(spikes)
     step = 0
-    with Loader(sequences, job.corpus.order(sequences), samples, Share(0, 1, 3), config.steps) as loader:
+    with Loader(sequences, job.corpus.order(sequences), samples, RankSlice(0, 1, 3), config.steps) as loader:
         while step < config.steps:
             rows: list[set[int]] = []
             for batch in loader.micro_batches(step):

@@ -1,5 +1,5 @@
 """What each rank of `test_state` runs (``python -m tests.state_steps JOB``): engines at some ZeRO stages step, save,
-take up what they or others saved, and step again; rank 0 leaves the losses."""
+resume from what they or others saved, and step again; rank 0 leaves the losses."""
 
 from __future__ import annotations
 

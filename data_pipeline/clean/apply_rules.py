@@ -45,13 +45,13 @@ class Cleaned:
         self.changed |= len(rows) > 0
 
     def alive(self) -> tuple[NDArray[np.int64], pa.Array]:
-        """The rows not dropped so far, and their texts."""
+        """Return the rows not dropped so far, and their texts."""
         rows = self.verdicts.alive()
         return rows, self.texts if len(rows) == len(self.texts) else self.texts.take(pa.array(rows))
 
 
 def measured(batch: pa.RecordBatch, form: Form | None, short: int) -> Cleaned:
-    """A batch with its texts normalised and counted (see `measure`), before any rule."""
+    """Return a batch with its texts normalised and counted (see `measure`), before any rule."""
     texts = normalise_column(batch.column("text"), form)
     stats = measure(texts, short)
     return Cleaned(

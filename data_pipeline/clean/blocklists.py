@@ -57,7 +57,7 @@ class UrlBlocklist:
         self._segments = max((entry.count("/") for entry in self._entries), default=0)
 
     def blocks(self, url: str) -> str | None:
-        """The entry that blocks an address, if any does."""
+        """Return the entry that blocks an address, if any does."""
         host, path = split_url(url)
         labels = host.split(".")[-self._labels :]  # no deeper than the list is: addresses may be long
         segments = path.split("/")[1 : self._segments + 1]
@@ -70,7 +70,7 @@ class UrlBlocklist:
         return None
 
     def find(self, metas: pa.Array) -> Iterator[tuple[int, str, str]]:
-        """The rows that are blocked: (row, reason, the entry). Equal metas are looked at once."""
+        """Yield the rows that are blocked: (row, reason, the entry). Equal metas are looked at once."""
         coded = pc.dictionary_encode(metas)
         urls = [json.loads(meta).get("url") for meta in coded.dictionary.to_pylist()]
         entries = [self.blocks(url) if isinstance(url, str) else None for url in urls]
@@ -103,7 +103,8 @@ class PhraseBlocklist:
         self._sequences = Sequences(normal, ngram=None, joined=False)
 
     def find(self, texts: pa.Array) -> Iterator[tuple[int, str, str]]:
-        """The rows with a phrase of the list: (row, reason, the phrase), the first in the text standing for all."""
+        """Yield the rows with a phrase of the list: (row, reason, the phrase), the first in the text standing for
+        all."""
         last = -1
         for match in self._sequences.find(texts):
             if match.row != last:
@@ -119,7 +120,7 @@ class IdBlocklist:
         self._entries = pa.array(sorted(entries), pa.string())
 
     def find(self, ids: pa.Array) -> Iterator[tuple[int, str, str]]:
-        """The rows that are blocked: (row, reason, the id)."""
+        """Yield the rows that are blocked: (row, reason, the id)."""
         files = pc.replace_substring_regex(ids, r"#[^#/]*$", "")
         found = pc.or_(pc.is_in(ids, self._entries), pc.is_in(files, self._entries))
         for row in np.flatnonzero(found.to_numpy(zero_copy_only=False)).tolist():

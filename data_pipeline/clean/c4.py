@@ -69,7 +69,7 @@ class C4Rules(Config):
     """Drop documents of fewer sentences, counted in the lines that stay."""
 
     def broken(self, texts: pa.Array) -> list[Broken]:
-        """The rules on whole documents that need no lines, and the texts that break each."""
+        """Return the rules on whole documents that need no lines, and the texts that break each."""
         found: list[Broken] = []
         if self.lorem_ipsum:
             found.append(("c4_lorem_ipsum", contains(texts, "(?i)lorem ipsum")))
@@ -114,7 +114,7 @@ def contains(texts: pa.Array, pattern: str) -> NDArray[np.bool_]:
 
 
 def without_citations(texts: pa.Array) -> tuple[pa.Array, NDArray[np.int64]]:
-    """The texts without marks of citations, and how many each had."""
+    """Return the texts without marks of citations, and how many each had."""
     found = pc.count_substring_regex(texts, CITATIONS).to_numpy(zero_copy_only=False).astype(np.int64)
     rows = np.flatnonzero(found)
     without = pc.replace_substring_regex(texts.take(pa.array(rows)), CITATIONS, "")
@@ -144,14 +144,14 @@ def character_kinds() -> NDArray[np.uint8]:
 
 @cache
 def phrases() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """``javascript`` and the `POLICIES`: their bytes, and where each begins and ends."""
+    """Return ``javascript`` and the `POLICIES`: their bytes, and where each begins and ends."""
     words = ["javascript", *POLICIES]
     return np.frombuffer("".join(words).encode(), np.uint8), np.cumsum([0, *map(len, words)])
 
 
 @kernel
 def kind_at(data: NDArray[np.uint8], at: int, kinds: NDArray[np.uint8]) -> tuple[np.uint8, int]:
-    """The kind of the character at byte ``at`` of valid UTF-8, and its length in bytes."""
+    """Return the kind of the character at byte ``at`` of valid UTF-8, and its length in bytes."""
     code, length = code_point(data, at)
     return (kinds[code] if code < len(kinds) else np.uint8(0)), length
 
@@ -187,7 +187,8 @@ def scan_line(
 
 @kernel
 def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArray[np.uint8]) -> int:
-    """Sentences of a line: each ends with one of ``.?!``, maybe a closing bracket or quotation mark, and white space.
+    """Count the sentences of a line: each ends with one of ``.?!``, maybe a closing bracket or quotation mark, and
+    white space.
 
     Other marks need no space, and of Thai and Lao, which have no marks, a space is the end. What follows the last one
     is a sentence too, and none is without a letter or digit. ``Mr. Hyde`` makes two.
@@ -218,7 +219,7 @@ def count_sentences(data: NDArray[np.uint8], start: int, end: int, kinds: NDArra
 def find_phrase(
     data: NDArray[np.uint8], start: int, end: int, phrases: NDArray[np.uint8], bounds: NDArray[np.int64]
 ) -> int:
-    """A bit for each phrase (lower case, ASCII) that stands between these bytes, in any case."""
+    """Return a bit for each phrase (lower case, ASCII) that stands between these bytes, in any case."""
     found = 0
     for at in range(start, end):
         byte = data[at] | 0x20
@@ -253,7 +254,8 @@ def judge(
     phrases: NDArray[np.uint8],
     bounds: NDArray[np.int64],
 ) -> int:
-    """The first of `LINE_REASONS` for which a line goes; -1 where it stays. ``rules``: see `C4Rules.remove_lines`."""
+    """Return the first of `LINE_REASONS` for which a line goes; -1 where it stays. ``rules``: see
+    `C4Rules.remove_lines`."""
     if rules[LONG_WORD] >= 0 and longest > rules[LONG_WORD]:
         return LONG_WORD
     if rules[NO_TERMINAL_MARK]:

@@ -2,8 +2,8 @@
 
 Brown et al. 2020, "Language Models are Few-Shot Learners" (GPT-3), appendix C: 13-grams of lower-cased words without
 punctuation, separated by white space; lm-evaluation-harness and others do the same. They cut out 200 characters
-around a match and drop a document cut into more than ten pieces; here a document is dropped whole, if it has as many
-matches as the config says. An item of fewer words than an n-gram has is not looked for; the report counts those.
+around a match and drop a document cut into more than ten slices; here a document is dropped whole, if it has as many
+matches as the config sets. An item of fewer words than an n-gram has is not looked for; the report counts those.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Decontamination(Config):
     min_matches: int = Field(default=1, ge=1)
     """A document is dropped if at least so many of its n-grams stand in one set."""
     min_fraction: Annotated[float, Field(ge=0, le=1)] = 0
-    """And if they are at least this part of all its n-grams: spares books that quote a line of a test."""
+    """And if they are at least this fraction of all its n-grams: spares books that quote a line of a test."""
 
 
 class Contamination:
@@ -66,7 +66,7 @@ class Contamination:
 
     def __init__(self, rules: Decontamination, files: tuple[PinnedFile, ...], form: Form | None) -> None:
         self._rules = rules
-        self._names = sorted(rules.sets)  # a fingerprint says nothing of the order in a recipe
+        self._names = sorted(rules.sets)  # a fingerprint does not depend on the order in a recipe
         items: list[str] = []
         self._set_of: list[int] = []
         for (name, chosen), file in zip(rules.sets.items(), files, strict=True):
@@ -86,7 +86,7 @@ class Contamination:
         ]
 
     def find(self, texts: pa.Array) -> Iterator[tuple[int, str, str]]:
-        """The rows to drop: (row, reason with the set's name, an n-gram that was found)."""
+        """Yield the rows to drop: (row, reason with the set's name, an n-gram that was found)."""
         first: dict[tuple[int, int], str] = {}
         matches: dict[int, Counter[int]] = {}
         for match in self._sequences.find(texts):
@@ -102,7 +102,7 @@ class Contamination:
 
 
 def read_items(file: PinnedFile, fields: tuple[str, ...]) -> Iterator[str]:
-    """The texts of an evaluation set.
+    """Yield the texts of an evaluation set.
 
     Raises:
         UserError: the file is broken, lacks a field, or a field holds something else than text.
@@ -157,10 +157,10 @@ def is_utf8(text: str) -> bool:
 
 @lru_cache(maxsize=2)
 def cached_contamination(rules: str, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
-    """The sets of a config (as JSON, since a config can't be hashed), read once a process."""
+    """Return the sets of a config (as JSON, since a config can't be hashed), read once a process."""
     return Contamination(Decontamination.model_validate_json(rules), files, form)
 
 
 def contamination(rules: Decontamination, files: tuple[PinnedFile, ...], form: Form | None) -> Contamination:
-    """The n-grams of the sets of ``rules`` (``files``, in the same order), for texts of a Unicode form."""
+    """Return the n-grams of the sets of ``rules`` (``files``, in the same order), for texts of a Unicode form."""
     return cached_contamination(rules.model_dump_json(), files, form)

@@ -14,11 +14,11 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data_pipeline.clean.quality import Broken, Count, Fraction, Ratio, share
+from data_pipeline.clean.quality import Broken, Count, Fraction, Ratio, fraction_of
 from data_pipeline.clean.text_stats import TextStats
 from data_pipeline.core.config import Config
 
-Share = Annotated[float, Field(gt=0, le=1)]
+PositiveFraction = Annotated[float, Field(gt=0, le=1)]
 """Never 0: what is at the limit is dropped, and every text is at 0."""
 
 
@@ -27,9 +27,9 @@ class FineWebRules(Config):
 
     min_terminated_lines: Fraction | None = 0.12
     """Fraction of lines that end with a full stop, a question or exclamation mark or a quotation mark."""
-    max_duplicate_line_characters: Share | None = 0.1
+    max_duplicate_line_characters: PositiveFraction | None = 0.1
     """Fraction of the characters that stand in lines which repeat an earlier one."""
-    max_short_lines: Share | None = 0.67
+    max_short_lines: PositiveFraction | None = 0.67
     """Fraction of lines with fewer than ``short_line_characters`` characters."""
     short_line_characters: Count = 30
     """See `max_short_lines`."""
@@ -41,13 +41,16 @@ class FineWebRules(Config):
         if self.min_terminated_lines is not None:
             yield (
                 "fineweb_min_terminated_lines",
-                share(stats.terminated_lines, stats.lines) <= self.min_terminated_lines,
+                fraction_of(stats.terminated_lines, stats.lines) <= self.min_terminated_lines,
             )
         if self.max_duplicate_line_characters is not None:
-            part = share(stats.duplicate_line_characters, stats.line_characters)
-            yield "fineweb_max_duplicate_line_characters", part >= self.max_duplicate_line_characters
+            duplicate = fraction_of(stats.duplicate_line_characters, stats.line_characters)
+            yield "fineweb_max_duplicate_line_characters", duplicate >= self.max_duplicate_line_characters
         if self.max_short_lines is not None:
-            yield "fineweb_max_short_lines", share(stats.short_lines, stats.lines) >= self.max_short_lines
+            yield (
+                "fineweb_max_short_lines",
+                fraction_of(stats.short_lines, stats.lines) >= self.max_short_lines,
+            )
         if self.max_newlines_per_word is not None:
-            broken = share(stats.newlines, stats.words) > self.max_newlines_per_word
+            broken = fraction_of(stats.newlines, stats.words) > self.max_newlines_per_word
             yield "fineweb_max_newlines_per_word", broken

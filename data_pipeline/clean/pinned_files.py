@@ -23,7 +23,7 @@ class PinnedFile:
     sha256: str
 
     def read(self) -> bytes:
-        """The file's bytes, decompressed where its name ends in ``.gz``.
+        """Return the file's bytes, decompressed where its name ends in ``.gz``.
 
         Raises:
             UserError: it can't be read, or is no longer what was planned.
@@ -48,14 +48,15 @@ class PinnedFile:
             raise UserError(f"{self.path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
 
     def lines(self) -> Iterator[tuple[int, str]]:
-        """The lines with their numbers (from 1), stripped; empty ones and those that begin with ``#`` are left out."""
+        """Yield the lines with their numbers (from 1), stripped; empty ones and those that begin with ``#`` are left
+        out."""
         for number, line in enumerate(self.text().split("\n"), 1):
             if (stripped := line.strip()) and not stripped.startswith("#"):
                 yield number, stripped
 
 
 def pin(paths: Iterable[Path], key: str) -> tuple[PinnedFile, ...]:
-    """The files as they are now; ``key`` is the setting that names them.
+    """Return the files as they are now; ``key`` is the setting that names them.
 
     Raises:
         UserError: one of them can't be read.

@@ -33,8 +33,8 @@ Ratio = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
-def share(part: NDArray[Any], whole: NDArray[np.int64]) -> NDArray[np.float64]:
-    """``part / whole``, 0 where there is nothing.
+def fraction_of(part: NDArray[Any], whole: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Return ``part / whole``, 0 where there is nothing.
 
     What stands exactly at a decimal limit is equal to it, which ``limit * whole`` is not: 0.67 * 1500 > 1005.
     """
@@ -101,7 +101,7 @@ class GopherRules(Config):
         return self
 
     def broken(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
-        """The rules that need only counts, and the texts that break each."""
+        """Yield the rules that need only counts, and the texts that break each."""
         yield from self._by_words(stats)
         yield from self._by_lines(stats)
         yield from self._by_vocabulary(texts, stats)
@@ -109,7 +109,7 @@ class GopherRules(Config):
 
     def _by_words(self, stats: TextStats) -> Iterator[Broken]:
         spaced = stats.words - stats.unspaced_words
-        mean = share(stats.spaced_length, spaced)
+        mean = fraction_of(stats.spaced_length, spaced)
         mostly_spaced = 2 * spaced >= stats.words
         if self.min_words is not None:
             yield "min_words", stats.words < self.min_words
@@ -121,25 +121,28 @@ class GopherRules(Config):
             yield "max_mean_word_length", mostly_spaced & (mean > self.max_mean_word_length)
         if self.max_symbols_per_word is not None:
             symbols = np.maximum(stats.hashes, stats.ellipses)
-            yield "max_symbols_per_word", share(symbols, stats.words) > self.max_symbols_per_word
+            yield "max_symbols_per_word", fraction_of(symbols, stats.words) > self.max_symbols_per_word
 
     def _by_lines(self, stats: TextStats) -> Iterator[Broken]:
         if self.max_bullet_lines is not None:
-            yield "max_bullet_lines", share(stats.bullet_lines, stats.lines) > self.max_bullet_lines
+            yield "max_bullet_lines", fraction_of(stats.bullet_lines, stats.lines) > self.max_bullet_lines
         if self.max_ellipsis_lines is not None:
-            yield "max_ellipsis_lines", share(stats.ellipsis_lines, stats.lines) > self.max_ellipsis_lines
+            yield (
+                "max_ellipsis_lines",
+                fraction_of(stats.ellipsis_lines, stats.lines) > self.max_ellipsis_lines,
+            )
 
     def _by_vocabulary(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
         if self.min_alphabetic_words is not None:
             yield (
                 "min_alphabetic_words",
-                share(stats.alphabetic_words, stats.words) < self.min_alphabetic_words,
+                fraction_of(stats.alphabetic_words, stats.words) < self.min_alphabetic_words,
             )
         if self.min_stop_words is not None:
             yield "min_stop_words", self._lacking_stop_words(texts, stats, self.min_stop_words)
 
     def _lacking_stop_words(self, texts: pa.Array, stats: TextStats, least: int) -> NDArray[np.bool_]:
-        """The texts with fewer than ``least`` different stop words; those of English are counted already."""
+        """Return the texts with fewer than ``least`` different stop words; those of English are counted already."""
         codes = self.languages or tuple(STOP_WORDS)
         english = "en" in codes and not self.stop_words
         lacking = stats.stop_words < least if english else np.ones(len(texts), np.bool_)
@@ -166,10 +169,10 @@ class GopherRules(Config):
             ),
         ):
             if limit is not None:
-                yield f"max_duplicate_{name}", share(part, whole) > limit
+                yield f"max_duplicate_{name}", fraction_of(part, whole) > limit
 
     def broken_by_ngrams(self, texts: pa.Array, stats: TextStats) -> Iterator[Broken]:
-        """The rules that count n-grams: the dearest, so ask them of what the others left."""
+        """Yield the rules that count n-grams: the dearest, so ask them of what the others left."""
         tops, duplicates = self.max_top_ngram_characters or {}, self.max_duplicate_ngram_characters or {}
         if not tops and not duplicates:
             return
@@ -185,6 +188,6 @@ class GopherRules(Config):
                     [letters * n for n in duplicates],
                 )
         for found, limit in zip(of_top, tops.values(), strict=True):
-            yield "max_top_ngram_characters", share(found, stats.word_characters) > limit
+            yield "max_top_ngram_characters", fraction_of(found, stats.word_characters) > limit
         for found, limit in zip(of_duplicates, duplicates.values(), strict=True):
-            yield "max_duplicate_ngram_characters", share(found, stats.word_characters) > limit
+            yield "max_duplicate_ngram_characters", fraction_of(found, stats.word_characters) > limit

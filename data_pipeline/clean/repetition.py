@@ -22,7 +22,7 @@ Counts = NDArray[np.int64]
 def ngram_characters(
     texts: pa.Array, words: Counts, top: Sequence[int], duplicate: Sequence[int]
 ) -> tuple[Counts, Counts]:
-    """Characters of the words that stand in repeated n-grams; a word counts once, in however many it stands.
+    """Return characters of the words that stand in repeated n-grams; a word counts once, in however many it stands.
 
     Args:
         words: how many words each text has (see `text_stats.measure`).
@@ -51,7 +51,7 @@ def number(
     numbers: NDArray[np.int32],
     times: NDArray[np.int32],
 ) -> None:
-    """Number the first ``count`` keys by the place of the first one that equals them; count each number's ``times``.
+    """Number the first ``count`` keys by the position of the first one that equals them; count each number's ``times``.
 
     ``held`` is room for an open-addressing hash table of four times as many slots.
     """
@@ -74,7 +74,7 @@ def number(
 
 @kernel
 def covered(places: NDArray[np.int32], count: int, width: int, before: Counts) -> int:
-    """Characters of the words in the windows of ``width`` words that begin at these places (ascending)."""
+    """Count the characters of the words in the windows of ``width`` words that begin at these positions (ascending)."""
     total, end = 0, np.int64(0)
     for at in range(count):
         place = np.int64(places[at])
@@ -95,7 +95,8 @@ def most_covered(
     ends: Counts,
     totals: Counts,
 ) -> int:
-    """Characters of the words in the most frequent of the n-grams at these places, each word counted once."""
+    """Count the characters of the words in the most frequent of the n-grams at these positions, each word counted
+    once."""
     most = best = 0
     for at in range(count):
         most = max(most, times[numbers[at]])

@@ -95,15 +95,15 @@ def values_of(stats: TextStats) -> dict[str, NDArray[np.float64]]:
 
 
 def add_tallies(tallies: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The tallies of all shards as one, its keys in order."""
+    """Return the tallies of all shards as one, its keys in order."""
     groups: dict[str, dict[str, list[int]]] = {}
     histograms: dict[str, Any] = {}
     examples: dict[str, list[list[str]]] = {}
     for tally in tallies:
         for source, reasons in tally["groups"].items():
-            for reason, figures in reasons.items():
+            for reason, counts in reasons.items():
                 held = groups.setdefault(source, {}).setdefault(reason, [0, 0, 0])
-                held[:] = [a + b for a, b in zip(held, figures, strict=True)]
+                held[:] = [a + b for a, b in zip(held, counts, strict=True)]
         for name, bins in tally["histograms"].items():
             histograms[name] = (np.array(bins) + histograms.get(name, 0)).tolist()
         for reason, shown in tally["examples"].items():
@@ -121,8 +121,8 @@ def total(groups: Mapping[str, Mapping[str, Sequence[int]]]) -> dict[str, list[i
     """Return documents, bytes in, bytes out by verdict, over all sources."""
     sums: dict[str, list[int]] = {}
     for reasons in groups.values():
-        for reason, figures in reasons.items():
-            sums[reason] = [a + b for a, b in zip(sums.get(reason, [0, 0, 0]), figures, strict=True)]
+        for reason, counts in reasons.items():
+            sums[reason] = [a + b for a, b in zip(sums.get(reason, [0, 0, 0]), counts, strict=True)]
     return dict(sorted(sums.items()))
 
 
@@ -131,18 +131,18 @@ def summarise(tallies: Sequence[Mapping[str, Any]], out: Path, notes: Iterable[s
     whole = add_tallies(tallies)
     reasons = total(whole["groups"])
     kept, _, bytes_out = reasons.get(KEPT, [0, 0, 0])
-    figures = {
+    totals = {
         "documents": sum(one[0] for one in reasons.values()),
         "kept": kept,
         "bytes_in": sum(one[1] for one in reasons.values()),
         "bytes_out": bytes_out,
     }
     dropped = {reason: one for reason, one in reasons.items() if reason != KEPT}
-    metrics = figures | {f"dropped/{reason}": one[0] for reason, one in dropped.items()} | whole["counts"]
+    metrics = totals | {f"dropped/{reason}": one[0] for reason, one in dropped.items()} | whole["counts"]
     write_text(
-        out / "report.json", json.dumps(figures | machine_readable(whole), indent=1, allow_nan=False) + "\n"
+        out / "report.json", json.dumps(totals | machine_readable(whole), indent=1, allow_nan=False) + "\n"
     )
-    write_text(out / "report.md", page(figures, whole, dropped, notes))
+    write_text(out / "report.md", page(totals, whole, dropped, notes))
     return {name: float(value) for name, value in metrics.items()}
 
 
@@ -152,12 +152,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def machine_readable(whole: Mapping[str, Any]) -> dict[str, Any]:
-    """The tally with its numbers named."""
+    """Return the tally with its numbers named."""
     return {
         "sources": {
             source: {
-                reason: dict(zip(("documents", "bytes_in", "bytes_out"), figures, strict=True))
-                for reason, figures in reasons.items()
+                reason: dict(zip(("documents", "bytes_in", "bytes_out"), counts, strict=True))
+                for reason, counts in reasons.items()
             }
             for source, reasons in whole["groups"].items()
         },
@@ -170,19 +170,19 @@ def machine_readable(whole: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def page(
-    figures: Mapping[str, int],
+    totals: Mapping[str, int],
     whole: Mapping[str, Any],
     dropped: Mapping[str, Sequence[int]],
     notes: Iterable[str],
 ) -> str:
     text = (
-        f"# Clean\n\nKept {figures['kept']} of {figures['documents']} documents, "
-        f"{human_bytes(figures['bytes_out'])} of {human_bytes(figures['bytes_in'])} of text.\n"
+        f"# Clean\n\nKept {totals['kept']} of {totals['documents']} documents, "
+        f"{human_bytes(totals['bytes_out'])} of {human_bytes(totals['bytes_in'])} of text.\n"
     )
     text += "".join(f"\n{note}\n" for note in notes)
     if dropped:
         rows = sorted(dropped.items(), key=lambda item: (-item[1][0], item[0]))
-        of_all = figures["documents"]
+        of_all = totals["documents"]
         text += "\n" + table(
             ("reason", "documents", "of all", "text"),
             ((reason, n, f"{n / of_all:.1%}", human_bytes(size)) for reason, (n, size, _) in rows),
@@ -208,7 +208,7 @@ def page(
 
 
 def histogram(edges: Sequence[float], of_all: Sequence[int], of_kept: Sequence[int]) -> str:
-    """A table with a bar a bin: full where documents were kept, light where they were dropped."""
+    """Return a table with a bar a bin: full where documents were kept, light where they were dropped."""
     filled = [at for at, count in enumerate(of_all) if count]
     if not filled:
         return "None.\n"

@@ -27,5 +27,5 @@ CLOSING_QUOTES = '"”」』»›﹂﹄＂｣'
 
 
 def unended_letters() -> list[str]:
-    """The characters of the scripts that mark no end of a sentence."""
+    """Return the characters of the scripts that mark no end of a sentence."""
     return [chr(code) for first, last in UNENDED for code in range(first, last + 1)]

@@ -48,7 +48,7 @@ class Sequences:
         items: the texts that hold them.
         ngram: every window of so many words is sought; None: each item as a whole.
         joined: punctuation inside a word is removed (``don't`` is ``dont``), but for dashes, as for evaluation sets;
-            else it separates words, as for phrases. What a word is else, `data_pipeline.core.words` says.
+            else it separates words, as for phrases. For words otherwise see `data_pipeline.core.words`.
         groups: to which group each item belongs, where a window is sought in each group; None: all to one.
     """
 
@@ -75,7 +75,7 @@ class Sequences:
         fill_table(self._hashes, self._table, self._bits)
 
     def find(self, texts: pa.Array) -> Iterator[Match]:
-        """Every window of the texts that stands in an item, once for each group of items, by row and place."""
+        """Every window of the texts that stands in an item, once for each group of items, by row and position."""
         hits = np.zeros(len(texts), np.int64)
         none = np.empty((0, 3), np.int64)
         self._look_up(texts, hits, none, np.empty(0, np.uint64))
@@ -104,7 +104,7 @@ class Sequences:
         )  # fmt: skip
 
     def _items_with(self, window: list[str], key: np.uint64) -> list[int]:
-        """The first item of each group that has this window, compared word by word."""
+        """Return the first item of each group that has this window, compared word by word."""
         items: dict[int, int] = {}
         first, last = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
         for item, at in zip(self._item[first:last].tolist(), self._at[first:last].tolist(), strict=True):
@@ -123,7 +123,7 @@ def word_tables() -> tuple[NDArray[np.uint8], NDArray[np.uint32]]:
 
 
 def room_for(entries: int) -> tuple[NDArray[np.uint64], NDArray[np.uint8]]:
-    """An empty hash table at most half full, and sixteen bits an entry that say most often: not in it."""
+    """Return an empty hash table at most half full, and sixteen bits an entry that mostly show: not in it."""
     size = 1 << max(4, (2 * entries).bit_length())
     return np.zeros(size, np.uint64), np.zeros(size, np.uint8)
 

@@ -131,7 +131,7 @@ class CleanConfig(StageConfig):
             for described, file in zip(
                 values["decontamination"]["sets"].values(), self.files.sets, strict=True
             ):
-                kind = file.path.name.removesuffix(".gz").rsplit(".", 1)[-1]  # says how the content is read
+                kind = file.path.name.removesuffix(".gz").rsplit(".", 1)[-1]  # the content's format
                 described["path"] = f"{kind} {file.sha256}"
         return values
 
@@ -166,7 +166,7 @@ def warn_of_matchless(
     shards: Sequence[Path],
     context: StageContext,
 ) -> None:
-    """Tell of lists that matched nothing because they could not."""
+    """Warn of lists that matched nothing because they could not."""
     found: list[str] = []
     if config.files.urls and "dropped/blocked_url" not in metrics:
         found += without_addresses(shards, context)

@@ -117,7 +117,7 @@ class StopWords:
 
 
 def word_table(lists: Mapping[str, tuple[str, ...]]) -> StopWords:
-    """The table of the words of each list."""
+    """Return the table of the words of each list."""
     words = sorted({word for words in lists.values() for word in words})
     size = 1 << (4 * len(words)).bit_length()
     keys, owners = np.zeros(size, np.uint64), np.zeros((size, len(lists)), np.bool_)
@@ -147,7 +147,7 @@ def of_list(words: tuple[str, ...]) -> StopWords:
 def hash_word(
     data: NDArray[np.uint8], begin: int, end: int, lower: NDArray[np.uint32], classes: NDArray[np.uint8]
 ) -> np.uint64:
-    """A hash of a word in any case and without format characters; never 0."""
+    """Return a hash of a word in any case and without format characters; never 0."""
     hashed = np.uint64(1)
     at = begin
     while at < end:

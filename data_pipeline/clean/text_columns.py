@@ -13,14 +13,14 @@ from data_pipeline.core.kernels import kernel
 
 
 def from_buffers(data: NDArray[np.uint8], offsets: NDArray[np.int32]) -> pa.Array:
-    """A column of strings over these bytes (valid UTF-8) and offsets, in place."""
+    """Return a column of strings over these bytes (valid UTF-8) and offsets, in place."""
     return pa.StringArray.from_buffers(len(offsets) - 1, pa.py_buffer(offsets), pa.py_buffer(data))
 
 
 def replace_rows(
     texts: pa.Array, rows: NDArray[np.int64], replacements: Sequence[str] | pa.Array
 ) -> pa.Array:
-    """``texts`` with others in some rows (ascending); the column itself where there are none."""
+    """Return ``texts`` with others in some rows (ascending); the column itself where there are none."""
     if not len(rows):
         return texts
     mask = np.zeros(len(texts), np.bool_)
@@ -29,7 +29,7 @@ def replace_rows(
 
 
 def slices(data: NDArray[np.uint8], begins: NDArray[np.int32], ends: NDArray[np.int32]) -> pa.Array:
-    """A column of the strings that stand between these bytes of ``data``, copied."""
+    """Return a column of the strings that stand between these bytes of ``data``, copied."""
     offsets = np.zeros(len(begins) + 1, np.int32)
     np.cumsum(ends - begins, out=offsets[1:])
     copied = np.empty(offsets[-1], np.uint8)

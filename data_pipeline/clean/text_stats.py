@@ -79,12 +79,12 @@ class TextStats:
     """Characters of all other words; those from `FIRST_WIDE` on count twice."""
 
     def take(self, rows: NDArray[np.int64]) -> TextStats:
-        """The counts of some texts."""
+        """Return the counts of some texts."""
         return TextStats(*(getattr(self, name)[rows] for name in TextStats.__dataclass_fields__))
 
 
 def measure(texts: pa.Array, short: int = 30) -> TextStats:
-    """The counts of a column of texts; ``short`` is the number of characters below which a line is short."""
+    """Return the counts of a column of texts; ``short`` is the number of characters below which a line is short."""
     data, offsets = buffers(texts)
     counts = np.zeros((len(TextStats.__dataclass_fields__), len(texts)), np.int64)
     count_all(data, blocks(data), offsets, character_kinds(), short, counts)
@@ -92,7 +92,7 @@ def measure(texts: pa.Array, short: int = 30) -> TextStats:
 
 
 def word_keys(texts: pa.Array, words: Counts) -> tuple[Counts, NDArray[np.uint64], NDArray[np.int32]]:
-    """A key for each word of a column, equal for equal words of a text (see `hash_bytes`).
+    """Return a key for each word of a column, equal for equal words of a text (see `hash_bytes`).
 
     Args:
         words: how many each text has, as `measure` counts them.
@@ -127,20 +127,20 @@ def character_kinds() -> NDArray[np.uint8]:
 
 @kernel(inline="always")
 def seen_letter(seen: np.uint8) -> np.uint8:
-    """The kinds that begin another word, where one of two words is of a script without spaces."""
+    """Return the kinds that begin another word, where one of two words is of a script without spaces."""
     return LETTER | NUMBER if seen & (LETTER | NUMBER) else np.uint8(0)
 
 
 @kernel
 def last_block(blocks: NDArray[np.uint64], at: int, end: int) -> np.uint64:
-    """The one to eight bytes from ``at`` to ``end``, the first lowest, with zeros below them."""
+    """Return the one to eight bytes from ``at`` to ``end``, the first lowest, with zeros below them."""
     place = min(at, len(blocks) - 1)  # the last seven bytes are the end of the last block
     return (blocks[place] >> np.uint64(8 * (at - place))) << np.uint64(8 * (8 - (end - at)))
 
 
 @kernel
 def stop_word(blocks: NDArray[np.uint64], start: int, end: int) -> int:
-    """The bit of the stop word that stands between these bytes, in any case; 0 for any other word."""
+    """Return the bit of the stop word that stands between these bytes, in any case; 0 for any other word."""
     if end - start > 4:
         return 0
     lower = (last_block(blocks, start, end) >> np.uint64(32)) | np.uint64(0x20202020)  # upper case to lower
@@ -152,7 +152,7 @@ def stop_word(blocks: NDArray[np.uint64], start: int, end: int) -> int:
 
 @kernel
 def hash_bytes(blocks: NDArray[np.uint64], start: int, end: int) -> np.uint64:
-    """A 64-bit hash of at least one byte: two others of one text that share it are beyond practice."""
+    """Return a 64-bit hash of at least one byte: two others of one text that share it are beyond practice."""
     value = np.uint64(end - start)
     at = start
     while end - at > 8:
@@ -333,7 +333,7 @@ def count_text(
 
 @kernel
 def count_symbols(data: NDArray[np.uint8], start: int, end: int) -> tuple[int, int]:
-    """``#`` signs and ellipses of one word."""
+    """Return ``#`` signs and ellipses of one word."""
     signs = ellipses = run = 0
     for at in range(start, end):
         byte = data[at]

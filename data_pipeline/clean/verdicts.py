@@ -18,17 +18,17 @@ class Verdicts:
         """Meaning of each of `codes`."""
         self.codes = np.zeros(rows, np.int16)
         self.evidence: dict[int, str] = {}
-        """Evidence by row: what was found, where a reason alone does not say it."""
+        """Evidence by row: what was found, where a reason alone does not show it."""
 
     def alive(self) -> NDArray[np.int64]:
-        """The rows that nothing has dropped so far."""
+        """Return the rows that nothing has dropped so far."""
         return np.flatnonzero(self.codes == 0)
 
     def reason(self, row: int) -> str:
         return self.reasons[self.codes[row]]
 
     def drop(self, broken: NDArray[np.bool_], reason: str, rows: NDArray[np.int64] | None = None) -> None:
-        """Drop where ``broken`` says so; it has a value for each row, or for each of ``rows``."""
+        """Drop where ``broken`` is True; it has a value for each row, or for each of ``rows``."""
         found = np.flatnonzero(broken) if rows is None else rows[broken]
         found = found[self.codes[found] == 0]
         if len(found):

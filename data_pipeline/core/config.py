@@ -48,7 +48,7 @@ def read_numbers(value: Any, types: frozenset[Any]) -> Any:
 
 
 def leaf_types(annotation: Any) -> frozenset[Any]:
-    """The types that values of an annotation consist of: ``dict[str, float] | None`` gives float and None."""
+    """Return the types that values of an annotation consist of: ``dict[str, float] | None`` gives float and None."""
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return frozenset()

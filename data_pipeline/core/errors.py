@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: one or two lines that say what, where and what to do."""
+    """A mistake that the user can mend: one or two lines with what, where and what to do."""
 
 
 class Unresolved(UserError):

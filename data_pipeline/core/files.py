@@ -14,7 +14,7 @@ from typing import Any
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """A temporary name beside ``path``, renamed to it when the block ends well, removed when it does not.
+    """Yield a temporary name beside ``path``, renamed to it when the block ends well, removed when it does not.
 
     So whatever has its final name is whole, after a power cut too, and a stage that starts again may skip it.
     """
@@ -60,7 +60,7 @@ def fsync(path: Path) -> None:
 
 
 def once(marker: Path, work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The JSON object that ``work`` returns, kept in ``marker`` so that a stage that starts again skips it.
+    """Return the JSON object that ``work`` returns, kept in ``marker`` so that a stage that starts again skips it.
 
     The marker is written last: where it is, the files that ``work`` writes are whole.
     """

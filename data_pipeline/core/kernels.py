@@ -18,8 +18,8 @@ MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 def kernel(function: Callable[..., Any] | None = None, *, inline: str = "never") -> Any:
     """Compile a function without the interpreter's lock, and keep its code on disk.
 
-    numba itself looks at the function's own file alone: it would go on with old code when a kernel that is called, or
-    a number that is read, changes in another module. So these are part of what tells old code from new.
+    numba itself looks at the function's own file alone: it would keep old code when a kernel that is called, or
+    a number that is read, changes in another module. So these are part of what distinguishes old code from new.
     """
     if function is None:
         return partial(kernel, inline=inline)
@@ -35,7 +35,7 @@ def kept_code(compiled: Any) -> Any:
 
 
 def ingredients(function: Callable[..., Any]) -> Iterator[object]:
-    """The stamps of the kernels that a function calls, and the numbers that it reads, of whatever module."""
+    """Yield the stamps of the kernels that a function calls, and the numbers that it reads, of whatever module."""
     for name in function.__code__.co_names:
         value = function.__globals__.get(name)
         if isinstance(value, Dispatcher):
@@ -46,7 +46,7 @@ def ingredients(function: Callable[..., Any]) -> Iterator[object]:
 
 @kernel(inline="always")
 def mix(value: np.uint64) -> np.uint64:
-    """A bijection of 64 bits in which every input bit reaches every output bit (splitmix64's finaliser)."""
+    """Return a bijection of 64 bits in which every input bit reaches every output bit (splitmix64's finaliser)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))
@@ -54,7 +54,7 @@ def mix(value: np.uint64) -> np.uint64:
 
 @kernel
 def code_point(data: NDArray[np.uint8], at: int) -> tuple[int, int]:
-    """The code point at byte ``at`` of valid UTF-8, and its length in bytes.
+    """Return the code point at byte ``at`` of valid UTF-8, and its length in bytes.
 
     The returns by length matter: one return for all is fifty times slower.
     """

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 
 @contextmanager
 def process_pool(workers: int) -> Iterator[ProcessPoolExecutor]:
-    """A pool of fresh processes that end by themselves when the process that made them is killed.
+    """Yield a pool of fresh processes that end by themselves when the process that made them is killed.
 
     ``forkserver``, because forking a process that runs threads (Prefect, Arrow, torch) can deadlock.
     """
@@ -83,7 +83,7 @@ def wait_for_end(pid: int, poll_seconds: float) -> None:
 
 
 def is_there(pid: int) -> bool:
-    """Say whether a process of this number exists, be it a zombie."""
+    """Return whether a process of this number exists, be it a zombie."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -94,7 +94,7 @@ def is_there(pid: int) -> bool:
 
 
 def has_ended(pid: int) -> bool:
-    """Say whether process ``pid`` has ended, even if nobody has collected it yet (where the system can tell)."""
+    """Return whether process ``pid`` has ended, even if nobody has collected it yet (where the system shows it)."""
     try:
         descriptor = os.pidfd_open(pid)
     except ProcessLookupError:

@@ -17,12 +17,12 @@ def finite(value: Any) -> Any:
 
 
 def last_lines(text: str, count: int = 12) -> str:
-    """The last ``count`` lines of ``text``."""
+    """Return the last ``count`` lines of ``text``."""
     return "\n".join(text.strip().splitlines()[-count:])
 
 
 def human_bytes(size: float) -> str:
-    """``1536`` -> ``1.5 kB`` (powers of 1000, as disks are sold)."""
+    """Format bytes: ``1536`` -> ``1.5 kB`` (powers of 1000, as disks are sold)."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -31,7 +31,7 @@ def human_bytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``83`` -> ``1:23``; under a minute ``8.3 s``."""
+    """Format seconds: ``83`` -> ``1:23``; under a minute ``8.3 s``."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, seconds = divmod(round(seconds), 60)
@@ -40,17 +40,17 @@ def duration(seconds: float) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what an error says, cut after its first line; its type where it says nothing."""
+    """Return an error's message, cut after its first line; its type where it has none."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def excerpt(text: str, characters: int = 160) -> str:
-    """The beginning of ``text`` in one line."""
+    """Return the beginning of ``text`` in one line."""
     return " ".join(text[: 2 * characters].split())[:characters]
 
 
 def table(header: Sequence[str], rows: Iterable[Iterable[object]], align: Sequence[str] = ()) -> str:
-    """A Markdown table; bars and line breaks in its cells stay text.
+    """Return a Markdown table; bars and line breaks in its cells stay text.
 
     Args:
         align: of each column, ``---``, ``:---`` or ``---:``; all the first where it is empty.
@@ -60,6 +60,6 @@ def table(header: Sequence[str], rows: Iterable[Iterable[object]], align: Sequen
 
 
 def cell(value: object) -> str:
-    """``value`` as it may stand between the bars of a Markdown table."""
+    """Return ``value`` as it may stand between the bars of a Markdown table."""
     text = str(value)
     return (text if len(text.splitlines()) < 2 else " ".join(text.split())).replace("|", "\\|")

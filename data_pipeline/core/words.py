@@ -9,9 +9,9 @@ of direction) are as if they were not there.
 Kernels take the classes as a table by code point (`character_classes`) and go from word to word by this rule:
 
 ====================  ==================================================
-`LETTER`              goes on with a word of letters, or begins one
+`LETTER`              continues a word of letters, or begins one
 `UNSPACED`            begins a word
-`MARK`                goes on with any word; begins none
+`MARK`                continues any word; begins none
 `IGNORED`             changes nothing
 `SPACE`, `OTHER`      end a word
 ====================  ==================================================
@@ -67,7 +67,7 @@ ZERO_WIDTH_SPACE = "\u200b"
 """Parts words where it stands, unlike the other format characters: Khmer and Thai have it between words."""
 
 Signs = Literal["none", "symbols", "all"]
-"""Which signs tell a word from another, beside its letters: none; operators, currencies, emoji and other symbols; or
+"""Signs that distinguish words beside their letters: none; operators, currencies, emoji and other symbols; or
 punctuation, too."""
 OPERATORS = "!$%&*+-/<=>?@^|~"
 """Characters of ASCII that source code computes with. Brackets, quotes, ``#`` and what parts clauses is punctuation."""
@@ -75,7 +75,7 @@ OPERATORS = "!$%&*+-/<=>?@^|~"
 
 @cache
 def character_classes(letters: str = "") -> NDArray[np.uint8]:
-    """The class of each code point below `TABLE_SIZE`; of ``letters`` it is `LETTER`, whatever they are."""
+    """Return the class of each code point below `TABLE_SIZE`; of ``letters`` it is `LETTER`, whatever they are."""
     if letters:
         table = character_classes().copy()
         table[[ord(one) for one in letters]] = LETTER
@@ -98,20 +98,20 @@ def character_classes(letters: str = "") -> NDArray[np.uint8]:
 
 @cache
 def telling_signs(signs: Signs) -> NDArray[np.bool_]:
-    """Find which characters below `TABLE_SIZE` that are no part of words tell words apart; see `Signs`."""
+    """Find which characters below `TABLE_SIZE` that are no part of words distinguish words; see `Signs`."""
     other = character_classes("_") == OTHER
     if signs == "all":
         return other & np.array([unicodedata.category(chr(code))[0] in "SP" for code in range(TABLE_SIZE)])
-    told = np.zeros(TABLE_SIZE, np.bool_)
+    distinguishing = np.zeros(TABLE_SIZE, np.bool_)
     if signs == "symbols":
-        told[128:] = [unicodedata.category(chr(code))[0] == "S" for code in range(128, TABLE_SIZE)]
-        told[[ord(one) for one in OPERATORS]] = True
-    return told & other
+        distinguishing[128:] = [unicodedata.category(chr(code))[0] == "S" for code in range(128, TABLE_SIZE)]
+        distinguishing[[ord(one) for one in OPERATORS]] = True
+    return distinguishing & other
 
 
 @cache
 def lower_case() -> NDArray[np.uint32]:
-    """The lower case of each code point below `TABLE_SIZE`; itself where that is more than one."""
+    """Return the lower case of each code point below `TABLE_SIZE`; itself where that is more than one."""
     table = np.arange(TABLE_SIZE, dtype=np.uint32)
     for code in range(TABLE_SIZE):
         lowered = chr(code).lower()
@@ -168,7 +168,7 @@ def word_pattern() -> re.Pattern[str]:
 
 
 def one_of(codes: NDArray[np.int64]) -> str:
-    """A regular expression for one of some characters, given by ascending code points."""
+    """Return a regular expression for one of some characters, given by ascending code points."""
     runs = [
         [code for _, code in run] for _, run in groupby(enumerate(codes.tolist()), lambda at: at[1] - at[0])
     ]
@@ -176,7 +176,7 @@ def one_of(codes: NDArray[np.int64]) -> str:
 
 
 def words_of(text: str, joined: bool = False) -> list[str]:
-    """The lower-cased words of a text, without format characters.
+    """Return the lower-cased words of a text, without format characters.
 
     Args:
         joined: whether punctuation but `DASHES` is as if it were not there (``don't`` is ``dont``); else it parts

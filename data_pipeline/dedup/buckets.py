@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from data_pipeline.core.kernels import kernel
 
 UNLIKELY = 8
-"""Edges below the threshold by their estimate for each above it, at most. They take none of its places: documents that
+"""Edges below the threshold by their estimate for each above it, at most. They take none of its room: documents that
 share much but aren't duplicates must not hide those that are."""
 
 
@@ -27,7 +27,7 @@ def agreement(one: NDArray[np.uint16], other: NDArray[np.uint16]) -> int:
 
 @kernel
 def meeting_band(one: NDArray[np.uint64], other: NDArray[np.uint64], crowded: NDArray[np.bool_]) -> int:
-    """The band whose bucket gives the edge of a pair: the first that they share, if possible no crowd."""
+    """Return the band whose bucket gives the edge of a pair: the first that they share, if possible no crowd."""
     first = -1
     for band in range(len(one)):
         if one[band] == other[band]:
@@ -72,10 +72,10 @@ def compare_buckets(
             these are crowds'), those of a bucket in order of preference.
         seeks: the documents that are compared with their leaders.
         again: whether this is a second search.
-        whole: whether every bucket is here with all its documents; else it is a part of one crowd.
+        whole: whether every bucket is here with all its documents; else it is a chunk of one crowd.
         skip: of the first documents of a bucket, how many are leaders that have been compared.
-        passed: of a crowd in parts, how many documents the parts before had, leaders or not.
-        place: how far this is, to go on when ``found`` is full: bucket (all of them at the end), member, leaders.
+        passed: of a crowd in chunks, how many documents the chunks before had, leaders or not.
+        place: how far this is, to continue when ``found`` is full: bucket (all of them at the end), member, leaders.
         leader: the leaders of the bucket.
         cut: set for each document that was not compared with all that differ among those preferred to it, or of which
             not every match was written.

@@ -3,7 +3,7 @@
 Documents with an equal key (that is, an equal band of their signatures) form a bucket (Leskovec, Rajaraman, Ullman,
 "Mining of Massive Datasets", section 3.4). In each bucket documents are compared with preferred ones by their whole
 signatures; those that agree enough become an edge from the less to the more preferred. Memory is bounded: a range of
-keys with more entries than fit is halved, and a single key with too many goes through in pieces. Edges depend neither
+keys with more entries than fit is halved, and a single key with too many goes through in chunks. Edges depend neither
 on partitions nor on memory: every bucket is treated by the same rule, and a pair that meets several times gives one,
 if possible from a bucket in which all are compared.
 """
@@ -32,12 +32,12 @@ NO_KEYS, NO_ROWS, NO_EDGES = np.zeros(0, np.uint64), np.zeros(0, np.int64), np.z
 EDGES_AT_ONCE = 1 << 20
 FOUND_AT_ONCE = 1 << 17
 """Edges that are found before they are handed on."""
-PART_ENTRIES = 1 << 22
+PARTITION_ENTRIES = 1 << 22
 """Entries in a partition, about, however much memory there is: so that there is work for many workers."""
 ENTRY_BYTES = 80
 """Memory for an entry while a range is loaded, sorted and grouped."""
 DOCUMENT_BYTES = 600
-"""Memory for a document while buckets are compared, besides its signature: id, rank, place."""
+"""Memory for a document while buckets are compared, besides its signature: id, rank, row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +63,15 @@ class Search:
         """Entries that are loaded at once, at most (but for one key)."""
         return max(self.memory // ENTRY_BYTES, 2)
 
-    def parts(self, documents: float) -> int:
+    def partitions(self, documents: float) -> int:
         """Into how many partitions to divide the keys; no result depends on it."""
-        return max(1, ceil(documents * self.bands / min(self.most_entries, PART_ENTRIES)))
+        return max(1, ceil(documents * self.bands / min(self.most_entries, PARTITION_ENTRIES)))
 
     @property
     def most_members(self) -> int:
         """Members of buckets that are compared at once, at most."""
-        piece = self.memory // 2 // (DOCUMENT_BYTES + self.bands * (4 * self.rows + 8))
-        return max(piece, 2 * (self.leaders + 1))
+        chunk = self.memory // 2 // (DOCUMENT_BYTES + self.bands * (4 * self.rows + 8))
+        return max(chunk, 2 * (self.leaders + 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,31 +100,31 @@ class Corpus:
     again: Again | None = None
 
 
-def find_crowds(search: Search, corpus: Corpus, part: tuple[int, int]) -> list[int]:
-    """Keys of a part that more documents have than may be leaders: a pair may go unnoticed there."""
-    number, parts = part
+def find_crowds(search: Search, corpus: Corpus, partition: tuple[int, int]) -> list[int]:
+    """Find the keys of a partition that more documents have than may be leaders: a pair may go unnoticed there."""
+    number, partitions = partition
     finder = Finder.of(search, corpus)
-    return [key for keys in finder.count_keys(*part_bounds(number, parts)) for key in keys.tolist()]
+    return [key for keys in finder.count_keys(*partition_bounds(number, partitions)) for key in keys.tolist()]
 
 
-def part_bounds(number: int, parts: int) -> tuple[int, int]:
-    """First key of a part, and the end of its keys."""
-    return KEYS * number // parts, KEYS * (number + 1) // parts
+def partition_bounds(number: int, partitions: int) -> tuple[int, int]:
+    """Return the first key of a partition, and the end of its keys."""
+    return KEYS * number // partitions, KEYS * (number + 1) // partitions
 
 
 Check = Callable[[NDArray[np.void]], NDArray[np.void]]
 """Which of some edges hold."""
 
 
-def search_part(
-    search: Search, corpus: Corpus, folder: Path, check: Check | None, part: tuple[int, int]
+def search_partition(
+    search: Search, corpus: Corpus, folder: Path, check: Check | None, partition: tuple[int, int]
 ) -> int:
-    """Write the edges (`EDGE`) and the rows whose search was cut short of a part (number, of how many) of the keys.
+    """Write the edges (`EDGE`) and the rows whose search was cut short of a partition (number, of how many) of keys.
 
     Returns the number of edges: those that hold, where there is a ``check``.
     """
-    number, parts = part
-    path = folder / f"{number:05d}-of-{parts:05d}.edges"
+    number, partitions = partition
+    path = folder / f"{number:05d}-of-{partitions:05d}.edges"
     if not path.exists():
         finder = Finder.of(search, corpus)
         with (
@@ -133,33 +133,33 @@ def search_part(
             open(edges_path, "wb") as file,
             open(cut_path, "wb") as cut,
         ):
-            for edges, cut_rows in finder.find(*part_bounds(number, parts)):
+            for edges, cut_rows in finder.find(*partition_bounds(number, partitions)):
                 (check(edges) if check and len(edges) else edges).tofile(file)
                 cut_rows.tofile(cut)
     return path.stat().st_size // EDGE.itemsize
 
 
-def mark_part(search: Search, corpus: Corpus, folder: Path, part: tuple[int, int]) -> None:
-    """Write the rows of all documents that `search_part` finds edges of, without the edges."""
-    number, parts = part
-    path = folder / f"{number:05d}-of-{parts:05d}.rows"
+def mark_partition(search: Search, corpus: Corpus, folder: Path, partition: tuple[int, int]) -> None:
+    """Write the rows of all documents that `search_partition` finds edges of, without the edges."""
+    number, partitions = partition
+    path = folder / f"{number:05d}-of-{partitions:05d}.rows"
     if not path.exists():
         rows = NO_ROWS
-        for edges, _ in Finder.of(search, corpus).find(*part_bounds(number, parts)):
+        for edges, _ in Finder.of(search, corpus).find(*partition_bounds(number, partitions)):
             rows = np.unique(np.concatenate([rows, edges["loser"], edges["winner"]]))
         with atomic_path(path) as temporary:
             rows.tofile(temporary)
 
 
 def read_raw(path: Path, dtype: np.dtype) -> NDArray[np.void]:
-    """The records of a raw file, which stay on disk."""
+    """Return the records of a raw file, which stay on disk."""
     if not path.stat().st_size:
         return np.zeros(0, dtype)
     return np.memmap(path, dtype, "r")
 
 
 def read_chunks(paths: Iterable[Path], at_once: int = EDGES_AT_ONCE) -> Iterator[NDArray[np.void]]:
-    """The edges of some files, ``at_once`` at a time; they stay on disk."""
+    """Yield the edges of some files, ``at_once`` at a time; they stay on disk."""
     for path in paths:
         edges = read_raw(path, EDGE)
         for start in range(0, len(edges), at_once):
@@ -198,14 +198,14 @@ class Finder:
         )
 
     def count_keys(self, low: int, high: int) -> Iterator[NDArray[np.uint64]]:
-        """The keys of crowds from ``low`` to below ``high``."""
+        """Yield the keys of crowds from ``low`` to below ``high``."""
         count = self.signed.count(self.search.kind, low, high)
         if count > self.search.most_entries and high - low > 1:
             middle = (low + high) // 2
             yield from self.count_keys(low, middle)
             yield from self.count_keys(middle, high)
         elif count > self.search.most_entries:
-            if sum(map(len, self.pieces(low))) > self.search.leaders:
+            if sum(map(len, self.chunks(low))) > self.search.leaders:
                 yield np.array([low], np.uint64)
         elif count > self.search.leaders:
             keys, sizes = np.unique(self.shared(low, high)[0], return_counts=True)
@@ -224,7 +224,7 @@ class Finder:
             yield from self.find_in_buckets(*self.shared(low, high))
 
     def find_in_buckets(self, keys: NDArray[np.uint64], rows: NDArray[np.int64]) -> Iterator[Found]:
-        """The same for buckets that are loaded: rows by ascending key."""
+        """Yield the same for buckets that are loaded: rows by ascending key."""
         starts = np.flatnonzero(np.append(True, keys[1:] != keys[:-1]))[: len(keys)]
         sizes = np.diff(starts, append=len(keys))
         crowded = sizes > self.search.most_members
@@ -238,14 +238,14 @@ class Finder:
                 yield from self.compare(keys[start:end], rows[start:end])
 
     def find_in_crowd(self, key: int) -> Iterator[Found]:
-        """The same for one key that more documents have than fit: the most preferred first, then ever less so."""
-        if self.seekers is not None and not any(self.seekers[rows].any() for rows in self.pieces(key)):
+        """Yield the same for one key that more documents have than fit: the most preferred first, then ever less so."""
+        if self.seekers is not None and not any(self.seekers[rows].any() for rows in self.chunks(key)):
             return
         leaders = last = np.zeros(0, np.int64)
         passed = 0
         while len(leaders) < self.search.leaders:
             best = np.zeros(0, np.int64)
-            for rows in self.pieces(key):
+            for rows in self.chunks(key):
                 best = self.in_order(np.union1d(best, self.beyond(last, rows)))[
                     : self.search.most_members // 2
                 ]
@@ -253,7 +253,7 @@ class Finder:
                 return
             leaders = yield from self.compare(key, best, leaders, passed)
             last, passed = best[-1:], passed + len(best)
-        for rows in self.pieces(key):  # no order among them matters any more
+        for rows in self.chunks(key):  # no order among them matters any more
             yield from self.compare(key, self.beyond(last, rows), leaders, passed)
 
     def in_order(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -261,20 +261,20 @@ class Finder:
         return rows[np.argsort(self.signed.rank(rows))]
 
     def beyond(self, last: NDArray[np.int64], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Those of some rows that are less preferred than ``last`` (all, where that is empty), ascending."""
+        """Return those of some rows that are less preferred than ``last`` (all, where that is empty), ascending."""
         together = np.union1d(last, rows)
         rank = self.signed.rank(together)
         return together[rank > rank[np.searchsorted(together, last)]] if len(last) else together
 
-    def pieces(self, key: int) -> Iterator[NDArray[np.int64]]:
-        """Rows that have a key, a bounded number at a time."""
+    def chunks(self, key: int) -> Iterator[NDArray[np.int64]]:
+        """Yield the rows that have a key, a bounded number at a time."""
         waiting, count = [], 0
-        piece = max(self.search.most_members // 2, 1)
+        size = max(self.search.most_members // 2, 1)
         for _, rows in self.signed.slices(self.search.kind, key, key + 1):
-            for start in range(0, len(rows), piece):
-                waiting.append(self.originals(rows[start : start + piece]))
+            for start in range(0, len(rows), size):
+                waiting.append(self.originals(rows[start : start + size]))
                 count += len(waiting[-1])
-                if count >= piece:
+                if count >= size:
                     yield np.concatenate(waiting)
                     waiting, count = [], 0
         if count:
@@ -284,10 +284,10 @@ class Finder:
         return rows if self.copies is None else rows[self.copies[rows] == NONE]
 
     def shared(self, low: int, high: int) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """Keys that several documents have, ascending, and the rows that have them."""
-        parts = list(self.signed.slices(self.search.kind, low, high))
-        keys = np.concatenate([keys for keys, _ in parts])
-        rows = np.concatenate([rows for _, rows in parts])
+        """Return keys that several documents have, ascending, and the rows that have them."""
+        found = list(self.signed.slices(self.search.kind, low, high))
+        keys = np.concatenate([keys for keys, _ in found])
+        rows = np.concatenate([rows for _, rows in found])
         if self.copies is not None:
             among = self.copies[rows] == NONE
             keys, rows = keys[among], rows[among]
@@ -310,7 +310,7 @@ class Finder:
         leaders: NDArray[np.int64] = NO_ROWS,
         passed: int = 0,
     ) -> Generator[Found, None, NDArray[np.int64]]:
-        """Edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
+        """Yield edges of the documents of each bucket, and those cut short; returns the leaders of the last bucket.
 
         ``leaders`` are more preferred ones of the same bucket, which have been compared already; they are of the
         ``passed`` documents that came before.

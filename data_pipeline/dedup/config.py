@@ -33,12 +33,12 @@ class DedupRuntime(Runtime):
 
 
 class DedupConfig(StageConfig):
-    """Definition of a duplicate. `chance` says how surely LSH finds a pair."""
+    """Definition of a duplicate. `chance` is the probability that LSH finds a pair."""
 
     ngram: int = Field(default=5, ge=1, le=256)
     """Words in a shingle."""
     signs: Signs = "symbols"
-    """Signs beside letters and digits that tell words apart, as part of the word before them: ``none``; ``symbols``:
+    """Signs beside letters and digits that distinguish words, as part of the word before them: ``none``; ``symbols``:
     operators (``!$%&*+-/<=>?@^|~``) and all that Unicode calls a symbol, so that ``a < b`` is not ``a > b``, nor a
     thumb up one down; ``all``: brackets, quotes and other punctuation, too."""
     bands: int = Field(default=18, ge=1)

@@ -14,7 +14,7 @@ SECONDS_A_DOCUMENT = 15e-6
 LIBRARIES = 250 * 10**6
 """Bytes of memory that Python with its libraries takes."""
 OPEN_SHARE = 0.1
-"""Share of the text in documents whose shingle sets are written, as in a corpus of source code."""
+"""Fraction of the text in documents whose shingle sets are written, as in a corpus of source code."""
 BYTES_A_DOCUMENT = 2 * 16 + 2 * 12 + 16 + 60 + 8 + 17 + 24 + 8 + 1
 """Bytes on disk, besides signature and bands: digest and its entry, numbers, id, and what is decided."""
 RESIDENT_A_DOCUMENT = 8 + 17 + 17 + 8 + 1
@@ -54,7 +54,7 @@ def forecast(search: Search, documents: float, text_bytes: float, workers: int) 
         disk=documents * (BYTES_A_DOCUMENT + signature) + OPEN_SHARE * text_bytes,
         worker_memory=LIBRARIES + search.memory,
         driver_memory=LIBRARIES + documents * RESIDENT_A_DOCUMENT,
-        partitions=search.parts(documents),
+        partitions=search.partitions(documents),
         seconds=(text_bytes / (MB_PER_CORE * 1e6) + documents * SECONDS_A_DOCUMENT) / workers,
         workers=workers,
     )

@@ -63,8 +63,8 @@ def settle(edges: Sequence[Path], state: NDArray[np.void], folder: Path, at_once
     for chunk in read_chunks(edges, at_once):
         count_winners(chunk["loser"], state["waiting"])
     for start in range(0, len(state), at_once):
-        part = state[start : start + at_once]
-        part["decided"][part["waiting"] == 0] = KEPT
+        block = state[start : start + at_once]
+        block["decided"][block["waiting"] == 0] = KEPT
     sources, turn = list(edges), 0
     while sources:
         left = folder / f"undecided-{turn % 2}.edges"

@@ -1,10 +1,10 @@
 """MinHash signatures of word shingles, computed by numba over Arrow's text buffers in place.
 
-A document is its set of shingles: hashes of n consecutive lower-cased words, each with the signs behind it that tell.
+A document is its set of shingles: hashes of n consecutive lower-cased words, each with the signs behind it that count.
 They are thrown into bins, and each bin keeps its smallest hash (Li, Owen, Zhang 2012, "One Permutation Hashing"). While
 bins are empty, as with short documents, all shingles are thrown again with new hashes, into empty bins only (Dahlgaard,
 Knudsen, Thorup 2017, "Fast Similarity Sketching"). So two signatures agree in an entry with probability equal to the
-Jaccard similarity, and the share of entries in which they agree varies no more than with independent permutations,
+Jaccard similarity, and the fraction of entries in which they agree varies no more than with independent permutations,
 however short the documents. Of each entry 16 bits are kept (Li, Koenig 2010, "b-Bit Minwise Hashing").
 """
 
@@ -51,7 +51,7 @@ GATHER = np.uint64(0x0102040810204080)
 
 
 def word_tables(signs: Signs) -> tuple[NDArray[np.uint8], NDArray[np.uint32], NDArray[np.bool_]]:
-    """Class and lower case of each code point, and which signs tell words apart.
+    """Class and lower case of each code point, and which signs distinguish words.
 
     The underscore is a letter, as it is in the names of source code.
     """
@@ -86,7 +86,7 @@ def run_bits(block: np.uint64) -> np.uint64:
 
 @kernel(inline="always")
 def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
-    """The eight bytes from ``at`` on, with zeros for those behind the last of the buffer."""
+    """Return the eight bytes from ``at`` on, with zeros for those behind the last of the buffer."""
     last = len(blocks) - 1
     if at <= last:
         return blocks[at]
@@ -95,7 +95,7 @@ def block_at(blocks: NDArray[np.uint64], at: int) -> np.uint64:
 
 @kernel(inline="always")
 def fold(hashed: np.uint64, block: np.uint64) -> np.uint64:
-    """The hash of a word to which another eight bytes (or the last few) are added."""
+    """Return the hash of a word to which another eight bytes (or the last few) are added."""
     hashed = (hashed ^ block) * MULTIPLIER
     return hashed ^ (hashed >> np.uint64(32))
 
@@ -220,7 +220,7 @@ def word_hashes(
 ) -> int:
     """Hash the lower-cased words of one text into ``words``; returns how many there are.
 
-    64 bytes at a time become bits that say where runs begin and end: jumping from edge to edge spares the branch a
+    64 bytes at a time become bits that show where runs begin and end: jumping from edge to edge spares the branch a
     byte that a processor mispredicts at the end of each word, which cost more than all the rest.
     """
     count = 0
@@ -296,7 +296,7 @@ def fill_signature(
 ) -> None:
     """Fast similarity sketch of ``count`` shingle hashes; ``least`` and ``closed`` are room for an entry each.
 
-    The upper half of a hash says the bin, the lower half is the value. A bin takes the least value of the first turn
+    The upper half of a hash is the bin, the lower half is the value. A bin takes the least value of the first turn
     in which anything is thrown at it; from turn ``len(signature)`` on all is thrown at one bin a turn, so all get
     filled.
     """
@@ -420,7 +420,7 @@ def sets_all(
 
 
 def shingle_sets(texts: pa.Array, *, ngram: int, seed: int, signs: Signs) -> list[NDArray[np.uint64]]:
-    """The sorted distinct shingle hashes of every text of a column."""
+    """Return the sorted distinct shingle hashes of every text of a column."""
     data, offsets = buffers(texts)
     if not len(texts):
         return []

@@ -37,7 +37,7 @@ REMOVED_ROWS = 1 << 16
 """Rows in a row group of ``removed.parquet``."""
 ROWS_AT_ONCE = 1 << 19
 """Removed documents whose ids are in memory at once."""
-PARTS_AT_ONCE = 256
+TABLES_AT_ONCE = 256
 """Files that are merged at once: each is mapped into memory, and a system bounds how many may be."""
 BINS = 50
 """Bins of the histogram of similarities, from 0 to 1."""
@@ -88,9 +88,9 @@ def write_split(removal: Removal, out: Path, removed: Path, number: int, shard: 
     row = 0
     with write_shard(out / shard.name) as writer:
         for batch in read_shard(shard):
-            part = pa.array(kept[row : row + batch.num_rows])
-            count_sources(sources, batch, part)
-            writer.add_batch(batch.filter(part))
+            mask = pa.array(kept[row : row + batch.num_rows])
+            count_sources(sources, batch, mask)
+            writer.add_batch(batch.filter(mask))
             row += batch.num_rows
     assert row == len(kept), f"{shard} has {row} documents; it had {len(kept)}"
     gone = first + np.flatnonzero(~kept)
@@ -158,13 +158,13 @@ def join_removed(signed: Signed, folder: Path, path: Path, at_once: int = ROWS_A
     """Merge what `save_removed` wrote for all shards into one Parquet file, by id."""
     if path.exists():
         return
-    parts = [
+    tables = [
         read_mapped(one) for one in join_groups([folder / f"{stem}.arrow" for stem in signed.stems], at_once)
     ]
     with atomic_path(path) as temporary, pq.ParquetWriter(temporary, REMOVED, compression="zstd") as writer:
         waiting = REMOVED.empty_table()
-        for piece in merged(parts, at_once):
-            waiting = pa.concat_tables([waiting, piece])
+        for chunk in merged(tables, at_once):
+            waiting = pa.concat_tables([waiting, chunk])
             whole = len(waiting) // REMOVED_ROWS * REMOVED_ROWS
             for start in range(0, whole, REMOVED_ROWS):
                 writer.write_table(waiting.slice(start, REMOVED_ROWS).combine_chunks())
@@ -172,7 +172,7 @@ def join_removed(signed: Signed, folder: Path, path: Path, at_once: int = ROWS_A
         writer.write_table(waiting)
 
 
-def join_groups(paths: list[Path], at_once: int, most: int = PARTS_AT_ONCE) -> list[Path]:
+def join_groups(paths: list[Path], at_once: int, most: int = TABLES_AT_ONCE) -> list[Path]:
     """At most ``most`` files with the rows of ``paths``: while there are more, groups of them are merged into one."""
     while len(paths) > most:
         joined = []
@@ -184,19 +184,19 @@ def join_groups(paths: list[Path], at_once: int, most: int = PARTS_AT_ONCE) -> l
                 pa.OSFile(str(temporary), "wb") as file,
                 pa.ipc.new_file(file, REMOVED) as writer,
             ):
-                for piece in merged([read_mapped(one) for one in group], at_once):
-                    writer.write_table(piece)
+                for chunk in merged([read_mapped(one) for one in group], at_once):
+                    writer.write_table(chunk)
         paths = joined
     return paths
 
 
-def merged(parts: list[pa.Table], at_once: int) -> Iterator[pa.Table]:
-    """Tables that are sorted by id as one, in pieces of about ``at_once`` rows: ranges of ids, each sorted."""
-    columns = [part.column("id") for part in parts]
+def merged(tables: list[pa.Table], at_once: int) -> Iterator[pa.Table]:
+    """Merge tables that are sorted by id, in chunks of about ``at_once`` rows: ranges of ids, each sorted."""
+    columns = [table.column("id") for table in tables]
     total = sum(len(column) for column in columns)
     step = max(
-        1, at_once // max(1, 4 * len(parts))
-    )  # of which samples are taken, so that a piece is at most 5/4
+        1, at_once // max(1, 4 * len(tables))
+    )  # of which samples are taken, so that a chunk is at most 5/4
     samples = sorted(column[at].as_py() for column in columns for at in range(step, len(column), step))
     splits = samples[:: max(1, at_once // step)] if total > at_once else []
     bounds = [
@@ -205,14 +205,14 @@ def merged(parts: list[pa.Table], at_once: int) -> Iterator[pa.Table]:
     ]
     for at in range(len(splits) + 1):
         slices = [
-            part.slice(bound[at], (bound[at + 1] if at < len(splits) else len(part)) - bound[at])
-            for part, bound in zip(parts, bounds, strict=True)
+            table.slice(bound[at], (bound[at + 1] if at < len(splits) else len(table)) - bound[at])
+            for table, bound in zip(tables, bounds, strict=True)
         ]
         yield pa.concat_tables(slices).sort_by("id")
 
 
 def read_mapped(path: Path) -> pa.Table:
-    """An Arrow file as a table whose columns stay on disk, though the file is closed."""
+    """Read an Arrow file as a table whose columns stay on disk, though the file is closed."""
     with pa.memory_map(str(path)) as file:
         return pa.ipc.open_file(file).read_all()
 

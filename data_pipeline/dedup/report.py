@@ -40,7 +40,7 @@ def summarise(
     spans: SpanTally | None,
     out: Path,
 ) -> Metrics:
-    """Write ``report.md`` and return the metrics; ``clusters`` says how many documents repeat each row."""
+    """Write ``report.md`` and return the metrics; ``clusters`` holds how many documents repeat each row."""
     sources = by_source(tallies)
     documents, kept, bytes_in, bytes_out = (sum(column) for column in zip(*sources.values(), strict=True))
     exact, near = (sum(one[kind] for one in tallies) for kind in ("exact", "near"))
@@ -113,12 +113,12 @@ def histogram(tallies: Sequence[Mapping[str, Any]]) -> str:
 def largest_clusters(
     signed: Signed, shards: Sequence[Path], clusters: NDArray[np.int64], removed: Path
 ) -> str:
-    """The kept documents that most others repeat, with some of those, as Markdown."""
+    """Return the kept documents that most others repeat, with some of those, as Markdown."""
     best: list[tuple[int, str, int]] = []
     for start in range(0, len(clusters), ROWS_AT_ONCE):
-        part = clusters[start : start + ROWS_AT_ONCE]
+        sizes = clusters[start : start + ROWS_AT_ONCE]
         least = max(1, -best[-1][0] if len(best) == CLUSTERS else 1)
-        rows = start + np.flatnonzero(part >= least)
+        rows = start + np.flatnonzero(sizes >= least)
         found = zip((-clusters[rows]).tolist(), signed.ids(rows).to_pylist(), rows.tolist(), strict=True)
         best = nsmallest(CLUSTERS, [*best, *found])
     if not best:
@@ -137,7 +137,7 @@ def largest_clusters(
 
 
 def first_members(heads: set[str], removed: Path) -> dict[str, list[str]]:
-    """The first documents, by id, that repeat each of some kept ones."""
+    """Return the first documents, by id, that repeat each of some kept ones."""
     members: dict[str, list[str]] = {head: [] for head in heads}
     with pq.ParquetFile(removed) as file:
         for group in range(file.num_row_groups):
@@ -150,7 +150,7 @@ def first_members(heads: set[str], removed: Path) -> dict[str, list[str]]:
 
 
 def text_of(signed: Signed, shards: Sequence[Path], row: int) -> str:
-    """The text of one document, read again from its shard."""
+    """Return the text of one document, read again from its shard."""
     shard = int(np.searchsorted(signed.first_row, row, side="right")) - 1
     row -= int(signed.first_row[shard])
     for batch in read_shard(shards[shard], ("text",)):

@@ -3,7 +3,7 @@
 For each shard there are ids, a few numbers a document, signatures, and band entries: for every band of every signature
 its hash, called key, and the document's row, sorted by key. So a partition of the keys is a contiguous slice of each
 shard's file, and no files are needed for shards times partitions. There are two kinds of signature: ``text`` is the
-digest of the text, as one band, so that equal texts meet; ``near`` is MinHash. A row is a document's place in the whole
+digest of the text, as one band, so that equal texts meet; ``near`` is MinHash. A row is a document's index in the whole
 corpus, shard after shard; it is an address only, and no result depends on it.
 """
 
@@ -50,7 +50,7 @@ class SignRules:
 
 
 def sign_shard(rules: SignRules, folder: Path, shard: Path) -> dict[str, int]:
-    """Write a shard's part of `Signed`; returns its number of documents, bytes and entries of kind ``near``."""
+    """Write a shard of `Signed`; returns its number of documents, bytes and entries of kind ``near``."""
     return once(folder / f"{shard.stem}.json", lambda: write_signed(rules, folder, shard))
 
 
@@ -99,7 +99,7 @@ def scores(rules: SignRules, batch: pa.RecordBatch, sizes: NDArray[np.int64]) ->
 
 
 def quality(meta: str | None, field: str | None) -> float:
-    """The number under ``field`` of a document's meta; minus infinity where there is none."""
+    """Return the number under ``field`` of a document's meta; minus infinity where there is none."""
     try:
         value = json.loads(meta or "{}")[field]
         number = float(value) if isinstance(value, int | float) else -np.inf
@@ -152,43 +152,43 @@ class Signed:
         return np.cumsum([0, *self.counts], dtype=np.int64)
 
     def by_shard(self, rows: NDArray[np.int64]) -> Iterator[tuple[str, slice, NDArray[np.int64]]]:
-        """Ascending rows shard by shard: its stem, which of ``rows`` lie in it, and their places in it."""
+        """Yield ascending rows shard by shard: its stem, which of ``rows`` lie in it, and their indices in it."""
         bounds = np.searchsorted(rows, self.first_row)
         for shard in np.flatnonzero(np.diff(bounds)).tolist():
-            part = slice(int(bounds[shard]), int(bounds[shard + 1]))
-            yield self.stems[shard], part, rows[part] - self.first_row[shard]
+            within = slice(int(bounds[shard]), int(bounds[shard + 1]))
+            yield self.stems[shard], within, rows[within] - self.first_row[shard]
 
     def gather(self, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         """Return what file ``name`` (``documents``, ``near-signatures``, ...) holds for some ascending rows."""
-        parts = [np.load(self.folder / f"{self.stems[0]}-{name}.npy", mmap_mode="r")[:0]]
-        parts += [
-            np.load(self.folder / f"{stem}-{name}.npy", mmap_mode="r")[places]
-            for stem, _, places in self.by_shard(rows)
+        arrays = [np.load(self.folder / f"{self.stems[0]}-{name}.npy", mmap_mode="r")[:0]]
+        arrays += [
+            np.load(self.folder / f"{stem}-{name}.npy", mmap_mode="r")[indices]
+            for stem, _, indices in self.by_shard(rows)
         ]
-        return np.concatenate(parts)
+        return np.concatenate(arrays)
 
     def ids(self, rows: NDArray[np.int64]) -> pa.Array:
-        """Ids of some ascending rows."""
-        parts = [pa.array([], pa.string())]
-        for stem, _, places in self.by_shard(rows):
+        """Return the ids of some ascending rows."""
+        arrays = [pa.array([], pa.string())]
+        for stem, _, indices in self.by_shard(rows):
             with pa.memory_map(str(self.folder / f"{stem}-ids.arrow")) as file:
-                parts.append(pa.ipc.open_file(file).get_batch(0).column(0).take(pa.array(places)))
-        return pa.concat_arrays(parts)
+                arrays.append(pa.ipc.open_file(file).get_batch(0).column(0).take(pa.array(indices)))
+        return pa.concat_arrays(arrays)
 
     def slices(
         self, kind: Kind, low: int, high: int
     ) -> Iterator[tuple[NDArray[np.uint64], NDArray[np.int64]]]:
-        """Keys from ``low`` to below ``high`` and their rows, for each shard that has any."""
+        """Yield the keys from ``low`` to below ``high`` and their rows, for each shard that has any."""
         for shard, stem in enumerate(self.stems):
-            keys, part = self._keys(stem, kind, low, high)
-            if part.start < part.stop:
-                places = np.load(self.folder / f"{stem}-{kind}-rows.npy", mmap_mode="r")[part]
-                yield np.array(keys[part]), places.astype(np.int64) + self.first_row[shard]
+            keys, within = self._keys(stem, kind, low, high)
+            if within.start < within.stop:
+                indices = np.load(self.folder / f"{stem}-{kind}-rows.npy", mmap_mode="r")[within]
+                yield np.array(keys[within]), indices.astype(np.int64) + self.first_row[shard]
 
     def count(self, kind: Kind, low: int, high: int) -> int:
         """Count how many entries have keys from ``low`` to below ``high``."""
-        parts = [self._keys(stem, kind, low, high)[1] for stem in self.stems]
-        return sum(part.stop - part.start for part in parts)
+        found = [self._keys(stem, kind, low, high)[1] for stem in self.stems]
+        return sum(within.stop - within.start for within in found)
 
     def _keys(self, stem: str, kind: Kind, low: int, high: int) -> tuple[NDArray[np.uint64], slice]:
         keys = np.load(self.folder / f"{stem}-{kind}-keys.npy", mmap_mode="r")
@@ -197,7 +197,7 @@ class Signed:
         return keys, slice(start, end)
 
     def rank(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Place of some ascending rows in the order of preference among them: the higher score, then the lower id."""
+        """Rank some ascending rows by preference among them, from 0: the higher score, then the lower id."""
         table = pa.table({"score": self.gather("documents", rows)["score"], "id": self.ids(rows)})
         order = pc.sort_indices(table, [("score", "descending"), ("id", "ascending")]).to_numpy()
         rank = np.empty(len(rows), np.int64)

@@ -48,7 +48,7 @@ Item = tuple[int, Path]
 
 
 def longest_first(row: dict[str, Any]) -> tuple[int, str, int]:
-    """The order of examples: longest first, then by id and place."""
+    """Return the order of examples: longest first, then by id and position."""
     return -row["words"], row["id"], row["start"]
 
 
@@ -66,7 +66,7 @@ def cuts_path(scratch: Path, shard: int) -> Path:
 
 @dataclass(frozen=True)
 class Marks:
-    """The windows of a shard that are `KEPT` or `REPEATED`, in order of row and place."""
+    """The windows of a shard that are `KEPT` or `REPEATED`, in order of row and position."""
 
     rows: NDArray[np.uint32]
     places: NDArray[np.uint32]
@@ -76,7 +76,7 @@ class Marks:
 
     @classmethod
     def load(cls, scratch: Path, matched: Exchange, shard: int) -> Self:
-        """Tell what the windows of a shard are, by the answers for their groups."""
+        """Load what the windows of a shard are, by the answers for their groups."""
         windows = np.load(windows_path(scratch, shard))
         groups = windows["group"]
         first = matched.keys(shard)
@@ -95,7 +95,7 @@ class Marks:
         )
 
     def of_row(self, row: int) -> Marks:
-        """The marks of one document."""
+        """Return the marks of one document."""
         start, end = np.searchsorted(self.rows, np.array([row, row + 1], np.uint32))
         return Marks(
             rows=self.rows[start:end],
@@ -105,7 +105,7 @@ class Marks:
         )
 
     def keepers_of(self, first: int, last: int, width: int) -> list[int]:
-        """The keepers of repeated windows with a word from ``first`` to ``last`` of one document, in order."""
+        """Return the keepers of repeated windows with a word from ``first`` to ``last`` of one document, in order."""
         near = np.array([max(0, first - width + 1), last], np.uint32)
         start, end = np.searchsorted(self.places, near)
         repeated = self.kinds[start:end] == REPEATED
@@ -113,7 +113,7 @@ class Marks:
         return keepers
 
     def rows_to_cut(self, start: int, end: int) -> list[int]:
-        """Rows from ``start`` to ``end`` that have repeated windows."""
+        """Return rows from ``start`` to ``end`` that have repeated windows."""
         low, high = np.searchsorted(self.rows, np.array([start, end], np.uint32))
         here = self.rows[low:high][self.kinds[low:high] == REPEATED]
         rows: list[int] = np.unique(here).tolist()
@@ -145,18 +145,18 @@ class Edit:
 
 
 def edit(text: bytes, marks: Marks, width: int) -> Edit:
-    """Cut the words that the marks of one document say."""
+    """Cut the words that the marks of one document select."""
     words, starts = np.empty(len(text) // 2 + 1, np.uint64), np.empty(len(text) // 2 + 1, np.int32)
     count = read_words(np.frombuffer(text, np.uint8), 0, len(text), classes(), words, starts)
     cut, broken = cut_words(marks.places, marks.kinds, width, count)
     edges = np.flatnonzero(np.diff(cut, prepend=False, append=False)).reshape(-1, 2).tolist()
-    pieces, spans = [], []
+    kept, spans = [], []
     at = characters = 0
     for first, last in edges:
         end = int(starts[last]) if last < count else len(text)
-        piece, gone = text[at : starts[first]].decode(), text[starts[first] : end].decode()
+        before, gone = text[at : starts[first]].decode(), text[starts[first] : end].decode()
         bare = gone.rstrip()
-        start = characters + len(piece)
+        start = characters + len(before)
         digest = blake2b(words[first:last].tobytes(), digest_size=8).digest()
         spans.append(
             Span(
@@ -168,11 +168,11 @@ def edit(text: bytes, marks: Marks, width: int) -> Edit:
                 text=bare,
             )
         )
-        pieces.append(close(piece, gone[len(bare) :], opens=not at, ends=end == len(text)))
+        kept.append(close(before, gone[len(bare) :], opens=not at, ends=end == len(text)))
         at, characters = end, start + len(gone)
-    pieces.append(text[at:].decode())
+    kept.append(text[at:].decode())
     return Edit(
-        text="".join(pieces),
+        text="".join(kept),
         words_left=int(count - cut.sum()),
         keeps=bool((marks.kinds == KEPT).any()),
         broken=broken,
@@ -180,15 +180,15 @@ def edit(text: bytes, marks: Marks, width: int) -> Edit:
     )
 
 
-def close(piece: str, after: str, *, opens: bool, ends: bool) -> str:
-    """A piece of text up to a cut, with one of the two white spaces around the cut: that with more line breaks.
+def close(text: str, after: str, *, opens: bool, ends: bool) -> str:
+    """Close a slice of text before a cut with one of the two white spaces around the cut: that with more line breaks.
 
     So a line is not joined to the next, and words stay apart. White space at either end of a text stays as it is.
     """
-    bare = piece.rstrip()
+    bare = text.rstrip()
     if opens and not bare:
-        return piece
-    before = piece[len(bare) :]
+        return text
+    before = text[len(bare) :]
     if ends:
         return bare + after
     return bare + (after if after.count("\n") >= before.count("\n") and after else before or " ")
@@ -230,7 +230,8 @@ def cut_batch(
     cuts: Cuts,
     tally: Tally,
 ) -> pa.RecordBatch:
-    """The rows of ``batch``, which begins at ``first_row`` of its shard, with their texts cut, less those dropped."""
+    """Return the rows of ``batch``, which begins at ``first_row`` of its shard, with their texts cut, less those
+    dropped."""
     changed, kept = np.zeros(batch.num_rows, bool), np.ones(batch.num_rows, bool)
     texts: list[str] = []
     column = batch.column("text")
@@ -285,7 +286,7 @@ class Tally:
 
 @dataclass
 class Cuts:
-    """The rows of a shard's part of ``cut.parquet`` as they grow; keepers are numbers until `name_keepers`."""
+    """The rows of a shard in ``cut.parquet`` as they grow; keepers are numbers until `name_keepers`."""
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     hashes: list[int] = field(default_factory=list)

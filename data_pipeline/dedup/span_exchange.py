@@ -1,7 +1,7 @@
 """Match the keys of all shards in bounded memory: each shard sorts its own, ranges of key values are matched apart.
 
-A shard writes each key once (the first of its equal ones), so a key that is everywhere costs one entry a shard. A part
-reads its range from every shard, and writes one answer an entry, which each shard then reads back in its own order.
+A shard writes each key once (the first of its equal ones), so a key that is everywhere costs one entry a shard. A
+partition reads its range from every shard, and writes one answer an entry, which each shard then reads in its order.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Solve = Callable[[Entries, NDArray[np.uint32]], NDArray[Any]]
 
 @dataclass(frozen=True)
 class Exchange:
-    """The keys called ``name`` of a number of shards, matched in ``parts`` ranges."""
+    """The keys called ``name`` of a number of shards, matched in ``partitions`` ranges of keys."""
 
     scratch: Path
     name: str
     shards: int
-    parts: int
+    partitions: int
 
     @classmethod
     def run(
@@ -53,59 +53,61 @@ class Exchange:
         workers together hold about ``memory_mb``.
         """
         room = max(1, memory_mb * 1_000_000 // context.workers // MATCHING_BYTES)
-        parts = max(min(context.workers, len(entries)), -(-sum(entries) // room))
-        exchange = cls(scratch=scratch, name=name, shards=len(entries), parts=parts)
+        partitions = max(min(context.workers, len(entries)), -(-sum(entries) // room))
+        exchange = cls(scratch=scratch, name=name, shards=len(entries), partitions=partitions)
         context.map(
-            Matching(exchange, solve), range(parts), names=[f"match {name} {part}" for part in range(parts)]
+            Matching(exchange, solve),
+            range(partitions),
+            names=[f"match {name} {partition}" for partition in range(partitions)],
         )
         return exchange
 
     def keys(self, shard: int) -> Entries:
-        """All entries of a shard, on disk."""
+        """Map all entries of a shard, on disk."""
         entries: Entries = np.load(keys_path(self.scratch, self.name, shard), mmap_mode="r")
         return entries
 
-    def load(self, shard: int, part: int) -> Entries:
-        """The entries of a shard that fall into a part."""
+    def load(self, shard: int, partition: int) -> Entries:
+        """Return the entries of a shard that fall into a partition."""
         entries = self.keys(shard)
-        limits = [(part << 64) // self.parts, ((part + 1) << 64) // self.parts - 1]
+        limits = [(partition << 64) // self.partitions, ((partition + 1) << 64) // self.partitions - 1]
         start = np.searchsorted(entries["key"], np.uint64(limits[0]), side="left")
         end = np.searchsorted(entries["key"], np.uint64(limits[1]), side="right")
         return np.array(entries[start:end])
 
-    def path(self, part: int, kind: str) -> Path:
-        return self.scratch / f"{self.name}-{kind}-{part:05d}-of-{self.parts:05d}.npy"
+    def path(self, partition: int, kind: str) -> Path:
+        return self.scratch / f"{self.name}-{kind}-{partition:05d}-of-{self.partitions:05d}.npy"
 
-    def match(self, solve: Solve, part: int) -> None:
-        """Answer for one part."""
-        if self.path(part, "answers").exists():
+    def match(self, solve: Solve, partition: int) -> None:
+        """Answer for one partition."""
+        if self.path(partition, "answers").exists():
             return
-        pieces = [self.load(shard, part) for shard in range(self.shards)]
-        lengths = [len(piece) for piece in pieces]
-        entries = np.concatenate(pieces)
-        pieces.clear()
+        by_shard = [self.load(shard, partition) for shard in range(self.shards)]
+        lengths = [len(one) for one in by_shard]
+        entries = np.concatenate(by_shard)
+        by_shard.clear()
         answers = solve(entries, np.repeat(np.arange(self.shards, dtype=np.uint32), lengths))
-        save_array(self.path(part, "ends"), np.cumsum([0, *lengths]))
-        save_array(self.path(part, "answers"), answers)
+        save_array(self.path(partition, "ends"), np.cumsum([0, *lengths]))
+        save_array(self.path(partition, "answers"), answers)
 
     def answers(self, shard: int) -> NDArray[Any]:
-        """The answer for every entry that a shard has saved, in its order."""
+        """Return the answer for every entry that a shard has saved, in its order."""
         found = []
-        for part in range(self.parts):
-            start, end = np.load(self.path(part, "ends"), mmap_mode="r")[shard : shard + 2]
-            found.append(np.array(np.load(self.path(part, "answers"), mmap_mode="r")[start:end]))
+        for partition in range(self.partitions):
+            start, end = np.load(self.path(partition, "ends"), mmap_mode="r")[shard : shard + 2]
+            found.append(np.array(np.load(self.path(partition, "answers"), mmap_mode="r")[start:end]))
         return np.concatenate(found)
 
 
 @dataclass(frozen=True)
 class Matching:
-    """`Exchange.match` as a function of the part alone, that can travel to another process."""
+    """`Exchange.match` as a function of the partition alone, that can travel to another process."""
 
     exchange: Exchange
     solve: Solve
 
-    def __call__(self, part: int) -> None:
-        self.exchange.match(self.solve, part)
+    def __call__(self, partition: int) -> None:
+        self.exchange.match(self.solve, partition)
 
 
 def keys_path(scratch: Path, name: str, shard: int) -> Path:
@@ -115,7 +117,7 @@ def keys_path(scratch: Path, name: str, shard: int) -> Path:
 def group(
     keys: NDArray[np.uint64],
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-    """The distinct keys in order, the number of each key's group among them, and the sizes of the groups."""
+    """Return the distinct keys in order, the number of each key's group among them, and the sizes of the groups."""
     distinct, groups, sizes = np.unique(keys, return_inverse=True, return_counts=True)
     return distinct, groups, sizes
 
@@ -131,7 +133,7 @@ def count_keys(path: Path) -> int:
 
 
 def rows_of(dtype: np.dtype[Any], count: int, **columns: NDArray[Any]) -> NDArray[Any]:
-    """An array of records, from its columns."""
+    """Return an array of records, from its columns."""
     rows = np.empty(count, dtype)
     for name, column in columns.items():
         rows[name] = column
@@ -141,7 +143,7 @@ def rows_of(dtype: np.dtype[Any], count: int, **columns: NDArray[Any]) -> NDArra
 def firsts(
     groups: NDArray[np.int64], count: int, entries: Entries, shards: NDArray[np.uint32] | None = None
 ) -> NDArray[np.int64]:
-    """Index of each group's first entry: by hash of the document's id, then by shard, row and place."""
+    """Find the index of each group's first entry: by hash of the document's id, then by shard, row and position."""
     if shards is None:
         shards = np.zeros(len(entries), np.uint32)
     columns = [np.ascontiguousarray(entries[name]) for name in ("document", "row", "place")]
@@ -150,13 +152,14 @@ def firsts(
 
 
 def seen_elsewhere(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.bool_]:
-    """Say whether another shard has the same key."""
+    """Return whether another shard has the same key."""
     _, groups, sizes = group(entries["key"])
     return (sizes > 1)[groups]
 
 
 def keeper_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The document in which each key comes first, as ``shard << 32 | row``; `NONE` where no other shard has the key."""
+    """Return the document in which each key comes first, as ``shard << 32 | row``; `NONE` where no other shard has the
+    key."""
     _, groups, sizes = group(entries["key"])
     first = firsts(groups, len(sizes), entries, shards)
     documents = shards[first].astype(np.int64) << 32 | entries["row"][first]
@@ -164,7 +167,7 @@ def keeper_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.i
 
 
 def total_of_each(entries: Entries, shards: NDArray[np.uint32]) -> NDArray[np.int64]:
-    """The sum over all shards of what each key has as place."""
+    """Sum over all shards what each key has as ``place``."""
     _, groups, sizes = group(entries["key"])
     totals = np.zeros(len(sizes), np.int64)
     np.add.at(totals, groups, entries["place"].astype(np.int64))

@@ -1,4 +1,4 @@
-"""The kernels of `data_pipeline.dedup.spans`: words with their places, windows of words, and which words are cut.
+"""The kernels of `data_pipeline.dedup.spans`: words with their positions, windows of words, and which words are cut.
 
 A word (see `data_pipeline.core.words`; ``_`` is a letter) is taken together with the punctuation that follows it up to
 the next one; it is hashed byte by byte as it stands, without white space. A window is a run of a given number of words.
@@ -92,11 +92,11 @@ def find_anchors(
     anchors: NDArray[np.uint64],
     first: NDArray[np.int32],
 ) -> int:
-    """The smallest of each ``within`` consecutive hashes, once for each place; returns how many there are.
+    """Return the smallest of each ``within`` consecutive hashes, once for each position; returns how many there are.
 
-    Window i spans ``hashes[i : i + within]``. ``first`` says from which window on an anchor is the smallest. Of equal
-    ones the last counts: so equal windows have their anchors at the same distance, in different places even where the
-    windows overlap.
+    Window i spans ``hashes[i : i + within]``. ``first`` is the window from which on an anchor is the smallest. Of equal
+    ones the last counts: so equal windows have their anchors at the same distance, in different positions even where
+    the windows overlap.
     """
     count = 0
     at = -1
@@ -124,7 +124,7 @@ def all_anchors(
     width: int,
     classes: NDArray[np.uint8],
 ) -> NDArray[np.uint64]:
-    """The anchors of all texts of a column, in order: see `find_anchors`."""
+    """Return the anchors of all texts of a column, in order: see `find_anchors`."""
     words, starts, short, anchors, first = room(offsets)
     found = np.empty((offsets[-1] - offsets[0]) // 2 + len(offsets), np.uint64)
     total = 0
@@ -204,7 +204,7 @@ def first_of_each(
     rows: NDArray[np.uint32],
     places: NDArray[np.uint32],
 ) -> NDArray[np.int64]:
-    """Index of each group's first member in the order of document hash, shard, row and place."""
+    """Return the index of each group's first member in the order of document hash, shard, row and position."""
     best = np.full(groups, -1, np.int64)
     for at in range(len(group)):
         other = best[group[at]]
@@ -231,7 +231,7 @@ def cut_words(
     """Find which of the ``count`` words of a text are cut, and how many of its windows that should stay are broken.
 
     Cut are the words of `REPEATED` windows but not of `KEPT` ones; and all words of the `REPEATED` windows that would
-    be whole after that. ``places`` ascend.
+    be whole after that. ``places`` (positions of words) ascend.
     """
     cut = cover(places, kinds, REPEATED, width, count)
     stays = cover(places, kinds, KEPT, width, count)

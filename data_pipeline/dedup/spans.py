@@ -95,7 +95,7 @@ class SpanTally:
         return self.total("bytes_in") - self.total("bytes_out")
 
     def report(self) -> str:
-        """A section of Markdown: what was cut, by source, with examples."""
+        """Return a section of Markdown: what was cut, by source, with examples."""
         rules, share = self.rules, self.bytes_cut / max(1, self.total("bytes_in"))
         text = (
             f"## Repeated spans\n\nCut {self.total('spans')} spans, {human_bytes(self.bytes_cut)} ({share:.1%}), "
@@ -128,7 +128,7 @@ class SpanTally:
 def cut_repeats(
     rules: SpanRules, shards: Sequence[Path], scratch: Path, out: Path, context: StageContext, memory_mb: int
 ) -> SpanTally:
-    """Copy document shards into ``out`` without repeated spans; ``out/cut.parquet`` says what was cut (schema `CUT`).
+    """Copy document shards into ``out`` without repeated spans; ``out/cut.parquet`` lists what was cut (schema `CUT`).
 
     The law, for windows of ``min_words`` words in the texts that come in:
 
@@ -243,7 +243,7 @@ def gather(scratch: Path, shards: int, path: Path) -> None:
 
 
 def most_frequent(scratch: Path, counted: Exchange) -> list[tuple[int, dict[str, Any]]]:
-    """The spans that were cut most often, with a row of ``cut.parquet`` each: that of the first document."""
+    """Return the spans that were cut most often, with a row of ``cut.parquet`` each: that of the first document."""
     best: list[tuple[int, int, int, int, int]] = []
     for index in range(counted.shards):
         totals = counted.answers(index)
@@ -262,7 +262,7 @@ def most_frequent(scratch: Path, counted: Exchange) -> list[tuple[int, dict[str,
 
 
 def sum_by_source(tallies: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
-    """The sum of the shards' tallies, sources in order."""
+    """Return the sum of the shards' tallies, sources in order."""
     total: dict[str, dict[str, int]] = {}
     for one in tallies:
         for source, counts in one.items():

@@ -27,10 +27,10 @@ from data_pipeline.dedup.candidates import (
     Corpus,
     Search,
     find_crowds,
-    mark_part,
+    mark_partition,
     read_chunks,
     read_raw,
-    search_part,
+    search_partition,
 )
 from data_pipeline.dedup.config import DedupConfig
 from data_pipeline.dedup.greedy import decide
@@ -53,7 +53,7 @@ Result = TypeVar("Result")
 
 
 def dedup(config: DedupConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
-    """Copy ``inputs["documents"]`` shard by shard without duplicates; ``removed.parquet`` says what each repeats."""
+    """Copy ``inputs["documents"]`` shard by shard without duplicates; ``removed.parquet`` lists what each repeats."""
     shards = shard_paths(inputs["documents"])
     removal, cut_short = find_duplicates(config, shards, out / "scratch", context)
     unique = out / "scratch" / "unique" if config.spans else out
@@ -129,39 +129,41 @@ def find_copies(config: DedupConfig, signed: Signed, scratch: Path, context: Sta
 
 
 def find_all_crowds(search: Search, corpus: Corpus, context: StageContext) -> NDArray[np.uint64]:
-    """The keys of all crowds, ascending: none where there are too few documents for one."""
+    """Return the keys of all crowds, ascending: none where there are too few documents for one."""
     if corpus.signed.documents <= search.leaders:
         return NO_KEYS
     work = partial(find_crowds, search, corpus)
-    return np.array(list(chain.from_iterable(map_parts("crowds", work, search, corpus, context))), np.uint64)
+    return np.array(
+        list(chain.from_iterable(map_partitions("crowds", work, search, corpus, context))), np.uint64
+    )
 
 
 def search_all(
     search: Search, corpus: Corpus, folder: Path, context: StageContext, check: Check | None = None
 ) -> list[Path]:
-    """Files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
-    work = partial(search_part, search, corpus, folder, check)
-    map_parts(f"match {search.kind}", work, search, corpus, context)
-    return part_paths(search, corpus, folder, "edges")
+    """Return files of the edges found, by partition of the keys; of how many there are nothing depends but memory."""
+    work = partial(search_partition, search, corpus, folder, check)
+    map_partitions(f"match {search.kind}", work, search, corpus, context)
+    return partition_paths(search, corpus, folder, "edges")
 
 
-def map_parts(
+def map_partitions(
     name: str,
     work: Callable[[tuple[int, int]], Result],
     search: Search,
     corpus: Corpus,
     context: StageContext,
 ) -> list[Result]:
-    """The results of ``work`` for all partitions of the keys (number, of how many)."""
-    parts = search.parts(corpus.signed.documents)
-    items = [(number, parts) for number in range(parts)]
-    return context.map(work, items, names=[f"{name} {number}" for number in range(parts)])
+    """Return the results of ``work`` for all partitions of the keys (number, of how many)."""
+    partitions = search.partitions(corpus.signed.documents)
+    items = [(number, partitions) for number in range(partitions)]
+    return context.map(work, items, names=[f"{name} {number}" for number in range(partitions)])
 
 
-def part_paths(search: Search, corpus: Corpus, folder: Path, kind: str) -> list[Path]:
-    """The files that the partitions of the keys have written."""
-    parts = search.parts(corpus.signed.documents)
-    return [folder / f"{number:05d}-of-{parts:05d}.{kind}" for number in range(parts)]
+def partition_paths(search: Search, corpus: Corpus, folder: Path, kind: str) -> list[Path]:
+    """Return the files that the partitions of the keys have written."""
+    partitions = search.partitions(corpus.signed.documents)
+    return [folder / f"{number:05d}-of-{partitions:05d}.{kind}" for number in range(partitions)]
 
 
 def search_again(
@@ -180,7 +182,7 @@ def search_again(
 
     Args:
         found: what the first search wrote.
-        edges: files of those that hold; ``repeats.npy`` in ``scratch`` says what was decided by them.
+        edges: files of those that hold; ``repeats.npy`` in ``scratch`` holds what was decided by them.
 
     Returns:
         Path of what is decided in the end, and how many kept documents met `DedupConfig.max_comparisons`.
@@ -199,9 +201,11 @@ def search_again(
         save_array(again.seekers, seekers)
         save_array(again.kept, kept)
         those = replace(corpus, again=again)
-        map_parts("mark", partial(mark_part, search, those, folder / "marks"), search, corpus, context)
+        map_partitions(
+            "mark", partial(mark_partition, search, those, folder / "marks"), search, corpus, context
+        )
         marks = save_rows(
-            part_paths(search, corpus, folder / "marks", "rows"), len(kept), folder / "open.npy"
+            partition_paths(search, corpus, folder / "marks", "rows"), len(kept), folder / "open.npy"
         )
         sets = write_sets(rules, shards, corpus.signed, marks, folder / "sets", context)
         check = partial(those_that_hold, rules, sets)
@@ -261,7 +265,8 @@ def verify(
     scratch: Path,
     context: StageContext,
 ) -> list[Path]:
-    """Files of the edges that hold. Shingle sets are made for the documents that signatures leave open, no others."""
+    """Return files of the edges that hold. Shingle sets are made for the documents that signatures leave open, no
+    others."""
     rules = config.verify_rules()
     marks = save_marks(rules.certain, found, signed.documents, scratch / "open.npy")
     sets = write_sets(rules, shards, signed, marks, scratch / "sets", context)

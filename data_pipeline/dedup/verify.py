@@ -63,7 +63,7 @@ def save_sets(rules: VerifyRules, folder: Path, marks: Path, item: tuple[Path, i
     if index.exists():
         return
     marked = np.load(marks, mmap_mode="r")
-    row, sizes, places = first, [0], [np.zeros(0, np.int64)]
+    row, sizes, indices = first, [0], [np.zeros(0, np.int64)]
     with atomic_path(folder / f"{shard.stem}.shingles") as temporary, open(temporary, "wb") as file:
         for batch in read_shard(shard, ("text",)):
             wanted = marked[row : row + batch.num_rows]
@@ -71,15 +71,15 @@ def save_sets(rules: VerifyRules, folder: Path, marks: Path, item: tuple[Path, i
             for one in shingle_sets(texts, ngram=rules.ngram, seed=rules.seed, signs=rules.signs):
                 one.tofile(file)
                 sizes.append(len(one))
-            places.append(row - first + np.flatnonzero(wanted))
+            indices.append(row - first + np.flatnonzero(wanted))
             row += batch.num_rows
-    # Each place with where its set begins, and at the end one that is no document.
-    save_array(index, np.stack([np.append(np.concatenate(places), row - first), np.cumsum(sizes)]))
+    # Each index with where its set begins, and at the end one that is no document.
+    save_array(index, np.stack([np.append(np.concatenate(indices), row - first), np.cumsum(sizes)]))
 
 
 @dataclass(frozen=True)
 class Sets:
-    """Reads what `save_sets` wrote."""
+    """Reader of what `save_sets` wrote."""
 
     signed: Signed
     folder: Path
@@ -87,20 +87,20 @@ class Sets:
     def bounds(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         """Find where the sets of some ascending rows begin and end in their shards' files; shape (rows, 2)."""
         result = np.empty((len(rows), 2), np.int64)
-        for stem, part, places in self.signed.by_shard(rows):
+        for stem, within, indices in self.signed.by_shard(rows):
             stored, starts = np.load(self.folder / f"{stem}-sets.npy", mmap_mode="r")
-            at = np.searchsorted(stored, places)
-            result[part] = np.stack([starts[at], starts[at + 1]], axis=1)
+            at = np.searchsorted(stored, indices)
+            result[within] = np.stack([starts[at], starts[at + 1]], axis=1)
         return result
 
     def load(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
-        """The sets of some ascending rows, one after another, and where each begins (rows + 1)."""
+        """Read the sets of some ascending rows, one after another, and where each begins (rows + 1)."""
         bounds = self.bounds(rows)
         starts = np.append(0, np.cumsum(bounds[:, 1] - bounds[:, 0]))
         shingles = np.empty(starts[-1], np.uint64)
-        for stem, part, _ in self.signed.by_shard(rows):
+        for stem, within, _ in self.signed.by_shard(rows):
             stored = read_raw(self.folder / f"{stem}.shingles", np.dtype("<u8"))
-            for into, (start, end) in enumerate(bounds[part].tolist(), part.start):
+            for into, (start, end) in enumerate(bounds[within].tolist(), within.start):
                 shingles[starts[into] : starts[into + 1]] = stored[start:end]
         return shingles, starts
 
@@ -116,7 +116,7 @@ def verify_edges(rules: VerifyRules, sets: Sets, folder: Path, edges: Path) -> N
 
 
 def those_that_hold(rules: VerifyRules, sets: Sets, edges: NDArray[np.void]) -> NDArray[np.void]:
-    """The edges that hold, with exact similarities where estimates don't suffice."""
+    """Return the edges that hold, with exact similarities where estimates don't suffice."""
     edges = np.array(edges)
     measure(rules, sets, edges)
     return edges[edges["similarity"] >= rules.threshold]

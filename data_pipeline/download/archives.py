@@ -39,7 +39,7 @@ NAME_TYPES = (
     tarfile.GNUTYPE_LONGNAME,
     tarfile.GNUTYPE_LONGLINK,
 )
-"""Members that only say what the next one is called; `tarfile` holds them in memory."""
+"""Members that only hold the next one's name; `tarfile` holds them in memory."""
 
 LINK = ("link_or_device", "no file of its own")
 
@@ -57,7 +57,7 @@ detail why it has none that can be read. A fault of the archive itself has no na
 
 
 def members(
-    stream: BufferedReader, suffix: str, limit: Limit, passed_over: Counter[str], unsaid: str | None = None
+    stream: BufferedReader, suffix: str, limit: Limit, passed_over: Counter[str], default: str | None = None
 ) -> Iterator[tuple[str, Member | Rejected]]:
     """(name, content) of each member with a known suffix, in the order of the archive.
 
@@ -65,20 +65,20 @@ def members(
 
     Args:
         passed_over: counts members that are passed over by suffix.
-        unsaid: the format of members whose names say none.
+        default: the format of members whose names have none.
     """
     seen: set[bytes] = set()
-    for part, name, member in zip_entries(stream, limit) if suffix == ".zip" else tar_entries(stream, limit):
+    for index, name, member in zip_entries(stream, limit) if suffix == ".zip" else tar_entries(stream, limit):
         if name is None:
             assert isinstance(member, tuple)
             yield "", Rejected(None, *member)
             continue
         shown = printable(name)[:MAX_NAME_CHARACTERS]
-        refusal = refuse(name, unsaid) or (member if isinstance(member, tuple) else None)
-        if not refusal and (reason := why_not_read(name, unsaid)):
+        refusal = refuse(name, default) or (member if isinstance(member, tuple) else None)
+        if not refusal and (reason := why_not_read(name, default)):
             passed_over[reason] += 1
             continue
-        if not refusal and not (unused := unused_name(shown, part, seen)):
+        if not refusal and not (unused := unused_name(shown, index, seen)):
             refusal = "repeated_name", "the archive holds this name twice; the first was read"
         if refusal:
             yield shown, Rejected(None, *refusal, member=shown)
@@ -87,25 +87,26 @@ def members(
             yield unused, member
 
 
-def refuse(name: str, unsaid: str | None) -> tuple[str, str] | None:
-    """Say why no member of this name is read (reason, detail), if so."""
+def refuse(name: str, default: str | None) -> tuple[str, str] | None:
+    """Return why no member of this name is read (reason, detail), if so."""
     if is_unsafe(name):
         return "unsafe_name", "a path that is absolute, leaves the folder or is too long"
-    if is_archive(name) and not why_not_read(name, unsaid):
+    if is_archive(name) and not why_not_read(name, default):
         return "nested_archive", "an archive within an archive is not opened: unpack it"
     return None
 
 
-def why_not_read(name: str, unsaid: str | None) -> str | None:
-    """Say why a member is not looked at, as such members are counted; None where it is read."""
+def why_not_read(name: str, default: str | None) -> str | None:
+    """Return why a member is not looked at, as such members are counted; None where it is read."""
     if is_hidden(name):
         return "hidden"
-    return None if has_known_suffix(name, unsaid) else suffix_of(name)
+    return None if has_known_suffix(name, default) else suffix_of(name)
 
 
-def unused_name(name: str, part: int, seen: set[bytes]) -> str:
-    """``name`` if no member had it, else one made of it where the archive is not the first of its file; else empty."""
-    for one in (name, f"{name}~{part + 1}")[: 2 if part else 1]:
+def unused_name(name: str, index: int, seen: set[bytes]) -> str:
+    """Return ``name`` if no member had it, else one made of it where the archive is not the first of its file; else
+    empty."""
+    for one in (name, f"{name}~{index + 1}")[: 2 if index else 1]:
         digest = blake2b(one.encode(), digest_size=16).digest()
         if digest not in seen:
             seen.add(digest)
@@ -114,7 +115,7 @@ def unused_name(name: str, part: int, seen: set[bytes]) -> str:
 
 
 def is_unsafe(name: str) -> bool:
-    """Say whether a member's name would lead out of a folder on some system, or can't be part of an id."""
+    """Return whether a member's name would lead out of a folder on some system, or can't be part of an id."""
     parts = name.replace("\\", "/").split("/")
     has_drive = len(parts[0]) > 1 and parts[0][1] == ":"
     control = any(character < " " for character in name)
@@ -122,12 +123,12 @@ def is_unsafe(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Say whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
+    """Return whether the file or a folder above it is hidden (macOS adds ``__MACOSX/._name`` to archives)."""
     return any((part.startswith(".") and part != ".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def printable(name: str) -> str:
-    """``name`` with what isn't UTF-8 in it as escapes."""
+    """Return ``name`` with what isn't UTF-8 in it as escapes."""
     return name.encode("utf-8", "backslashreplace").decode()
 
 
@@ -139,7 +140,7 @@ class Header(tarfile.TarInfo):
 
     ended = False
     """Whether zeros, which end an archive, came last."""
-    part = 0
+    archive = 0
     """Archives that have ended before this header's."""
 
     @classmethod
@@ -154,7 +155,7 @@ class Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"no header where one should be: {error}") from error
         if cls.ended:
-            cls.ended, cls.part = False, cls.part + 1
+            cls.ended, cls.archive = False, cls.archive + 1
         if header.type in NAME_TYPES and header.size > MAX_NAME_BYTES:
             raise tarfile.ReadError(f"a name of {header.size} bytes")
         return header
@@ -172,7 +173,7 @@ class Available:
 
 
 def tar_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
-    """The members of a tar, and of those that follow it in the file, read in one pass."""
+    """Yield the members of a tar, and of those that follow it in the file, read in one pass."""
     source: Any = Available(stream)
 
     class OfThis(Header):
@@ -185,9 +186,9 @@ def tar_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
             archive.members = []  # type: ignore[attr-defined]  # else they all stay in memory
             if entry.isfile():
                 content = Limited(archive.extractfile(entry), limit, TAR_BLOCK_BYTES)
-                yield OfThis.part, entry.name, Member(buffered(content))
+                yield OfThis.archive, entry.name, Member(buffered(content))
             elif not entry.isdir():
-                yield OfThis.part, entry.name, LINK
+                yield OfThis.archive, entry.name, LINK
     while stream.read1(BUFFER_BYTES):  # to the end, where the compression has its checksum
         pass
 
@@ -230,21 +231,21 @@ class Front(io.RawIOBase):
 
 
 def zip_entries(stream: BufferedReader, limit: Limit) -> Iterator[Entry]:
-    """The members of a zip, and of those that stand before it in the file.
+    """Yield the members of a zip, and of those that stand before it in the file.
 
     `zipfile` takes the last directory for that of the whole file; what else stands there is looked for here.
     """
     archives, faults = zip_archives(stream)
-    for part, archive in enumerate(archives):
+    for index, archive in enumerate(archives):
         with archive:
             for entry in archive.infolist():
                 if not entry.filename.endswith("/"):
-                    yield part, entry.filename, open_zipped(archive, entry, limit)
+                    yield index, entry.filename, open_zipped(archive, entry, limit)
     yield from ((0, None, ("unreadable_file", fault)) for fault in faults)
 
 
 def zip_archives(stream: BufferedReader) -> tuple[list[zipfile.ZipFile], list[str]]:
-    """The archives that are joined in a file, in order, and what is to be said of bytes that belong to none.
+    """Return the archives that are joined in a file, in order, and what is to be said of bytes that belong to none.
 
     Raises:
         zipfile.BadZipFile: there is none at the end.
@@ -295,7 +296,7 @@ WITHOUT_LIMIT = (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 
 
 def open_zipped(archive: zipfile.ZipFile, entry: zipfile.ZipInfo, limit: Limit) -> Member | tuple[str, str]:
-    """A member's content, or the reason and the detail why it can't be read."""
+    """Return a member's content, or the reason and the detail why it can't be read."""
     if entry.flag_bits & 1:
         return "encrypted", "its content needs a password"
     if (entry.external_attr >> 16) & 0o170000 == 0o120000:

@@ -30,21 +30,22 @@ def read_parquet(
     meta_fields: Sequence[str],
     limit: Limit,
     spool: Path | None,
-    part: Slice | None = None,
+    within: Slice | None = None,
 ) -> Iterator[Record]:
-    """The rows of a Parquet file; one that can't be read from anywhere (it is compressed) is copied to disk first."""
+    """Yield the rows of a Parquet file; one that can't be read from anywhere (it is compressed) is copied to disk
+    first."""
     with ExitStack() as stack:
         if not stream.seekable():
             copy = stack.enter_context(tempfile.TemporaryFile(dir=spool))
             shutil.copyfileobj(stream, copy, 1 << 20)
             copy.seek(0)
             stream = copy
-        if part is None and is_joined(stream):
+        if within is None and is_joined(stream):
             yield Rejected(
                 None, "unreadable_file", "several Parquet files in one: keep each in a file of its own"
             )
             return
-        # Said to be off, or Arrow reads a column of a whole row group at once.
+        # Set to off, or Arrow reads a column of a whole row group at once.
         file = stack.enter_context(pq.ParquetFile(stream, buffer_size=BUFFER_BYTES, pre_buffer=False))
         names = file.schema_arrow.names
         leaves = [file.schema.column(number).path for number in range(len(file.schema.names))]
@@ -60,7 +61,7 @@ def read_parquet(
         folded = pq.ParquetFile(
             stream, metadata=file.metadata, read_dictionary=words, buffer_size=BUFFER_BYTES, pre_buffer=False
         )
-        first, end = part.share(file.num_row_groups) if part else (0, file.num_row_groups)
+        first, end = within.bounds(file.num_row_groups) if within else (0, file.num_row_groups)
         row = sum(file.metadata.row_group(group).num_rows for group in range(first))
         for group in range(first, end):
             size = rows_at_once(file, folded, group, columns)
@@ -75,7 +76,7 @@ MAGIC = b"PAR1"
 
 
 def is_joined(stream: BinaryIO) -> bool:
-    """Say whether several Parquet files follow one another: Arrow would take pages of the first for the last's."""
+    """Return whether several Parquet files follow one another: Arrow would take pages of the first for the last's."""
     stream.seek(0)
     start, before = 0, b""
     while block := stream.read(BUFFER_BYTES):
@@ -91,7 +92,7 @@ def is_joined(stream: BinaryIO) -> bool:
 
 
 def is_footer(stream: BinaryIO, end: int) -> bool:
-    """Say whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
+    """Return whether the footer of a Parquet file ends before ``end`` (and is not a text that looks like it)."""
     stream.seek(max(0, end - 4))
     size = int.from_bytes(stream.read(4), "little")
     if not 0 < size <= end - 8:
@@ -106,12 +107,12 @@ def is_footer(stream: BinaryIO, end: int) -> bool:
 
 
 def is_nested(name: str, leaves: Sequence[str]) -> bool:
-    """Say whether there is something at the dotted path ``name``."""
+    """Return whether there is something at the dotted path ``name``."""
     return any(leaf == name or leaf.startswith(f"{name}.") for leaf in leaves)
 
 
 def longest(folded: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """Bytes of the longest strings in the dictionaries of a row group: each of its rows may repeat them.
+    """Count the bytes of the longest strings in the dictionaries of a row group: each of its rows may repeat them.
 
     Args:
         folded: the file, opened so that strings stay numbers of words in a dictionary.
@@ -129,7 +130,8 @@ def longest_word(column: pa.Array) -> int:
 
 
 def unfolded(batch: pa.RecordBatch) -> pa.RecordBatch:
-    """``batch`` with columns that are dictionaries by their type as they read: what they hold counts, not how."""
+    """Return ``batch`` with columns that are dictionaries by their type as they read: what they hold counts, not
+    how."""
     if not any(map(pa.types.is_dictionary, batch.schema.types)):
         return batch
     columns = [one.dictionary_decode() if pa.types.is_dictionary(one.type) else one for one in batch.columns]
@@ -137,10 +139,10 @@ def unfolded(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 
 def rows_at_once(file: pq.ParquetFile, folded: pq.ParquetFile, group: int, columns: Sequence[str]) -> int:
-    """So many rows of a row group that all columns together hold about `BATCH_BYTES` as stored, and no more than
+    """Return so many rows of a row group that all columns together hold about `BATCH_BYTES` as stored, and no more than
     `REPEATED_BYTES` if each repeats what is longest in its dictionaries.
 
-    The sizes of single columns would say more, but Arrow aborts the process where a damaged file lies in these.
+    The sizes of single columns would be more exact, but Arrow aborts the process where a damaged file lies in these.
     """
     found = file.metadata.row_group(group)
     stored = max(1, found.total_byte_size)
@@ -155,7 +157,7 @@ def rows_at_once(file: pq.ParquetFile, folded: pq.ParquetFile, group: int, colum
 def read_batch(
     batch: pa.RecordBatch, first: int, text_field: str, meta_fields: Sequence[str]
 ) -> Iterator[Record]:
-    """The documents of some rows, the first of which has number ``first``."""
+    """Yield the documents of some rows, the first of which has number ``first``."""
     values = {name: values_at(batch, name) for name in dict.fromkeys([text_field, *meta_fields])}
     for offset, value in enumerate(values[text_field]):
         meta = None
@@ -165,7 +167,7 @@ def read_batch(
 
 
 def values_at(batch: pa.RecordBatch, name: str) -> list[Any]:
-    """The values of a column, or of what stands at a dotted path in one; None where there is none."""
+    """Return the values of a column, or of what stands at a dotted path in one; None where there is none."""
     if name in batch.schema.names:
         return values_of(batch.column(name))
     root = next(one for one in batch.schema.names if name.startswith(f"{one}."))
@@ -177,7 +179,7 @@ def values_at(batch: pa.RecordBatch, name: str) -> list[Any]:
 
 
 def values_of(column: pa.Array) -> list[Any]:
-    """A column's values as Python's; None where it has none (a day in the year 90000, an unknown time zone).
+    """Return a column's values as Python's; None where it has none (a day in the year 90000, an unknown time zone).
 
     A string that isn't UTF-8, which Arrow doesn't check, becomes the error that it gives.
     """

@@ -6,7 +6,7 @@ import os
 from typing import Literal, get_args
 
 Format = Literal["txt", "jsonl", "json", "csv", "tsv", "parquet", "warc", "wet", "html"]
-"""Formats that a source may give for files whose names say nothing."""
+"""Formats that a source may give for files whose names have none."""
 
 SUFFIXES = tuple(f".{name}" for name in get_args(Format))
 ALIASES = {
@@ -30,11 +30,11 @@ COMPRESSIONS = {
 SHORT_TAR = {".tgz": "gzip", ".tzst": "zstd", ".tbz2": "bz2", ".tbz": "bz2", ".txz": "xz"}
 
 
-def split_suffix(name: str, unsaid: str | None = None) -> tuple[str, str | None]:
-    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression that a file name says.
+def split_suffix(name: str, default: str | None = None) -> tuple[str, str | None]:
+    """("books/a.txt.gz") -> (".txt", "gzip"): the format and the compression by a file's name.
 
     Args:
-        unsaid: the format of a file whose name says none that is known.
+        default: the format of a file whose name has none that is known.
     """
     stem, last = os.path.splitext(name.lower())
     if last in SHORT_TAR:
@@ -42,24 +42,24 @@ def split_suffix(name: str, unsaid: str | None = None) -> tuple[str, str | None]
     compression = COMPRESSIONS.get(last)
     suffix = os.path.splitext(stem)[1] if compression else last
     suffix = ALIASES.get(suffix, suffix)
-    if unsaid and suffix not in (*SUFFIXES, ".tar", ".zip"):
-        suffix = f".{unsaid}"
+    if default and suffix not in (*SUFFIXES, ".tar", ".zip"):
+        suffix = f".{default}"
     return suffix, compression
 
 
 def is_archive(name: str) -> bool:
-    """Say whether this is a ``.zip`` or a ``.tar``, which may be compressed (a ``.zip`` in itself only)."""
+    """Return whether this is a ``.zip`` or a ``.tar``, which may be compressed (a ``.zip`` in itself only)."""
     suffix, compression = split_suffix(name)
     return suffix == ".tar" or (suffix == ".zip" and compression is None)
 
 
-def has_known_suffix(name: str, unsaid: str | None = None) -> bool:
-    """Say whether files of this name can be read; ``unsaid`` as in `split_suffix`."""
-    return split_suffix(name, unsaid)[0] in SUFFIXES or is_archive(name)
+def has_known_suffix(name: str, default: str | None = None) -> bool:
+    """Return whether files of this name can be read; ``default`` as in `split_suffix`."""
+    return split_suffix(name, default)[0] in SUFFIXES or is_archive(name)
 
 
 def is_compressed(name: str) -> bool:
-    """Say whether the text of such a file is larger than the file."""
+    """Return whether the text of such a file is larger than the file."""
     suffix, compression = split_suffix(name)
     return compression is not None or suffix == ".zip"
 
@@ -71,6 +71,6 @@ def suffix_of(name: str) -> str:
 
 
 def known_suffixes() -> str:
-    """The suffixes of files that can be read, for a person."""
+    """Return the suffixes of files that can be read, for a person."""
     plain, packed = ", ".join((*SUFFIXES, *ALIASES)), ", ".join(COMPRESSIONS)
     return f"{plain} (also {packed}), .zip or .tar (also .tgz, .tar.zst, ...)"

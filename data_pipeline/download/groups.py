@@ -1,4 +1,4 @@
-"""One item of work of the download: bring a group of files here and read it into parts of documents."""
+"""One item of work of the download: bring a group of files here and read it into shards of documents."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, Self
 
 from data_pipeline.core.files import once
 from data_pipeline.download import readers
+from data_pipeline.download.group_writer import GroupWriter, group_stem
 from data_pipeline.download.html import HtmlRules, as_main_text
 from data_pipeline.download.hub import HubRows
+from data_pipeline.download.inputs import Group, Input
 from data_pipeline.download.local import check_unchanged
 from data_pipeline.download.objects import fetch_object
-from data_pipeline.download.parts import Parts, group_stem
-from data_pipeline.download.pieces import Group, Piece
 from data_pipeline.download.records import Record, Rejected
 from data_pipeline.download.remote import fetch_http
 from data_pipeline.download.slices import check_stamp
@@ -42,7 +42,7 @@ class Settings:
 
 
 def read_group(settings: Settings, group: Group) -> dict[str, Any]:
-    """Read one group; returns its tally (documents, bytes, rejected and passed over by source, parts)."""
+    """Read one group; returns its tally (documents, bytes, rejected and passed over by source, shards)."""
     stem = group_stem(settings.scratch, group.index)
     fetched = settings.scratch / "fetched" / stem.name
     tally = once(stem.with_name(f"{stem.name}.json"), partial(write_group, settings, group, stem, fetched))
@@ -51,42 +51,42 @@ def read_group(settings: Settings, group: Group) -> dict[str, Any]:
 
 
 def write_group(settings: Settings, group: Group, stem: Path, fetched: Path) -> dict[str, Any]:
-    with Parts(stem, settings.shard_bytes) as parts:
-        start, place = parts.progress.piece, parts.progress.place
-        with Files(group.pieces, start, fetched, settings) as files:
-            for number in range(start, len(group.pieces)):
-                piece = group.pieces[number]
-                rows = open_piece(piece, files, number, place)
-                place = None
-                provenance = piece.source.provenance
+    with GroupWriter(stem, settings.shard_bytes) as writer:
+        start, position = writer.progress.piece, writer.progress.place
+        with Files(group.inputs, start, fetched, settings) as files:
+            for number in range(start, len(group.inputs)):
+                one = group.inputs[number]
+                rows = open_input(one, files, number, position)
+                position = None
+                provenance = one.source.provenance
                 common = json.dumps(provenance, allow_nan=False)
                 for where, record in rows:
                     row = "" if record.row is None else f"#{record.row}"
-                    id = f"{piece.source.name}/{piece.listed.name}{where}{row}"
+                    id = f"{one.source.name}/{one.listed.name}{where}{row}"
                     if isinstance(record, Rejected):
-                        parts.reject(id, record, piece.source.name)
+                        writer.reject(id, record, one.source.name)
                     else:
                         meta = (
                             json.dumps(provenance | dict(record.meta), allow_nan=False)
                             if record.meta
                             else common
                         )
-                        parts.add(id, record, piece.source.name, meta)
-                    if parts.full:
-                        parts.seal(number, rows.place())
-                parts.pass_over(rows.passed_over, piece.source.name)
-            return parts.finish()
+                        writer.add(id, record, one.source.name, meta)
+                    if writer.full:
+                        writer.seal(number, rows.position())
+                writer.pass_over(rows.passed_over, one.source.name)
+            return writer.finish()
 
 
-def open_piece(piece: Piece, files: Files, number: int, place: Any) -> HubRecords | FileRecords:
-    """The records of a piece from ``place`` on; it must still be what it was when the run was planned."""
-    if isinstance(piece.source, HuggingFaceSource):
-        rows = HubRows(piece.source, piece.listed, piece.first, piece.end, place)
-        return HubRecords(rows, piece.source.html if piece.source.text_format == "html" else None)
+def open_input(one: Input, files: Files, number: int, position: Any) -> HubRecords | FileRecords:
+    """Open the records of an input from ``position`` on; it must still be what it was when the run was planned."""
+    if isinstance(one.source, HuggingFaceSource):
+        rows = HubRows(one.source, one.listed, one.first, one.end, position)
+        return HubRecords(rows, one.source.html if one.source.text_format == "html" else None)
     passed_over = Counter[str]()
-    reading = reader_of(piece.source, files.folder)
-    records = readers.read_file(files.path(number), reading, piece.part, passed_over)
-    return FileRecords(records, place or 0, passed_over)
+    reading = reader_of(one.source, files.folder)
+    records = readers.read_file(files.path(number), reading, one.slice, passed_over)
+    return FileRecords(records, position or 0, passed_over)
 
 
 OF_FILES = (
@@ -129,7 +129,7 @@ class FileRecords:
             self._read += 1
             yield f"/{record.member}" if record.member else "", record
 
-    def place(self) -> int:
+    def position(self) -> int:
         return self._read
 
 
@@ -144,20 +144,20 @@ class HubRecords:
         for shard, record in self._rows:
             yield f"/{shard:05d}", as_main_text(record, self._html) if self._html else record
 
-    def place(self) -> dict[str, Any]:
-        return self._rows.place()
+    def position(self) -> dict[str, Any]:
+        return self._rows.position()
 
 
 class Files:
     """The files of a group on this machine: what is remote is brought here, a few files ahead of the reading."""
 
-    def __init__(self, pieces: Sequence[Piece], start: int, folder: Path, settings: Settings) -> None:
+    def __init__(self, inputs: Sequence[Input], start: int, folder: Path, settings: Settings) -> None:
         self.folder = folder
-        self._pieces = pieces
+        self._inputs = inputs
         self._fetching = Fetching(settings.timeout, settings.connections, settings.scratch / "turns")
         self._pool = ThreadPoolExecutor(settings.connections)
         self._asked: dict[int, Future[Path]] = {}
-        self._remote = deque(n for n in range(start, len(pieces)) if pieces[n].is_remote)
+        self._remote = deque(n for n in range(start, len(inputs)) if inputs[n].is_remote)
 
     def __enter__(self) -> Self:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -168,19 +168,19 @@ class Files:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def path(self, number: int) -> Path:
-        """A file that is what was listed.
+        """Return a file that is what was listed.
 
         Raises:
             UserError: it isn't.
             ConnectionError: it can't be fetched.
         """
-        piece = self._pieces[number]
-        path = Path(piece.listed.location)
-        if piece.part:
-            check_stamp(path, piece.part)
+        one = self._inputs[number]
+        path = Path(one.listed.location)
+        if one.slice:
+            check_stamp(path, one.slice)
             return path
-        if not piece.is_remote:
-            check_unchanged(piece.listed)
+        if not one.is_remote:
+            check_unchanged(one.listed)
             return path
         while self._remote and len(self._asked) <= self._fetching.connections:
             ahead = self._remote.popleft()
@@ -188,10 +188,10 @@ class Files:
         return self._asked.pop(number).result()
 
     def _fetch(self, number: int) -> Path:
-        piece = self._pieces[number]
-        # Of the name only what says the format: the rest may be too long for a file's name.
-        suffixes = re.sub(r"[^a-z0-9.]", "", "".join(PurePosixPath(piece.listed.name).suffixes[-2:]).lower())
-        part = self.folder / f"{number:05d}{suffixes[-20:]}"
-        fetch = fetch_object if isinstance(piece.source, ObjectSource) else fetch_http
-        fetch(piece.listed, part, self._fetching)
-        return part
+        one = self._inputs[number]
+        # Of the name only what gives the format: the rest may be too long for a file's name.
+        suffixes = re.sub(r"[^a-z0-9.]", "", "".join(PurePosixPath(one.listed.name).suffixes[-2:]).lower())
+        target = self.folder / f"{number:05d}{suffixes[-20:]}"
+        fetch = fetch_object if isinstance(one.source, ObjectSource) else fetch_http
+        fetch(one.listed, target, self._fetching)
+        return target

@@ -1,7 +1,7 @@
 """Pages of HTML as documents: their charset, main text, title and address.
 
-The charset is what the page's byte order mark, its server or the page itself says, in this order, as browsers take it;
-where none says any, it is the source's ``encoding``. None is guessed. The main text is taken out by a library, in a
+The charset is what the page's byte order mark, its server or the page itself states, in this order, as in browsers;
+where none states any, it is the source's ``encoding``. None is guessed. The main text is taken out by a library, in a
 process of its own (`data_pipeline.download.html_child`): a page on which that hangs or breaks down costs itself only.
 """
 
@@ -105,7 +105,7 @@ class Extractor:
         )
         assert self._process.stdin
         assert self._process.stdout
-        self._asked, self._told = self._process.stdin, self._process.stdout
+        self._requests, self._answers = self._process.stdin, self._process.stdout
 
     def ask(self, page: str) -> dict[str, str]:
         """Return ``text``, ``title`` and ``url`` of a page, or ``reason`` and ``fault``, after which this is dead.
@@ -115,14 +115,14 @@ class Extractor:
         """
         data = page.encode("utf-8", "replace")
         try:
-            self._asked.write(LENGTH.pack(len(data)) + data)
-            self._asked.flush()
+            self._requests.write(LENGTH.pack(len(data)) + data)
+            self._requests.flush()
         except BrokenPipeError:
             pass
-        head = self._told.read(LENGTH.size)
-        said = self._told.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
-        if said:
-            answer: dict[str, str] = json.loads(said)
+        head = self._answers.read(LENGTH.size)
+        data = self._answers.read(LENGTH.unpack(head)[0]) if len(head) == LENGTH.size else b""
+        if data:
+            answer: dict[str, str] = json.loads(data)
             return answer if "text" in answer else {"reason": "bad_html", **answer}
         status = self._process.wait()
         self.close()
@@ -139,8 +139,8 @@ class Extractor:
     def close(self) -> None:
         """Close our ends of its pipes; it ends when it finds that, and nobody waits for it."""
         with suppress(BrokenPipeError):
-            self._asked.close()
-        self._told.close()
+            self._requests.close()
+        self._answers.close()
         self._process.returncode = self._process.returncode or 0
 
 
@@ -203,11 +203,11 @@ def declared(data: bytes) -> str:
 
 
 def charset_of(data: bytes, served: str, fallback: str) -> tuple[str | None, str]:
-    """Find the codec of a page (None: an unknown one) and who says so.
+    """Find the codec of a page (None: an unknown one) and who states it.
 
     Args:
-        served: what its server says; may be empty.
-        fallback: what its source says.
+        served: what its server states; may be empty.
+        fallback: what its source sets.
     """
     for mark, codec in BOMS.items():
         if data.startswith(mark):
@@ -229,7 +229,7 @@ def read_page(
     fallback: str = "utf-8",
     meta: Mapping[str, Any] | None = None,
 ) -> Record:
-    """Turn a page as it was sent into a document; see `charset_of`. ``meta`` comes before what the page says."""
+    """Turn a page as it was sent into a document; see `charset_of`. ``meta`` comes before what the page states."""
     if len(data) > MAX_PAGE_BYTES:
         return Rejected(row, "too_large", f"a page of more than {MAX_PAGE_BYTES} bytes")
     codec, who = charset_of(data, served, fallback)
@@ -264,8 +264,8 @@ def main_text(
         return Rejected(row, answer["reason"], answer["fault"], member=member)
     if not answer["text"]:
         return Rejected(row, "no_main_text", answer["title"] or "a page without title", member=member)
-    said = {name: answer[name] for name in ("title", "url") if answer[name]}
-    record = whole(row, answer["text"], {**said, **(meta or {})} or None)
+    stated = {name: answer[name] for name in ("title", "url") if answer[name]}
+    record = whole(row, answer["text"], {**stated, **(meta or {})} or None)
     record.member = member
     return record
 

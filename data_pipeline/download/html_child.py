@@ -51,7 +51,7 @@ EXTRACTORS: dict[str, Callable[[], Extract]] = {"resiliparse": resiliparse, "tra
 
 
 def address(tree: Any) -> str:
-    """Find the address that a page says it has; empty where it says none that could be one."""
+    """Find the address that a page states as its own; empty where it states none that could be one."""
     base = ""
     for selector, attribute in (
         ('link[rel="canonical"]', "href"),
@@ -74,7 +74,7 @@ def answer(extract: Extract, page: str) -> dict[str, str]:
         title = " ".join((tree.title or "").split())[:TITLE_CHARACTERS]
         url = address(tree)  # first: an extractor may change the tree
         return {"text": extract(tree, page).strip(), "title": title, "url": url}
-    except Exception as error:  # of any type: what a parser says of a page it can't read
+    except Exception as error:  # of any type: what a parser raises on a page it can't read
         return {"fault": f"{type(error).__name__}: {error}"[:300]}
 
 
@@ -88,16 +88,16 @@ def main(extractor: str, seconds: float) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever asks ends first, and we with him
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    asked, told = sys.stdin.buffer, sys.stdout.buffer
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
     extract = EXTRACTORS[extractor]()
     answer(extract, "<p>first")  # what is imported late is so before the clock runs
-    while head := asked.read(LENGTH.size):
-        page = asked.read(LENGTH.unpack(head)[0]).decode("utf-8", "replace")
+    while head := requests.read(LENGTH.size):
+        page = requests.read(LENGTH.unpack(head)[0]).decode("utf-8", "replace")
         limit_page(seconds)
-        said = json.dumps(answer(extract, page), allow_nan=False).encode()
+        data = json.dumps(answer(extract, page), allow_nan=False).encode()
         limit_page(0)
-        told.write(LENGTH.pack(len(said)) + said)
-        told.flush()
+        answers.write(LENGTH.pack(len(data)) + data)
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from data_pipeline.download.streams import Limit
 
 
 def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed, ...]:
-    """A data set as one listed item, pinned to a commit, or to its files' hashes where it is a local folder.
+    """Return a data set as one listed item, pinned to a commit, or to its files' hashes where it is a local folder.
 
     Raises:
         Unresolved: the Hub can't be reached (or `HF_HUB_OFFLINE` is set) and ``revision`` is no full commit.
@@ -45,7 +45,7 @@ def list_hugging_face(source: HuggingFaceSource, timeout: float) -> tuple[Listed
 
 
 def list_folder(name: str, folder: Path) -> Listed:
-    """A local data set folder as one listed item."""
+    """List a local data set folder as one listed item."""
     paths = (Path(here, file) for here, _, files in walk(folder) for file in files)
     files = pin((path.relative_to(folder).as_posix(), path) for path in paths)
     if not files:
@@ -58,7 +58,7 @@ def list_folder(name: str, folder: Path) -> Listed:
 
 
 def hub_commit(source: HuggingFaceSource, timeout: float) -> str:
-    """The commit that ``source.revision`` (default: the main branch) stands for now."""
+    """Return the commit that ``source.revision`` (default: the main branch) stands for now."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -82,8 +82,8 @@ def hub_commit(source: HuggingFaceSource, timeout: float) -> str:
 
 
 @dataclass
-class Place:
-    """Where the reading of a data set stands: after ``row`` rows of shard ``shard``."""
+class Position:
+    """Position in a data set: after ``row`` rows of shard ``shard``."""
 
     shard: int
     row: int = 0
@@ -103,61 +103,61 @@ def shards_of(source: HuggingFaceSource, listed: Listed) -> int:
         UserError, ConnectionError: as `HubRows`.
     """
     check_folder(listed)
-    with told(source, lambda: 0):
+    with explaining(source, lambda: 0):
         return int(split_of(source, listed).num_shards)
 
 
 class HubRows:
     """The rows of some shards of a data set, streamed, until ``max_rows`` or ``max_bytes``.
 
-    Iteration gives (shard, record). `place` says where it stands, as JSON; another `HubRows` resumes from there.
+    Iteration gives (shard, record). `position` is where it stands, as JSON; another `HubRows` resumes from there.
 
     Raises:
-        UserError: it is not what was planned, or `datasets` can't read it as the recipe says.
+        UserError: it is not what was planned, or `datasets` can't read it as the recipe asks.
         ConnectionError: the Hub can't be reached, or no longer.
     """
 
     def __init__(
-        self, source: HuggingFaceSource, listed: Listed, first: int, end: int, place: dict[str, Any] | None
+        self, source: HuggingFaceSource, listed: Listed, first: int, end: int, position: dict[str, Any] | None
     ) -> None:
         self._source, self._listed, self._end = source, listed, end
-        self._place = Place(**place) if place else Place(first)
+        self._position = Position(**position) if position else Position(first)
         self._reading: Any = None
         self._limit = Limit(listed.size, source.max_expansion, sys.maxsize) if listed.size else None
 
-    def place(self) -> dict[str, Any]:
+    def position(self) -> dict[str, Any]:
         if self._reading is not None:
-            self._place.state = self._reading.state_dict()
-        return asdict(self._place)
+            self._position.state = self._reading.state_dict()
+        return asdict(self._position)
 
     def __iter__(self) -> Iterator[tuple[int, Record]]:
-        source, place = self._source, self._place
-        with told(source, lambda: place.rows):
+        source, position = self._source, self._position
+        with explaining(source, lambda: position.rows):
             split = split_of(source, self._listed)
-            while place.shard < self._end:
+            while position.shard < self._end:
                 # One of one is the whole: some data sets can't be split.
                 count = split.num_shards
-                shard = split if count == 1 else split.shard(num_shards=count, index=place.shard)
-                if place.state is not None:
-                    shard.load_state_dict(place.state)
+                shard = split if count == 1 else split.shard(num_shards=count, index=position.shard)
+                if position.state is not None:
+                    shard.load_state_dict(position.state)
                 self._reading = shard
                 for value in shard:
                     if self._full():
                         return
-                    record = pick(place.row, value, source.text_field, source.meta_fields)
-                    place.row += 1
-                    place.rows += 1
-                    place.size += record.size if isinstance(record, Text) else 0
-                    if self._limit and place.size > self._limit.most:
-                        yield place.shard, Rejected(None, "expands_too_far", self._limit.explanation)
+                    record = pick(position.row, value, source.text_field, source.meta_fields)
+                    position.row += 1
+                    position.rows += 1
+                    position.size += record.size if isinstance(record, Text) else 0
+                    if self._limit and position.size > self._limit.most:
+                        yield position.shard, Rejected(None, "expands_too_far", self._limit.explanation)
                         return
-                    yield place.shard, record
+                    yield position.shard, record
                 self._reading = None
-                place.shard, place.row, place.state = place.shard + 1, 0, None
+                position.shard, position.row, position.state = position.shard + 1, 0, None
 
     def _full(self) -> bool:
-        source, place = self._source, self._place
-        full = place.rows == source.max_rows or (source.max_bytes and place.size >= source.max_bytes)
+        source, position = self._source, self._position
+        full = position.rows == source.max_rows or (source.max_bytes and position.size >= source.max_bytes)
         return bool(full)
 
 
@@ -168,8 +168,8 @@ def check_folder(listed: Listed) -> None:
 
 
 @contextmanager
-def told(source: HuggingFaceSource, rows: Callable[[], int]) -> Iterator[None]:
-    """Say what a fault in `datasets`, its file systems or HTTP clients means; they have no common base."""
+def explaining(source: HuggingFaceSource, rows: Callable[[], int]) -> Iterator[None]:
+    """Raise faults of `datasets`, its file systems or HTTP clients as `explained`; they have no common base."""
     try:
         yield
     except (UserError, GeneratorExit):
@@ -179,7 +179,7 @@ def told(source: HuggingFaceSource, rows: Callable[[], int]) -> Iterator[None]:
 
 
 def split_of(source: HuggingFaceSource, listed: Listed) -> Any:
-    """The split as `datasets` streams it: of column formats only the columns that are kept are read."""
+    """Return the split as `datasets` streams it: of column formats only the columns that are kept are read."""
     import datasets
 
     kind, _, pinned = listed.version.partition(":")
@@ -199,7 +199,7 @@ SAVED = ("state.json", "dataset_dict.json")
 
 
 def saved_split(source: HuggingFaceSource, folder: str) -> Any:
-    """The split of a folder that `save_to_disk` wrote, as a stream of as many shards as it has files."""
+    """Return the split of a folder that `save_to_disk` wrote, as a stream of as many shards as it has files."""
     import datasets
 
     saved = datasets.load_from_disk(folder)
@@ -216,7 +216,7 @@ def saved_split(source: HuggingFaceSource, folder: str) -> Any:
 
 
 def columns_of(source: HuggingFaceSource, known: Mapping[str, Any] | None) -> list[str]:
-    """The columns that hold what is kept, among those that are ``known``; None: it isn't known which there are.
+    """Return the columns that hold what is kept, among those that are ``known``; None: it isn't known which there are.
 
     Raises:
         UserError: one is not there.
@@ -235,7 +235,7 @@ def columns_of(source: HuggingFaceSource, known: Mapping[str, Any] | None) -> li
 
 
 def column_above(path: str, known: Mapping[str, Any]) -> str | None:
-    """The column in which a dotted path goes on; None if there is none."""
+    """Return the column that a dotted path leads into; None if there is none."""
     while "." in path:
         path = path.rpartition(".")[0]
         if path in known:

@@ -46,7 +46,7 @@ class Start:
 
 
 class Window:
-    """The part of a text, which comes in blocks, that is not parsed yet."""
+    """The rest of a text, which comes in blocks, that is not parsed yet."""
 
     def __init__(self, blocks: Iterator[str], has_bad_bytes: Callable[[], bool]) -> None:
         self._blocks, self._has_bad_bytes = blocks, has_bad_bytes
@@ -55,14 +55,14 @@ class Window:
 
     def more(self) -> bool:
         """Read at least as much again as is there, so that parsing anew costs a constant factor; False at the end."""
-        parts, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
+        blocks, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
         while wanted > 0 and not self._ended:
             block = next(self._blocks, None)
             self._ended = block is None
-            parts.append(block or "")
+            blocks.append(block or "")
             wanted -= len(block or "")
-        grown = sum(map(len, parts[1:])) > 0
-        self._text, self._at = "".join(parts), 0
+        grown = sum(map(len, blocks[1:])) > 0
+        self._text, self._at = "".join(blocks), 0
         return grown
 
     def peek(self) -> Start:
@@ -83,7 +83,7 @@ class Window:
         self._at += 1
 
     def value(self) -> Any:
-        """The value that begins here.
+        """Return the value that begins here.
 
         Raises:
             UnicodeDecodeError: there are bytes in it that are no UTF-8; it is skipped.
@@ -102,14 +102,14 @@ class Window:
                 if not self.more():
                     raise
                 continue
-            if end < len(self._text) or not self.more():  # a number may go on
+            if end < len(self._text) or not self.more():  # a number may continue
                 start, self._at = self._at, end
                 if self._has_bad_bytes():
                     refuse_bad_bytes(self._text[start:end])
                 return value
 
     def _may_be_cut(self, error: json.JSONDecodeError) -> bool:
-        """Say whether more text could mend a fault."""
+        """Return whether more text could mend a fault."""
         at_end = error.pos >= len(self._text) - LONGEST_TOKEN
         return at_end or error.msg.startswith("Unterminated string")
 
@@ -145,7 +145,7 @@ def commas_and_brackets(text: str, start: int = 0) -> int:
 
 
 def can_be_encoded(text: str) -> bool:
-    """Say whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
+    """Return whether all of ``text`` is Unicode: a byte that wasn't UTF-8 is half a surrogate pair in it."""
     try:
         return text.isascii() or bool(text.encode())
     except UnicodeEncodeError:
@@ -164,7 +164,7 @@ def json_values(
 
     Rows count as the lines of JSON lines do, broken and blank ones included; elements, and values that share a
     line, count one each. A single value that is no element has no row (None). What is broken is rejected, and the
-    reading goes on with the next line; in an array with the next one that begins as the lines of elements do.
+    reading continues with the next line; in an array with the next one that begins as the lines of elements do.
 
     Args:
         has_bad_bytes: whether there was anything until now that is no UTF-8; ``surrogateescape`` decodes it.
@@ -220,7 +220,7 @@ def numbered(window: Window) -> Iterator[tuple[int, Any, bool]]:
 
 
 def value_at(window: Window) -> tuple[Any, bool]:
-    """The value that begins here, and whether its end was found; else the rest of the line is skipped."""
+    """Return the value that begins here, and whether its end was found; else the rest of the line is skipped."""
     try:
         return window.value(), True
     except UnicodeDecodeError as error:
@@ -237,7 +237,7 @@ def find_element(window: Window, lead: str | None) -> bool:
     """Go to the next line where an element of the array may begin, after a broken one; False if there is none.
 
     Args:
-        lead: white space before the broken one in its line, by which elements are told from what is in them.
+        lead: white space before the broken one in its line, by which elements are distinguished from what is in them.
     """
     while (start := window.peek()).char:
         if start.lead is not None:
@@ -254,7 +254,7 @@ def shown(line: str) -> str:
 
 
 def not_utf8(error: UnicodeDecodeError, where: str) -> Rejected:
-    """The rejection of a line or a value for its first byte that is no UTF-8."""
+    """Return the rejection of a line or a value for its first byte that is no UTF-8."""
     byte = error.object[error.start]
     return Rejected(
         None, "not_utf8", f"byte 0x{byte:02x} at offset {error.start} of the {where}; {advice(b'')}"

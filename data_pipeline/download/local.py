@@ -21,7 +21,7 @@ from data_pipeline.download.sources import InstalledPythonSource, Listed, Listin
 
 
 def list_local(source: LocalSource) -> Listing:
-    """The files of a local source, sorted by name, hashed."""
+    """Return the files of a local source, sorted by name, hashed."""
     root, paths, left_out = local_files(source.path)
     readable = []
     for path in paths:
@@ -33,7 +33,7 @@ def list_local(source: LocalSource) -> Listing:
         about = f"; left out: {named(+left_out, MOST_REASONS)}" if +left_out else ""
         raise UserError(
             f"source {source.name}: nothing to read at {source.path} ({len(paths)} files, none ending with "
-            f"{known_suffixes()}; `format` says what others hold{about})"
+            f"{known_suffixes()}; `format` sets that of others{about})"
             if paths
             else f"source {source.name}: no file at {source.path}{about}"
         )
@@ -42,8 +42,8 @@ def list_local(source: LocalSource) -> Listing:
 
 
 def local_files(path: str) -> tuple[Path, list[Path], Counter[str]]:
-    """The folder that names are relative to, the files that ``path`` (file, folder, glob) stands for, and what was
-    passed over."""
+    """Return the folder that names are relative to, the files that ``path`` (file, folder, glob) stands for, and what
+    was passed over."""
     given = Path(path).expanduser().absolute()
     left_out = Counter[str]()
     if given.is_file():

@@ -29,7 +29,7 @@ MISTAKES = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectory
 
 
 def file_system(url: str) -> tuple[Any, str]:
-    """The `fsspec` file system of an address, and the path within.
+    """Return the `fsspec` file system of an address, and the path within.
 
     Raises:
         UserError: its driver is not installed, or there is none.
@@ -47,10 +47,10 @@ def file_system(url: str) -> tuple[Any, str]:
 
 
 def list_objects(source: ObjectSource) -> Listing:
-    """The files of an object source, sorted by name; the others are counted.
+    """Return the files of an object source, sorted by name; the others are counted.
 
     Raises:
-        UserError: there is none that can be read, or they can't be told from later versions.
+        UserError: there is none that can be read, or they can't be explanation from later versions.
         Unresolved: the store can't be reached.
     """
     store, path = file_system(source.url)
@@ -65,7 +65,7 @@ def list_objects(source: ObjectSource) -> Listing:
     if not readable:
         raise UserError(
             f"source {source.name}: nothing to read at {source.url} ({len(found)} files, none ending with "
-            f"{known_suffixes()}; `format` says what others hold)"
+            f"{known_suffixes()}; `format` sets that of others)"
         )
     listing: list[Listed] = []
     total = 0
@@ -78,7 +78,7 @@ def list_objects(source: ObjectSource) -> Listing:
 
 
 def readable_of(source: ObjectSource, names: Iterable[str]) -> tuple[list[str], Counter[str]]:
-    """The names of files that are read, sorted, and how many are not."""
+    """Return the names of files that are read, sorted, and how many are not."""
     readable, left_out = [], Counter[str]()
     for name in sorted(names):
         if hidden(name):
@@ -91,14 +91,14 @@ def readable_of(source: ObjectSource, names: Iterable[str]) -> tuple[list[str], 
 
 
 def find(store: Any, path: str) -> dict[str, Mapping[str, Any]]:
-    """Return what a store says of each file at ``path``: one, all below a folder, or those that match a pattern."""
+    """Return what a store has on each file at ``path``: one, all below a folder, or those that match a pattern."""
     magic = any(sign in path for sign in MAGIC)
     found = store.glob(path, detail=True) if magic else store.find(path, detail=True)  # of a file: itself
     return {name: about for name, about in found.items() if about["type"] == "file"}
 
 
 def fixed_part(path: str) -> str:
-    """The folder above the first part of ``path`` that is a pattern."""
+    """Return the folder above the first component of ``path`` that is a pattern."""
     parts = path.rstrip("/").split("/")
     magic = (n for n, part in enumerate(parts) if any(sign in part for sign in MAGIC))
     return "/".join(parts[: next(magic, len(parts))])
@@ -124,7 +124,7 @@ def pinned(source: ObjectSource, store: Any, name: str, about: Mapping[str, Any]
 
 
 def version_of(about: Mapping[str, Any]) -> str | None:
-    """Return what a store says of a file's version, None where it says nothing."""
+    """Return a file's version as its store has it, None where it has none."""
     for key in VERSION_KEYS:
         if about.get(key):
             return f"etag:{about[key]}"
@@ -135,21 +135,21 @@ def version_of(about: Mapping[str, Any]) -> str | None:
     return None
 
 
-def fetch_object(listed: Listed, part: Path, fetching: Fetching) -> None:
-    """Bring a listed file to ``part`` and check its version and size; what ``part`` holds already is kept.
+def fetch_object(listed: Listed, target: Path, fetching: Fetching) -> None:
+    """Bring a listed file to ``target`` and check its version and size; what ``target`` holds already is kept.
 
     Raises:
         UserError: it isn't what was listed, or may not be read.
         ConnectionError: several attempts in a row brought nothing new.
-        Stopped: it was told to.
+        Stopped: ``fetching.stop`` was set.
     """
     store, path = file_system(listed.location)
 
     def transfer() -> None:
         try:
             refuse_if_other(store, path, listed)
-            with open(part, "ab") as file:
-                while (have := size_of(part)) < listed.size:
+            with open(target, "ab") as file:
+                while (have := size_of(target)) < listed.size:
                     if fetching.stop.is_set():
                         raise Stopped
                     block = store.cat_file(path, start=have, end=min(listed.size, have + BLOCK_BYTES))
@@ -161,14 +161,16 @@ def fetch_object(listed: Listed, part: Path, fetching: Fetching) -> None:
         except (Stopped, UserError):
             raise
         except Exception as error:
-            told = explained(f"can't fetch {listed.name}", error, ConnectionError)
-            raise (Transient(str(told)) if isinstance(told, ConnectionError) else told) from None
+            explanation = explained(f"can't fetch {listed.name}", error, ConnectionError)
+            raise (
+                Transient(str(explanation)) if isinstance(explanation, ConnectionError) else explanation
+            ) from None
 
     try:
-        retried(transfer, lambda: size_of(part), fetching.stop)
+        retried(transfer, lambda: size_of(target), fetching.stop)
     except Transient as fault:
-        raise ConnectionError(f"{fault}; run again to go on") from fault
-    check(listed, part)
+        raise ConnectionError(f"{fault}; run again to resume") from fault
+    check(listed, target)
 
 
 def refuse_if_other(store: Any, path: str, listed: Listed) -> None:
@@ -181,8 +183,8 @@ def refuse_if_other(store: Any, path: str, listed: Listed) -> None:
 
 
 def explained(what: str, error: Exception, passing: type[Exception]) -> Exception:
-    """A driver's fault as a mistake to mend, or as one that may pass (``passing``), with no secret in it."""
-    told = f"{what} ({type(error).__name__}: {without_secrets(first_line(error))})"
+    """Return a driver's fault as a mistake to mend, or as one that may pass (``passing``), with no secret in it."""
+    explanation = f"{what} ({type(error).__name__}: {without_secrets(first_line(error))})"
     if isinstance(error, MISTAKES) or "Credentials" in type(error).__name__:
-        return UserError(f"{told}: check the address, and the credentials in the environment")
-    return passing(told)
+        return UserError(f"{explanation}: check the address, and the credentials in the environment")
+    return passing(explanation)

@@ -18,25 +18,25 @@ SPACE = re.compile(r"\s*")
 
 
 def split_paragraphs(blocks: Iterable[str], characters: int) -> Iterator[str]:
-    """Cut a text, which comes in blocks, at blank lines into parts of at least ``characters``.
+    """Cut a text, which comes in blocks, at blank lines into slices of at least ``characters``.
 
-    The parts add up to the text and don't depend on the blocks, but where a paragraph is longer than a document
+    The slices add up to the text and don't depend on the blocks, but where a paragraph is longer than a document
     may be.
     """
-    parts: list[str] = []
+    cuts: list[str] = []
     size = 0
-    for piece, is_paragraph in pieces(with_whole_ends(blocks)):
-        parts.append(piece)
-        size += len(piece)
+    for cut, is_paragraph in cut_at_gaps(with_whole_ends(blocks)):
+        cuts.append(cut)
+        size += len(cut)
         if (is_paragraph and size >= characters) or size > MAX_DOCUMENT_BYTES:
-            yield "".join(parts)
-            parts, size = [], 0
+            yield "".join(cuts)
+            cuts, size = [], 0
     if size:
-        yield "".join(parts)
+        yield "".join(cuts)
 
 
 def with_whole_ends(blocks: Iterable[str]) -> Iterator[str]:
-    """The text in blocks that don't cut a CR LF."""
+    """Yield the text in blocks that don't cut a CR LF."""
     kept = ""
     for block in blocks:
         block = kept + block
@@ -45,8 +45,8 @@ def with_whole_ends(blocks: Iterable[str]) -> Iterator[str]:
     yield kept
 
 
-def pieces(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
-    """The text in pieces, and whether each ends a paragraph: with blank lines that something follows."""
+def cut_at_gaps(blocks: Iterable[str]) -> Iterator[tuple[str, bool]]:
+    """Yield the text in slices, and whether each ends a paragraph: with blank lines that something follows."""
     # Whether blank lines, or the line end before one, reach the end of the block before.
     in_gap = after_feed = False
     for block in blocks:

@@ -2,7 +2,7 @@
 
 A record that can't be used never ends the reading: it comes out as `Rejected` with a reason. So does the fault of
 a whole file (a cut gzip, an unreadable Parquet, a decompression bomb), after the good records that stand before it.
-Memory is bounded by `MAX_DOCUMENT_BYTES` and not by the size of a file. Text is UTF-8 unless its source says
+Memory is bounded by `MAX_DOCUMENT_BYTES` and not by the size of a file. Text is UTF-8 unless its source sets
 another ``encoding``; none is ever guessed.
 """
 
@@ -63,11 +63,11 @@ class Reading:
     split: str = "none"
     """Cut ``.txt`` at every one of these: ``lines`` or ``paragraphs``."""
     delimiter: str | None = None
-    """Between the fields of CSV and TSV; None: as the suffix says."""
+    """Between the fields of CSV and TSV; None: by the suffix."""
     quotes: bool = True
     """Whether a field of CSV and TSV may stand in double quotes."""
     format: str | None = None
-    """Format of files whose names say none."""
+    """Format of files whose names have none."""
     text_format: str = "plain"
     """``html`` where fields and columns hold pages."""
     html: HtmlRules = field(default_factory=HtmlRules)
@@ -84,19 +84,19 @@ class Reading:
 
 
 def read_file(
-    path: Path, reading: Reading, part: Slice | None = None, passed_over: Counter[str] | None = None
+    path: Path, reading: Reading, within: Slice | None = None, passed_over: Counter[str] | None = None
 ) -> Iterator[Record]:
-    """The documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
+    """Yield the documents of a file, its format taken from its name. Rows count from 0 (in archives: in each member).
 
     Args:
-        part: read this slice of JSON lines or Parquet only.
+        within: read this slice of JSON lines or Parquet only.
         passed_over: counts the members of an archive that are passed over.
 
     Raises:
         OSError: of the disk; what is wrong with the content comes out as `Rejected`.
     """
     suffix, compression = split_suffix(path.name, reading.format)
-    part = part if part and part.count > 1 else None
+    within = within if within and within.count > 1 else None
     limits = reading.limits(path.stat().st_size)
 
     def records() -> Iterator[Record]:
@@ -105,7 +105,7 @@ def read_file(
                 skipped = Counter[str]() if passed_over is None else passed_over
                 yield from read_archive(stream, suffix, reading, limits, skipped)
             else:
-                yield from read_stream(stream, suffix, reading, limits, part)
+                yield from read_stream(stream, suffix, reading, limits, within)
 
     yield from judged(records(), reading)
 
@@ -113,7 +113,7 @@ def read_file(
 def read_archive(
     stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, passed_over: Counter[str]
 ) -> Iterator[Record]:
-    """The documents of an archive's members, each as if it were a file; every record says its member."""
+    """Yield the documents of an archive's members, each as if it were a file; every record names its member."""
     for name, member in members(stream, suffix, limits.of("archive"), passed_over, reading.format):
         if isinstance(member, Rejected):
             yield member
@@ -132,15 +132,15 @@ def read_member(name: str, member: Member, reading: Reading, limits: Limits) -> 
 
 
 def read_stream(
-    stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, part: Slice | None = None
+    stream: BufferedReader, suffix: str, reading: Reading, limits: Limits, within: Slice | None = None
 ) -> Iterator[Record]:
-    """The documents in a stream of one format."""
+    """Yield the documents in a stream of one format."""
     if suffix in FIELDS and reading.text_format == "html":
         plain = replace(reading, text_format="plain")
-        yield from with_main_text(read_stream(stream, suffix, plain, limits, part), reading.html)
+        yield from with_main_text(read_stream(stream, suffix, plain, limits, within), reading.html)
     elif suffix == ".parquet":
         yield from read_parquet(
-            stream, reading.text_field, reading.meta_fields, limits.of("rows"), reading.spool, part
+            stream, reading.text_field, reading.meta_fields, limits.of("rows"), reading.spool, within
         )
     elif suffix in (".warc", ".wet"):
         yield from read_warc(stream, reading.encoding, limits, reading.html)
@@ -150,18 +150,18 @@ def read_stream(
         if codecs.lookup(reading.encoding).name != "utf-8":
             stream = buffered(Recoded(stream, reading.encoding))
         elif fault := other_encoding(stream):
-            if part is None or part.index == 0:
+            if within is None or within.index == 0:
                 raise fault
-            return  # said once, by the first slice
-        yield from read_characters(stream, suffix, reading, part)
+            return  # reported once, by the first slice
+        yield from read_characters(stream, suffix, reading, within)
 
 
 def read_characters(
-    stream: BufferedReader, suffix: str, reading: Reading, part: Slice | None
+    stream: BufferedReader, suffix: str, reading: Reading, within: Slice | None
 ) -> Iterator[Record]:
-    """The documents in a stream of UTF-8."""
-    if suffix == ".jsonl" and part:
-        yield from read_jsonl(stream, reading, part.row, lines_of(stream, part))
+    """Yield the documents in a stream of UTF-8."""
+    if suffix == ".jsonl" and within:
+        yield from read_jsonl(stream, reading, within.row, lines_of(stream, within))
     elif suffix == ".jsonl" and not has_old_line_ends(stream):
         yield from read_jsonl(stream, reading)
     elif suffix in (".json", ".jsonl"):
@@ -176,7 +176,7 @@ def read_characters(
 
 
 def other_encoding(stream: BufferedReader) -> UnicodeDecodeError | None:
-    """The fault of a stream whose first bytes show that it is not UTF-8."""
+    """Return the fault of a stream whose first bytes show that it is not UTF-8."""
     head = stream.peek(8)[:8]
     if (b"\0" not in head and head[:1] < b"\xfe") or not looks_like(head):
         return None
@@ -184,13 +184,13 @@ def other_encoding(stream: BufferedReader) -> UnicodeDecodeError | None:
 
 
 def has_old_line_ends(stream: BufferedReader) -> bool:
-    """Say whether lines end with CR only, as on Macs of long ago."""
+    """Return whether lines end with CR only, as on Macs of long ago."""
     head = stream.peek()
     return b"\r" in head and b"\n" not in head
 
 
 def judged(records: Iterator[Record], reading: Reading) -> Iterator[Record]:
-    """``records``, and what ended them early as the last one."""
+    """Yield ``records``, and what ended them early as the last one."""
     try:
         yield from records
     except UnicodeDecodeError as error:
@@ -228,14 +228,14 @@ def read_text(stream: BufferedReader, split_chars: int | None) -> Iterator[Recor
         yield read_whole(stream)
         return
     row = -1
-    for row, part in enumerate(split_paragraphs(decoded(stream), split_chars)):
-        yield whole(row, part)
+    for row, text in enumerate(split_paragraphs(decoded(stream), split_chars)):
+        yield whole(row, text)
     if row < 0:
         yield whole(None, "")
 
 
 def read_whole(stream: BufferedReader) -> Record:
-    """A text file as one document."""
+    """Return a text file as one document."""
     blocks, size = [], 0
     for block in decoded(stream):
         blocks.append(block)
@@ -247,10 +247,10 @@ def read_whole(stream: BufferedReader) -> Record:
 
 
 def decoded(stream: BufferedReader) -> Iterator[str]:
-    """The text of a file, in blocks, without a byte order mark.
+    """Yield the text of a file, in blocks, without a byte order mark.
 
     Raises:
-        UnicodeDecodeError: it isn't UTF-8; the reason says which byte of the file, after the text before it.
+        UnicodeDecodeError: it isn't UTF-8; the reason names the byte of the file, after the text before it.
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     end = 0
@@ -286,7 +286,7 @@ def read_jsonl(
 
 
 def parse(row: int, line: bytes, reading: Reading) -> Record:
-    """The document in one line of JSON."""
+    """Return the document in one line of JSON."""
     try:
         text = line.decode()
         if text.startswith("\ufeff"):  # at the beginning, and where files were joined
@@ -304,7 +304,7 @@ def parse(row: int, line: bytes, reading: Reading) -> Record:
 
 
 def chosen(row: int | None, value: Any, reading: Reading) -> Record:
-    """The document in a parsed value."""
+    """Return the document in a parsed value."""
     try:
         return pick(row, value, reading.text_field, reading.meta_fields)
     except RecursionError:
@@ -312,7 +312,8 @@ def chosen(row: int | None, value: Any, reading: Reading) -> Record:
 
 
 def read_json(stream: BufferedReader, reading: Reading) -> Iterator[Record]:
-    """The values of a file one after the other, arrays opened: an array, one value, JSON lines, or several of these."""
+    """Yield the values of a file one after the other, arrays opened: an array, one value, JSON lines, or several of
+    these."""
     blocks = JsonBlocks(stream)
     for value in json_values(blocks, lambda: blocks.has_bad_bytes):
         if isinstance(value, Rejected):

@@ -1,4 +1,4 @@
-"""One record of a source: a document's text with what its file says of it, or the reason why it can't be used."""
+"""One record of a source: a document's text with what its file has on it, or the reason why it can't be used."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ Record = Text | Rejected
 
 
 def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> Record:
-    """``text`` as a document, if it is one: not empty, of bounded size, free of NUL, and UTF-8 can hold it.
+    """Return ``text`` as a document, if it is one: not empty, of bounded size, free of NUL, and UTF-8 can hold it.
 
     A NUL stands in no text: it is binary data or another encoding, read wrongly. Mojibake (text that was decoded
-    wrongly before it came here) can't be told from text without guessing, so it passes.
+    wrongly before it came here) can't be distinguished from text without guessing, so it passes.
     """
     if not text:
         return Rejected(row, "empty", "")
@@ -68,12 +68,12 @@ def whole(row: int | None, text: str, meta: Mapping[str, Any] | None = None) -> 
 
 
 def not_in(encoding: str) -> str:
-    """The reason for which a text is rejected that isn't in its encoding."""
+    """Return the reason for which a text is rejected that isn't in its encoding."""
     return "not_utf8" if codecs.lookup(encoding).name == "utf-8" else f"not_{encoding}"
 
 
 def document(row: int | None, value: Any, text_field: str, meta: Mapping[str, Any] | None = None) -> Record:
-    """The document whose text is ``value``: a string, bytes (which must be UTF-8), or the fault that it gave."""
+    """Return the document whose text is ``value``: a string, bytes (which must be UTF-8), or the fault that it gave."""
     if isinstance(value, bytes):
         try:
             value = value.decode()
@@ -92,7 +92,8 @@ MISSING = object()
 
 
 def find(value: Mapping[str, Any], path: str) -> Any:
-    """The field ``path`` of a parsed object, or `MISSING`: the one of this name, else the one at this dotted path."""
+    """Return the field ``path`` of a parsed object, or `MISSING`: the one of this name, else the one at this dotted
+    path."""
     if path in value:
         return value[path]
     at = path.find(".")
@@ -105,7 +106,7 @@ def find(value: Mapping[str, Any], path: str) -> Any:
 
 
 def pick(row: int | None, value: Any, text_field: str, meta_fields: Sequence[str] = ()) -> Record:
-    """The document in one parsed object: its text, and the fields to keep where it has them."""
+    """Return the document in one parsed object: its text, and the fields to keep where it has them."""
     if not isinstance(value, dict):
         return Rejected(row, "not_an_object", f"found {type(value).__name__}")
     text = find(value, text_field)
@@ -115,18 +116,18 @@ def pick(row: int | None, value: Any, text_field: str, meta_fields: Sequence[str
 
 
 def kept(values: Mapping[str, Any], fields: Sequence[str]) -> dict[str, Any] | None:
-    """The fields that are there, as JSON has them: numbers stay numbers, times become ISO text, bytes text if they
-    are UTF-8."""
+    """Return the fields that are there, as JSON has them: numbers stay numbers, times become ISO text, bytes text if
+    they are UTF-8."""
     found = {name: find(values, name) for name in fields}
     return {
-        name: said
+        name: kept
         for name, value in found.items()
-        if value is not MISSING and (said := plain(value)) is not None
+        if value is not MISSING and (kept := plain(value)) is not None
     } or None
 
 
 def plain(value: Any) -> Any:
-    """``value`` as JSON can hold it; None where it can't."""
+    """Return ``value`` as JSON can hold it; None where it can't."""
     if isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):

@@ -1,4 +1,4 @@
-"""Redaction of addresses and of what others say of them: nothing secret may be said or kept."""
+"""Redaction of addresses and of what others report of them: nothing secret may be logged or kept."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ SECRETS = ("KEY", "SECRET", "TOKEN", "PASSWORD", "CREDENTIAL", "CONNECTION_STRIN
 
 
 def without_secrets(text: str) -> str:
-    """``text`` without what stands in addresses before ``@`` or behind ``?`` (passwords, signatures), and without
-    the values of environment variables that are named like a secret."""
+    """Return ``text`` without what stands in addresses before ``@`` or behind ``?`` (passwords, signatures), and
+    without the values of environment variables that are named like a secret."""
     for name, value in os.environ.items():
         if any(word in name.upper() for word in SECRETS):
             # Of options in JSON (FSSPEC_S3) each string.

@@ -1,7 +1,7 @@
 """Files by HTTP(S), pinned by their expected hash or the server's ETag or Last-Modified.
 
-A cut transfer resumes where it stopped. What may pass (a lost connection, a busy server) is tried again, when the
-server says so if it does.
+A cut transfer resumes where it stopped. What may pass (a lost connection, a busy server) is tried again, after the
+wait that the server asks for, if any.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ logging.getLogger("httpx").setLevel(logging.WARNING)  # it logs addresses, and t
 
 
 def list_http(source: HttpSource, timeout: float, connections: int) -> tuple[Listed, ...]:
-    """The files of an HTTP source; those with an expected hash need no network for this.
+    """List the files of an HTTP source; those with an expected hash need no network for this.
 
     Raises:
         Unresolved: the server can't be reached.
-        UserError: the server refuses, or says nothing by which the file could be pinned.
+        UserError: the server refuses, or sends nothing by which the file could be pinned.
     """
     with client(timeout) as session, ThreadPoolExecutor(connections) as pool:
         return tuple(pool.map(lambda url: list_url(session, source, url), source.urls))
@@ -75,7 +75,7 @@ def list_url(session: httpx.Client, source: HttpSource, url: str) -> Listed:
 
 
 def ask(session: httpx.Client, url: str) -> httpx.Response:
-    """Return what the server says of a file, without its content.
+    """Ask the server about a file, without its content.
 
     Raises:
         Transient: it can't be reached, or is busy.
@@ -92,7 +92,7 @@ def ask(session: httpx.Client, url: str) -> httpx.Response:
 
 
 def lost(error: httpx.TransportError) -> Transient:
-    """A fault of the connection in words that go on from "the server"."""
+    """Describe a fault of the connection in words that follow "the server"."""
     never = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
     return Transient(f"{'can not be reached' if never else 'broke off'}: {error or type(error).__name__}")
 
@@ -105,7 +105,7 @@ def refuse_if_busy(response: httpx.Response) -> None:
 
 
 def retry_after(value: str) -> float | None:
-    """Seconds that a ``Retry-After`` header asks for: it holds them, or a date (RFC 9110, 10.2.3)."""
+    """Return the seconds that a ``Retry-After`` header asks for: it holds them, or a date (RFC 9110, 10.2.3)."""
     if value.strip().isdecimal():
         return float(value)
     try:
@@ -115,7 +115,7 @@ def retry_after(value: str) -> float | None:
 
 
 def client(timeout: float) -> httpx.Client:
-    """A client that takes passwords from ~/.netrc and content as it is stored.
+    """Make a client that takes passwords from ~/.netrc and content as it is stored.
 
     Raises:
         UserError: ~/.netrc can't be read.
@@ -134,39 +134,39 @@ def client(timeout: float) -> httpx.Client:
 
 
 def version_of(response: httpx.Response) -> str | None:
-    """Return what the server says of the content's version, None where it says nothing."""
+    """Return the content's version as the server sends it, None where it sends none."""
     for header in ("etag", "last-modified"):
         if header in response.headers:
             return f"{header}:{response.headers[header]}"
     return None
 
 
-def fetch_http(listed: Listed, part: Path, fetching: Fetching) -> None:
-    """Bring a listed file to ``part``, and check version, size and hash (if known).
+def fetch_http(listed: Listed, target: Path, fetching: Fetching) -> None:
+    """Bring a listed file to ``target``, and check version, size and hash (if known).
 
-    What an earlier call left in ``part`` is completed by a Range request. If the whole then has another hash than
+    What an earlier call left in ``target`` is completed by a Range request. If the whole then has another hash than
     the recipe expects, it is fetched once more from its start.
 
     Raises:
         UserError: it isn't what was listed.
         ConnectionError: several attempts in a row brought nothing new.
-        Stopped: it was told to.
+        Stopped: ``fetching.stop`` was set.
     """
-    resumed = size_of(part) > 0
-    if resumed and listed.version == f"sha256:{file_sha256(part)}":
-        return  # its size may not be known, so this is all that says that it is whole
+    resumed = size_of(target) > 0
+    if resumed and listed.version == f"sha256:{file_sha256(target)}":
+        return  # its size may not be known, so this alone shows that it is whole
     with client(fetching.timeout) as session:
         try:
-            complete(listed, part, fetching, lambda: transfer(session, listed, part, fetching))
-            check(listed, part)
+            complete(listed, target, fetching, lambda: transfer(session, listed, target, fetching))
+            check(listed, target)
         except Mismatch:
             if not resumed:
                 raise
-            complete(listed, part, fetching, lambda: transfer(session, listed, part, fetching))
-            check(listed, part)
+            complete(listed, target, fetching, lambda: transfer(session, listed, target, fetching))
+            check(listed, target)
 
 
-def complete(listed: Listed, part: Path, fetching: Fetching, attempt: Callable[[], None]) -> None:
+def complete(listed: Listed, target: Path, fetching: Fetching, attempt: Callable[[], None]) -> None:
     """Make attempts until one brings the file to its end."""
 
     def in_turn() -> None:
@@ -174,35 +174,35 @@ def complete(listed: Listed, part: Path, fetching: Fetching, attempt: Callable[[
             attempt()
 
     try:
-        retried(in_turn, lambda: size_of(part), fetching.stop)
+        retried(in_turn, lambda: size_of(target), fetching.stop)
     except httpx.TooManyRedirects as error:
         raise UserError(f"can't fetch {listed.name}: it redirects without end") from error
     except Transient as fault:
         raise ConnectionError(
-            f"can't fetch {listed.name}: the server {fault} ({ATTEMPTS} attempts); run again to go on"
+            f"can't fetch {listed.name}: the server {fault} ({ATTEMPTS} attempts); run again to resume"
         ) from fault
 
 
-def transfer(session: httpx.Client, listed: Listed, part: Path, fetching: Fetching) -> None:
-    """One request for what ``part`` lacks.
+def transfer(session: httpx.Client, listed: Listed, target: Path, fetching: Fetching) -> None:
+    """Make one request for what ``target`` lacks.
 
     Raises:
         Transient: the server is busy, or ended early.
         UserError: it refuses, or has another version.
     """
-    have = size_of(part)
+    have = size_of(target)
     if have and have == listed.size:
         return
     try:
         with session.stream("GET", listed.location, headers=range_headers(listed, have)) as response:
             refuse_if_busy(response)
             if response.status_code == 416:
-                part.unlink()
+                target.unlink()
                 raise Transient("has fewer bytes than it announced")
             if response.is_error:
                 raise UserError(f"can't fetch {listed.name}: the server answers {response.status_code}")
-            refuse_if_other(response, listed, part)
-            with open(part, "ab" if continues(response, have) else "wb") as file:
+            refuse_if_other(response, listed, target)
+            with open(target, "ab" if continues(response, have) else "wb") as file:
                 for chunk in response.iter_raw():  # no chunk size: it would hold back what a cut then loses
                     if fetching.stop.is_set():
                         raise Stopped
@@ -212,38 +212,40 @@ def transfer(session: httpx.Client, listed: Listed, part: Path, fetching: Fetchi
 
 
 def range_headers(listed: Listed, have: int) -> dict[str, str]:
-    """Headers that ask for what follows the first ``have`` bytes, if the content is still the same."""
+    """Return headers that ask for what follows the first ``have`` bytes, if the content is still the same."""
     if not have:
         return {}
     headers = {"range": f"bytes={have}-"}
     kind, _, version = listed.version.partition(":")
-    # A weak ETag says nothing of single bytes, and may not be sent (RFC 9110, 13.1.5).
+    # A weak ETag does not stand for single bytes, and may not be sent (RFC 9110, 13.1.5).
     if kind == "last-modified" or (kind == "etag" and not version.startswith("W/")):
         headers["if-range"] = version
     return headers
 
 
-def refuse_if_other(response: httpx.Response, listed: Listed, part: Path) -> None:
+def refuse_if_other(response: httpx.Response, listed: Listed, target: Path) -> None:
     """Raise UserError where the server sends something else than what was listed."""
     if not listed.version.startswith("sha256:") and version_of(response) != listed.version:
-        part.unlink(missing_ok=True)
+        target.unlink(missing_ok=True)
         raise UserError(f"{listed.name} changed since the run was planned; run again")
     encoding = response.headers.get("content-encoding", "identity").lower()
-    if encoding != "identity" and not split_suffix(listed.name)[1]:  # some say so of what is stored as .gz
+    if (
+        encoding != "identity" and not split_suffix(listed.name)[1]
+    ):  # some send that for what is stored as .gz
         raise UserError(
             f"can't fetch {listed.name}: the server sends it as {encoding}, though asked for it as it is"
         )
 
 
 def continues(response: httpx.Response, have: int) -> bool:
-    """Say whether the content begins after the first ``have`` bytes, and not at the start.
+    """Return whether the content begins after the first ``have`` bytes, and not at the start.
 
     Raises:
         Transient: it begins elsewhere.
     """
     if response.status_code != 206:
         return False
-    said = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
-    if said and int(said[1]) != have:
-        raise Transient(f"sends bytes from {said[1]} on, asked for those from {have} on")
+    found = re.match(r"bytes (\d+)-", response.headers.get("content-range", ""))
+    if found and int(found[1]) != have:
+        raise Transient(f"sends bytes from {found[1]} on, asked for those from {have} on")
     return True

@@ -32,17 +32,17 @@ class Slice:
     index: int
     count: int
     row: int
-    """The number of its first row in the file; 0 for Parquet, which says so itself."""
+    """The number of its first row in the file; 0 for Parquet, which has it itself."""
     stamp: tuple[int, int]
     """Size and time of change (ns) of the file when its hash was checked."""
 
-    def share(self, whole: int) -> tuple[int, int]:
+    def bounds(self, whole: int) -> tuple[int, int]:
         """Return from where to where (without it) this slice reaches in ``whole`` bytes or row groups."""
         return self.index * whole // self.count, (self.index + 1) * whole // self.count
 
 
 def slice_count(source: Source, listed: Listed, shard_bytes: int) -> int:
-    """Into how many slices a file is cut; 1 where it stays whole."""
+    """Return how many slices a file is cut into; 1 where it stays whole."""
     suffix, compression = split_suffix(listed.name)
     if getattr(source, "format", None) == "jsonl":
         suffix, compression = split_suffix(listed.name, "jsonl")
@@ -53,8 +53,8 @@ def slice_count(source: Source, listed: Listed, shard_bytes: int) -> int:
 
 
 def survey(item: tuple[Listed, int, Path]) -> list[Slice]:
-    """The slices of a file: (what is listed, how many slices, the marker that keeps the result). One where it can't be
-    cut.
+    """Find the slices of a file: (what is listed, how many slices, the marker that keeps the result). One where it
+    can't be cut.
 
     Raises:
         UserError: the file is not what was listed.
@@ -103,17 +103,17 @@ def stamp_of(path: Path) -> tuple[int, int]:
     return about.st_size, about.st_mtime_ns
 
 
-def check_stamp(path: Path, part: Slice) -> None:
+def check_stamp(path: Path, within: Slice) -> None:
     """Make sure that a file wasn't written to since its hash was checked."""
-    if stamp_of(path) != part.stamp:
+    if stamp_of(path) != within.stamp:
         raise UserError(f"{path} changed since the run was planned; run again")
 
 
-def lines_of(stream: BufferedReader, part: Slice) -> int:
+def lines_of(stream: BufferedReader, within: Slice) -> int:
     """Go to the first line that begins in a slice; returns the bytes from there to where the last one must begin."""
-    first, end = part.share(part.stamp[0])
+    first, end = within.bounds(within.stamp[0])
     if first:
         stream.seek(first - 1)
-        while (piece := stream.readline(BLOCK_BYTES)) and not piece.endswith(b"\n"):
+        while (block := stream.readline(BLOCK_BYTES)) and not block.endswith(b"\n"):
             pass
     return end - stream.tell()

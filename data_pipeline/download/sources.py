@@ -1,6 +1,6 @@
 """Where text comes from: the kinds of source, and the pinned listing of what each holds.
 
-A listing says what a source consists of (relative names, sizes, hashes or revisions). It is made when a run is
+A listing is what a source consists of (relative names, sizes, hashes or revisions). It is made when a run is
 planned; its hash is part of the identity of the downloaded artifact, so that a changed file is a new artifact,
 while absolute paths are not, so that the same files elsewhere are the same artifact. No source has a key, a
 password or a token among its options: drivers find these where the user keeps them (environment, ~/.netrc,
@@ -49,7 +49,7 @@ class Listing:
 
 
 def without_password(url: str | None) -> str | None:
-    """``url``, if it carries no user name or password: these would end up in every document."""
+    """Return ``url``, if it carries no user name or password: these would end up in every document."""
     if url and "@" in url.partition("://")[2].partition("/")[0]:
         raise ValueError("an address with a user name or password in it")
     return url
@@ -73,19 +73,19 @@ class TextSource(Config):
     url: Annotated[str | None, AfterValidator(without_password)] = None
     """Where the text comes from, for a person; kept with each document, as is the licence."""
     retrieved: date | None = None
-    """The day on which the text was taken from there, as its collector says. Never the clock's: the same
+    """The day on which the text was taken from there, as its collector states. Never the clock's: the same
     recipe gives the same bytes on any day."""
 
     @property
     def provenance(self) -> dict[str, Any]:
         """Facts kept with every document of the source; a field of the document's own name comes before them."""
-        said = {"license": self.license, "url": self.url}
-        said |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
-        return {key: value for key, value in said.items() if value}
+        stated = {"license": self.license, "url": self.url}
+        stated |= {"retrieved": self.retrieved.isoformat() if self.retrieved else None}
+        return {key: value for key, value in stated.items() if value}
 
 
 def text_encoding(name: str) -> str:
-    """The standard name of an encoding."""
+    """Return the standard name of an encoding."""
     try:
         found = codecs.lookup(name)
     except LookupError:
@@ -143,7 +143,7 @@ class InstalledPythonSource(TextSource):
 
 
 def without_credentials(url: str) -> str:
-    """``url``, if it carries no user name or password: these would end up in manifests."""
+    """Return ``url``, if it carries no user name or password: these would end up in manifests."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ValueError("not an http:// or https:// address")
@@ -162,7 +162,7 @@ def url_name(url: str) -> str:
 
 
 class HttpSource(FileSource):
-    """Files fetched by HTTP(S); the suffix of the address's path says the format. Uses ~/.netrc."""
+    """Files fetched by HTTP(S); the suffix of the address's path gives the format. Uses ~/.netrc."""
 
     kind: Literal["http"] = "http"
     urls: tuple[Annotated[str, AfterValidator(without_credentials)], ...] = Field(min_length=1)
@@ -186,7 +186,7 @@ class HttpSource(FileSource):
 
     @field_validator("urls")
     @classmethod
-    def _told_apart(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+    def _distinct(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
         seen: set[str] = set()
         for url in urls:
             name = url_name(url)
@@ -227,7 +227,7 @@ NAMES_A_CONTAINER = ("abfs", "abfss", "az", "wasb", "wasbs")  # as in abfs://con
 
 
 def of_a_store(url: str) -> str:
-    """``url``, if it is one of an object store and carries no credentials."""
+    """Return ``url``, if it is one of an object store and carries no credentials."""
     scheme, colon, rest = url.partition("://")
     if not colon or not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme) or not rest.strip("/"):
         raise ValueError("not an address such as s3://bucket/folder")

@@ -26,12 +26,12 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.core.text import human_bytes, table
 from data_pipeline.discards import by_reason
 from data_pipeline.documents import add_up, read_shard
+from data_pipeline.download.group_writer import COUNTS, final_paths
 from data_pipeline.download.groups import Settings, read_group
 from data_pipeline.download.hub import list_hugging_face
+from data_pipeline.download.inputs import all_inputs, group_files, name_of
 from data_pipeline.download.local import list_installed_python, list_local
 from data_pipeline.download.objects import list_objects
-from data_pipeline.download.parts import COUNTS, final_places
-from data_pipeline.download.pieces import all_pieces, group_files, name_of
 from data_pipeline.download.remote import list_http
 from data_pipeline.download.sources import (
     HttpSource,
@@ -96,23 +96,24 @@ class DownloadConfig(StageConfig):
         return by_reason("left_out", self._left_out)
 
     def identity(self) -> dict[str, Any]:
-        """Options of the sources with the hash of what they hold; no path of this machine and no key is in it."""
+        """Return options of the sources with the hash of what they hold; no path of this machine and no key is in
+        it."""
         pairs = zip(self.sources, self.listings, strict=True)
         sources = [describe(source, listing) for source, listing in pairs]
         return {"sources": sources, "shard_bytes": self.shard_bytes}
 
 
-PLACES = {"path", "urls", "sha256", "dataset", "revision"}
-"""Options that say where a source lies, which `describe` says in other words."""
+LOCATIONS = {"path", "urls", "sha256", "dataset", "revision"}
+"""Options for where a source lies, which `describe` has in another form."""
 
 
 def no_query(url: str) -> str:
-    """An address as anyone may see it: a query may hold a key."""
+    """Return an address as anyone may see it: a query may hold a key."""
     return urlsplit(url)._replace(query="", fragment="").geturl()
 
 
 def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
-    """A source as manifests name it: its options, where it is found by anyone, and the hash of what it holds."""
+    """Return a source as manifests name it: its options, where it is found by anyone, and the hash of what it holds."""
     public: dict[str, Any] = {}
     if isinstance(source, HttpSource):
         public["urls"] = [no_query(url) for url in source.urls]
@@ -122,7 +123,7 @@ def describe(source: Source, listing: Sequence[Listed]) -> dict[str, Any]:
         public |= {"dataset": source.dataset, "revision": listing[0].version.rpartition("@")[2]}
     canonical = json.dumps([[one.name, one.size, one.version] for one in listing], allow_nan=False)
     return (
-        source.model_dump(mode="json", exclude=PLACES)
+        source.model_dump(mode="json", exclude=LOCATIONS)
         | public
         | {
             "listing_sha256": hashlib.sha256(canonical.encode()).hexdigest(),
@@ -163,9 +164,9 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
     """
     config = config.resolve()
     scratch = out / "scratch"
-    pieces = all_pieces(config.sources, config.listings, config.shard_bytes, scratch, context)
-    groups = group_files(pieces, config.shard_bytes)
-    total = sum(piece.size for group in groups for piece in group.pieces) / 1e6
+    listed = all_inputs(config.sources, config.listings, config.shard_bytes, scratch, context)
+    groups = group_files(listed, config.shard_bytes)
+    total = sum(one.size for group in groups for one in group.inputs) / 1e6
     context.progress(0, total, "MB")
     runtime = config.runtime
     settings = Settings(
@@ -183,12 +184,12 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
             f" (rejected records: {found or 'none'}){first_rejected(scratch, tallies, out)}"
         )
     out.joinpath("rejected").mkdir(exist_ok=True)
-    for final, part in final_places(
+    for final, shard in final_paths(
         scratch, tallies, out
     ).items():  # can be repeated after a kill at any moment
-        if part.exists():
-            os.replace(part, final)
-        assert final.exists(), f"neither {part} nor {final} is there"
+        if shard.exists():
+            os.replace(shard, final)
+        assert final.exists(), f"neither {shard} nor {final} is there"
     shutil.rmtree(scratch / "fetched", ignore_errors=True)
     write_listing(config, out / "sources.json")
     for line in absent_fields(config.sources, sorted(out.glob("documents-*.parquet"))):
@@ -197,16 +198,17 @@ def download(config: DownloadConfig, inputs: Mapping[str, Path], out: Path, cont
 
 
 def first_rejected(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Path) -> str:
-    """The first rejected record as a second line of a message; empty where there is none."""
-    for part in final_places(scratch, tallies, out).values():
-        for batch in read_shard(part):
+    """Return the first rejected record as a second line of a message; empty where there is none."""
+    for shard in final_paths(scratch, tallies, out).values():
+        for batch in read_shard(shard):
             row = batch.slice(0, 1).to_pylist()[0]
             return f"\nthe first: {row['id']}: {row['reason']}: {row['excerpt']}"
     return ""
 
 
 def absent_fields(sources: Sequence[Source], shards: Iterable[Path]) -> Iterator[str]:
-    """A warning for each field of ``meta_fields`` that no document of its source has; looks until each was seen."""
+    """Yield a warning for each field of ``meta_fields`` that no document of its source has; looks until each was
+    seen."""
     wanted = {
         source.name: {json.dumps(name, allow_nan=False): name for name in source.meta_fields}
         for source in sources

@@ -51,7 +51,7 @@ class ExpandsTooFar(Exception):
 
 
 def is_fault_of_disk(error: BaseException) -> bool:
-    """Say whether reading again may go well. A codec's OSError has no number, or that of a seek to where nothing is."""
+    """Return whether reading again may work. A codec's OSError has no number, or that of a seek to where nothing is."""
     return isinstance(error, OSError) and error.errno not in (None, errno.EINVAL)
 
 
@@ -217,7 +217,7 @@ class Unpacked:
         return out
 
     def _unpack(self, size: int) -> bytes:
-        """The next bytes, about ``size`` of them; none at the end."""
+        """Return the next bytes, about ``size`` of them; none at the end."""
         while member := self._member or self._next_member():
             data, ended = b"", False
             if member.needs_input:
@@ -261,14 +261,14 @@ ASCII_AS = {
 
 
 def looks_like(head: bytes) -> str | None:
-    """The encoding that the first bytes of a text show by a mark, or by the NULs beside ASCII; None where it may be
-    UTF-8."""
+    """Return the encoding that the first bytes of a text show by a mark, or by the NULs beside ASCII; None where it may
+    be UTF-8."""
     marked = next((name for mark, name in MARKS.items() if head.startswith(mark)), None)
     return marked or next((name for form, name in ASCII_AS.items() if re.match(form, head, re.DOTALL)), None)
 
 
 def advice(head: bytes) -> str:
-    """Say what to do about a file that is not UTF-8 and begins with ``head``."""
+    """Return what to do about a file that is not UTF-8 and begins with ``head``."""
     if found := looks_like(head):
         return f"looks like {found.upper()}, so set the source's encoding to {found}"
     return "set the source's encoding to what it is in: cp1252, latin-1, ..."
@@ -326,14 +326,14 @@ class Recoded(io.RawIOBase):
 
 
 def buffered(raw: Any) -> io.BufferedReader:
-    """A stream with `readline`, read in large blocks."""
+    """Return a stream with `readline`, read in large blocks."""
     return io.BufferedReader(raw, BUFFER_BYTES)
 
 
 def decompressed(
     stream: Path | io.BufferedReader, compression: str | None, limit: Limit
 ) -> io.BufferedReader:
-    """The content of ``stream`` (a path or a file object), counted against ``limit`` if it is compressed."""
+    """Return the content of ``stream`` (a path or a file object), counted against ``limit`` if it is compressed."""
     if isinstance(stream, Path):
         stream = io.BufferedReader(stream.open("rb", 0), BUFFER_BYTES)
     if compression is None:

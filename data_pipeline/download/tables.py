@@ -15,7 +15,7 @@ from data_pipeline.download.records import Record, Rejected, pick
 def read_table(
     stream: BufferedReader, text_field: str, meta_fields: Sequence[str], delimiter: str, quotes: bool
 ) -> Iterator[Record]:
-    """The rows of a table after the first, which names the fields; blank lines don't count."""
+    """Yield the rows of a table after the first, which names the fields; blank lines don't count."""
     rows = table_rows(stream, delimiter, quotes)
     names = next(rows, None)
     if names is None:
@@ -46,7 +46,7 @@ def read_table(
 
 
 def table_rows(stream: BufferedReader, delimiter: str, quotes: bool) -> Iterator[list[str] | Rejected]:
-    """The fields of each row that isn't blank, or why it can't be read."""
+    """Yield the fields of each row that isn't blank, or why it can't be read."""
     csv.field_size_limit(MAX_DOCUMENT_BYTES)
     lines = TextLines(stream)
     rows = csv.reader(
@@ -71,7 +71,7 @@ def table_rows(stream: BufferedReader, delimiter: str, quotes: bool) -> Iterator
 
 
 def explained(error: csv.Error, first: int, last: int, quotes: bool) -> str:
-    """Say what is wrong with the lines ``first`` to ``last``, which were read as one row."""
+    """Return what is wrong with the lines ``first`` to ``last``, which were read as one row."""
     where = f"line {first}" if first == last else f"lines {first} to {last}, read as one row"
     hint = "; where quotes are part of the text, set the source's quotes to false" if quotes else ""
     return f"{where}: {error}{hint}"

@@ -1,4 +1,4 @@
-"""Common parts of fetching, whatever the protocol: trying again, waiting, and taking turns at a host."""
+"""Common code of fetching, whatever the protocol: trying again, waiting, and taking turns at a host."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ POLL_SECONDS = 0.1
 
 
 class Transient(Exception):
-    """A fault of the network or the server that may pass, ``after`` so many seconds if the server says so."""
+    """A fault of the network or the server that may pass, ``after`` so many seconds if the server asks for it."""
 
     def __init__(self, message: str, after: float | None = None) -> None:
         super().__init__(message)
@@ -39,7 +39,7 @@ class Transient(Exception):
 
 
 class Stopped(Exception):
-    """Another part of the work failed, so this one need not go on."""
+    """Another item of work failed, so this one need not continue."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def retried(
 
 
 def pause(fruitless: int, after: float | None) -> float:
-    """Seconds to wait: as the server says, else doubled each time; spread, so that workers don't all come at once."""
+    """Return the seconds to wait: as the server asks, else doubled each time; spread, so that workers come apart."""
     if after is not None:
         return min(after, LONGEST_WAIT_SECONDS) + random.uniform(0, BACKOFF_SECONDS)
     backoff = min(LONGEST_BACKOFF_SECONDS, BACKOFF_SECONDS * 2 ** max(0, fruitless - 1))
@@ -118,9 +118,9 @@ def turn(host: str, fetching: Fetching) -> Iterator[None]:
             raise Stopped
 
 
-def size_of(part: Path) -> int:
-    """Bytes that are here."""
-    return part.stat().st_size if part.exists() else 0
+def size_of(path: Path) -> int:
+    """Return the bytes that are here."""
+    return path.stat().st_size if path.exists() else 0
 
 
 class Mismatch(UserError):
@@ -146,5 +146,5 @@ def check(listed: Listed, path: Path) -> None:
 
 
 def wait_until(moment: float) -> float:
-    """Seconds from now to ``moment`` (of `time.time`), not below 0."""
+    """Return the seconds from now to ``moment`` (of `time.time`), not below 0."""
     return max(0.0, moment - time.time())

@@ -48,7 +48,8 @@ GZIP = b"\x1f\x8b"
 
 
 def unpacked(stream: BufferedReader, limit: Limit) -> BufferedReader:
-    """``stream``, unpacked if it is gzip although its name doesn't say so: `warcio` would do it without a limit."""
+    """Return ``stream``, unpacked if it is gzip although its name doesn't show it: `warcio` would do it without a
+    limit."""
     if not stream.peek(2).startswith(GZIP):
         return stream
     stream = buffered(Limited(Unpacked(stream, "gzip"), limit))
@@ -58,7 +59,7 @@ def unpacked(stream: BufferedReader, limit: Limit) -> BufferedReader:
 
 
 def read_warc(stream: BufferedReader, encoding: str, limits: Limits, html: HtmlRules) -> Iterator[Record]:
-    """The texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file.
+    """Yield the texts of a web archive, with ``url`` and ``date`` of each; a row is a record's number in the file.
 
     Args:
         encoding: of texts whose headers name none.
@@ -124,7 +125,7 @@ def read_record(row: int, record: Any, encoding: str, limit: Limit, *, html: Htm
 
 
 def unpacked_body(content: Any, limit: Limit) -> bytes:
-    """The content of a page that was sent packed, as far as a little more than a document's size."""
+    """Return the content of a page that was sent packed, as far as a little more than a document's size."""
     blocks, size = [], 0
     while size <= MAX_DOCUMENT_BYTES and (block := content.read(BLOCK_BYTES)):
         limit.take(len(block))

@@ -51,7 +51,7 @@ PROBES = (
 
 
 def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> Encoder:
-    """The encoder of the tokenizer in ``folder``; no text yields a special token.
+    """Return the encoder of the tokenizer in ``folder``; no text yields a special token.
 
     Raises:
         Unsupported: `gigatoken` doesn't know a part of this tokenizer, or does it otherwise. The encoder raises it
@@ -70,7 +70,7 @@ def load_encoder(name: EncoderName, folder: Path, *, parallel: bool = False) -> 
 
 
 def inexact(description: Mapping[str, Any]) -> str:
-    """Say what of a tokenizer `gigatoken` does otherwise than `tokenizers`, on texts that are rare; often nothing.
+    """Return what of a tokenizer `gigatoken` does otherwise than `tokenizers`, on texts that are rare; often nothing.
 
     Its NFC knows other characters, and it reads added tokens out of a text only if they are given to it, the special
     ones too.
@@ -93,7 +93,7 @@ class Unsupported(Exception):
 
 
 def with_gigatoken(description: Mapping[str, Any], parallel: bool) -> Encoder:
-    """The encoder of the tokenizer that a ``tokenizer.json`` describes."""
+    """Return the encoder of the tokenizer that a ``tokenizer.json`` describes."""
     import awkward  # half a second, which plans and most stages need not wait for
 
     # Without its added tokens: else "<|endoftext|>" written in a text would become the special token.
@@ -184,7 +184,7 @@ def append_to_each(encoded: Encoded, token: int) -> Encoded:
 
 
 def find_fault(texts: pa.Array, fast: Encoder, slow: Encoder) -> str | None:
-    """Say how two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
+    """Return how two encoders differ on the beginnings of ``texts``; None where they give the same ids."""
     if not len(texts):
         return None
     begun = pc.utf8_slice_codeunits(texts, 0, CHECKED_CHARACTERS)

@@ -34,7 +34,7 @@ FOLDER = "flat"
 SOURCES_KEY = b"llmill.sources"
 """Metadata of an index: JSON, name of a source -> [documents, tokens] in the shard, in order of name."""
 COLUMNS = pa.schema([("start", pa.int64()), ("end", pa.int64())])
-"""Columns of an index, a row a document: its first token's place in the shard's flat file; and how many tokens of its
+"""Columns of an index, a row a document: its first token's index in the shard's flat file; and how many tokens of its
 source the shard has up to its last one, that included."""
 
 Tokens = NDArray[np.unsignedinteger[Any]]
@@ -61,7 +61,7 @@ class Vocabulary:
         require_tokenizer(self.tokenizer_sha256, tokenizer, tokens)
 
     def metadata(self, tokens: int) -> dict[bytes, bytes]:
-        """Return what files of ``tokens`` of its tokens say of themselves."""
+        """Return what files of ``tokens`` of its tokens hold on themselves."""
         values = {TOKENIZER_KEY: self.tokenizer_sha256, VOCAB_KEY: self.size, TOKENS_KEY: tokens}
         return {key: str(value).encode() for key, value in values.items()}
 
@@ -85,7 +85,7 @@ class Index:
         self._lengths.append(lengths.astype(np.int64))
 
     def table(self, vocabulary: Vocabulary) -> pa.Table:
-        """The rows of `COLUMNS`, and in the metadata what a reader needs to know before it reads any."""
+        """Return the rows of `COLUMNS`, and in the metadata what a reader needs to know before it reads any."""
         lengths = np.concatenate([np.empty(0, np.int64), *self._lengths])
         coded = pa.chunked_array(self._sources, pa.dictionary(pa.int32(), pa.large_string()))
         coded = coded.unify_dictionaries().combine_chunks()
@@ -136,7 +136,7 @@ def assert_ended(ids: pa.Array, offsets: NDArray[np.int64], tokens: Tokens, end:
 
 @contextmanager
 def write_flat(folder: Path, name: str, vocabulary: Vocabulary, end: int) -> Iterator[FlatWriter]:
-    """A `FlatWriter` whose files appear when the block ends well, the index last."""
+    """Yield a `FlatWriter` whose files appear when the block ends well, the index last."""
     tokens, index = flat_paths(folder, name)
     with atomic_path(tokens) as temporary, open(temporary, "wb") as file:
         writer = FlatWriter(file, vocabulary, end)
@@ -151,7 +151,7 @@ def write_flat(folder: Path, name: str, vocabulary: Vocabulary, end: int) -> Ite
 
 
 def is_written(folder: Path, name: str) -> bool:
-    """Say whether a shard's flat files are there."""
+    """Return whether a shard's flat files are there."""
     return all(path.exists() for path in flat_paths(folder, name))
 
 
@@ -176,7 +176,7 @@ def lay_shard(vocabulary: Vocabulary, end: int, shard: Path) -> None:
 
 
 def index_of(shard: Path) -> FlatShard:
-    """The index of a Parquet shard: as it lies beside it or, where it does not, made of it."""
+    """Return the index of a Parquet shard: as it lies beside it or, where it does not, made of it."""
     if is_written(shard.parent, shard.stem):
         return FlatShard(shard.parent, shard.stem)
     index = Index()
@@ -210,10 +210,10 @@ class FlatShard:
         return start, end
 
     def read(self) -> Tokens:
-        """All tokens, mapped.
+        """Return all tokens, mapped.
 
         Raises:
-            UserError: the file is not there, or has not as many as the index says.
+            UserError: the file is not there, or has not as many as the index has.
         """
         kind = self.vocabulary.token_type
         try:
@@ -229,7 +229,7 @@ class FlatShard:
 
 
 def read_index(path: Path) -> pa.Table:
-    """The rows of a shard's index, mapped."""
+    """Return the rows of a shard's index, mapped."""
     try:
         with pa.memory_map(str(path)) as file:
             table = pa.ipc.open_file(file).read_all()
@@ -250,7 +250,7 @@ class FlatTokens:
     def __init__(self, folder: Path, split: Split) -> None:
         names = [path.stem for path in sorted((folder / FOLDER).glob(f"{split}-*.arrow"))]
         if not names:
-            shard_paths(folder, split)  # which says so where there is nothing at all
+            shard_paths(folder, split)  # which raises where there is nothing at all
             raise UserError(f"{folder} holds {split} shards without flat files ({FOLDER}/); build it again")
         self.shards = [FlatShard(folder, name) for name in names]
         if len({shard.vocabulary for shard in self.shards}) != 1:
@@ -261,82 +261,82 @@ class FlatTokens:
         self.tokens = sum(shard.tokens for shard in self.shards)
 
     def sources(self) -> dict[str, int]:
-        """Tokens of each source, in order of name."""
+        """Return tokens of each source, in order of name."""
         totals: Counter[str] = Counter()
         for shard in self.shards:
             totals.update({name: tokens for name, (_, tokens) in shard.sources.items()})
         return dict(sorted(totals.items()))
 
     def stream(self, source: str | None = None) -> Stream:
-        """All tokens of the split in its order, or those of one source, as if they lay end to end."""
+        """Return all tokens of the split in its order, or those of one source, as if they lay end to end."""
         if source is None:
-            return Stream([Part(shard.read()) for shard in self.shards])
+            return Stream([StreamShard(shard.read()) for shard in self.shards])
         with_it = [shard for shard in self.shards if source in shard.sources]
-        return Stream([Part(shard.read(), *shard.documents(source)) for shard in with_it])
+        return Stream([StreamShard(shard.read(), *shard.documents(source)) for shard in with_it])
 
 
 @dataclass(frozen=True)
-class Part:
-    """Tokens of a stream that lie in one array: all of it or, with `starts` and `ends`, some documents of it."""
+class StreamShard:
+    """Tokens of a stream in one shard: all of it or, with `starts` and `ends`, some documents of it."""
 
     tokens: Tokens
     starts: NDArray[np.int64] | None = None
     """Shape (documents,): where each begins in `tokens`."""
     ends: NDArray[np.int64] | None = None
-    """Shape (documents,): tokens of the part up to the end of each."""
+    """Shape (documents,): tokens of the stream in the shard up to the end of each."""
 
     def __len__(self) -> int:
         return len(self.tokens) if self.ends is None else int(self.ends[-1])
 
-    def pieces(self, place: int) -> Iterator[Tokens]:
-        """Yield what lies in one piece each, from the token of that number to the end of the part."""
+    def slices(self, start: int) -> Iterator[Tokens]:
+        """Yield contiguous slices of `tokens`, from token ``start`` of the stream in the shard to the end."""
         if self.starts is None or self.ends is None:
-            yield self.tokens[place:]
+            yield self.tokens[start:]
             return
-        document = int(self.ends.searchsorted(place, side="right"))
+        document = int(self.ends.searchsorted(start, side="right"))
         begun = int(self.ends[document - 1]) if document else 0
         for number in range(document, len(self.ends)):
-            start, end = int(self.starts[number]) - begun, int(self.ends[number])
-            yield self.tokens[start + place : start + end]
-            place = begun = end
+            offset, end = int(self.starts[number]) - begun, int(self.ends[number])
+            yield self.tokens[offset + start : offset + end]
+            start = begun = end
 
 
 class Stream:
     """Tokens that are read as if they lay end to end, wherever they do."""
 
-    def __init__(self, parts: Iterable[Part]) -> None:
-        self.parts: Sequence[Part] = [part for part in parts if len(part)]
-        self.firsts: NDArray[np.int64] = np.cumsum([0, *map(len, self.parts)])
-        """Shape (parts + 1,): tokens before each part, and of all."""
+    def __init__(self, shards: Iterable[StreamShard]) -> None:
+        self.shards: Sequence[StreamShard] = [shard for shard in shards if len(shard)]
+        self.firsts: NDArray[np.int64] = np.cumsum([0, *map(len, self.shards)])
+        """Shape (shards + 1,): tokens before each shard, and of all."""
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
 
     @property
     def token_type(self) -> np.dtype[Any]:
-        return self.parts[0].tokens.dtype if self.parts else np.dtype("<u2")
+        return self.shards[0].tokens.dtype if self.shards else np.dtype("<u2")
 
     def read(self, starts: NDArray[np.int64], length: int) -> Tokens:
-        """Rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream."""
-        if len(starts) and len(self.parts) == 1 and self.parts[0].ends is None:
-            return sliding_window_view(self.parts[0].tokens, length)[starts]
-        # Rows are spread over the parts, so few are of one: row by row costs less than what numpy takes for each part.
+        """Read rows of ``length`` tokens, shape (rows, length), from each of ``starts``; all must lie in the stream."""
+        if len(starts) and len(self.shards) == 1 and self.shards[0].ends is None:
+            return sliding_window_view(self.shards[0].tokens, length)[starts]
+        # Rows are spread over the shards, so few are of one: row by row costs less than numpy takes for each shard.
         rows: Tokens = np.empty((len(starts), length), self.token_type)
         owners = np.searchsorted(self.firsts, starts, side="right") - 1
-        places = starts - self.firsts[owners]
-        for row, owner, place in zip(rows, owners.tolist(), places.tolist(), strict=True):
-            self._fill(row, owner, place)
+        offsets = starts - self.firsts[owners]
+        for row, owner, start in zip(rows, owners.tolist(), offsets.tolist(), strict=True):
+            self._fill(row, owner, start)
         return rows
 
-    def _fill(self, row: Tokens, owner: int, place: int) -> None:
-        """Copy what begins at token ``place`` of part ``owner``, piece by piece."""
+    def _fill(self, row: Tokens, owner: int, start: int) -> None:
+        """Copy what begins at token ``start`` of shard ``owner``, slice by slice."""
         filled = 0
-        for number in range(owner, len(self.parts)):
-            for piece in self.parts[number].pieces(place):
-                taken = piece[: len(row) - filled]
+        for number in range(owner, len(self.shards)):
+            for tokens in self.shards[number].slices(start):
+                taken = tokens[: len(row) - filled]
                 row[filled : filled + len(taken)] = taken
                 filled += len(taken)
                 if filled == len(row):
                     return
-            place = 0
-        raise AssertionError(f"the stream ends before {len(row)} tokens from {place} of part {owner}")
+            start = 0
+        raise AssertionError(f"the stream ends before {len(row)} tokens from {start} of shard {owner}")

@@ -1,6 +1,6 @@
 """Where a document is: in which shard and row of a stage's output, or why it is not there.
 
-Token shards are sorted by a hash of ids that also says which shard it is, so a few row groups' ids are read of one
+Token shards are sorted by a hash of ids that also gives the shard, so a few row groups' ids are read of one
 shard. Document shards are read by their ids, those first that the stage before names, and none of a row group whose
 statistics rule the id out.
 """
@@ -60,26 +60,26 @@ class TokenPlace:
 
 
 def find_document(folder: Path, id: str, likely: str | None = None) -> Row | None:
-    """A document's row in the shards of a stage's folder; the shard called ``likely`` is looked into first."""
+    """Return a document's row in the shards of a stage's folder; the shard called ``likely`` is looked into first."""
     paths = sorted(folder.glob("documents-*.parquet"), key=lambda path: (path.name != likely, path.name))
     return find_row(paths, id, ("meta",))
 
 
 def find_rejected(folder: Path, id: str, likely: str | None = None) -> Row | None:
-    """A document's row (reason, excerpt) among those that a stage refused."""
+    """Return a document's row (reason, excerpt) among those that a stage refused."""
     name = likely and likely.replace("documents", "rejected")
     paths = sorted((folder / "rejected").glob("*.parquet"), key=lambda path: (path.name != name, path.name))
     return find_row(paths, id, ("reason", "excerpt"))
 
 
 def find_removed(folder: Path, id: str) -> Row | None:
-    """Return what dedup says of a document that it removed: which it repeats, how alike they are."""
+    """Return what dedup noted of a document that it removed: which it repeats, how alike they are."""
     path = folder / "removed.parquet"
     return find_row([path] if path.exists() else [], id, ("duplicate_of", "jaccard", "kind"))
 
 
 def find_row(paths: Iterable[Path], id: str, columns: tuple[str, ...]) -> Row | None:
-    """The first row with this id in some Parquet files."""
+    """Return the first row with this id in some Parquet files."""
     for path in paths:
         try:
             with pq.ParquetFile(path) as file:
@@ -96,13 +96,13 @@ def find_row(paths: Iterable[Path], id: str, columns: tuple[str, ...]) -> Row | 
 
 
 def may_hold(ids: pq.ColumnChunkMetaData, id: str) -> bool:
-    """Say whether a row group's statistics leave open that it has this id."""
+    """Return whether a row group's statistics leave open that it has this id."""
     known = ids.statistics if ids.is_stats_set else None
     return known is None or not known.has_min_max or known.min <= id <= known.max
 
 
 def find_tokens(config: TokenizeConfig, folder: Path, id: str) -> TokenPlace | None:
-    """A document's place in the token shards that ``config`` laid out, found by halving."""
+    """Find a document's position in the token shards that ``config`` laid out, found by halving."""
     key = hash_column(pa.array([id]), config.salt)[0]
     split: Split = "val" if int(key) < config.held_out else "train"
     paths = shard_paths(folder, split)
@@ -125,7 +125,7 @@ def find_tokens(config: TokenizeConfig, folder: Path, id: str) -> TokenPlace | N
 
 
 def search_groups(file: pq.ParquetFile, salt: str, id: str, key: np.uint64) -> tuple[int, int] | None:
-    """Row group and row of an id whose hash is ``key``, in a file sorted by that hash."""
+    """Find row group and row of an id whose hash is ``key``, in a file sorted by that hash."""
 
     def read(group: int) -> tuple[pa.Array, NDArray[np.uint64]]:
         ids = file.read_row_group(group, ["id"]).column("id").combine_chunks()
@@ -145,18 +145,18 @@ def search_groups(file: pq.ParquetFile, salt: str, id: str, key: np.uint64) -> t
 
 
 def group_tokens(file: pq.ParquetFile, group: int) -> int:
-    """Tokens of a row group, from the footer: every document has one, so each value is a token."""
+    """Count the tokens of a row group, from the footer: every document has one, so each value is a token."""
     return int(file.metadata.row_group(group).column(1).num_values)
 
 
 def shard_tokens(path: Path) -> int:
-    """Tokens of a shard, from the footer."""
+    """Count the tokens of a shard, from the footer."""
     with pq.ParquetFile(path) as file:
         return sum(group_tokens(file, group) for group in range(file.num_row_groups))
 
 
 def start_in_source(folder: Path, place: TokenPlace, id: str) -> int:
-    """Tokens of the document's own source that come before it in its split."""
+    """Count the tokens of the document's own source that come before it in its split."""
     source = id.partition("/")[0]
     before = others = 0
     for path in shard_paths(folder, place.split):
@@ -171,7 +171,7 @@ def start_in_source(folder: Path, place: TokenPlace, id: str) -> int:
 
 
 def alike(folder: Path, id: str) -> list[str]:
-    """Ids of a stage's documents that one given wrong may have meant, the likeliest first."""
+    """Find ids of a stage's documents that one given wrong may have meant, the likeliest first."""
     close: list[str] = []
     compared = 0
     last = id.rpartition("/")[2].rpartition(".")[0] or id.rpartition("/")[2]
@@ -184,7 +184,7 @@ def alike(folder: Path, id: str) -> list[str]:
 
 
 def read_ids(folder: Path) -> Iterator[pa.Array]:
-    """The ids of all document shards of a folder, a row group at a time."""
+    """Yield the ids of all document shards of a folder, a row group at a time."""
     for path in sorted(folder.glob("documents-*.parquet")):
         for batch in read_shard(path, ("id",)):
             yield batch.column("id")

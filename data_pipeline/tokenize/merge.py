@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data_pipeline.core.files import atomic_path
-from data_pipeline.sorted_runs import Runs, order_of, unpack
+from data_pipeline.sorted_runs import SortedRuns, order_of, unpack
 from data_pipeline.tokenize.flat import Vocabulary, is_written, write_flat
 
 ROW_GROUP_TOKENS = 1 << 18
@@ -38,7 +38,7 @@ class TokenShard:
 class Merging:
     """Task that writes a token shard: passed to the workers."""
 
-    runs: Runs
+    runs: SortedRuns
     out: Path
     vocabulary: Vocabulary
     end: int
@@ -70,7 +70,7 @@ def merge(merging: Merging, item: TokenShard) -> None:
         write_flat(merging.out, item.name, merging.vocabulary, merging.end) as flat,
     ):
         for start, end in pairwise([*starts, len(lengths)]):
-            part = rows.take(pa.array(order[start:end]))
-            ids, tokens = part.column("id").cast(pa.string()), unpack(part.column("data"), element)
+            taken = rows.take(pa.array(order[start:end]))
+            ids, tokens = taken.column("id").cast(pa.string()), unpack(taken.column("data"), element)
             writer.write_batch(pa.record_batch([ids, tokens], schema))
             flat.add(ids, tokens)

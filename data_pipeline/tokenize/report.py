@@ -19,7 +19,7 @@ from data_pipeline.stage import Metrics
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-FIGURES = (
+COUNTS = (
     *(f"split_{of}" for of in ("documents", "tokens", "bytes")),
     *(f"source_{of}" for of in ("documents", "tokens", "bytes", "words")),
 )
@@ -35,8 +35,8 @@ def count(
     """Add documents to a tally, by split and by source; ``tokens`` are those of their text, without end-of-text."""
     coded = sources.dictionary_encode()
     names, codes = coded.dictionary.to_pylist(), coded.indices.to_numpy()
-    figures = {"documents": np.ones(len(tokens)), "tokens": tokens, "bytes": byte_lengths(texts)}
-    for of, values in figures.items():
+    counts = {"documents": np.ones(len(tokens)), "tokens": tokens, "bytes": byte_lengths(texts)}
+    for of, values in counts.items():
         for by, labels, group in (("split", SPLITS, held_out.astype(np.int64)), ("source", names, codes)):
             sums = np.bincount(group, values, len(labels)).astype(np.int64).tolist()
             tally[f"{by}_{of}"].update(dict(zip(labels, sums, strict=True)))
@@ -49,7 +49,7 @@ def count(
 
 
 def count_words(texts: pa.Array, block: int = 1 << 16) -> int:
-    """Words in a column of texts: what stands between ASCII white space and control characters.
+    """Count the words in a column of texts: what stands between ASCII white space and control characters.
 
     In blocks that stay in the processor's cache: passes over arrays as large as a row group take four times as long.
     """
@@ -72,7 +72,7 @@ def summarise(
     tallies: Sequence[Mapping[str, Any]], faults: Sequence[str], shards: int, report: Path
 ) -> Metrics:
     """Write the report and return the metrics."""
-    totals = {name: add_up(tally[name] for tally in tallies) for name in FIGURES}
+    totals = {name: add_up(tally[name] for tally in tallies) for name in COUNTS}
     documents, tokens, sizes = (totals[f"split_{of}"] for of in ("documents", "tokens", "bytes"))
     words = totals["source_words"]
     text = "# Tokenize\n\n" + table(
@@ -88,7 +88,7 @@ def summarise(
         [
             (source, count, number + count, ratio(size, number), ratio(number, word))
             for source in words
-            for count, number, size, word in [[figures[source] for figures in by_source]]
+            for count, number, size, word in [[counts[source] for counts in by_source]]
         ],
     )
     text += "\nTokens include the end-of-text of each document, the ratios don't. "

@@ -68,7 +68,7 @@ class TokenShards:
         return head
 
     def __iter__(self) -> Iterator[TokenBatch]:
-        """The row groups of all shards, in order."""
+        """Yield the row groups of all shards, in order."""
         for path in self.paths:
             for batch in read_shard(path):
                 lists = batch.column("tokens")
@@ -77,7 +77,7 @@ class TokenShards:
                 yield TokenBatch(batch.column("id").to_pylist(), offsets - offsets[0], tokens)
 
     def read_all(self) -> NDArray[np.unsignedinteger[Any]]:
-        """All tokens of the split in one array, shape (tokens,), uint16 or uint32."""
+        """Return all tokens of the split in one array, shape (tokens,), uint16 or uint32."""
         width: type[np.uint16] | type[np.uint32] = np.uint16 if self.vocab_size <= 1 << 16 else np.uint32
         flat: NDArray[np.unsignedinteger[Any]] = np.empty(self.tokens, width)
         end = 0

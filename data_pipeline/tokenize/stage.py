@@ -26,7 +26,7 @@ from data_pipeline.core.files import once
 from data_pipeline.core.text import human_bytes
 from data_pipeline.documents import add_up, count_rows, read_shard, shard_paths
 from data_pipeline.hashing import HASHES, hash_column, mix
-from data_pipeline.sorted_runs import Runs, gather, pack, write_run
+from data_pipeline.sorted_runs import SortedRuns, gather, pack, write_run
 from data_pipeline.stage import Metrics, Runtime, StageConfig, StageContext
 from data_pipeline.tokenize.encode import (
     Encoder,
@@ -38,7 +38,7 @@ from data_pipeline.tokenize.encode import (
 )
 from data_pipeline.tokenize.flat import Vocabulary
 from data_pipeline.tokenize.merge import Merging, TokenShard, merge
-from data_pipeline.tokenize.report import FIGURES, Split, count, summarise
+from data_pipeline.tokenize.report import COUNTS, Split, count, summarise
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, sha256, vocab_size
 
 FOOTERS_AT_ONCE = 16
@@ -77,9 +77,10 @@ class TokenizeConfig(StageConfig):
         return f"tokenize-{self.seed}"
 
     def first_keys(self, split: Split, shards: int) -> list[int]:
-        """The smallest hash of each of a split's ``shards`` shards, and last what the hashes of all are below."""
+        """Return the smallest hash of each of a split's ``shards`` shards, and last what the hashes of all are
+        below."""
         first, end = (0, self.held_out) if split == "val" else (self.held_out, HASHES)
-        return [first + (end - first) * part // shards for part in range(shards + 1)]
+        return [first + (end - first) * index // shards for index in range(shards + 1)]
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Memory, which depends on the config only: measured were 0.31 to 0.48 GB a worker at the default."""
@@ -109,7 +110,7 @@ class Encoding:
         return kept_encoder(encoder, self.folder, self.parallel, self.vocabulary.tokenizer_sha256)
 
     def name(self, shard: Path) -> str:
-        """The name of the run that a document shard becomes."""
+        """Return the name of the run that a document shard becomes."""
         return f"{shard.stem}-{self.encoder}"
 
 
@@ -160,9 +161,9 @@ def encode_all(encoding: Encoding, shards: Sequence[Path], context: StageContext
 
 
 def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
-    """Encode one document shard into a run.
+    """Encode one document shard into a sorted run.
 
-    Returns its tally; ``fault`` in it says why `gigatoken` must not be used, and is None where it may.
+    Returns its tally; ``fault`` in it is why `gigatoken` must not be used, and is None where it may.
     """
 
     def work() -> dict[str, Any]:
@@ -176,9 +177,9 @@ def encode_shard(encoding: Encoding, shard: Path) -> dict[str, Any]:
 
 def encode_into_run(encoding: Encoding, shard: Path) -> dict[str, Any]:
     encode = encoding.load(encoding.encoder)
-    tally: dict[str, Counter[str]] = {name: Counter() for name in FIGURES}
+    tally: dict[str, Counter[str]] = {name: Counter() for name in COUNTS}
     fault = None
-    with write_run(Runs(encoding.scratch, ()).path(encoding.name(shard), 0)) as run:
+    with write_run(SortedRuns(encoding.scratch, ()).path(encoding.name(shard), 0)) as run:
         for batch in read_shard(shard, ("id", "text", "source")):
             ids, texts, sources = (batch.column(name) for name in ("id", "text", "source"))
             keys = hash_column(ids, encoding.config.salt)
@@ -212,7 +213,8 @@ def plan_shards(config: TokenizeConfig, tallies: Sequence[Mapping[str, Any]]) ->
         shards = min(documents[split], -(-(tokens[split] + documents[split]) // config.shard_tokens))
         firsts = config.first_keys(split, shards)
         plan += [
-            TokenShard(f"{split}-{part:05d}", firsts[part], firsts[part + 1] - 1) for part in range(shards)
+            TokenShard(f"{split}-{index:05d}", firsts[index], firsts[index + 1] - 1)
+            for index in range(shards)
         ]
     return plan
 
@@ -221,6 +223,6 @@ def write_all(
     encoding: Encoding, shards: Sequence[Path], plan: Sequence[TokenShard], out: Path, context: StageContext
 ) -> None:
     """Merge the runs of all document shards into the token shards that are planned."""
-    runs = Runs(encoding.scratch, tuple(encoding.name(path) for path in shards))
+    runs = SortedRuns(encoding.scratch, tuple(encoding.name(path) for path in shards))
     merging = Merging(runs=gather(runs, context), out=out, vocabulary=encoding.vocabulary, end=encoding.end)
     context.map(partial(merge, merging), plan, names=[f"write {item.name}" for item in plan])

@@ -16,7 +16,8 @@ OTHER, SPACE, NUMBER, LETTER = (np.uint8(kind) for kind in range(4))
 
 
 def longest_runs(texts: pa.Array) -> NDArray[np.int64]:
-    """Characters of the longest run of letters with their marks, of digits, of white space or of other signs, by text.
+    """Return characters of the longest run of letters with their marks, of digits, of white space or of other signs, by
+    text.
 
     Args:
         texts: of type large_string.

@@ -29,7 +29,7 @@ from data_pipeline.core.processes import compute_apart
 from data_pipeline.core.text import human_bytes, table
 from data_pipeline.documents import byte_lengths, corrupt, shard_paths
 from data_pipeline.hashing import HASHES, hash_column
-from data_pipeline.sorted_runs import Runs, gather, order_of, write_run
+from data_pipeline.sorted_runs import SortedRuns, gather, order_of, write_run
 from data_pipeline.stage import Metrics, Runtime, StageConfig, StageContext
 from data_pipeline.train_tokenizer.long_runs import longest_runs
 from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT, load_tokenizer
@@ -146,9 +146,9 @@ def train_tokenizer(
 def draw_sample(
     config: TokenizerConfig, shards: Sequence[Path], scratch: Path, context: StageContext
 ) -> pa.Array:
-    """Texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
+    """Return texts of the documents with the smallest hashes, in order of hash, just enough for ``sample_bytes``.
 
-    So the sample depends on the documents and the seed, never on how they lie in shards. The footers tell about which
+    So the sample depends on the documents and the seed, never on how they lie in shards. The footers show about which
     hashes to look at; of row groups without one of these, no text is read. Held in memory are `MARGIN` times
     ``sample_bytes`` and the sample.
     """
@@ -161,7 +161,7 @@ def draw_sample(
         if sum(drawn) >= config.sample_bytes or last == HASHES - 1:
             break
         last = min(HASHES - 1, 2 * last + 1)
-    runs = Runs(scratch, tuple(sample_name(shard, last) for shard in shards))
+    runs = SortedRuns(scratch, tuple(sample_name(shard, last) for shard in shards))
     rows = gather(runs, context).between(0, last)
     order = order_of(rows)
     sizes = pc.binary_length(rows.column("data")).to_numpy()[order]
@@ -170,7 +170,7 @@ def draw_sample(
 
 
 def text_size(shard: Path) -> int:
-    """Bytes of text in a shard, about, from its footer."""
+    """Count the bytes of text in a shard, about, from its footer."""
     try:
         footer = pq.read_metadata(shard)
     except (pa.ArrowException, OSError) as error:
@@ -187,12 +187,12 @@ def sample_name(shard: Path, last: int) -> str:
 
 
 def draw(salt: str, last: int, scratch: Path, shard: Path) -> int:
-    """Copy a shard's documents whose hash is at most ``last`` into a run; returns the bytes of their text."""
+    """Copy a shard's documents whose hash is at most ``last`` into a sorted run; returns the bytes of their text."""
     name = sample_name(shard, last)
 
     def work() -> dict[str, int]:
         size = 0
-        with write_run(Runs(scratch, ()).path(name, 0)) as run:
+        with write_run(SortedRuns(scratch, ()).path(name, 0)) as run:
             for ids, keys, texts in read_drawn(shard, salt, last):
                 size += int(byte_lengths(texts).sum())
                 run.add(ids, keys, texts.cast(pa.large_binary()))
@@ -240,7 +240,7 @@ def learn(config: TokenizerConfig, sample: Path, out: Path) -> None:
 
 
 def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
-    """The texts one after the other; only a few exist as Python objects at a time."""
+    """Yield the texts one after the other; only a few exist as Python objects at a time."""
     for start in range(0, len(texts), at_once):
         yield from texts.slice(start, at_once).to_pylist()
 
@@ -293,7 +293,8 @@ def save(tokenizer: Tokenizer, config: TokenizerConfig, out: Path) -> None:
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str], enough: int = 1_000_000) -> float:
-    """Bytes of UTF-8 that a token stands for, over the first texts of the sample (about ``enough`` characters)."""
+    """Return bytes of UTF-8 that a token stands for, over the first texts of the sample (about ``enough``
+    characters)."""
     size = tokens = characters = 0
     for text in texts:
         if characters >= enough:

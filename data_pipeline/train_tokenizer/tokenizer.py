@@ -16,7 +16,7 @@ from data_pipeline.core.files import file_sha256
 from data_pipeline.core.text import first_line
 
 END_OF_TEXT = "<|endoftext|>"
-"""The token that ends documents in the vocabularies that we learn."""
+"""Return the token that ends documents in the vocabularies that we learn."""
 CONFIG = "tokenizer_config.json"
 END_KEY = "end_of_text"
 """Names the token that ends documents in `CONFIG`, where that is another one than its ``eos_token``: chat models end
@@ -24,10 +24,10 @@ their turns with that."""
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer in a stage's folder, set so that text never yields a special token.
+    """Return the tokenizer in a stage's folder, set so that text never yields a special token.
 
     A document that holds the characters ``<|endoftext|>`` is encoded as these characters; to end a document,
-    append `end_of_text` (tokenizer). Nothing is put around a text, and none is cut or padded, whatever the file says.
+    append `end_of_text` (tokenizer). Nothing is put around a text, and none is cut or padded, whatever the file sets.
 
     Raises:
         UserError: there is none, or it can't be read.
@@ -46,10 +46,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def end_token(folder: Path) -> str:
-    """The token that ends documents, as the tokenizer's folder says; `END_OF_TEXT` where it says nothing.
+    """Return the token that ends documents, as the tokenizer's folder names it; `END_OF_TEXT` where it names none.
 
     Raises:
-        UserError: what says it is damaged.
+        UserError: the file that names it is damaged.
     """
     path = folder / CONFIG
     if not path.is_file():
@@ -59,7 +59,7 @@ def end_token(folder: Path) -> str:
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Return the JSON object in a file.
 
     Raises:
         UserError: there is none.
@@ -74,20 +74,20 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def content_of(token: Any) -> str | None:
-    """The characters of a special token, which older files describe in an object."""
+    """Return the characters of a special token, which older files describe in an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) else None
 
 
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The id of the token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
+    """Return the id of the token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
     id = tokenizer.token_to_id(end_of(tokenizer))
     assert id is not None, f"the vocabulary lacks {end_of(tokenizer)}"
     return int(id)
 
 
 def end_of(tokenizer: Tokenizer) -> str:
-    """The token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
+    """Return the token that ends every document; ``tokenizer`` comes from `load_tokenizer`."""
     return str(tokenizer.end_of_text)  # type: ignore[attr-defined]
 
 
@@ -111,7 +111,7 @@ def token_bytes(folder: Path) -> NDArray[np.int32]:
 
 
 def special_tokens(folder: Path) -> list[str]:
-    """The special tokens of a tokenizer, in the order of their ids.
+    """Return the special tokens of a tokenizer, in the order of their ids.
 
     Raises:
         UserError: there is none, or it can't be read.

@@ -47,7 +47,7 @@ class AdoptConfig(StageConfig):
         return ("model", "tokenizer") if self.type == "model" else (self.type,)
 
     def resolve(self) -> Self:
-        """A copy that knows the content of what is at `path`, or the commit that `revision` stands for.
+        """Return a copy that knows the content of what is at `path`, or the commit that `revision` stands for.
 
         Raises:
             UserError: there is nothing of this type, or it can't be used.

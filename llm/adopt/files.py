@@ -21,7 +21,7 @@ Files = Mapping[str, Path]
 VOCABULARIES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))
 """Entries and merges, as GPT-2's maker and as `transformers` call them."""
 BESIDE = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
-"""Files that may lie beside a tokenizer, and say what its special tokens are for."""
+"""Files that may lie beside a tokenizer, and set what its special tokens are for."""
 INDEX = "model.safetensors.index.json"
 OTHERS = {
     "tokenizer.model": "a SentencePiece model",

@@ -13,7 +13,7 @@ TIMEOUT_SECONDS = 30
 
 
 def repository_type(kind: Kind) -> str:
-    """The kind of repository of the hub that holds such a thing."""
+    """Return the kind of repository of the hub that holds such a thing."""
     return "model" if kind in ("model", "tokenizer") else "dataset"
 
 

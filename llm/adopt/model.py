@@ -41,7 +41,7 @@ def adopt_model(folder: Path, out: Path, context: StageContext) -> Metrics:
 
 
 def require_types(folder: Path) -> list[str]:
-    """The types that the weights in a folder are stored in.
+    """Return the types that the weights in a folder are stored in.
 
     Raises:
         UserError: one is not held by fp32 without loss, or is no floating-point number.
@@ -76,7 +76,7 @@ def require_finite(parameters: dict[str, torch.Tensor], folder: Path) -> None:
 
 
 def read_sealed(folder: Path) -> Metrics:
-    """The metrics of a model that is written already."""
+    """Return the metrics of a model that is written already."""
     config = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
     with torch.device("meta"):
         count = Transformer(config).parameter_count()

@@ -111,7 +111,7 @@ def adopt_tokens(files: Files, out: Path, context: StageContext) -> Metrics:
 
 
 def last_token(shards: TokenShards) -> int:
-    """The token at the end of the first document: that which ends them all.
+    """Return the token at the end of the first document: that which ends them all.
 
     Raises:
         UserError: there is none.

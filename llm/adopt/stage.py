@@ -36,7 +36,7 @@ def adopt(config: AdoptConfig, inputs: Mapping[str, Path], out: Path, context: S
 
 
 def fetched(config: AdoptConfig, folder: Path) -> Path:
-    """The folder with what lies on the hub."""
+    """Return the folder with what lies on the hub."""
     assert config.hub is not None
     assert config.revision is not None, "resolve() the config first"
     download(config.hub, config.revision, config.type, folder)
@@ -77,6 +77,6 @@ WORK: dict[Kind, Work] = {"tokenizer": tokenizer, "model": model, "documents": d
 
 def report(config: AdoptConfig, metrics: Metrics) -> str:
     """Return the stage's report in Markdown: what is known of where it comes from, and its metrics."""
-    said = {name: value for name, value in config.identity().items() if value is not None}
-    figures = [(name, f"{value:,.0f}") for name, value in metrics.items()]
-    return f"# Adopted: a {config.type}\n\n{table(('', ''), [*said.items(), *figures])}"
+    given = {name: value for name, value in config.identity().items() if value is not None}
+    counts = [(name, f"{value:,.0f}") for name, value in metrics.items()]
+    return f"# Adopted: a {config.type}\n\n{table(('', ''), [*given.items(), *counts])}"

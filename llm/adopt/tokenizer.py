@@ -150,19 +150,19 @@ def require_byte_level(description: Mapping[str, Any], path: Path) -> None:
             )
 
 
-def steps_of(part: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, those in sequences one by one."""
-    if part is None:
+def steps_of(component: Mapping[str, Any] | None) -> Iterator[Mapping[str, Any]]:
+    """Yield the steps of a normalizer or pre-tokenizer, those in sequences one by one."""
+    if component is None:
         return
-    held = part.get("pretokenizers") or part.get("normalizers")
+    held = component.get("pretokenizers") or component.get("normalizers")
     if held is None:
-        yield part
+        yield component
     for one in held or ():
         yield from steps_of(one)
 
 
 def special_tokens(tokenizer: Tokenizer) -> list[str]:
-    """The special tokens of a tokenizer, in the order of their ids."""
+    """Return the special tokens of a tokenizer, in the order of their ids."""
     added = tokenizer.get_added_tokens_decoder()
     return [token.content for _, token in sorted(added.items()) if token.special]
 
@@ -170,7 +170,7 @@ def special_tokens(tokenizer: Tokenizer) -> list[str]:
 def choose_end(
     tokenizer: Tokenizer, beside: Mapping[str, Mapping[str, Any]], asked: str | None, path: Path
 ) -> tuple[str, str]:
-    """Choose the token that ends documents, and say why.
+    """Choose the token that ends documents, and return why.
 
     That of a chat model's ``eos_token`` ends a turn; where the vocabulary also has one that ends documents, as it had
     for pretraining, that one is taken.
@@ -206,27 +206,28 @@ def choose_end(
 
 
 def remarks(description: Mapping[str, Any]) -> list[str]:
-    """Say what becomes of texts that the tokenizer does not give back as they were."""
-    said = []
+    """Return what becomes of texts that the tokenizer does not give back as they were."""
+    notes = []
     kinds = [step["type"] for step in steps_of(description["normalizer"])]
     if kinds:
-        said.append(
+        notes.append(
             f"it normalises texts ({', '.join(kinds)}): bytes, as in bits per byte, are those of the normalised text"
         )
     if any(step.get("add_prefix_space") for step in steps_of(description["pre_tokenizer"])):
-        said.append("it puts a space before a text that begins with none")
+        notes.append("it puts a space before a text that begins with none")
     alphabet = dict(zip(sorted_bytes(), sorted(pre_tokenizers.ByteLevel.alphabet()), strict=True))
     lost = [byte for byte in sorted(IN_UTF8) if alphabet[byte] not in description["model"]["vocab"]]
     if lost:
         some = ", ".join(f"{byte:#04x}" for byte in lost[:4])
-        said.append(
+        notes.append(
             f"its vocabulary lacks {len(lost)} of the bytes that texts may have ({some} ...): they are left out"
         )
-    return said
+    return notes
 
 
 def sorted_bytes() -> list[int]:
-    """The bytes in the order of the characters that stand for them: first those that are printed as themselves."""
+    """Return the bytes in the order of the characters that stand for them: first those that are printed as
+    themselves."""
     printed = [byte for byte in range(256) if 33 <= byte <= 126 or 161 <= byte <= 172 or byte >= 174]
     return [*printed, *(byte for byte in range(256) if byte not in printed)]
 
@@ -239,7 +240,7 @@ def compare_sizes(tokenizer: Tokenizer, config: Path, path: Path) -> list[str]:
     """
     rows, ids = read_object(config).get("vocab_size"), vocab_size(tokenizer)
     if not isinstance(rows, int):
-        raise UserError(f"{config} does not say the vocab_size")
+        raise UserError(f"{config} has no vocab_size")
     if ids > rows:
         raise UserError(
             f"{path}: its tokenizer has {ids:,} entries, its model {rows:,}:\nit is not the model's own tokenizer"

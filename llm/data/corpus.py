@@ -29,17 +29,17 @@ class Corpus:
     seed: int
     mixture: Mixture | None
     documents: bool
-    """Whether batches say which document each token belongs to."""
+    """Whether batches hold the document index of each token."""
 
     def streams(self, split: Split) -> list[Stream]:
-        """The text of a split, in the order in which its sequences are numbered."""
+        """Return the text of a split, in the order in which its sequences are numbered."""
         flat = FlatTokens(self.folder, split)
         if split == "train" and self.mixture:
             return [flat.stream(name) for name in self.mixture.names]
         return [flat.stream()]
 
     def sequences(self, split: Split) -> Sequences:
-        """The sequences of a split."""
+        """Return the sequences of a split."""
         return Sequences(self.streams(split), self.context, self.end if self.documents else None)
 
     def order(self, sequences: Sequences) -> Callable[[int, int], Indices]:
@@ -49,7 +49,7 @@ class Corpus:
         return partial(batch_sequences, seed=self.seed, total=len(sequences))
 
     def left_out(self) -> dict[str, int]:
-        """The training tokens of each source that the mixture leaves out.
+        """Return the training tokens of each source that the mixture leaves out.
 
         Raises:
             UserError: a source of the mixture does not exist, or has less than a sequence.

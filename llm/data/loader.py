@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from llm.data.order import Indices, rank_share
+from llm.data.order import Indices, rank_slice
 from llm.data.sequences import Batch, Sequences
 
 ORDER_BLOCK = 1 << 14
@@ -22,8 +22,8 @@ than the arithmetic."""
 
 
 @dataclass(frozen=True)
-class Share:
-    """Which part of each step's batch a rank reads, and in what pieces."""
+class RankSlice:
+    """A rank's slice of each step's batch, and its micro-batches."""
 
     rank: int
     ranks: int
@@ -48,13 +48,13 @@ class Loader:
         sequences: Sequences,
         order: Callable[[int, int], Indices],
         samples: Callable[[int], tuple[int, int]],
-        share: Share,
+        mine: RankSlice,
         steps: int,
         *,
         ahead: int = 2,
         pinned: bool = False,
     ) -> None:
-        self.sequences, self.order, self.samples, self.share = sequences, order, samples, share
+        self.sequences, self.order, self.samples, self.mine = sequences, order, samples, mine
         self.steps, self.ahead, self.pinned = steps, ahead, pinned
         # One that is trained on, and one for each step ahead.
         self._buffers: list[Batch | None] = [None] * (ahead + 1)
@@ -74,7 +74,7 @@ class Loader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """This rank's part of the batch of ``step``, in order; good until the next call.
+        """Return this rank's slice of the batch of ``step``, in order; good until the next call.
 
         Raises:
             Exception: whatever went wrong while the step was prepared.
@@ -98,16 +98,16 @@ class Loader:
 
     def _make(self, step: int, turn: int) -> list[Batch]:
         first, count = self.samples(step)
-        mine = rank_share(self._sequences_of(first, count), self.share.rank, self.share.ranks)
+        sequences = rank_slice(self._sequences_of(first, count), self.mine.rank, self.mine.ranks)
         buffer = self._buffers[turn]
-        if buffer is None or len(buffer.tokens_BT) < len(mine):
-            buffer = self._buffers[turn] = self.sequences.empty(len(mine), self.pinned)
-        batch = self.sequences.take(mine, buffer)
-        starts = range(0, len(mine), self.share.micro_batch)
-        return [batch.part(start, start + self.share.micro_batch) for start in starts]
+        if buffer is None or len(buffer.tokens_BT) < len(sequences):
+            buffer = self._buffers[turn] = self.sequences.empty(len(sequences), self.pinned)
+        batch = self.sequences.take(sequences, buffer)
+        starts = range(0, len(sequences), self.mine.micro_batch)
+        return [batch.slice(start, start + self.mine.micro_batch) for start in starts]
 
     def _sequences_of(self, first: int, count: int) -> Indices:
-        """The sequences of a range of samples, worked out a block at a time."""
+        """Return the sequences of a range of samples, worked out a block at a time."""
         start, block = self._block
         if not start <= first <= first + count <= start + len(block):
             start, block = self._block = (

@@ -1,4 +1,4 @@
-"""Several sources mixed by weights: which source, and which place in that source's own order, a sample reads follows
+"""Several sources mixed by weights: which source, and which position in that source's own order, a sample reads follows
 from the sample's index alone, in whole numbers. Samples repeat in periods of 1,000 steps' worth. In each, every source
 has its share of the sequences, rounded by largest remainder, so any 1,000 whole steps in a row are exact to within one
 sequence; and within a period its sequences lie evenly, as the pixels of a line of that slope do (Bresenham 1965). Each
@@ -35,7 +35,7 @@ class Mixture:
 
     @classmethod
     def of(cls, weights: Mapping[str, float], batch_sequences: int) -> Mixture:
-        """The mixture of positive ``weights`` (of any sum) for steps of ``batch_sequences`` sequences.
+        """Make the mixture of positive ``weights`` (of any sum) for steps of ``batch_sequences`` sequences.
 
         Raises:
             ValueError: a weight so small that its source would never be read; a batch beyond all bounds.
@@ -62,7 +62,9 @@ class Mixture:
         """Samples after which the pattern repeats."""
         return sum(self.counts)
 
-    def places(self, samples: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    def positions(
+        self, samples: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Return for each sample the number of its source, and how many samples before it read that source.
 
         The largest source takes its samples of all, the next takes its own of those that are left, and so on. In any
@@ -70,19 +72,19 @@ class Mixture:
         """
         periods, rank = np.divmod(samples, self.period)
         left = self.period
-        sources, places = np.full(len(samples), -1), np.empty(len(samples), np.int64)
+        sources, positions = np.full(len(samples), -1), np.empty(len(samples), np.int64)
         for source, count in enumerate(self.counts):
             before = rank * count // left
             mine = (sources < 0) & ((rank + 1) * count // left > before)
             sources[mine] = source
-            places[mine] = (periods * count + before)[mine]
+            positions[mine] = (periods * count + before)[mine]
             rank, left = rank - before, left - count
-        return sources, places
+        return sources, positions
 
-    def samples(self, source: int, places: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The samples that read these places of a source's own order: the inverse of `places`."""
+    def samples(self, source: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Return the samples that read these positions of a source's own order: the inverse of `positions`."""
         count = self.counts[source]
-        periods, before = np.divmod(places, count)
+        periods, before = np.divmod(positions, count)
         left = self.period - sum(self.counts[:source])
         ranks = -(-(before + 1) * left // count) - 1
         for other in reversed(
@@ -111,11 +113,11 @@ class Mixture:
         seeds = [source_seed(name, seed) for name in self.names]
 
         def sequences(first: int, count: int) -> Indices:
-            sources, places = self.places(np.arange(first, first + count))
+            sources, positions = self.positions(np.arange(first, first + count))
             found = np.empty(count, np.uint64)
             for source, total in enumerate(totals):
                 here = sources == source
-                own = shuffled(places[here].astype(np.uint64), seeds[source], total)
+                own = shuffled(positions[here].astype(np.uint64), seeds[source], total)
                 found[here] = own + np.uint64(firsts[source])
             return found
 

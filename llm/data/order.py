@@ -1,7 +1,7 @@
 """(seed, sample index) -> sequence, as a pure function. A sample is one sequence; a step reads so many, in the order
 of a seeded permutation that is drawn anew each epoch. The permutation is computed index by index (a Feistel network),
 so no order is stored, resume needs no state, and the number of ranks never changes what step N trains on. What a
-sequence is, `llm.data.sequences` says; how several sources share the samples, `llm.data.mixture`.
+sequence is, see `llm.data.sequences`; how several sources share the samples, `llm.data.mixture`.
 """
 
 from __future__ import annotations
@@ -27,58 +27,58 @@ def batch_sequences(first: int, count: int, seed: int, total: int) -> Indices:
     return shuffled(np.arange(first, first + count, dtype=np.uint64), seed, total)
 
 
-def shuffled(places: Indices, seed: int, total: int) -> Indices:
-    """The sequences at these places of the endless sequence: all ``total`` in one order, then all in another, ..."""
-    epochs, places = places // np.uint64(total), places % np.uint64(total)
-    sequences = np.empty(len(places), np.uint64)
+def shuffled(positions: Indices, seed: int, total: int) -> Indices:
+    """Return the sequences at positions of an endless order: all ``total`` in one order, then in another, ..."""
+    epochs, positions = positions // np.uint64(total), positions % np.uint64(total)
+    sequences = np.empty(len(positions), np.uint64)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        sequences[here] = permute(places[here], total, seed, int(epoch))
+        sequences[here] = permute(positions[here], total, seed, int(epoch))
     return sequences
 
 
-def places_of(sequences: Indices, epochs: npt.NDArray[np.int64], seed: int, total: int) -> Indices:
-    """The places at which `shuffled` reads each sequence in its epoch: shape (sequences,), as both arguments."""
-    places = np.empty(len(sequences), np.uint64)
+def positions_of(sequences: Indices, epochs: npt.NDArray[np.int64], seed: int, total: int) -> Indices:
+    """Return the positions where `shuffled` reads each sequence in its epoch: shape (sequences,), as its arguments."""
+    positions = np.empty(len(sequences), np.uint64)
     for epoch in np.unique(epochs).tolist():
         here = epochs == epoch
-        places[here] = unpermute(sequences[here], total, seed, epoch) + np.uint64(epoch * total)
-    return places
+        positions[here] = unpermute(sequences[here], total, seed, epoch) + np.uint64(epoch * total)
+    return positions
 
 
-def rank_share(sequences: Indices, rank: int, ranks: int) -> Indices:
-    """The part of a global batch that one rank trains on: a contiguous slice."""
+def rank_slice(sequences: Indices, rank: int, ranks: int) -> Indices:
+    """Return the contiguous slice of a global batch that one rank trains on."""
     if len(sequences) % ranks:
         raise ValueError(f"a batch of {len(sequences)} sequences does not divide among {ranks} ranks")
-    share = len(sequences) // ranks
-    return sequences[rank * share : (rank + 1) * share]
+    size = len(sequences) // ranks
+    return sequences[rank * size : (rank + 1) * size]
 
 
-def permute(places: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
-    """Find where a pseudo-random permutation of ``range(total)``, keyed by seed and epoch, sends each of ``places``.
+def permute(positions: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
+    """Find where a pseudo-random permutation of ``range(total)``, keyed by seed and epoch, sends each of ``positions``.
 
     A balanced Feistel network permutes the next power of four; a number that lands outside ``range(total)`` is
     sent through again until it lands inside (cycle walking: Black and Rogaway 2002), under four times on average.
     Our own arithmetic rather than numpy's shuffles, whose streams may change between versions.
     """
     bits, keys = network(total, seed, epoch)
-    images = feistel(places, bits, keys)
+    images = feistel(positions, bits, keys)
     while (outside := images >= np.uint64(total)).any():
         images[outside] = feistel(images[outside], bits, keys)
     return images
 
 
 def unpermute(images: Indices, total: int, seed: int, epoch: int = 0) -> Indices:
-    """Find which places `permute` sends to ``images``: its inverse, which walks the same cycles backwards."""
+    """Find which positions `permute` sends to ``images``: its inverse, which walks the same cycles backwards."""
     bits, keys = network(total, seed, epoch)
-    places = unfeistel(images, bits, keys)
-    while (outside := places >= np.uint64(total)).any():
-        places[outside] = unfeistel(places[outside], bits, keys)
-    return places
+    positions = unfeistel(images, bits, keys)
+    while (outside := positions >= np.uint64(total)).any():
+        positions[outside] = unfeistel(positions[outside], bits, keys)
+    return positions
 
 
 def network(total: int, seed: int, epoch: int) -> tuple[np.uint64, Indices]:
-    """Half the bits of the numbers that the network for ``range(total)`` permutes, and its rounds' keys."""
+    """Return half the bits of the numbers that the network for ``range(total)`` permutes, and its rounds' keys."""
     if total < 1:
         raise ValueError(f"no permutation of {total} things")
     bits = np.uint64(max(1, ((total - 1).bit_length() + 1) // 2))
@@ -87,7 +87,7 @@ def network(total: int, seed: int, epoch: int) -> tuple[np.uint64, Indices]:
 
 
 def feistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
-    """One pass of the network over numbers of ``2 * bits`` bits."""
+    """Apply one pass of the network to numbers of ``2 * bits`` bits."""
     mask = np.uint64((1 << int(bits)) - 1)
     left, right = values >> bits, values & mask
     for key in keys:
@@ -105,7 +105,7 @@ def unfeistel(values: Indices, bits: np.uint64, keys: Indices) -> Indices:
 
 
 def mix(values: Any) -> Any:
-    """The SplitMix64 finaliser (Steele, Lea and Flood 2014): spreads every input bit over all 64."""
+    """Apply the SplitMix64 finaliser (Steele, Lea and Flood 2014): every input bit spreads over all 64."""
     with np.errstate(over="ignore"):
         values = values + np.uint64(0x9E3779B97F4A7C15)
         values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

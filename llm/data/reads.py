@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from llm.data.mixture import source_seed
-from llm.data.order import places_of
+from llm.data.order import positions_of
 from llm.pretrain.config import PretrainConfig
 
 Fate = Literal["trained", "not finite", "rolled back", "not yet"]
@@ -36,7 +36,7 @@ class Read(NamedTuple):
     step: int
     """From 1, as events and losses count."""
     row: int
-    """Place in the batch, from 0, over all ranks: of R ranks, rank ``row // (rows / R)`` reads it."""
+    """Index in the batch, from 0, over all ranks: of R ranks, rank ``row // (rows / R)`` reads it."""
     sequence: int
     """Its number in the flat file."""
     first: int
@@ -59,7 +59,7 @@ class Training:
     """Facts as in ``skipped.parquet``, in order: `step`, `reason`, and the sequences passed over (`windows`)."""
 
     def stretches(self) -> list[Stretch]:
-        """The steps in the order in which they were taken; some twice, where the training went back."""
+        """Return the steps in the order in which they were taken; some twice, where the training went back."""
         plan, found, first, skipped = self.config.plan, [], 0, 0
         for fact in self.skipped:
             if fact["reason"] == "spike":
@@ -72,12 +72,12 @@ class Training:
         return [*found, Stretch(first=first, end=self.config.steps, skipped=skipped, rolled_back=False)]
 
     def samples(self) -> int:
-        """Samples that the whole run reads or passes over."""
+        """Count the samples that the whole run reads or passes over."""
         last = self.stretches()[-1]
         return self.config.plan.sequences_before(last.end) + last.skipped
 
     def step_of(self, sample: int, stretches: Sequence[Stretch]) -> tuple[int, int, Fate] | None:
-        """The step (from 1) that reads a sample, the row of its batch, and what became of it."""
+        """Return the step (from 1) that reads a sample, the row of its batch, and what became of it."""
         plan = self.config.plan
         for stretch in stretches:
             first, end = (
@@ -99,19 +99,19 @@ class Training:
     def reads(self, start: int, end: int, count: int, source: str | None = None) -> list[Read]:
         """List when tokens ``start`` to ``end - 1`` of a flat file of ``count`` sequences are read, by step and row.
 
-        ``source`` says whose file it is, under a mixture; a source that is not in the mixture is never read.
+        ``source``: whose file it is, under a mixture; a source that is not in the mixture is never read.
         """
         mix, context = self.config.mix, self.config.model.context
         if mix and source not in mix.names:
             return []
         sequences = np.arange(max(0, (start - 1) // context), min(count, (end - 1) // context + 1))
-        places = self._places(source)
-        if not len(sequences) or not places:
+        total = self._count(source)
+        if not len(sequences) or not total:
             return []
-        epochs = np.arange(-(-places // count))
+        epochs = np.arange(-(-total // count))
         asked, epoch = np.tile(sequences, len(epochs)), np.repeat(epochs, len(sequences))
         seed = source_seed(str(source), self.config.seed) if mix else self.config.seed
-        samples = places_of(asked.astype(np.uint64), epoch, seed, count).astype(np.int64)
+        samples = positions_of(asked.astype(np.uint64), epoch, seed, count).astype(np.int64)
         if mix:
             samples = mix.samples(mix.names.index(str(source)), samples)
         stretches, found = self.stretches(), []
@@ -132,7 +132,7 @@ class Training:
                 )
         return sorted(found)
 
-    def _places(self, source: str | None) -> int:
+    def _count(self, source: str | None) -> int:
         """Count how many samples of the run read ``source``, or all of them without a mixture."""
         mix, samples = self.config.mix, self.samples()
         return mix.read_before(samples)[mix.names.index(str(source))] if mix else samples

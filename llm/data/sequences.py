@@ -28,11 +28,11 @@ class Batch(NamedTuple):
     """int32: the number, within its sequence, of the document that each token belongs to."""
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on ``device``; from pinned memory without waiting for the copy."""
+        """Return the batch on ``device``; from pinned memory without waiting for the copy."""
         return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def part(self, first: int, end: int) -> Batch:
-        """Sequences ``first`` to ``end``, in the same memory."""
+    def slice(self, first: int, end: int) -> Batch:
+        """Return sequences ``first`` to ``end - 1``, as views."""
         return self._each(lambda tensor: tensor[first:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
@@ -45,7 +45,7 @@ class Sequences:
 
     Sequence i of a stream gives inputs ``tokens[i c : i c + c]`` and, shifted by one, targets; so every token but the
     first is a target exactly once an epoch, less a remainder shorter than a sequence. They are numbered from 0, stream
-    after stream. With ``end``, the token that ends documents, batches say which document each token belongs to.
+    after stream. With ``end``, the token that ends documents, batches hold the document index of each token.
     """
 
     def __init__(self, streams: Sequence[Stream], context: int, end: int | None = None) -> None:
@@ -58,15 +58,15 @@ class Sequences:
         return sum(self.counts)
 
     def empty(self, count: int, pinned: bool = False) -> Batch:
-        """Room for ``count`` sequences, in memory that a GPU can read directly where ``pinned``."""
+        """Make room for ``count`` sequences, in memory that a GPU can read directly where ``pinned``."""
         shape = (count, self.context)
         tokens, targets = (torch.empty(shape, dtype=torch.int64, pin_memory=pinned) for _ in range(2))
         documents = None if self.end is None else torch.empty(shape, dtype=torch.int32, pin_memory=pinned)
         return Batch(tokens, targets, documents)
 
     def take(self, indices: npt.NDArray[Any], into: Batch | None = None) -> Batch:
-        """The sequences of these numbers, in ``into`` (from `empty`, at least as large) or in memory of their own."""
-        batch = self.empty(len(indices)) if into is None else into.part(0, len(indices))
+        """Gather the sequences of these indices, in ``into`` (from `empty`, at least as large) or in new memory."""
+        batch = self.empty(len(indices)) if into is None else into.slice(0, len(indices))
         rows = self._gather(indices.astype(np.int64))
         batch.tokens_BT.numpy()[:] = rows[:, :-1]
         batch.targets_BT.numpy()[:] = rows[:, 1:]
@@ -78,7 +78,7 @@ class Sequences:
         return batch
 
     def _gather(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
-        """Tokens of shape ``(len(indices), context + 1)``."""
+        """Return tokens of shape ``(len(indices), context + 1)``."""
         if len(self._streams) == 1:
             return self._streams[0].read(indices * self.context, self.context + 1)
         gathered = np.empty((len(indices), self.context + 1), self._streams[0].token_type)

@@ -1,5 +1,5 @@
-"""The evaluate stage: how well the model predicts documents that it never saw, in nats a token, as perplexity and in
-bits per byte (which models with different tokenizers can be compared by), in all, by source and document by
+"""The evaluate stage: how well the model predicts documents that it never saw, as loss in nats a token, perplexity and
+bits per byte (by which models with different tokenizers can be compared), in all, by source and document by
 document; and a few texts that it writes. Every document is read from its own start, after an end-of-text token, in
 windows of the model's context that do not overlap.
 """
@@ -68,14 +68,14 @@ Document = tuple[str, NDArray[Any]]
 
 
 def read(shards: TokenShards) -> Iterator[Document]:
-    """(id, tokens) of every document. Tokens are copies, so that keeping some does not keep their row group."""
+    """Yield (id, tokens) of every document. Tokens are copies, so that keeping some does not keep their row group."""
     for batch in shards:
         for row, name in enumerate(batch.ids):
             yield name, batch.tokens[batch.offsets[row] : batch.offsets[row + 1]].copy()
 
 
 def choose(documents: Iterable[Document], most: int | None) -> list[Document]:
-    """The documents whose ids hash lowest, at most ``most``, in order of id. No others stay in memory."""
+    """Choose the documents whose ids hash lowest, at most ``most``, in order of id. No others stay in memory."""
     if most is not None:
         documents = heapq.nsmallest(
             most, documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()
@@ -90,19 +90,19 @@ def score(
     end: int,
     context: StageContext,
 ) -> list[dict[str, Any]]:
-    """One row a document: its targets, bytes, nats over all targets and over those that are text."""
+    """Return one row a document: its targets, bytes, and loss in nats over all targets and over those that are text."""
     windows = cut(documents, end, model.config.context)
-    nats, text_nats = np.zeros(len(documents)), np.zeros(len(documents))
+    losses, text_losses = np.zeros(len(documents)), np.zeros(len(documents))
     total, done = sum(len(tokens) for _, tokens in documents), 0
     for batch in batched(windows):
         owners = np.array([owner for owner, _ in batch])
-        window_nats, targets = window_losses(model, [tokens for _, tokens in batch])
-        np.add.at(nats, owners, window_nats.sum(axis=1))
-        np.add.at(text_nats, owners, np.where(sizes[targets] > 0, window_nats, 0.0).sum(axis=1))
+        window_loss, targets = window_losses(model, [tokens for _, tokens in batch])
+        np.add.at(losses, owners, window_loss.sum(axis=1))
+        np.add.at(text_losses, owners, np.where(sizes[targets] > 0, window_loss, 0.0).sum(axis=1))
         done += sum(len(tokens) - 1 for _, tokens in batch)
         context.progress(done, total, "tokens")
     rows = []
-    for (name, tokens), all_nats, its_text in zip(documents, nats.tolist(), text_nats.tolist(), strict=True):
+    for (name, tokens), loss, text_loss in zip(documents, losses.tolist(), text_losses.tolist(), strict=True):
         size = int(sizes[tokens].sum())
         rows.append(
             {
@@ -110,9 +110,9 @@ def score(
                 "source": name.split("/", 1)[0],
                 "tokens": len(tokens),
                 "bytes": size,
-                "nats": all_nats,
-                "text_nats": its_text,
-                "bits_per_byte": bits_per_byte(its_text, size) if size else None,
+                "nats": loss,
+                "text_nats": text_loss,
+                "bits_per_byte": bits_per_byte(text_loss, size) if size else None,
             }
         )
     return rows
@@ -122,7 +122,7 @@ Window = tuple[int, NDArray[np.int64]]
 
 
 def cut(documents: Sequence[Document], end: int, context: int) -> list[Window]:
-    """(index of document, tokens) of windows of up to ``context + 1`` tokens, the longest first.
+    """Return (index of document, tokens) of windows of up to ``context + 1`` tokens, the longest first.
 
     A document's first window begins with ``end``; each later one begins with the last token of the one before,
     so every token of the document is a target once.
@@ -137,7 +137,7 @@ def cut(documents: Sequence[Document], end: int, context: int) -> list[Window]:
 
 
 def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-    """Slices of ``windows`` that make at most `BATCH_TOKENS` positions when padded to their first's length."""
+    """Yield slices of ``windows`` that make at most `BATCH_TOKENS` positions when padded to their first's length."""
     start = 0
     while start < len(windows):
         count = max(1, BATCH_TOKENS // len(windows[start][1]))
@@ -149,7 +149,7 @@ def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
 def window_losses(
     model: Transformer, windows: Sequence[NDArray[np.int64]]
 ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Nats and targets ``(B, T)`` of windows, the longest first; padding has 0 nats.
+    """Return losses, in nats, and targets ``(B, T)`` of windows, the longest first; padding has loss 0.
 
     Padding stands behind a window's tokens, where causal attention does not look.
     """
@@ -158,13 +158,13 @@ def window_losses(
     for row, tokens in zip(rows, windows, strict=True):
         row[: len(tokens)] = tokens
     device = next(model.parameters()).device
-    tokens_BT, targets_BT = (torch.from_numpy(part).to(device) for part in (rows[:, :-1], rows[:, 1:]))
-    nats = model(tokens_BT, targets_BT, reduction="none").double().cpu().numpy()
-    return np.where(np.arange(rows.shape[1] - 1) < lengths[:, None], nats, 0.0), rows[:, 1:]
+    tokens_BT, targets_BT = (torch.from_numpy(ids).to(device) for ids in (rows[:, :-1], rows[:, 1:]))
+    losses = model(tokens_BT, targets_BT, reduction="none").double().cpu().numpy()
+    return np.where(np.arange(rows.shape[1] - 1) < lengths[:, None], losses, 0.0), rows[:, 1:]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Loss (nats a token), perplexity and bits per byte over some documents.
+    """Compute loss (nats a token), perplexity and bits per byte over some documents.
 
     Raises:
         UserError: they are no numbers.
@@ -201,7 +201,7 @@ def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) 
         path.write_text("".join(lines), encoding="utf-8")
     with atomic_path(out / "report.md") as path:
         path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")
-    by_source = {f"bits_per_byte/{source}": figures["bits_per_byte"] for source, figures in sources.items()}
+    by_source = {f"bits_per_byte/{source}": scores["bits_per_byte"] for source, scores in sources.items()}
     return metrics | by_source
 
 
@@ -211,16 +211,16 @@ def report(
     rows: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, str]],
 ) -> str:
-    """The stage's report in Markdown."""
+    """Return the stage's report in Markdown."""
     by_source = [
         (
             name,
-            *(f"{figures[key]:,.0f}" for key in ("documents", "tokens", "bytes")),
-            f"{figures['loss']:.4f}",
-            f"{figures['perplexity']:.2f}",
-            f"{figures['bits_per_byte']:.4f}",
+            *(f"{scores[key]:,.0f}" for key in ("documents", "tokens", "bytes")),
+            f"{scores['loss']:.4f}",
+            f"{scores['perplexity']:.2f}",
+            f"{scores['bits_per_byte']:.4f}",
         )
-        for name, figures in [*sources.items(), ("**all**", metrics)]
+        for name, scores in [*sources.items(), ("**all**", metrics)]
     ]
     numbers = ["---", *["---:"] * 6]
     header = ("source", "documents", "tokens", "bytes", "loss (nats)", "perplexity", "bits per byte")
@@ -240,5 +240,5 @@ def report(
 
 
 def quoted(text: str) -> list[str]:
-    """``text`` as an indented Markdown block, which nothing inside it can end."""
+    """Return ``text`` as an indented Markdown block, which nothing inside it can end."""
     return [f"    {line}" for line in text.splitlines()] or ["    (nothing)"]

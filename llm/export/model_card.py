@@ -48,16 +48,16 @@ INPUTS = ("model", "tokenizer", "scores")
 
 
 def about_tokens(end: str, config: Mapping[str, Any]) -> str:
-    """Say how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
+    """Return how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
     return SPECIAL_TOKENS.format(end=end) + (SPLIT if config.get("split_special_tokens") else READ)
 
 
 def model_card(
     name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics, special_tokens: str
 ) -> str:
-    """``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
+    """Return ``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
     adopted = manifests.get("model", {}).get("stage") == "adopt"
-    parts = [
+    sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
         (ADOPTED if adopted else TRAINED).format(parameters=metrics["parameters"]),
@@ -68,17 +68,17 @@ def model_card(
         "## Architecture",
         architecture(model),
         "## How good it is",
-        figures(manifests.get("scores") or of_stage(manifests, "evaluate")),
+        scores(manifests.get("scores") or of_stage(manifests, "evaluate")),
         "## Training text",
         sources(of_stage(manifests, "download")),
         "## How it was made",
         lineage(manifests),
     ]
-    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+    return "\n\n".join(section.strip() for section in sections if section) + "\n"
 
 
 def architecture(model: ModelConfig) -> str:
-    """The shape as a table."""
+    """Return the shape as a table."""
     layout = layout_of(model)
     heads = f"{model.heads}, {model.kv_head_count} of keys and values"
     rows = [
@@ -101,18 +101,18 @@ def adoptions(manifests: Manifests) -> list[str]:
     for manifest in found.values():
         config = manifest["config"]
         where = " ".join(filter(None, [config.get("hub"), config.get("revision")]))
-        said = "; ".join(filter(None, [config.get("origin"), where])) or "not stated"
+        stated = "; ".join(filter(None, [config.get("origin"), where])) or "not stated"
         content = config.get("content_sha256")
         hashed = f"`{content}`" if content else "that of the revision"
-        rows.append((config["type"], said, config.get("license") or "not stated", hashed))
+        rows.append((config["type"], stated, config.get("license") or "not stated", hashed))
     return ["## Made from", table(("", "origin", "licence", "SHA-256 of the content"), rows)] if rows else []
 
 
-def figures(manifest: Mapping[str, Any]) -> str:
+def scores(manifest: Mapping[str, Any]) -> str:
     """Return the metrics of the evaluate stage, in Markdown."""
     if not manifest:
         return "Not evaluated."
-    rows = [(metric, figure(value)) for metric, value in manifest["metrics"].items()]
+    rows = [(metric, number(value)) for metric, value in manifest["metrics"].items()]
     return "On held-out documents of the same sources:\n\n" + table(("metric", "value"), rows)
 
 
@@ -135,32 +135,32 @@ def sources(manifest: Mapping[str, Any]) -> str:
 
 
 def origin(source: Mapping[str, Any]) -> str:
-    """Say where a person finds the text of a source: data set and commit, addresses, or the page that tells of it."""
-    said: list[str] = []
-    if source.get("dataset"):  # elsewhere, `split` says how files are cut into documents
-        said = [source["dataset"]]
-        said += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
-    said += source.get("urls", ())
-    said += [source["url"]] if source.get("url") else []
-    return ", ".join(said)
+    """Return where a person finds the text of a source: data set and commit, addresses, or the page about it."""
+    found: list[str] = []
+    if source.get("dataset"):  # elsewhere, `split` sets how files are cut into documents
+        found = [source["dataset"]]
+        found += [f"{key} {source[key]}" for key in ("config", "split", "revision") if source.get(key)]
+    found += source.get("urls", ())
+    found += [source["url"]] if source.get("url") else []
+    return ", ".join(found)
 
 
 def of_stage(manifests: Manifests, stage: str) -> Mapping[str, Any]:
-    """The manifest of a step of this stage; an empty one where there is none."""
+    """Return the manifest of a step of this stage; an empty one where there is none."""
     return next((one for one in manifests.values() if one.get("stage") == stage), {})
 
 
 def lineage(manifests: Manifests) -> str:
-    """Each step's fingerprint and metrics: enough to find the artifacts, or make them again."""
+    """Return each step's fingerprint and metrics: enough to find the artifacts, or make them again."""
     rows = []
     for step, manifest in manifests.items():
         if step in INPUTS:
             continue  # it stands there under the name of its step too
-        found = ", ".join(f"{metric} {figure(value)}" for metric, value in manifest["metrics"].items())
+        found = ", ".join(f"{metric} {number(value)}" for metric, value in manifest["metrics"].items())
         rows.append((step, f"`{manifest['fingerprint'][:12]}`", found))
     return table(("stage", "fingerprint", "figures"), rows)
 
 
-def figure(value: float) -> str:
-    """A count without decimals, anything else with four digits."""
+def number(value: float) -> str:
+    """Format a count without decimals, anything else with four digits."""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:.4g}"

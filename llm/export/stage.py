@@ -104,7 +104,7 @@ def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
 
 
 def report(config: ExportConfig, model: ModelConfig, difference: tuple[float, float], out: Path) -> str:
-    """The stage's report in Markdown: what the model card, ``README.md``, does not say.
+    """Return the stage's report in Markdown: what the model card, ``README.md``, does not hold.
 
     ``difference`` of logits is the one that was found, and the one that is allowed.
     """
@@ -120,13 +120,13 @@ def report(config: ExportConfig, model: ModelConfig, difference: tuple[float, fl
 
 @torch.inference_mode()
 def logits_scale(model: Transformer) -> float:
-    """Root mean square of a model's logits on random tokens."""
+    """Return the root mean square of a model's logits on random tokens."""
     logits_BTV = model(random_tokens(model.config))[..., : model.config.vocab_size]
     return logits_BTV.square().mean().sqrt().item()
 
 
 def random_tokens(config: ModelConfig, sequences: int = 2, positions: int = 256) -> Tensor:
-    """The same tokens ``(B, T)`` each time."""
+    """Return the same tokens ``(B, T)`` each time."""
     generator = torch.Generator().manual_seed(0)
     return torch.randint(config.vocab_size, (sequences, min(positions, config.context)), generator=generator)
 

@@ -63,7 +63,7 @@ arXiv:2305.13245)."""
 
 
 def attention(name: BackEnd) -> Attend:
-    """The back end of that name, made ready. Whether it can run here, `choose` has said."""
+    """Make the back end of that name ready. Whether it can run here, `choose` has checked."""
     if name == "flash3":
         activate_flash_attention_impl("FA3")
     elif name == "flash4":
@@ -86,7 +86,7 @@ def choose(
     context: int,
     documents: bool,
 ) -> tuple[BackEnd, str]:
-    """The back end to use and why: the one that was asked for, or for "auto" the fastest that can run.
+    """Return the back end to use and why: the one that was asked for, or for "auto" the fastest that can run.
 
     Raises:
         UserError: the one that was asked for cannot run here.
@@ -108,7 +108,7 @@ def choose(
 
 
 def missing(name: BackEnd, device: str, precision: str, head_width: int) -> str | None:
-    """Say what a back end lacks to run here, or None."""
+    """Return what a back end lacks to run here, or None."""
     if name in ("formula", "sdpa"):
         return None
     if name == "blocks":
@@ -132,7 +132,7 @@ def missing(name: BackEnd, device: str, precision: str, head_width: int) -> str 
 
 
 def installed(module: str) -> bool:
-    """Say whether a module can be imported, without doing so."""
+    """Return whether a module can be imported, without doing so."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # the package around it is missing

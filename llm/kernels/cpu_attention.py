@@ -75,13 +75,14 @@ class Blocks(torch.autograd.Function):
 
 
 def blocks(positions: int) -> list[tuple[int, int]]:
-    """Starts and ends of the blocks. Smaller ones skip more of what lies ahead, larger ones make faster products."""
+    """Return starts and ends of the blocks. Smaller ones skip more of what lies ahead, larger ones make faster
+    products."""
     size = max(64, positions // 8)
     return list(pairwise([*range(0, positions, size), positions]))
 
 
 def heads_first(x_BTHE: Tensor) -> Tensor:
-    """Return the heads of sequences as one batch, each in one piece: ``(N, T, E)``."""
+    """Return the heads of sequences as one batch, each contiguous: ``(N, T, E)``."""
     return x_BTHE.transpose(1, 2).reshape(-1, x_BTHE.shape[1], x_BTHE.shape[3])
 
 
@@ -91,6 +92,6 @@ def put(out_BQHE: Tensor, x_NQE: Tensor) -> None:
 
 
 def of_groups(x_NTE: Tensor, sequences: int, group: int) -> Tensor:
-    """The gradients of key-value heads from those of the query heads that share them: ``(B, T, K, E)``."""
+    """Return the gradients of key-value heads from those of the query heads that share them: ``(B, T, K, E)``."""
     x_BHTE = x_NTE.view(sequences, -1, *x_NTE.shape[1:])
     return (x_BHTE if group == 1 else x_BHTE.unflatten(1, (-1, group)).sum(dim=2)).transpose(1, 2)

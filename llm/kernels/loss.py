@@ -37,7 +37,8 @@ def linear_cross_entropy(
     softcap: float | None = None,
     matmul: Library = "torch",
 ) -> Tensor:
-    """Nats of each target (``(B, T)``), or their mean, under softmax(x weight') over the first ``vocab_size`` rows.
+    """Return the loss (nats) of each target ``(B, T)``, or its mean, under softmax(x weight') over the first
+    ``vocab_size`` rows.
 
     ``z_loss`` adds that multiple of log(Z)^2, Z the sum of the exponentials (Chowdhery et al. 2022, arXiv:2204.02311,
     section 5). ``softcap`` turns logits s into softcap * tanh(s / softcap) (Gemma 2, arXiv:2408.00118). Under
@@ -54,8 +55,8 @@ def linear_cross_entropy(
     )
     x_ND, targets_N = x_BTD.flatten(0, -2), targets_BT.flatten()
     if reduction == "mean":
-        return MeanNats.apply(x_ND, weight_VD, targets_N, head, torch.is_grad_enabled())
-    return EachNats.apply(x_ND, weight_VD, targets_N, head).view_as(targets_BT)
+        return MeanLoss.apply(x_ND, weight_VD, targets_N, head, torch.is_grad_enabled())
+    return TokenLosses.apply(x_ND, weight_VD, targets_N, head).view_as(targets_BT)
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class LinearHead:
     matmul: Library
 
 
-class MeanNats(torch.autograd.Function):
+class MeanLoss(torch.autograd.Function):
     """The mean. Its gradients are ready when it is: what comes from behind can only scale them."""
 
     @staticmethod
@@ -97,8 +98,8 @@ class MeanNats(torch.autograd.Function):
         )
 
 
-class EachNats(torch.autograd.Function):
-    """The nats of each position. Their weights in the end come from behind, so the backward pass computes again."""
+class TokenLosses(torch.autograd.Function):
+    """The loss of each position (nats). The incoming gradient is known in the backward pass, which computes again."""
 
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, head: LinearHead) -> Tensor:
@@ -122,7 +123,7 @@ def sweep(
     scale: float | Tensor,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss of each position, and the gradients of sum(scale * loss) in x and weight, where wanted."""
+    """Return the loss of each position, and the gradients of sum(scale * loss) in x and weight, where wanted."""
     exact = torch.float64 if weight_VD.dtype == torch.float64 else torch.float32
     nats_N = torch.empty(len(x_ND), dtype=exact, device=x_ND.device)
     x_grad_ND = torch.empty_like(x_ND, dtype=exact) if wanted[0] else None
@@ -152,7 +153,7 @@ def sweep(
 
 
 def chunks(x_ND: Tensor, vocab: int) -> list[slice]:
-    """The positions in slices of as many as `CHUNK_BYTES` has room for, equal but for the last."""
+    """Return the positions in slices of as many as `CHUNK_BYTES` has room for, equal but for the last."""
     most = CHUNK_BYTES["cpu" if x_ND.device.type == "cpu" else "cuda"] // (4 * vocab)
     count = math.ceil(len(x_ND) / max(1, most))
     size = max(1, math.ceil(len(x_ND) / max(1, count)))
@@ -162,7 +163,7 @@ def chunks(x_ND: Tensor, vocab: int) -> list[slice]:
 def make_logits(
     x_CD: Tensor, matrix_VD: Tensor, head: LinearHead, exact: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """A chunk's logits, and what holds them with columns that have no probability."""
+    """Return a chunk's logits, and what holds them with columns that have no probability."""
     if head.matmul == "onednn":
         logits_CV = onednn(x_CD, matrix_VD)
         return logits_CV, logits_CV
@@ -185,7 +186,7 @@ def cap(logits_CV: Tensor, head: LinearHead) -> Tensor | None:
 
 
 def normalise(logits_CV: Tensor, targets_C: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits into probabilities in place; log(Z) and the nats of the targets.
+    """Turn logits into probabilities in place; return log(Z) and the loss of each target.
 
     The largest probability is exp(largest logit) / Z, which gives Z without another pass of exponentials.
     """
@@ -214,7 +215,7 @@ def to_gradient(
 def add_product(
     out: Tensor | None, a: Tensor, b: Tensor, alpha: float, head: LinearHead, exact: torch.dtype
 ) -> Tensor:
-    """out + alpha a b, in the place of ``out`` where there is one, summed in ``exact``."""
+    """Return out + alpha a b, in the memory of ``out`` where there is one, summed in ``exact``."""
     if head.matmul == "onednn":
         made = outer(a.t(), b) if a.stride(0) == 1 else onednn(a, b.t())
         return made.mul_(alpha) if out is None else out.add_(made, alpha=alpha)

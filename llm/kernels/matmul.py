@@ -16,7 +16,7 @@ from llm.machine.hardware import cpu_flags, cpu_vendor
 
 
 def choose_matmul(asked: Library | Literal["auto"], *, device: str, precision: str) -> tuple[Library, str]:
-    """The library to use and why.
+    """Return the library to use and why.
 
     Raises:
         UserError: oneDNN is asked for and cannot be had.
@@ -36,7 +36,7 @@ def choose_matmul(asked: Library | Literal["auto"], *, device: str, precision: s
 
 
 def missing(device: str, precision: str) -> str | None:
-    """Say why oneDNN cannot be asked for, or None."""
+    """Return why oneDNN cannot be asked for, or None."""
     if device != "cpu":
         return "oneDNN is for CPUs"
     if precision != "fp32":
@@ -79,7 +79,7 @@ class ByOneDNN(torch.autograd.Function):
 
 
 def onednn(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
-    """x weight' + bias. Both may be transposed views of what lies in one piece, not parts of rows: with gaps oneDNN
+    """x weight' + bias. Both may be transposed views of what is contiguous, not slices of rows: with gaps oneDNN
     falls back to its reference, which is a thousand times slower."""
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight_MK, bias_M, "none", [], "")
     return result

@@ -11,16 +11,16 @@ ALLOCATOR = "glibc.malloc.mmap_threshold=4294967296:glibc.malloc.trim_threshold=
 
 
 def rank_environment(ranks: int) -> dict[str, str]:
-    """Variables for each of ``ranks`` ranks on this machine, less those that the user has set.
+    """Return variables for each of ``ranks`` ranks on this machine, less those that the user has set.
 
-    ``OMP_NUM_THREADS`` parts the cores among them; ``GLIBC_TUNABLES`` is `ALLOCATOR`, which matters on CPUs.
+    ``OMP_NUM_THREADS`` divides the cores among them; ``GLIBC_TUNABLES`` is `ALLOCATOR`, which matters on CPUs.
     """
     wanted = {"OMP_NUM_THREADS": str(max(1, cores() // ranks)), "GLIBC_TUNABLES": ALLOCATOR}
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
 def remark() -> str:
-    """A line for a person on what `rank_environment` does."""
+    """Return a line for a person on what `rank_environment` does."""
     if "GLIBC_TUNABLES" in os.environ:
-        return "memory is allocated as GLIBC_TUNABLES says, which is set already"
+        return "memory allocation follows GLIBC_TUNABLES, which is set already"
     return "ranks keep freed memory for the next step: GLIBC_TUNABLES is set for them"

@@ -7,7 +7,7 @@ from typing import Literal
 
 from data_pipeline.core.errors import UserError
 from llm.machine.gpus import gpus
-from llm.machine.nodes import nodes_for, places
+from llm.machine.nodes import nodes_for, rank_capacity
 
 
 def device_kind() -> Literal["cpu", "cuda"]:
@@ -16,7 +16,7 @@ def device_kind() -> Literal["cpu", "cuda"]:
 
 
 def hardware_precision() -> tuple[Literal["fp32", "bf16"], str]:
-    """The precision in which this machine multiplies matrices fastest without loss of range, and why."""
+    """Return the precision in which this machine multiplies matrices fastest without loss of range, and why."""
     if gpus():
         import torch
 
@@ -34,12 +34,12 @@ CPUINFO = Path("/proc/cpuinfo")
 
 
 def cpu_flags(cpuinfo: Path = CPUINFO) -> frozenset[str]:
-    """The processor's features as Linux lists them; empty elsewhere."""
+    """Return the processor's features as Linux lists them; empty elsewhere."""
     return frozenset(first_entry("flags", cpuinfo).split())
 
 
 def cpu_vendor(cpuinfo: Path = CPUINFO) -> str:
-    """Who made the processor, as it says itself ("GenuineIntel", "AuthenticAMD"); empty outside Linux."""
+    """Return the processor's vendor, as it reports it ("GenuineIntel", "AuthenticAMD"); empty outside Linux."""
     return first_entry("vendor_id", cpuinfo)
 
 
@@ -52,12 +52,12 @@ def first_entry(name: str, cpuinfo: Path) -> str:
 
 
 def require_ranks(ranks: int) -> None:
-    """Refuse more ranks than there are places for.
+    """Refuse more ranks than there is room for.
 
     Raises:
         UserError: more than GPUs or, without any, processor cores, on this machine and those that share the work.
     """
-    nodes, (room, kind) = nodes_for(ranks), places()
+    nodes, (room, kind) = nodes_for(ranks), rank_capacity()
     if ranks > room * nodes.count:
         who = "this machine has" if nodes.count == 1 else f"{nodes.count} machines like this one have"
         raise UserError(

@@ -1,4 +1,4 @@
-"""The numbers of a model: what a recipe says of it, and that with the vocabulary. They need no torch."""
+"""The numbers of a model: what a recipe sets of it, and that with the vocabulary. They need no torch."""
 
 from __future__ import annotations
 

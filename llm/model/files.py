@@ -18,7 +18,7 @@ ARCHITECTURES: dict[Layout, str] = {
 
 
 def read_type(path: Path) -> str | None:
-    """Read from a ``config.json`` which type the model is of; None where it doesn't say.
+    """Read from a ``config.json`` which type the model is of; None where it has none.
 
     Raises:
         UserError: it is no JSON object.
@@ -33,7 +33,7 @@ def read_type(path: Path) -> str | None:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: one, or those that its index names.
+    """Return the safetensors files of a model: one, or those that its index names.
 
     Raises:
         UserError: there are none, some are missing, or the index is damaged.

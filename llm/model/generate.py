@@ -34,7 +34,7 @@ def generate(
     top_p: float = 0.95,
     seeds: Sequence[int],
 ) -> list[str]:
-    """The continuation of each prompt (not itself included), up to the end of text or ``max_new_tokens``.
+    """Return the continuation of each prompt (not itself included), up to the end of text or ``max_new_tokens``.
 
     The prompts stand at the start of a document, as in training. Temperature 0 takes the likeliest token.
     """
@@ -64,9 +64,9 @@ def stream(
     top_p: float,
     seed: int,
 ) -> Iterator[str]:
-    """The continuation that `generate` gives, piece by piece as it is drawn; pieces end with whole characters."""
+    """Yield the continuation that `generate` gives in chunks, as it is drawn; chunks end with whole characters."""
     end = end_of_text(tokenizer)
-    unsaid: list[int] = []
+    pending: list[int] = []
     for _, token in draws(
         model,
         [[end, *tokenizer.encode(prompt).ids]],
@@ -76,13 +76,13 @@ def stream(
         top_p=top_p,
         seeds=[seed],
     ):
-        unsaid.append(token)
-        piece = tokenizer.decode(unsaid, skip_special_tokens=True)
-        if not piece.endswith(UNFINISHED):
-            unsaid.clear()
-            yield piece
-    if unsaid:
-        yield tokenizer.decode(unsaid, skip_special_tokens=True)
+        pending.append(token)
+        chunk = tokenizer.decode(pending, skip_special_tokens=True)
+        if not chunk.endswith(UNFINISHED):
+            pending.clear()
+            yield chunk
+    if pending:
+        yield tokenizer.decode(pending, skip_special_tokens=True)
 
 
 def open_folder(folder: Path) -> tuple[Transformer, Tokenizer]:
@@ -154,7 +154,7 @@ def draws(
     top_p: float,
     seeds: Sequence[int],
 ) -> Iterator[tuple[int, int]]:
-    """The tokens of `draw` as they are drawn, each with the number of its sequence.
+    """Yield the tokens of `draw` as they are drawn, each with the number of its sequence.
 
     The model sees the last ``context`` tokens of a sequence. When it has more, positions shift with every token, so
     nothing that was kept holds any longer, and the window is read anew for each.
@@ -186,7 +186,8 @@ class Reader:
         self.cache: Cache | None = None
 
     def next_logits(self, sequences: dict[int, list[int]]) -> dict[int, Tensor]:
-        """Logits ``(V,)``, on the CPU, of what follows each sequence; since last time each has got one token more."""
+        """Return logits ``(V,)``, on the CPU, of what follows each sequence; since last time each has got one token
+        more."""
         context = self.model.config.context
         short = [row for row, tokens in sequences.items() if len(tokens) <= context]
         logits = self.follow(short, sequences) if short else {}
@@ -196,7 +197,7 @@ class Reader:
         return logits
 
     def follow(self, rows: list[int], sequences: dict[int, list[int]]) -> dict[int, Tensor]:
-        """The same for sequences within the context: all of them the first time, then their last tokens."""
+        """Return the same for sequences within the context: all of them the first time, then their last tokens."""
         if self.cache is None:
             self.cache = Cache(self.model, len(rows), self.room)
             unread = [sequences[row] for row in rows]
@@ -227,7 +228,7 @@ class Cache:
         self.lengths_B = self.lengths_B[index]
 
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Logits ``(B, V)``, on the CPU, of what follows when each row has gone on by its ``tokens``.
+        """Return logits ``(B, V)``, on the CPU, of what follows when ``tokens`` are appended to each row.
 
         Shorter rows are filled up behind, where none of theirs looks and where their next tokens will be written.
         """
@@ -277,7 +278,7 @@ def pick(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Ge
 
 
 def nucleus(logits_V: Tensor, top_p: float) -> Tensor:
-    """Probabilities of the fewest likeliest tokens that together have at least ``top_p``; all others are 0."""
+    """Return probabilities of the fewest likeliest tokens that together have at least ``top_p``; all others are 0."""
     sorted_V, order_V = logits_V.double().softmax(dim=-1).sort(descending=True, stable=True)
     before_V = sorted_V.cumsum(dim=-1) - sorted_V
     kept_V = sorted_V.masked_fill(before_V >= top_p, 0.0)

@@ -54,7 +54,7 @@ def layout_of(config: ModelShape) -> Layout:
 
 
 def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, Any]:
-    """``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
+    """Return ``config.json`` as `LlamaConfig`, `Qwen3Config` or `GPT2Config` reads it; ``end`` is the end of text's id.
 
     Keys that version 5 of `transformers` reads elsewhere than version 4 stand in both places, for a reader takes its
     default in silence where it finds nothing.
@@ -101,7 +101,7 @@ def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, 
 
 
 def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
+    """Return our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
         padded = name in ("embed_tokens.weight", "lm_head.weight")
@@ -113,12 +113,12 @@ def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor
 
 
 def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
-    """Our weights of GPT-2's blocks, as GPT-2 names and turns them."""
+    """Return our weights of GPT-2's blocks, as GPT-2 names and turns them."""
     theirs = {}
     for layer in range(layers):
         for kind in ("weight", "bias"):
-            parts = [weights.pop(f"layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
-            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(parts)
+            qkv = [weights.pop(f"layers.{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+            theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(qkv)
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)
         if name == "lm_head.weight":
@@ -154,7 +154,7 @@ def turned(name: str, weight: Tensor) -> Tensor:
 
 
 def read_config(folder: Path) -> ModelConfig:
-    """Our config of the model in a folder of one of the three layouts.
+    """Return our config of the model in a folder of one of the three layouts.
 
     Raises:
         UserError: there is none, or it computes what our model does not.
@@ -182,7 +182,7 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def our_config(theirs: Any) -> ModelConfig:
-    """Our config of what one of `transformers`' describes, which must be supported."""
+    """Return our config of what one of `transformers`' describes, which must be supported."""
     if theirs.model_type == "gpt2":
         return ModelConfig(
             positions="learned",
@@ -236,12 +236,12 @@ def require_supported(theirs: Any, folder: Path) -> None:
             or rope.get("partial_rotary_factor", 1.0) != 1.0,
         }
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
-        said = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
-        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {said}")
+        unsupported = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
+        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {unsupported}")
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:
-    """Our names and the weights of a model in one of the layouts, a tensor at a time.
+    """Yield our names and the weights of a model in one of the layouts, a tensor at a time.
 
     Raises:
         UserError: a file is missing, or can't be read.
@@ -275,21 +275,21 @@ def load_weights(model: Transformer, folder: Path) -> None:
         if name == "lm_head.weight" and model.config.tie_embeddings:
             continue
         if name not in parameters:
-            raise UserError(f"{folder} holds a weight that its config.json has no place for: {name}")
+            raise UserError(f"{folder} holds a weight that its config.json does not describe: {name}")
         rows = model.config.vocab_size if name in ("embed_tokens.weight", "lm_head.weight") else None
-        place = parameters[name][:rows]
-        if place.shape != weight.shape:
+        target = parameters[name][:rows]
+        if target.shape != weight.shape:
             raise UserError(
-                f"{folder}: {name} has shape {list(weight.shape)}, not the config's {list(place.shape)}"
+                f"{folder}: {name} has shape {list(weight.shape)}, not the config's {list(target.shape)}"
             )
-        place.copy_(weight)
+        target.copy_(weight)
         missing.discard(name)
     if missing:
         raise UserError(f"{folder} lacks weights: {', '.join(sorted(missing)[:5])}")
 
 
 def content_sha256(folder: Path) -> str:
-    """A hash of what the model in a folder computes, wherever it lies and however its files are written.
+    """Return a hash of what the model in a folder computes, wherever it lies and however its files are written.
 
     Raises:
         UserError: there is none, or none that our model computes.
@@ -305,7 +305,7 @@ def content_sha256(folder: Path) -> str:
 
 
 def files_sha256(folder: Path, checksum: Callable[[Path], str]) -> str:
-    """A hash of a model's files, by which older trainings name what they started from.
+    """Return a hash of a model's files, by which older trainings name what they started from.
 
     ``checksum`` gives the SHA-256 of a file.
     """
@@ -341,7 +341,7 @@ def require_start(model: ModelConfig, folder: Path, specials: Sequence[str], tok
 
 
 def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
-    """Say what a recipe must set so that its model has another's shape: ``pretrain.model.heads=4 (not 8), ...``."""
+    """Return what a recipe must set so that its model has another's shape: ``pretrain.model.heads=4 (not 8), ...``."""
     asked, given = theirs.model_dump(), ours.model_dump()
     here, there = arithmetic(ours), arithmetic(theirs)
     names = [name for name in there if here.get(name) != there[name] and asked[name] != given[name]]
@@ -353,7 +353,7 @@ def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
 
 
 def written(value: Any) -> str:
-    """A setting as a recipe has it."""
+    """Return a setting as a recipe has it."""
     return json.dumps(value, allow_nan=False)
 
 
@@ -366,7 +366,7 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
 
 
 def load_folder(folder: Path) -> Transformer:
-    """The model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
+    """Return the model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
 
     Raises:
         UserError: there is none, or none that our model computes.

@@ -80,7 +80,7 @@ class Transformer(nn.Module):
         reduction: Reduction = "mean",
         documents_BT: Tensor | None = None,
     ) -> Tensor:
-        """Logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
+        """Return logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
 
         ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). ``documents_BT`` numbers the
         document of each position in its sequence; with it no position sees another document. Logits of ids that only
@@ -120,7 +120,7 @@ class Transformer(nn.Module):
                 parameter.zero_()
 
     def parameter_count(self) -> int:
-        """Parameters that can matter: rows which only pad the vocabulary are not counted."""
+        """Count the parameters that can matter: rows which only pad the vocabulary are not counted."""
         matrices = 1 if self.config.tie_embeddings else 2
         padding = (self.config.padded_vocab - self.config.vocab_size) * self.config.width * matrices
         return sum(parameter.numel() for parameter in self.parameters()) - padding
@@ -155,7 +155,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 def norm(config: ModelConfig) -> nn.Module:
-    """The norm before a block's parts and before the head."""
+    """Return the norm before a block's halves and before the head."""
     if config.positions == "learned":
         return nn.LayerNorm(config.width, config.norm_eps)
     return RMSNorm(config.width, config.norm_eps)
@@ -245,7 +245,7 @@ class Head(Linear):
 
 
 def rotary_tables(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines ``(T, E)`` of the rotation of each position: Su et al. 2021, arXiv:2104.09864.
+    """Return cosines and sines ``(T, E)`` of the rotation of each position: Su et al. 2021, arXiv:2104.09864.
 
     Feature i of a head turns together with i + E/2, at rate theta^(-2i/E) a position.
     """
@@ -274,7 +274,7 @@ def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Pa
 
 
 def load_model(folder: Path) -> Transformer:
-    """The trained model in a pretrain artifact, fp32, in evaluation mode, on the CPU.
+    """Return the trained model in a pretrain artifact, fp32, in evaluation mode, on the CPU.
 
     Raises:
         FileNotFoundError: ``folder`` holds no ``model.json`` and ``model.safetensors``.

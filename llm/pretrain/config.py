@@ -76,17 +76,17 @@ class PretrainRuntime(Runtime):
     zero_stage: int = Field(default=0, ge=0, le=3)
     """Stage of ZeRO; DeepSpeed spreads over the ranks: 1 optimizer state, 2 also gradients, 3 also parameters."""
     sequence_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each sequence, a part of its positions each, and exchange heads for positions around attention
+    """Ranks that share each sequence, a slice of its positions each, and exchange heads for positions around attention
     (Ulysses: Jacobs et al. 2023, arXiv:2309.14509): for contexts whose activations one GPU does not hold."""
     tensor_parallel: int = Field(default=1, ge=1)
-    """Ranks that work on the same sequences, each with a part of every layer's matrices
+    """Ranks that work on the same sequences, each with a shard of every layer's matrices
     (`llm.training.tensor_parallel`): for models of which one GPU does not hold a layer's work, on GPUs with a fast
     link."""
     offload: Literal["none", "cpu"] = "none"
     """Where ZeRO keeps the optimizer's state, and at stage 3 the parameters, while they are not worked on: with the
     device, or in the machine's memory (Ren et al. 2021, arXiv:2101.06840)."""
     micro_batch: int | Literal["auto"] = "auto"
-    """Sequences a rank works on at once; the rest of its share is accumulated."""
+    """Sequences a rank works on at once; the rest of its slice of the batch is accumulated."""
     log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
     validation: Validation = Validation()
@@ -147,7 +147,7 @@ class PretrainRuntime(Runtime):
 
     @property
     def data_parallel_size(self) -> int:
-        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
+        """Return the number of slices of a batch: one a rank, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
@@ -246,10 +246,10 @@ class PretrainConfig(StageConfig):
         return self
 
     def resolve(self) -> Self:
-        """A copy with ``precision`` pinned to what this machine computes in.
+        """Return a copy with ``precision`` pinned to what this machine computes in.
 
         Raises:
-            UserError: more ranks than this machine has places for; attention that cannot run here; nothing to compile
+            UserError: more ranks than this machine has room for; attention that cannot run here; nothing to compile
                 with; no model in ``init_from``.
         """
         here = self.runtime.launcher == "local"
@@ -267,13 +267,13 @@ class PretrainConfig(StageConfig):
         """`resolve`, for ranks that start on machines which this one knows nothing of."""
         if self.precision == "auto":
             raise UserError(
-                "pretrain.precision is auto, which this machine cannot tell for those of Slurm:\n"
+                "pretrain.precision is auto, which this machine cannot resolve for those of Slurm:\n"
                 "set pretrain.precision to bf16 or fp32"
             )
         return self
 
     def with_start(self, folder: Path) -> Self:
-        """A copy that knows what ``folder`` holds, to start from."""
+        """Return a copy that knows what ``folder`` holds, to start from."""
         from llm.model.layouts import content_sha256
 
         folder = folder.expanduser().absolute()
@@ -289,15 +289,15 @@ class PretrainConfig(StageConfig):
         which nothing follows any more, and without what does not count beside other settings."""
         identity = super().identity()
         del identity["depth"]
-        for part, name in self.idle():
-            del identity[part][name]
+        for section, name in self.idle():
+            del identity[section][name]
         if identity.pop("init_from") is not None:
             assert self._init_sha256 is not None, "resolve() the config first"
             identity["init_sha256"] = self._init_sha256
         return identity
 
     def idle(self) -> Iterator[tuple[str, str]]:
-        """Settings (part and name) that move no bit of the weights as the others are."""
+        """Yield settings (section and name) that move no bit of the weights as the others are."""
         if self.schedule.kind == "cosine":
             yield from (("schedule", name) for name in ("decay_share", "decay_shape"))
         if self.schedule.warmup_steps is not None:
@@ -319,7 +319,7 @@ class PretrainConfig(StageConfig):
         require_start(model, self.init_from, specials, made.get("tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
-        """Say what follows from `depth`."""
+        """Return what follows from `depth`."""
         return presets.describe(self.model_dump())
 
     @property
@@ -369,15 +369,15 @@ class PretrainConfig(StageConfig):
 
     @property
     def mix(self) -> Mixture | None:
-        """Shares of samples among the sources of `mixture`."""
+        """Fractions of samples among the sources of `mixture`."""
         return Mixture.of(self.mixture, self.batch_tokens // self.model.context) if self.mixture else None
 
     def step_samples(self, step: int) -> tuple[int, int]:
-        """The first sample that ``step`` (from 0) reads a sequence from, and how many there are for it."""
+        """Return the first sample that ``step`` (from 0) reads a sequence from, and how many there are for it."""
         return self.plan.sequences_before(step), self.plan.sequences_at(step)
 
     def tokens_after(self, done: int) -> int:
-        """Tokens that the first ``done`` steps read."""
+        """Count the tokens that the first ``done`` steps read."""
         return self.plan.sequences_before(done) * self.model.context
 
 
@@ -395,7 +395,7 @@ def tokens_at(manifest: Mapping[str, Any], steps: NDArray[np.int64]) -> NDArray[
 
 
 def read_sealed(identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> PretrainConfig:
-    """The config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
+    """Return the config of a sealed training, from its manifest; of one that is older than `MOVED`, too.
 
     Raises:
         ValidationError: it is of another version of llmill.
@@ -405,9 +405,9 @@ def read_sealed(identity: Mapping[str, Any], runtime: Mapping[str, Any]) -> Pret
     for before, now in MOVED.items():
         *within, name = before.split(".")
         holder = config
-        for part in within:
-            holder[part] = {**holder.get(part, {})}
-            holder = holder[part]
+        for section in within:
+            holder[section] = {**holder.get(section, {})}
+            holder = holder[section]
         if name in holder:
             config["runtime"][now.removeprefix("runtime.")] = holder.pop(name)
     return PretrainConfig.model_validate(config)

@@ -42,12 +42,12 @@ class Dial(Config):
     batch_tokens: int | None = Field(default=None, ge=1)
 
     def shape(self) -> dict[str, int]:
-        """Values of the `ModelShape` that follow from depth and width."""
+        """Return values of the `ModelShape` that follow from depth and width."""
         width = self.model.width or WIDTH_A_BLOCK * self.depth
         return {"layers": self.depth, "width": width, "heads": max(1, width // HEAD_WIDTH)}
 
     def training(self, shape: ModelShape) -> dict[str, float]:
-        """Values of the `PretrainConfig` that follow for a model of ``shape``."""
+        """Return values of the `PretrainConfig` that follow for a model of ``shape``."""
         tokens = self.tokens or TOKENS_A_PARAMETER * shape.block_parameters
         batch = self.batch_tokens or whole_batch(best_batch(tokens), shape.context)
         return {
@@ -58,7 +58,7 @@ class Dial(Config):
 
 
 def fill(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A `PretrainConfig`'s raw values, those that follow from ``depth`` added where they are absent.
+    """Return a `PretrainConfig`'s raw values, those that follow from ``depth`` added where they are absent.
 
     Nothing is computed from a raw value: `Dial` reads those that count. Values that cannot be right are left alone, to
     be refused where they stand.
@@ -78,12 +78,12 @@ def fill(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def best_batch(tokens: int) -> float:
-    """Tokens of the best batch for a training on ``tokens``: 0.58 D^0.571 (Li et al. 2025, arXiv:2503.04715)."""
+    """Return tokens of the best batch for a training on ``tokens``: 0.58 D^0.571 (Li et al. 2025, arXiv:2503.04715)."""
     return 0.58 * tokens**0.571
 
 
 def whole_batch(batch: float, context: int) -> int:
-    """The power of two nearest ``batch``, or what is nearest to that in whole sequences."""
+    """Return the power of two nearest ``batch``, or what is nearest to that in whole sequences."""
     return max(1, round(2 ** round(math.log2(batch)) / context)) * context
 
 
@@ -120,7 +120,7 @@ def without(values: Mapping[str, Any], key: str) -> dict[str, Any]:
 
 
 def look_up(values: Mapping[str, Any], key: str) -> Any:
-    """``values["model"]["width"]`` for ``model.width``."""
-    for part in key.split("."):
-        values = values[part]
+    """Return ``values["model"]["width"]`` for ``model.width``."""
+    for section in key.split("."):
+        values = values[section]
     return values

@@ -1,4 +1,4 @@
-"""The pretrain stage: token shards to a trained model. Here is what a recipe may say (`PretrainConfig`), and the body,
+"""The pretrain stage: token shards to a trained model. Here is what a recipe may set (`PretrainConfig`), and the body,
 which checks that it can be done, has the ranks started (`llm.training.trainer` is what each of them runs; they read the
 token shards where they lie) and turns what they leave behind into the artifact. A body started again after a kill goes
 on from the newest whole checkpoint and ends with the same bytes.
@@ -35,7 +35,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     `llm.training.recovery`).
 
     Raises:
-        UserError: the corpus is smaller than one batch; more ranks than places; a checkpoint of another precision.
+        UserError: the corpus is smaller than one batch; more ranks than fit; a checkpoint of another precision.
     """
     config = config.resolve()
     for line in presets.describe(config.model_dump()):
@@ -60,7 +60,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
 
 
 def describe_resolved(resolved: Resolved) -> list[str]:
-    """Lines for a person: what the ranks compute with, and why."""
+    """Return lines for a person: what the ranks compute with, and why."""
     lines = [
         f"precision {resolved.precision}: {resolved.precision_reason}",
         f"attention {resolved.attention}: {resolved.attention_reason}",
@@ -103,8 +103,8 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
 
 
 def as_begun(job: Job) -> Job:
-    """``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the bits that
-    follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
+    """Return ``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the
+    bits that follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
 
     Raises:
         UserError: that checkpoint was made in another precision; something that is asked for cannot run here.

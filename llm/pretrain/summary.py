@@ -49,7 +49,7 @@ def summarise(config: PretrainConfig, out: Path) -> Metrics:
 
 
 def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> list[str]:
-    """Lines for a person: how much is read of what."""
+    """Return lines for a person: how much is read of what."""
     head = f"{config.steps:,} steps of {config.batch_tokens:,} tokens"
     if config.mixture is None:
         return [f"{head}: {reading[0]['epochs']:.2f} epochs"]
@@ -69,7 +69,7 @@ def report(
     checks: list[dict[str, float]],
     skipped: list[dict[str, Any]],
 ) -> str:
-    """The stage's report in Markdown."""
+    """Return the stage's report in Markdown."""
     lines = [
         "# Pretraining",
         "",

@@ -1,8 +1,8 @@
-"""Checkpoints in two phases: every rank writes its part into ``step-00000050.tmp``, syncs it to disk, and leaves its
+"""Checkpoints in two phases: every rank writes its shard into ``step-00000050.tmp``, syncs it to disk, and leaves its
 size and SHA-256; when all have, rank 0 records them, and only then is the folder renamed. So a folder with its final
-name is whole unless the disk failed, and that the checksums tell before anything is loaded. The newest whole one is
+name is whole unless the disk failed, and that the checksums show before anything is loaded. The newest whole one is
 what a start continues from; a torn one is removed. There is no ``latest`` file that could be wrong, and nothing is
-unpickled: parts are safetensors, records are JSON.
+unpickled: shards are safetensors, records are JSON.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def unfinished(root: Path, step: int) -> Path:
 
 
 def begin(root: Path, step: int, size: int = 0) -> Path:
-    """An empty folder to write a checkpoint of ``size`` bytes, about, into. Call on one rank.
+    """Make an empty folder to write a checkpoint of about ``size`` bytes into. Call on one rank.
 
     Raises:
         UserError: the disk has no room for it.
@@ -80,21 +80,21 @@ def begin(root: Path, step: int, size: int = 0) -> Path:
     if free < size:
         raise UserError(
             f"a checkpoint needs about {human_bytes(size)}, but the disk of {root} has {human_bytes(free)} left:\n"
-            "make room and run again; training goes on from the last checkpoint"
+            "make room and run again; training resumes from the last checkpoint"
         )
     return folder
 
 
-def write_part(folder: Path, rank: int, pieces: dict[str, Tensor]) -> None:
-    """Write one rank's part into ``folder`` (from `begin`) and force it to disk."""
+def write_shard(folder: Path, rank: int, slices: dict[str, Tensor]) -> None:
+    """Write one rank's shard into ``folder`` (from `begin`) and force it to disk."""
     path = folder / f"rank-{rank:05d}.safetensors"
-    save_file(pieces, path)
+    save_file(slices, path)
     with atomic_path(path.with_suffix(".json")) as described:
         described.write_text(json.dumps(describe(path), allow_nan=False), encoding="utf-8")
 
 
-def await_parts(folder: Path, ranks: int, seconds: float) -> None:
-    """Wait until all ranks have written their parts into ``folder``.
+def await_shards(folder: Path, ranks: int, seconds: float) -> None:
+    """Wait until all ranks have written their shards into ``folder``.
 
     Raises:
         TimeoutError: one had not after ``seconds``.
@@ -103,14 +103,14 @@ def await_parts(folder: Path, ranks: int, seconds: float) -> None:
     while (written := len(list(folder.glob("rank-*.json")))) < ranks:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"{folder} has the parts of {written} of {ranks} ranks after {seconds:.0f} seconds: "
+                f"{folder} has the shards of {written} of {ranks} ranks after {seconds:.0f} seconds: "
                 "is it a folder that all machines share?"
             )
         time.sleep(0.02)
 
 
 def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
-    """Seal the parts that all ranks wrote into ``folder``, rename it, and return its size in bytes.
+    """Seal the shards that all ranks wrote into ``folder``, rename it, and return its size in bytes.
 
     Call on one rank, when all have written.
     """
@@ -130,23 +130,23 @@ def commit(folder: Path, *, step: int, setup: Setup, history: Any) -> int:
 
 
 def complete(root: Path) -> list[Checkpoint]:
-    """The checkpoints under ``root`` that have their record, newest first. Checksums are not read."""
+    """List the checkpoints under ``root`` that have their record, newest first. Checksums are not read."""
     return [record for folder in committed(root) if (record := read_record(folder))]
 
 
 def committed(root: Path) -> list[Path]:
-    """The folders under ``root`` that have a checkpoint's final name, newest first."""
+    """List the folders under ``root`` that have a checkpoint's final name, newest first."""
     folders = [folder for folder in root.glob("step-*") if re.fullmatch(r"step-\d{8,}", folder.name)]
     return sorted(folders, key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
-    """The step that a complete checkpoint's folder is named after."""
+    """Return the step that a complete checkpoint's folder is named after."""
     return int(folder.name.removeprefix("step-"))
 
 
 def read_record(folder: Path) -> Checkpoint | None:
-    """The record in ``folder``, or None where it is missing, torn or of another format."""
+    """Return the record in ``folder``, or None where it is missing, torn or of another format."""
     try:
         record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
         if record.get("format") != FORMAT:
@@ -157,7 +157,7 @@ def read_record(folder: Path) -> Checkpoint | None:
 
 
 def damage(root: Path, checkpoint: Checkpoint) -> str | None:
-    """Say what is wrong with a checkpoint's files, or None when all have their size and checksum."""
+    """Return what is wrong with a checkpoint's files, or None when all have their size and checksum."""
     folder = folder_of(root, checkpoint.step)
     for name, (size, digest) in checkpoint.files.items():
         path = folder / name
@@ -169,7 +169,7 @@ def damage(root: Path, checkpoint: Checkpoint) -> str | None:
 
 
 def recover(root: Path, until: int | None = None) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that passes its checksums, of at most ``until`` steps, and what was wrong with newer ones.
+    """Find the newest checkpoint that passes its checksums, of at most ``until`` steps, and what newer ones lack.
 
     Those are removed, and so are later ones: they are of no use, and `prune` would count them among the newest.
     """
@@ -191,7 +191,7 @@ def recover(root: Path, until: int | None = None) -> tuple[Checkpoint | None, li
 
 def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
     """Refuse to resume in another precision than a checkpoint was made in, which would be another training, or with
-    layers split otherwise, for parts of matrices are saved as they are.
+    layers split otherwise, for shards of matrices are saved as they are.
 
     Raises:
         UserError: these differ.
@@ -199,27 +199,27 @@ def require_same_training(checkpoint: Checkpoint, setup: Setup) -> None:
     if checkpoint.setup.tensor_parallel != setup.tensor_parallel:
         raise UserError(
             f"the checkpoint of step {checkpoint.step} was made with tensor_parallel="
-            f"{checkpoint.setup.tensor_parallel}, but pretrain would go on with {setup.tensor_parallel}:\nset "
+            f"{checkpoint.setup.tensor_parallel}, but pretrain would resume with {setup.tensor_parallel}:\nset "
             f"pretrain.runtime.tensor_parallel to {checkpoint.setup.tensor_parallel} again, or force pretrain to start "
             "again"
         )
     if checkpoint.setup.precision != setup.precision:
         raise UserError(
             f"the checkpoint of step {checkpoint.step} was made in {checkpoint.setup.precision}, but pretrain would "
-            f"go on in {setup.precision}:\nset pretrain.precision to {checkpoint.setup.precision} again, or force "
+            f"resume in {setup.precision}:\nset pretrain.precision to {checkpoint.setup.precision} again, or force "
             "pretrain to start again"
         )
 
 
 def changes(checkpoint: Checkpoint, setup: Setup) -> str | None:
-    """Say how ``setup`` differs from what a checkpoint was made with; None where the bits will be the same."""
+    """Return how ``setup`` differs from what a checkpoint was made with; None where the bits will be the same."""
     made, now = asdict(checkpoint.setup), asdict(setup)
     changed = [name for name in made if made[name] != now[name]]
     if not changed:
         return None
     was, is_now = (", ".join(f"{name}={values[name]}" for name in changed) for values in (made, now))
     return (
-        f"the checkpoint of step {checkpoint.step} was made with {was}, and training goes on with {is_now}: "
+        f"the checkpoint of step {checkpoint.step} was made with {was}, and training resumes with {is_now}: "
         "it reads the same batches, but sums in another order, so the last bits may differ from here on"
     )
 
@@ -242,6 +242,6 @@ def prune(root: Path, keep: int, every: int | None = None, spare: int | None = N
 
 
 def describe(path: Path) -> list[Any]:
-    """[size, SHA-256] of a file, after forcing it to disk."""
+    """Return [size, SHA-256] of a file, after forcing it to disk."""
     fsync(path)
     return [path.stat().st_size, file_sha256(path)]

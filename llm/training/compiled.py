@@ -25,7 +25,7 @@ def compile_layers(model: Transformer, backend: str = "inductor") -> None:
 
 
 def missing(device: Literal["cpu", "cuda"]) -> str | None:
-    """Say what torch.compile lacks to run here, or None."""
+    """Return what torch.compile lacks to run here, or None."""
     if device == "cuda" and not installed("triton"):
         return "the package triton is not installed"
     variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", (cpp_compiler(),))
@@ -36,5 +36,5 @@ def missing(device: Literal["cpu", "cuda"]) -> str | None:
 
 
 def cpp_compiler() -> str:
-    """Return what torch compiles C++ with unless ``CXX`` says otherwise."""
+    """Return the compiler that torch uses for C++ unless ``CXX`` names another."""
     return "clang++" if sys.platform == "darwin" else "g++"

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators, and says so
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed probes for accelerators, and logs it
 
 if "mlflow" not in sys.modules:
     # DeepSpeed's autotuner imports MLflow where it can, which takes each rank a second.
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 if sys.modules["mlflow"] is None:
     del sys.modules["mlflow"]
 
-# DeepSpeed calls collectives by names that torch has renamed, and torch says so at each call.
+# DeepSpeed calls collectives by names that torch has renamed, and torch warns at each call.
 warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
 
 
@@ -65,14 +65,14 @@ def start_ranks(timeout_seconds: float = 600) -> tuple[int, int]:
 
 
 def deepspeed_config(resolved: Resolved) -> dict[str, Any]:
-    """The JSON that DeepSpeed wants, derived from ours."""
+    """Return the JSON that DeepSpeed wants, derived from ours."""
     count, split = resolved.accumulation(0), resolved.tensor_parallel
     return {
         # It does not know yet of ranks that work on the same sequences.
         "train_batch_size": resolved.micro_batch * count * resolved.ranks,
         "train_micro_batch_size_per_gpu": resolved.micro_batch,
         "gradient_accumulation_steps": count,
-        # At stage 0 we clip, because DeepSpeed does not tell the norm there.
+        # At stage 0 we clip, because DeepSpeed does not return the norm there.
         "gradient_clipping": resolved.optimizer.grad_clip if resolved.zero_stage else 0.0,
         "zero_optimization": {"stage": resolved.zero_stage, **offload_config(resolved)},
         "zero_force_ds_cpu_optimizer": False,  # theirs is compiled at its first use, and is no Muon
@@ -90,8 +90,8 @@ def offload_config(resolved: Resolved) -> dict[str, Any]:
     """Return DeepSpeed's settings for what leaves the device between its uses."""
     if resolved.offload == "none":
         return {}
-    place = {"device": resolved.offload, "pin_memory": resolved.device == "cuda"}
-    return {"offload_optimizer": place} | ({"offload_param": place} if resolved.zero_stage == 3 else {})
+    target = {"device": resolved.offload, "pin_memory": resolved.device == "cuda"}
+    return {"offload_optimizer": target} | ({"offload_param": target} if resolved.zero_stage == 3 else {})
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ class Step:
 
 
 def spoilt_where_not_finite(loss: Tensor) -> Tensor:
-    """``loss``, with gradients of NaN where it is not finite itself: so the gradients' norm tells of both."""
+    """Return ``loss``, with gradients of NaN where it is not finite itself: so the gradients' norm shows both."""
     return loss * (loss.detach() * 0 + 1)
 
 
@@ -151,7 +151,7 @@ class Engine:
             dist_init_required=False,
         )
         if self.zero_stage:
-            self.optimizer.pieces = internals.pieces_of(self.engine.optimizer, self.zero_stage, members)
+            self.optimizer.layouts = internals.shard_layouts(self.engine.optimizer, self.zero_stage, members)
 
     @property
     def module(self) -> nn.Module:
@@ -166,9 +166,9 @@ class Engine:
         measure: bool = False,
         asked: Asked = Asked(),
     ) -> Step:
-        """One optimizer step over this rank's ``count`` micro-batches.
+        """Take one optimizer step over this rank's ``count`` micro-batches.
 
-        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, also tell how far parameters moved.
+        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, `update_ratios` are measured too.
         Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
         discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
         """
@@ -202,8 +202,8 @@ class Engine:
         assert done == count, f"{done} micro-batches came, not {count}"
         if self.zero_stage:
             norm = float(self.engine.get_global_grad_norm())
-        told = torch.stack([total / count, total.new_tensor(asked.save), total.new_tensor(asked.stop)])
-        loss_sum, save, stop = self.sum(told).tolist()
+        reduced = torch.stack([total / count, total.new_tensor(asked.save), total.new_tensor(asked.stop)])
+        loss_sum, save, stop = self.sum(reduced).tolist()
         return Step(
             loss_sum / dist.get_world_size(),
             norm,
@@ -226,15 +226,15 @@ class Engine:
         }
 
     def group_facts(self, step: Step) -> dict[str, float]:
-        """A measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event tells
-        them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
+        """Return a measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event
+        has them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
         rates = {f"lr_{group['kind']}": group["lr"] for group in self.optimizer.param_groups}
         return rates | {f"update_ratio_{kind}": ratio for kind, ratio in step.update_ratios.items()}
 
     def set_accumulation(self, count: int) -> None:
         """Let the next step average its gradient over ``count`` micro-batches.
 
-        `step` tells where they end: DeepSpeed's own count of micro-batches runs on from step to step, so after a
+        `step` sets where they end: DeepSpeed's own count of micro-batches runs on from step to step, so after a
         change of their number it would see a step end where none does.
         """
         self.engine.set_train_batch_size(
@@ -243,24 +243,24 @@ class Engine:
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
-        """The cross entropy of each target ``(B, T)``, in fp32, on this rank's device."""
+        """Return the cross entropy of each target ``(B, T)``, in nats and fp32, on this rank's device."""
         self.engine.eval()
         return self.sharing.whole(self.loss(batch, reduction="none"))
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
         """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
-        part, (tokens_BT, targets_BT, documents_BT) = self.sharing.part, batch.to(self.device)
+        cut, (tokens_BT, targets_BT, documents_BT) = self.sharing.slice, batch.to(self.device)
         # Documents are for attention, which sees all positions whoever has them.
-        return self.engine(part(tokens_BT), part(targets_BT), reduction=reduction, documents_BT=documents_BT)
+        return self.engine(cut(tokens_BT), cut(targets_BT), reduction=reduction, documents_BT=documents_BT)
 
     def sum(self, value: Tensor) -> Tensor:
-        """The sum of ``value`` over the ranks."""
+        """Return the sum of ``value`` over the ranks."""
         value = value.to(self.device)
         dist.all_reduce(value)
         return value
 
     def snapshot(self) -> dict[str, Tensor]:
-        """This rank's part of parameters and optimizer, in host memory: see `llm.training.state`."""
+        """Return this rank's shard of parameters and optimizer, in host memory: see `llm.training.state`."""
         flats = internals.layout(self.engine, self.splitting)
         return state.snapshot(flats, self.splitting, replicated=self.zero_stage == 0)
 
@@ -271,7 +271,7 @@ class Engine:
             state.restore(flats, folder, fused=self.optimizer.defaults["fused"])
 
     def weights(self) -> dict[str, Tensor]:
-        """All parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
+        """Return all parameters in fp32 on the CPU, on rank 0; elsewhere an empty dict. A tied head is left out."""
         weights: dict[str, Tensor] = {}
         for name, parameter in self.engine.module.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero_stage == 3):
@@ -282,16 +282,16 @@ class Engine:
 
 
 class Sharing:
-    """Groups of neighbouring ranks that share sequences: each has an equal part of the positions.
+    """Groups of neighbouring ranks that share sequences: each has an equal slice of the positions.
 
-    Only attention looks across positions, so around it ranks exchange: each gets all positions, for a part of the
+    Only attention looks across positions, so around it ranks exchange: each gets all positions, for some of the
     heads, and gives them back (DeepSpeed's `DistributedAttention`). All else stays as if each rank had sequences of its
     own: the mean over the ranks of the means over their positions is the mean over the batch.
     """
 
     def __init__(self, size: int) -> None:
         ranks = range(dist.get_world_size())
-        self.size, self.place = size, dist.get_rank() % size
+        self.size, self.index = size, dist.get_rank() % size
         groups = [dist.new_group(list(ranks[first : first + size])) for first in ranks[::size]]
         self.group = groups[dist.get_rank() // size]
 
@@ -305,16 +305,16 @@ class Sharing:
         model.attend = lambda q_BTHE, k_BTKE, v_BTKE, documents: exchange(
             q_BTHE, k_BTKE, v_BTKE, 0, None, documents
         )
-        model.first_position = self.place * (model.config.context // self.size)
+        model.first_position = self.index * (model.config.context // self.size)
 
-    def part(self, whole_BT: Tensor) -> Tensor:
-        """This rank's positions of what has all."""
-        return whole_BT.chunk(self.size, dim=1)[self.place]
+    def slice(self, whole_BT: Tensor) -> Tensor:
+        """Return this rank's positions of what has all."""
+        return whole_BT.chunk(self.size, dim=1)[self.index]
 
-    def whole(self, part_BT: Tensor) -> Tensor:
-        """All positions of what each rank of the group has for its own."""
+    def whole(self, slice_BT: Tensor) -> Tensor:
+        """Gather all positions of what each rank of the group has for its own. A collective."""
         if self.size == 1:
-            return part_BT
-        parts = [torch.empty_like(part_BT) for _ in range(self.size)]
-        dist.all_gather(parts, part_BT.contiguous(), group=self.group)
-        return torch.cat(parts, dim=1)
+            return slice_BT
+        slices = [torch.empty_like(slice_BT) for _ in range(self.size)]
+        dist.all_gather(slices, slice_BT.contiguous(), group=self.group)
+        return torch.cat(slices, dim=1)

@@ -1,4 +1,4 @@
-"""How training talks: rank 0 appends one JSON object a line to a file, and whoever wants to know reads it. Training
+"""The event log of training: rank 0 appends one JSON object a line to a file, which anyone may read. Training
 never waits for a reader, and a start after a kill writes no step a second time.
 """
 
@@ -29,7 +29,7 @@ class EventLog:
         self._file = open(path, "a", buffering=1, encoding="utf-8")  # noqa: SIM115 - lives as long as the process
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event with the time (seconds since 1970), unless the file tells of its step already.
+        """Append one event with the time (seconds since 1970), unless the file has that of its step already.
 
         Fields that are not finite are left out: JSON has no word for them.
         """
@@ -45,7 +45,7 @@ class EventLog:
         self._file.write(json.dumps(written, allow_nan=False) + "\n")
 
     def _note(self, event: dict[str, Any]) -> None:
-        """Keep in mind up to which step the file tells."""
+        """Keep in mind up to which step the file has events."""
         kind = event["event"]
         if kind in ONCE:
             self.written[kind] = max(self.written[kind], event["step"])
@@ -54,14 +54,14 @@ class EventLog:
 
     @staticmethod
     def _drop_torn_line(path: Path) -> None:
-        """A kill may have cut the last line short; what was whole stays where readers have read it."""
+        """Cut off a last line that a kill left torn; whole lines stay where readers have read them."""
         with open(path, "rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The whole events of a file, in order; none where there is no file."""
+    """Read the whole events of a file, in order; none where there is no file."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8").split("\n")

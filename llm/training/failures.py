@@ -1,5 +1,5 @@
-"""How a rank fails: one job at a time on a folder, and what went wrong left where the launcher looks, in words that
-say what to do where a person can do something.
+"""How a rank fails: one job at a time on a folder, and what went wrong left where the launcher looks, with
+what to do where a person can do something.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ TIMED_OUT = (
 
 
 class Interrupted(Exception):
-    """A signal asked the training to stop; the message says where it did."""
+    """A signal asked the training to stop; the message has the step."""
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def report_failure(error: Exception, folder: Path) -> None:
     if unanswered:
         error = RuntimeError(
             "another rank did not answer within pretrain.runtime.collective_timeout_seconds: it hangs, or its "
-            f"machine is gone; what is saved is gone on from when it is run again ({str(error)[:200]})"
+            f"machine is gone; run it again to resume from what is saved ({str(error)[:200]})"
         )
     kind = (
         "interrupted"
@@ -85,12 +85,12 @@ def report_failure(error: Exception, folder: Path) -> None:
 
 
 def timed_out(error: Exception) -> bool:
-    """Say whether an error says that a collective was not answered in time, as gloo or NCCL put it."""
+    """Return whether an error is of a collective that was not answered in time, as gloo or NCCL put it."""
     return any(words in str(error) for words in TIMED_OUT)
 
 
 def no_room(error: Exception) -> bool:
-    """Say whether an error says that the disk is full."""
+    """Return whether an error is of a full disk."""
     if isinstance(error, OSError):
         return error.errno in (errno.ENOSPC, errno.EDQUOT)
     return any(words in str(error) for words in DISK_FULL)

@@ -11,13 +11,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from llm.training.muon import Pieces, Zero3Layout, Zero12Layout
-from llm.training.state import Flat, Run
+from llm.training.muon import ShardLayout, Zero3Layout, Zero12Layout
+from llm.training.state import Flat, Slice
 from llm.training.tensor_parallel import Splitting
 
 
 def compile_no_collectives(ops: Any) -> None:
-    """Empty the table that ``deepspeed.ops`` fills by running compilers: it says which C++ collectives to build."""
+    """Empty the table that ``deepspeed.ops`` fills by running compilers: the C++ collectives to build."""
     ops.__compatible_ops__ = {}
 
 
@@ -30,7 +30,7 @@ def layout(engine: Any, split: Splitting) -> list[Flat]:
             Flat(
                 parameter,
                 optimizer.state[parameter],
-                [Run(name=name, start=0, at=0, count=parameter.numel())],
+                [Slice(name=name, start=0, at=0, count=parameter.numel())],
             )
             for parameter, name in names.items()
         ]
@@ -38,30 +38,30 @@ def layout(engine: Any, split: Splitting) -> list[Flat]:
         optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups
     )
     groups = optimizer.fp16_groups if stage == 3 else optimizer.bit16_groups
-    place = whole_partition if stage == 3 else fragment
+    locate = whole_partition if stage == 3 else fragment
     laid = []
     for flat, parameters in zip(flats, groups, strict=True):
-        runs = [place(optimizer, parameter, names[parameter]) for parameter in parameters]
+        slices = [locate(optimizer, parameter, names[parameter]) for parameter in parameters]
         laid.append(
-            Flat(flat, optimizer.optimizer.state[flat], [run for run in runs if run and run.count > 0])
+            Flat(flat, optimizer.optimizer.state[flat], [one for one in slices if one and one.count > 0])
         )
     return laid
 
 
-def fragment(optimizer: Any, parameter: Any, name: str) -> Run | None:
+def fragment(optimizer: Any, parameter: Any, name: str) -> Slice | None:
     """Find where a parameter lies in this rank's partition at ZeRO 1 and 2: they lie end to end, cut anywhere."""
     mapping = parameter._hp_mapping
     if mapping is None:
         return None
     here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-    return Run(name=name, start=here.start, at=there.start, count=here.numel)
+    return Slice(name=name, start=here.start, at=there.start, count=here.numel)
 
 
-def whole_partition(optimizer: Any, parameter: Any, name: str) -> Run:
-    """Find where a parameter lies in this rank's partition at ZeRO 3: each is cut into equal parts, the last padded."""
+def whole_partition(optimizer: Any, parameter: Any, name: str) -> Slice:
+    """Find where a parameter lies in this rank's partition at ZeRO 3: cut into equal shards, the last padded."""
     _, at, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
     start = size * optimizer._get_param_partition_rank(parameter)
-    return Run(name=name, start=start, at=at, count=min(size, parameter.ds_numel - start))
+    return Slice(name=name, start=start, at=at, count=min(size, parameter.ds_numel - start))
 
 
 @contextmanager
@@ -79,21 +79,21 @@ def restoring(engine: Any) -> Iterator[None]:
         optimizer.checkpoint_event_epilogue()
 
 
-def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Pieces]:
-    """Return what each flat tensor that the optimizer sees under ZeRO holds, by its id.
+def shard_layouts(zero: Any, stage: int, members: list[set[int]]) -> dict[int, ShardLayout]:
+    """Return the layout of each flat tensor that the optimizer sees under ZeRO, by its id.
 
-    DeepSpeed says so in attributes that are no documented interface, so all that is taken from them is asserted:
+    It is read from attributes that are no documented interface, so all that is taken from them is asserted:
     ``members`` are the ids of each group's parameters, as they were given.
     """
-    pieces: dict[int, Pieces] = {}
+    layouts: dict[int, ShardLayout] = {}
     if stage == 3:
-        for place, (flat, parameters) in enumerate(
+        for index, (flat, parameters) in enumerate(
             zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True)
         ):
-            assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[place]]
-            striped = Zero3Layout(tuple(parameter.ds_shape for parameter in parameters))
-            assert sum(size for _, size in striped.stripes()) == flat.numel()
-            pieces[id(flat)] = striped
+            assert {id(parameter) for parameter in parameters} <= members[zero.sub_group_to_group_id[index]]
+            layout_3 = Zero3Layout(tuple(parameter.ds_shape for parameter in parameters))
+            assert sum(size for _, size in layout_3.slices()) == flat.numel()
+            layouts[id(flat)] = layout_3
         placed = sum(len(parameters) for parameters in zero.fp16_groups)
     else:
         flats, groups = zero.single_partition_of_fp32_groups, zero.round_robin_bit16_groups
@@ -103,7 +103,7 @@ def pieces_of(zero: Any, stage: int, members: list[set[int]]) -> dict[int, Piece
             assert {id(parameter) for parameter in parameters} == group
             shapes = tuple(parameter.shape for parameter in parameters)
             assert offsets[-1] + shapes[-1].numel() <= flat.numel() * dist.get_world_size()
-            pieces[id(flat)] = Zero12Layout(shapes, tuple(offsets))
+            layouts[id(flat)] = Zero12Layout(shapes, tuple(offsets))
         placed = sum(len(parameters) for parameters in groups)
     assert placed == sum(map(len, members))
-    return pieces
+    return layouts

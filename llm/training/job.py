@@ -61,7 +61,7 @@ class Job(Config):
         return checkpoint.Setup(**{name: getattr(self.resolved, name) for name in names})
 
     def resolve(self) -> Job:
-        """A copy that knows what its ranks compute with, who must be on this machine, or on ones like it.
+        """Return a copy that knows what its ranks compute with, who must be on this machine, or on ones like it.
 
         Raises:
             UserError: something that is asked for cannot run here.
@@ -69,7 +69,7 @@ class Job(Config):
         return self if self.resolved else self.model_copy(update={"resolved": self.config.wanted.resolve()})
 
     def write(self) -> Path:
-        """Write what the ranks read, and say where."""
+        """Write what the ranks read, and return its path."""
         with atomic_path(self.scratch / "job.json") as path:
             path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
         return self.scratch / "job.json"

@@ -1,6 +1,6 @@
 """Muon's part that needs whole matrices: the nearest (semi-)orthogonal matrix of each momentum (Jordan et al. 2024,
 kellerjordan.github.io/posts/muon). Matrices of equal shape are worked on together, and divided among the ranks. ZeRO
-keeps pieces of matrices, so here is also where the pieces of one flat tensor lie and how matrices are made of them.
+keeps shards of matrices, so here is also where they lie in flat tensors and how matrices are made of them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ nearest to 1 in the fewest products: Amsel et al. 2025, arXiv:2505.16932, algori
 
 
 def orthogonalise(matrices_NRC: Tensor) -> Tensor:
-    """About the polar factor U V' of each matrix U S V': singular values of at least 1/1000 of the matrix's Frobenius
-    norm come within 0.17 of 1, smaller ones stay smaller.
+    """Approximate the polar factor U V' of each matrix U S V': singular values of at least 1/1000 of its Frobenius norm
+    come within 0.17 of 1, smaller ones stay smaller.
 
     ``(N, R, C)`` with R <= C, in the type in which products are computed; matrices of zeros stay zero.
     """
@@ -50,19 +50,19 @@ def orthogonalise(matrices_NRC: Tensor) -> Tensor:
 
 
 def orthogonalise_all(matrices: Sequence[Tensor], kind: torch.dtype) -> list[Tensor]:
-    """The polar factor of each matrix, computed in ``kind``; the same on all ranks, each of which does a part.
+    """Return the polar factor of each matrix, computed in ``kind``; the same on all ranks, which divide the work.
 
     A collective: all ranks call it with matrices of the same shapes.
     """
-    places: dict[tuple[int, int], list[int]] = defaultdict(list)
-    for place, matrix in enumerate(matrices):
-        places[min(matrix.shape), max(matrix.shape)].append(place)
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for index, matrix in enumerate(matrices):
+        groups[min(matrix.shape), max(matrix.shape)].append(index)
     results: list[Tensor] = list(matrices)
-    for group in places.values():
-        wide = [matrices[place].to(kind) for place in group]
+    for group in groups.values():
+        wide = [matrices[index].to(kind) for index in group]
         stack_NRC = torch.stack([matrix.mT if is_tall(matrix) else matrix for matrix in wide])
-        for place, factor in zip(group, divided(stack_NRC), strict=True):
-            results[place] = factor.mT if is_tall(matrices[place]) else factor
+        for index, factor in zip(group, divided(stack_NRC), strict=True):
+            results[index] = factor.mT if is_tall(matrices[index]) else factor
     return results
 
 
@@ -71,19 +71,19 @@ def is_tall(matrix: Tensor) -> bool:
 
 
 def divided(stack_NRC: Tensor) -> Tensor:
-    """`orthogonalise`, each rank working on its share of the matrices."""
+    """Run `orthogonalise` with the matrices ``(N, R, C)`` divided among the ranks. A collective."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     if ranks == 1:
         return orthogonalise(stack_NRC)
-    share = math.ceil(len(stack_NRC) / ranks)
-    mine = orthogonalise(stack_NRC[dist.get_rank() * share :][:share])
-    padded = mine.new_zeros(share, *stack_NRC.shape[1:])
+    count = math.ceil(len(stack_NRC) / ranks)
+    mine = orthogonalise(stack_NRC[dist.get_rank() * count :][:count])
+    padded = mine.new_zeros(count, *stack_NRC.shape[1:])
     padded[: len(mine)] = mine
     return gather(padded).flatten(0, 1)[: len(stack_NRC)]
 
 
 def gather(local: Tensor) -> Tensor:
-    """Every rank's ``local``, ``(ranks, *local.shape)``, on the device on which ranks talk and products are fast."""
+    """Gather every rank's ``local``, ``(ranks, *local.shape)``, on the device of collectives and fast products."""
     if torch.cuda.is_available():
         local = local.cuda()  # at home it may be offloaded
     everyone = local.new_empty(dist.get_world_size() * local.numel())
@@ -91,7 +91,7 @@ def gather(local: Tensor) -> Tensor:
     return everyone.view(-1, *local.shape)
 
 
-class Pieces(Protocol):
+class ShardLayout(Protocol):
     """How matrices lie in flat tensors, of which each rank has one."""
 
     @property
@@ -99,15 +99,15 @@ class Pieces(Protocol):
         """Shapes of the matrices, in order."""
 
     def whole(self, local: Tensor) -> list[Tensor]:
-        """The matrices, of every rank's flat tensor. A collective."""
+        """Gather the matrices from every rank's flat tensor. A collective."""
 
     def mine(self, matrices: Sequence[Tensor], local: Tensor) -> Tensor:
-        """This rank's flat tensor, like ``local``, of the matrices."""
+        """Return this rank's flat tensor, like ``local``, of the matrices."""
 
 
 @dataclass(frozen=True)
 class Zero12Layout:
-    """ZeRO 1 and 2: a group's parameters lie end to end in one tensor, which is cut into equal parts for the ranks."""
+    """ZeRO 1 and 2: a group's parameters lie end to end in one tensor, which is cut into equal shards for the ranks."""
 
     shapes: tuple[torch.Size, ...]
     offsets: tuple[int, ...]
@@ -128,25 +128,25 @@ class Zero12Layout:
 
 @dataclass(frozen=True)
 class Zero3Layout:
-    """ZeRO 3: each parameter is cut into equal parts for the ranks, and a rank's parts lie end to end."""
+    """ZeRO 3: each parameter is cut into equal shards for the ranks, and a rank's shards lie end to end."""
 
     shapes: tuple[torch.Size, ...]
 
-    def stripes(self) -> list[tuple[int, int]]:
-        """Offset and size of each parameter's part in a rank's tensor."""
+    def slices(self) -> list[tuple[int, int]]:
+        """Return offset and size of each parameter's shard in a rank's tensor."""
         sizes = [math.ceil(shape.numel() / dist.get_world_size()) for shape in self.shapes]
-        return [(sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+        return [(sum(sizes[:index]), size) for index, size in enumerate(sizes)]
 
     def whole(self, local: Tensor) -> list[Tensor]:
         everyone = gather(local)
         return [
             everyone[:, offset : offset + size].flatten()[: shape.numel()].view(shape)
-            for shape, (offset, size) in zip(self.shapes, self.stripes(), strict=True)
+            for shape, (offset, size) in zip(self.shapes, self.slices(), strict=True)
         ]
 
     def mine(self, matrices: Sequence[Tensor], local: Tensor) -> Tensor:
         flat = matrices[0].new_zeros(local.numel())
-        for matrix, (offset, size) in zip(matrices, self.stripes(), strict=True):
+        for matrix, (offset, size) in zip(matrices, self.slices(), strict=True):
             missing = size * dist.get_world_size() - matrix.numel()
             padded = F.pad(matrix.flatten(), (0, missing)).view(-1, size)
             flat[offset : offset + size] = padded[dist.get_rank()]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from llm.training.muon import Pieces, orthogonalise_all
+from llm.training.muon import ShardLayout, orthogonalise_all
 
 if TYPE_CHECKING:
     from llm.training.resolved import OptimizerSettings
@@ -32,8 +32,8 @@ GATHERED_NUMBERS = 1 << 27
 class Optimizer(torch.optim.Optimizer):
     """AdamW and Muon, over groups from `parameter_groups`.
 
-    A parameter is whole or, where ZeRO spreads a group over the ranks, a flat tensor of which `pieces` tells what it
-    holds. For Muon, `step` is a collective.
+    A parameter is whole or, where ZeRO spreads a group over the ranks, a flat tensor whose content is in
+    `layouts`. For Muon, `step` is a collective.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Optimizer(torch.optim.Optimizer):
         self.products = products
         """Type in which Muon computes products."""
         self.cautious = settings.cautious_decay
-        self.pieces: dict[int, Pieces] = {}
+        self.layouts: dict[int, ShardLayout] = {}
         """Content of flat tensors, by their id."""
         self.measured: dict[str, Tensor] | None = None
         """When not None, a step adds here, by kind, the squares of how far parameters moved and of themselves."""
@@ -62,7 +62,7 @@ class Optimizer(torch.optim.Optimizer):
                 self.measured[group["kind"]] += squares.to(self.measured[group["kind"]])
 
     def adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """One step by torch's fused kernel, which needs no compiler on any device."""
+        """Take one step by torch's fused kernel, which needs no compiler on any device."""
         states = [self.state_of(parameter, "exp_avg", "exp_avg_sq") for parameter in parameters]
         adamw(
             parameters,
@@ -82,7 +82,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def muon(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
-        """One step: m = b m + (1 - b) g; the parameter loses lr * 0.2 sqrt(max(R, C)) * polar(b m + (1 - b) g).
+        """Take one step: m = b m + (1 - b) g; the parameter loses lr * 0.2 sqrt(max(R, C)) * polar(b m + (1 - b) g).
 
         The factor gives steps the root mean square 0.2, about that of AdamW's, whatever the shape: so one rate and
         one weight decay serve both (Liu et al. 2025, arXiv:2502.16982, 2.2).
@@ -102,11 +102,11 @@ class Optimizer(torch.optim.Optimizer):
             parameter.sub_(update, alpha=group["lr"])
 
     def polar(self, parameters: list[Tensor], directions: list[Tensor]) -> list[Tensor]:
-        """The scaled polar factors of ``directions``, which are whole matrices or flat pieces of them."""
-        pieces = [self.pieces.get(id(parameter)) for parameter in parameters]
+        """Return the scaled polar factors of ``directions``, which are whole matrices or flat shards of them."""
+        layouts = [self.layouts.get(id(parameter)) for parameter in parameters]
         matrices: list[Tensor] = []
-        for direction, piece in zip(directions, pieces, strict=True):
-            matrices += piece.whole(direction) if piece else [direction]
+        for direction, layout in zip(directions, layouts, strict=True):
+            matrices += layout.whole(direction) if layout else [direction]
         assert all(matrix.ndim == 2 for matrix in matrices), "Muon got a tensor that is no matrix"
         factors = orthogonalise_all(matrices, self.products)
         scaled = (
@@ -114,12 +114,12 @@ class Optimizer(torch.optim.Optimizer):
             for factor, matrix in zip(factors, matrices, strict=True)
         )
         return [
-            piece.mine([next(scaled) for _ in piece.shapes], direction) if piece else next(scaled)
-            for direction, piece in zip(directions, pieces, strict=True)
+            layout.mine([next(scaled) for _ in layout.shapes], direction) if layout else next(scaled)
+            for direction, layout in zip(directions, layouts, strict=True)
         ]
 
     def state_of(self, parameter: Tensor, *names: str) -> dict[str, Tensor]:
-        """A parameter's state: a count of steps, and the tensors ``names``, zero at first."""
+        """Return a parameter's state: a count of steps, and the tensors ``names``, zero at first."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
@@ -129,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
-    """The groups of `Optimizer`: each parameter in one of them, with its rule, peak rate and weight decay.
+    """Return the groups of `Optimizer`: each parameter in one of them, with its rule, peak rate and weight decay.
 
     Each has "params", "kind" (of `KINDS`), "rule" ("adamw" or "muon"), "peak_lr", "lr", "weight_decay", "momentum".
     """
@@ -138,15 +138,15 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
         rule = settings.kind if kind == "matrices" else "adamw"
         lr = settings.peak_lr(kind)
         decay = settings.weight_decay if kind in ("matrices", "head") else 0.0
-        for part in parts(parameters, GATHERED_NUMBERS) if rule == "muon" else [parameters]:
+        for members in grouped(parameters, GATHERED_NUMBERS) if rule == "muon" else [parameters]:
             fields = {"kind": kind, "rule": rule, "peak_lr": lr, "lr": lr, "weight_decay": decay}
-            groups.append({"params": part, **fields, "momentum": settings.momentum})
+            groups.append({"params": members, **fields, "momentum": settings.momentum})
     require_each_once(model, groups)
     return groups
 
 
 def by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """The model's parameters by kind; a kind without any is left out."""
+    """Return the model's parameters by kind; a kind without any is left out."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
     for name, parameter in model.named_parameters():
@@ -159,15 +159,15 @@ def by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return {kind: parameters for kind, parameters in kinds.items() if parameters}
 
 
-def parts(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
-    """``parameters`` in order, in runs of at most ``numbers`` numbers (or of one parameter)."""
-    part: list[nn.Parameter] = []
+def grouped(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Parameter]]:
+    """Yield ``parameters`` in order, in groups of at most ``numbers`` numbers (or of one parameter)."""
+    group: list[nn.Parameter] = []
     for parameter in parameters:
-        if part and sum(other.numel() for other in part) + parameter.numel() > numbers:
-            yield part
-            part = []
-        part.append(parameter)
-    yield part
+        if group and sum(other.numel() for other in group) + parameter.numel() > numbers:
+            yield group
+            group = []
+        group.append(parameter)
+    yield group
 
 
 def require_each_once(model: nn.Module, groups: list[dict[str, Any]]) -> None:

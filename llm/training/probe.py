@@ -39,7 +39,7 @@ def matmul_rates(device: torch.device, precision: str, repeats: int = 20) -> dic
 
 
 def memory_bytes() -> int:
-    """The most memory this rank has held: on its GPU, or resident where it has none."""
+    """Return the most memory this rank has held: on its GPU, or resident where it has none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -47,7 +47,7 @@ def memory_bytes() -> int:
 
 
 class Clock:
-    """Where the time of a step goes: seconds by part, added up over steps while it runs."""
+    """Timer of the phases of a step: seconds by phase, added up over steps while it runs."""
 
     def __init__(self, running: bool = False) -> None:
         self.running = running
@@ -55,25 +55,25 @@ class Clock:
         self._last = 0.0
 
     def start(self) -> None:
-        """Begin the first part with what follows."""
+        """Begin the first phase with what follows."""
         self._last = time.perf_counter()
 
-    def lap(self, part: str) -> None:
-        """All since the last call was ``part``. Waits for the GPU, so a step that is timed by parts is no race."""
+    def lap(self, phase: str) -> None:
+        """Count all since the last call as ``phase``. Waits for the GPU, so a step that is timed is no race."""
         if not self.running:
             return
         now = self._now()
-        self.seconds[part] = self.seconds.get(part, 0.0) + now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now
 
     @contextmanager
-    def apart(self, part: str) -> Iterator[None]:
-        """Count what is done inside as ``part``, and as none of the lap that it falls into."""
+    def apart(self, phase: str) -> Iterator[None]:
+        """Count what is done inside as ``phase``, and as none of the lap that it falls into."""
         start = self._now() if self.running else 0.0
         yield
         if self.running:
             took = self._now() - start
-            self.seconds[part] = self.seconds.get(part, 0.0) + took
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + took
             self._last += took
 
     def _now(self) -> float:
@@ -99,7 +99,7 @@ COLLECTIVES = (
 
 @contextmanager
 def collectives_timed(clock: Clock) -> Iterator[None]:
-    """Inside, collectives are ``clock``'s part "communication", the wait for slower ranks included.
+    """Inside, collectives are ``clock``'s phase "communication", the wait for slower ranks included.
 
     Each is waited for at once: so what would run beside computation is reported in full.
     """

@@ -64,7 +64,7 @@ class SpikeDetector:
         if row > self.max_nonfinite:
             raise UserError(
                 f"loss or gradient was not finite in {row} steps in a row, up to step {done}: training diverged; "
-                "lower pretrain.lr (pretrain.runtime.max_nonfinite says how many may be skipped)"
+                "lower pretrain.lr (pretrain.runtime.max_nonfinite limits how many may be skipped)"
             )
 
     def require_any(self, history: History, steps: int) -> None:
@@ -80,7 +80,7 @@ class SpikeDetector:
             )
 
     def spike(self, history: History) -> float | None:
-        """The newest step's `robust_z`, where it makes a spike."""
+        """Return the newest step's `robust_z`, where it makes a spike."""
         config = self.config
         if config.spike_z is None:
             return None
@@ -91,7 +91,7 @@ class SpikeDetector:
         return z if z > config.spike_z else None
 
     def rollback_to(self, history: History, done: int) -> int:
-        """The step that a spike in step ``done`` rolls back to.
+        """Return the step that a spike in step ``done`` rolls back to.
 
         Raises:
             UserError: it was rolled back too often.
@@ -100,15 +100,15 @@ class SpikeDetector:
         if len(before) >= self.max_rollbacks:
             raise UserError(
                 f"the loss spiked again in step {done}, after {len(before)} rollbacks: lower pretrain.lr, or look at "
-                "the data (pretrain.runtime.max_rollbacks says how many there may be)"
+                "the data (pretrain.runtime.max_rollbacks limits how many there may be)"
             )
         return (done - 1) // self.config.rollback_every * self.config.rollback_every
 
     def saves_at(self, done: int) -> bool:
-        """Say whether a spike may roll back to step ``done``."""
+        """Return whether a spike may roll back to step ``done``."""
         return self.config.spike_z is not None and done % self.config.rollback_every == 0
 
 
 def skipped_sequences(history: History) -> int:
-    """Sequences that rollbacks passed over: step N reads those that come so many after its own."""
+    """Count the sequences that rollbacks passed over: step N reads those that come so many after its own."""
     return sum(fact["windows"] for fact in history["skipped"])

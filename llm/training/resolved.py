@@ -74,7 +74,7 @@ class Given(Config):
 
     @property
     def data_parallel_size(self) -> int:
-        """Parts into which a batch is divided: a rank's, or one for each group of ranks that share sequences."""
+        """Return the number of slices of a batch: one a rank, or one for each group of ranks that share sequences."""
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
@@ -87,7 +87,7 @@ class Wanted(Given):
     micro_batch: int | Literal["auto"]
 
     def pin_precision(self) -> Precision:
-        """The precision, "auto" being what this machine is fast in."""
+        """Return the precision, "auto" being what this machine is fast in."""
         return hardware_precision()[0] if self.precision == "auto" else self.precision
 
     def require(self) -> None:
@@ -128,15 +128,14 @@ class Wanted(Given):
         return choose_matmul(self.matmul, device=device_kind(), precision=self.pin_precision())
 
     def choose_micro_batch(self, device: Device) -> int:
-        """Sequences a rank works on at once: as given, or the largest divisor of its share that fits the device.
-
-        With a batch warm-up, of its share of the smallest batch.
+        """Return the sequences a rank works on at once: as given, or the largest divisor of its slice of a batch that
+        fits the device; with a batch warm-up, of the smallest batch.
         """
         if self.micro_batch != "auto":
             return self.micro_batch
         most = max(1, MICRO_BATCH_TOKENS[device] * self.sequence_parallel // self.context)
-        share = self.batches.smallest // self.data_parallel_size
-        return max(size for size in range(1, min(most, share) + 1) if share % size == 0)
+        count = self.batches.smallest // self.data_parallel_size
+        return max(size for size in range(1, min(most, count) + 1) if count % size == 0)
 
     def resolve(self) -> Resolved:
         """Work out what it comes to on this machine.
@@ -182,5 +181,5 @@ class Resolved(Given):
         return self.batches.steps
 
     def accumulation(self, step: int) -> int:
-        """Micro-batches a rank works through in ``step``."""
+        """Count the micro-batches a rank works through in ``step``."""
         return self.batches.sequences_at(step) // (self.data_parallel_size * self.micro_batch)

@@ -1,4 +1,4 @@
-"""Checkpoints written while training goes on: the loop waits for a copy of the state in host memory only, and a thread
+"""Checkpoints written during training: the loop waits for a copy of the state in host memory only, and a thread
 writes, syncs and checks it. There is never more than one in flight, and a write that fails ends the training at its
 next step. The threads of the ranks meet through the folder alone, so that no collective of theirs comes between
 those of the loop.
@@ -43,10 +43,10 @@ class Saver:
         self._pool = ThreadPoolExecutor(1, "checkpoint", initializer=give_way)
         self._writing: Future[Saved | None] | None = None
 
-    def start(self, step: int, pieces: dict[str, Tensor], history: Any, since: float) -> None:
-        """Write this rank's part of a checkpoint that was begun, and on rank 0 seal it; `wait` must come before."""
+    def start(self, step: int, slices: dict[str, Tensor], history: Any, since: float) -> None:
+        """Write this rank's shard of a checkpoint that was begun, and on rank 0 seal it; `wait` must come before."""
         assert self._writing is None
-        self._writing = self._pool.submit(self._write, step, pieces, history, since)
+        self._writing = self._pool.submit(self._write, step, slices, history, since)
 
     def poll(self) -> Saved | None:
         """Return what was completed since the last call, on rank 0; raise what a write failed with."""
@@ -59,12 +59,12 @@ class Saver:
         writing, self._writing = self._writing, None
         return writing.result()
 
-    def _write(self, step: int, pieces: dict[str, Tensor], history: Any, since: float) -> Saved | None:
+    def _write(self, step: int, slices: dict[str, Tensor], history: Any, since: float) -> Saved | None:
         folder = checkpoint.unfinished(self.root, step)
-        checkpoint.write_part(folder, self.rank, pieces)
+        checkpoint.write_shard(folder, self.rank, slices)
         if self.rank != 0:
             return None
-        checkpoint.await_parts(folder, self.setup.ranks, self.patience)
+        checkpoint.await_shards(folder, self.setup.ranks, self.patience)
         size = checkpoint.commit(folder, step=step, setup=self.setup, history=history)
         checkpoint.prune(self.root, **self.kept)
         return Saved(step, time.perf_counter() - since, size)

@@ -22,7 +22,7 @@ class BatchWarmup(Config):
     start_tokens: int = Field(ge=1)
     """Tokens a step at the start: the whole batch divided by a power of two, and a multiple of the context."""
     share: float = Field(default=0.1, gt=0, lt=1)
-    """Part of the run's tokens in which the batch is not whole; each size gets an equal part of it."""
+    """Fraction of the run's tokens in which the batch is not whole, divided equally among the sizes."""
 
 
 class Schedule(Config):
@@ -32,13 +32,13 @@ class Schedule(Config):
     """cosine: falls all the way. wsd: constant, then down over the last `decay_share` of the steps, so that a run
     can be prolonged from before its decay."""
     warmup_share: float = Field(default=0.02, ge=0, lt=1)
-    """Part of the steps in which the rate rises."""
+    """Fraction of the steps in which the rate rises."""
     warmup_steps: int | None = Field(default=None, ge=0)
     """The same in steps; when given, `warmup_share` does not count."""
     min_lr_ratio: float = Field(default=0.1, ge=0, le=1)
-    """The last step's rate as a part of the peak."""
+    """The last step's rate as a fraction of the peak."""
     decay_share: float = Field(default=0.2, ge=0, le=1)
-    """Part of wsd's steps in which the rate falls."""
+    """Fraction of wsd's steps in which the rate falls."""
     decay_shape: Literal["1-sqrt", "linear"] = "1-sqrt"
     """Curve of wsd's fall; 1-sqrt(t) ended lower than 1-t in Haegele et al. 2024, arXiv:2405.18392, 4."""
     batch_warmup: BatchWarmup | None = None
@@ -53,11 +53,12 @@ class Schedule(Config):
         return self
 
     def warmup_of(self, steps: int) -> int:
-        """Steps of ``steps`` in which the rate rises."""
+        """Count the steps of ``steps`` in which the rate rises."""
         return round(self.warmup_share * steps) if self.warmup_steps is None else self.warmup_steps
 
     def decay_of(self, steps: int) -> int:
-        """Steps of ``steps`` in which a wsd schedule falls: those that `decay_share` rounds to, after the warm-up."""
+        """Count the steps of ``steps`` in which a wsd schedule falls: those that `decay_share` rounds to, after the
+        warm-up."""
         return min(round(self.decay_share * steps), steps - self.warmup_of(steps))
 
     def require_room(self, steps: int) -> None:
@@ -73,7 +74,7 @@ class Schedule(Config):
             )
 
     def lr_multiplier(self, step: int, steps: int) -> float:
-        """The rate of ``step`` in ``range(steps)`` as a part of the peak, in [0, 1].
+        """Return the rate of ``step`` in ``range(steps)`` as a fraction of the peak, in [0, 1].
 
         Rises over steps 0 .. warmup - 1 as (step + 1) / warmup, is 1 at step ``warmup``, and reaches `min_lr_ratio`
         at the last step.
@@ -83,14 +84,14 @@ class Schedule(Config):
             return (step + 1) / warmup
         floor = self.min_lr_ratio
         if self.kind == "cosine":
-            share = (step - warmup) / max(1, steps - 1 - warmup)
-            return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, share))) / 2
+            fraction = (step - warmup) / max(1, steps - 1 - warmup)
+            return floor + (1 - floor) * (1 + math.cos(math.pi * min(1.0, fraction))) / 2
         decay = self.decay_of(steps)
         done = step - (steps - 1 - decay)  # 0 at the last constant step, `decay` at the last of all
         if done <= 0:
             return 1.0
-        share = done / decay
-        return floor + (1 - floor) * (1 - (math.sqrt(share) if self.decay_shape == "1-sqrt" else share))
+        fraction = done / decay
+        return floor + (1 - floor) * (1 - (math.sqrt(fraction) if self.decay_shape == "1-sqrt" else fraction))
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ class BatchPlan:
         return self.stairs[0][1]
 
     def sequences_at(self, step: int) -> int:
-        """Sequences that ``step`` (from 0) reads."""
+        """Count the sequences that ``step`` (from 0) reads."""
         for steps, sequences in self.stairs:
             if step < steps:
                 return sequences
@@ -118,7 +119,7 @@ class BatchPlan:
         return self.stairs[-1][1]
 
     def sequences_before(self, step: int) -> int:
-        """Sequences that the steps before ``step`` read."""
+        """Count the sequences that the steps before ``step`` read."""
         total = 0
         for steps, sequences in self.stairs[:-1]:
             total += min(step, steps) * sequences
@@ -126,7 +127,8 @@ class BatchPlan:
         return total + step * self.stairs[-1][1]
 
     def step_of(self, sequence: int) -> int:
-        """The step that reads the ``sequence``-th of all sequences (from 0): the inverse of `sequences_before`."""
+        """Return the step that reads the ``sequence``-th of all sequences (from 0): the inverse of
+        `sequences_before`."""
         first = 0
         for steps, sequences in self.stairs[:-1]:
             if sequence < steps * sequences:
@@ -136,7 +138,8 @@ class BatchPlan:
 
 
 def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup | None) -> BatchPlan:
-    """The sizes of batches that read ``tokens`` tokens, less a remainder under one whole batch; at least one step.
+    """Return the sizes of batches that read ``tokens`` tokens, less a remainder under one whole batch; at least one
+    step.
 
     Raises:
         ValueError: the warm-up's sizes do not divide.
@@ -156,7 +159,7 @@ def batch_plan(tokens: int, batch_tokens: int, context: int, warmup: BatchWarmup
 
 
 def warmup_sizes(batch_tokens: int, context: int, warmup: BatchWarmup | None) -> list[int]:
-    """Tokens of the batches below ``batch_tokens``, doubling.
+    """Return tokens of the batches below ``batch_tokens``, doubling.
 
     Raises:
         ValueError: they do not end at ``batch_tokens``, or hold no whole number of sequences.

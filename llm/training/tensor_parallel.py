@@ -1,6 +1,6 @@
 """Tensor parallelism (Shoeybi et al. 2019, arXiv:1909.08053): groups of neighbouring ranks work on the same sequences,
-each with its part of every layer's matrices, split by heads and by hidden columns. DeepSpeed's AutoTP cuts the
-matrices and sums what comes out of each half of a layer. Here is what it has to be told, and what it leaves to be
+each with its shard of every layer's matrices, split by heads and by hidden columns. DeepSpeed's AutoTP cuts the
+matrices and sums what comes out of each half of a layer. Here is what it has to be given, and what it leaves to be
 done: the heads of a rank, the gradients of norms inside attention, and the way back to whole matrices.
 """
 
@@ -19,7 +19,7 @@ BY_INPUT = ("o_proj", "down_proj")
 
 
 def split_dimension(name: str) -> int | None:
-    """The dimension in which a parameter is split, or None for one that each rank has whole."""
+    """Return the dimension in which a parameter is split, or None for one that each rank has whole."""
     *_, layer, kind = ("", *name.split("."))
     if layer in BY_OUTPUT:
         return 0
@@ -27,7 +27,7 @@ def split_dimension(name: str) -> int | None:
 
 
 def autotp(size: int) -> dict[str, Any]:
-    """Return what DeepSpeed's JSON says of ranks that split layers, ``size`` together."""
+    """Return DeepSpeed's settings for ranks that split layers, ``size`` together."""
     rules = [(BY_OUTPUT, "column"), (BY_INPUT, "row")]
     specs = [
         {"patterns": [rf".*\.({'|'.join(layers)})\.weight$"], "partition_type": kind}
@@ -37,11 +37,11 @@ def autotp(size: int) -> dict[str, Any]:
 
 
 class Splitting:
-    """Groups of ``size`` neighbouring ranks that split the layers; this rank's is number ``place`` in its group."""
+    """Groups of ``size`` neighbouring ranks that split the layers; this rank's is number ``index`` in its group."""
 
     def __init__(self, size: int) -> None:
         ranks = range(dist.get_world_size())
-        self.size, self.place = size, dist.get_rank() % size
+        self.size, self.index = size, dist.get_rank() % size
         groups = [dist.new_group(list(ranks[first : first + size])) for first in ranks[::size]]
         self.group = groups[dist.get_rank() // size]
 
@@ -60,25 +60,25 @@ class Splitting:
                     parameter.register_hook(self.sum)
 
     def sum(self, gradient: Tensor) -> Tensor:
-        """The sum of ``gradient`` over the group."""
+        """Return the sum of ``gradient`` over the group."""
         total = gradient.clone()
         dist.all_reduce(total, group=self.group)
         return total
 
     def whole(self, name: str, parameter: Tensor) -> Tensor:
-        """A parameter of which each rank of the group has its part. A collective."""
+        """Gather a parameter of which each rank of the group has its shard. A collective."""
         dimension = split_dimension(name)
         if self.size == 1 or dimension is None:
             return parameter
-        parts = [torch.empty_like(parameter) for _ in range(self.size)]
-        dist.all_gather(parts, parameter.contiguous(), group=self.group)
-        return torch.cat(parts, dim=dimension)
+        shards = [torch.empty_like(parameter) for _ in range(self.size)]
+        dist.all_gather(shards, parameter.contiguous(), group=self.group)
+        return torch.cat(shards, dim=dimension)
 
     def own_name(self, name: str) -> str:
-        """Return what a checkpoint calls this rank's part of a parameter."""
+        """Return a checkpoint's name for this rank's shard of a parameter."""
         whole = self.size == 1 or split_dimension(name) is None
-        return name if whole else f"{name}@{self.place + 1}of{self.size}"
+        return name if whole else f"{name}@{self.index + 1}of{self.size}"
 
     def saves(self, own_name: str) -> bool:
-        """Say whether this rank's part of a parameter of that `own_name` is its to save, not the group's first's."""
-        return self.place == 0 or "@" in own_name
+        """Return whether this rank saves its shard of a parameter of that `own_name`, not the group's first rank."""
+        return self.index == 0 or "@" in own_name

@@ -24,7 +24,7 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.core.processes import die_with, has_ended
 from data_pipeline.train_tokenizer.tokenizer import token_bytes
 from llm.data.bits import bits_per_byte, text_sums
-from llm.data.loader import Loader, Share
+from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
 from llm.model.layouts import load_weights
 from llm.model.transformer import Transformer, save_model
@@ -41,7 +41,7 @@ from llm.training.state import size_of
 
 
 class Trainer:
-    """One rank's part in training."""
+    """One rank of a training."""
 
     def __init__(self, job: Job, rank: int, ranks: int) -> None:
         assert job.resolved is not None, "rank 0 works out what it is that the ranks compute with"
@@ -67,7 +67,7 @@ class Trainer:
             train,
             corpus.order(train),
             self.samples,
-            Share(self.data_parallel_rank, self.data_parallel_size, self.resolved.micro_batch),
+            RankSlice(self.data_parallel_rank, self.data_parallel_size, self.resolved.micro_batch),
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
@@ -98,23 +98,23 @@ class Trainer:
             Interrupted: a signal asked to stop; the last step taken is saved.
             UserError: training diverged.
         """
-        self.say_start()
+        self.log_start()
         done = self.resume()
         self.requests.listen()
         with self.loader:
             while done < self.config.steps:
                 done = self.advance(done)
-        self.tell_saved(self.saver.wait())
+        self.log_saved(self.saver.wait())
         self.spikes.require_any(self.history, self.config.steps)
         self.write_results()
-        self.tell("end", step=self.config.steps)
+        self.log("end", step=self.config.steps)
 
     def advance(self, step: int) -> int:
         """Take ``step`` (from 0), and do what is due after it; how many are done then, fewer after a rollback."""
         asked = self.train_step(step)
         done, last = step + 1, step + 1 == self.config.steps
         self.spikes.require_finite(self.history, done)
-        self.tell_saved(self.saver.poll())
+        self.log_saved(self.saver.poll())
         z = self.spikes.spike(self.history)
         if z is not None:
             done, last = self.roll_back(done, z), False
@@ -133,19 +133,19 @@ class Trainer:
         config = self.config
         lr_multiplier = config.schedule.lr_multiplier(step, config.steps)
         done = step + 1
-        told = done % config.runtime.log_every == 0 or done == config.steps
+        logged = done % config.runtime.log_every == 0 or done == config.steps
         start = time.perf_counter()
         taken = self.engine.step(
             self.loader.micro_batches(step),
             self.resolved.accumulation(step),
             lr_multiplier,
-            measure=told,
+            measure=logged,
             asked=self.requests.take(),
         )
         seconds = time.perf_counter() - start
         if not taken.applied:
             self.history["skipped"].append({"step": done, "reason": "nonfinite", "windows": 0})
-            self.tell("skip", step=done, loss=str(taken.loss), grad_norm=str(taken.grad_norm))
+            self.log("skip", step=done, loss=str(taken.loss), grad_norm=str(taken.grad_norm))
             return taken.asked
         fact = {
             "step": done,
@@ -155,8 +155,8 @@ class Trainer:
             "grad_norm": taken.grad_norm,
         }
         self.history["step"].append(fact)
-        if told:
-            self.tell("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
+        if logged:
+            self.log("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
         return taken.asked
 
     def samples(self, step: int) -> tuple[int, int]:
@@ -165,7 +165,7 @@ class Trainer:
         return first + skipped_sequences(self.history), count
 
     def validate(self, done: int) -> None:
-        """Loss and bits per byte on the same held-out sequences each time; a warning where they are not finite.
+        """Log loss and bits per byte on the same held-out sequences each time; a warning where they are not finite.
 
         The ranks take turns; one that runs out repeats the last sequence without weight, because at ZeRO 3 all must
         call the model equally often. Ranks that share sequences count them once each, which no ratio of sums notices.
@@ -176,24 +176,28 @@ class Trainer:
         size = self.resolved.micro_batch * self.data_parallel_size
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
         for start in range(0, len(sequences), size):
-            places = (
+            indices = (
                 start
                 + self.data_parallel_rank
                 + self.data_parallel_size * np.arange(self.resolved.micro_batch)
             )
-            batch = self.held_out.take(np.minimum(places, sequences[-1]))
+            batch = self.held_out.take(np.minimum(indices, sequences[-1]))
             losses = self.engine.token_losses(batch)
-            weight = torch.from_numpy(places <= sequences[-1]).to(losses.device)[:, None]
+            weight = torch.from_numpy(indices <= sequences[-1]).to(losses.device)[:, None]
             sums += text_sums(losses, self.token_bytes[batch.targets_BT.to(losses.device)], weight)
-        nats_all, count, nats_text, text_bytes = self.engine.sum(sums).tolist()
-        if not math.isfinite(nats_all):
+        loss_sum, count, text_loss_sum, text_bytes = self.engine.sum(sums).tolist()
+        if not math.isfinite(loss_sum):
             return self.report_diverged(done)
-        fact = {"step": done, "loss": nats_all / count, "bits_per_byte": bits_per_byte(nats_text, text_bytes)}
+        fact = {
+            "step": done,
+            "loss": loss_sum / count,
+            "bits_per_byte": bits_per_byte(text_loss_sum, text_bytes),
+        }
         self.history["validation"].append(fact)
-        self.tell("validation", **fact, tokens=self.config.tokens_after(done))
+        self.log("validation", **fact, tokens=self.config.tokens_after(done))
 
     def report_diverged(self, done: int) -> None:
-        """Tell that the held-out loss is not finite; after the last step that ends the run.
+        """Warn that the held-out loss is not finite; after the last step that ends the run.
 
         Raises:
             UserError: it was the last step.
@@ -202,18 +206,18 @@ class Trainer:
         if done == self.config.steps:
             self.spikes.require_any(self.history, done)
             raise UserError(message)
-        self.tell("warning", message=message)
+        self.log("warning", message=message)
 
     def save(self, done: int) -> None:
         """Begin a checkpoint: training waits for the copy in memory, not for the disk."""
-        self.tell_saved(self.saver.wait())
+        self.log_saved(self.saver.wait())
         since = time.perf_counter()
-        pieces = self.engine.snapshot()
+        slices = self.engine.snapshot()
         if self.rank == 0:
-            checkpoint.begin(self.job.checkpoints, done, size=size_of(pieces) * self.ranks)
+            checkpoint.begin(self.job.checkpoints, done, size=size_of(slices) * self.ranks)
         dist.barrier()
         history = {kind: list(facts) for kind, facts in self.history.items()}
-        self.saver.start(done, pieces, history, since)
+        self.saver.start(done, slices, history, since)
 
     def kept_checkpoints(self) -> dict[str, int | None]:
         """Find which checkpoints stay, in the words of `checkpoint.prune`."""
@@ -221,13 +225,13 @@ class Trainer:
         spare = recovery.rollback_every if recovery.spike_z else None
         return {"keep": runtime.keep_checkpoints, "every": runtime.keep_every, "spare": spare}
 
-    def tell_saved(self, saved: Saved | None) -> None:
-        """Tell of a checkpoint that is whole."""
+    def log_saved(self, saved: Saved | None) -> None:
+        """Log a checkpoint that is whole."""
         if saved:
-            self.tell("checkpoint", step=saved.step, seconds=round(saved.seconds, 3), bytes=saved.bytes)
+            self.log("checkpoint", step=saved.step, seconds=round(saved.seconds, 3), bytes=saved.bytes)
 
     def resume(self) -> int:
-        """Load the newest whole checkpoint; the number of steps already taken."""
+        """Load the newest whole checkpoint; return the number of steps already taken."""
         newest = self.newest_checkpoint()
         if newest is None:
             if self.spikes.saves_at(0):
@@ -235,9 +239,9 @@ class Trainer:
             return 0
         checkpoint.require_same_training(newest, self.job.setup)
         if changed := checkpoint.changes(newest, self.job.setup):
-            self.tell("warning", message=changed)
-        self.take_up(newest)
-        self.tell("resume", step=newest.step)
+            self.log("warning", message=changed)
+        self.load(newest)
+        self.log("resume", step=newest.step)
         return newest.step
 
     def roll_back(self, done: int, z: float) -> int:
@@ -245,45 +249,45 @@ class Trainer:
 
         That is saved again with what is to be skipped, so that a start after a kill knows.
         """
-        self.tell_saved(self.saver.wait())
+        self.log_saved(self.saver.wait())
         until, plan = self.spikes.rollback_to(self.history, done), self.config.plan
         target = self.newest_checkpoint(until)
         assert target is not None, f"no whole checkpoint up to step {until} to roll back to"
         spike = {"step": done, "reason": "spike", "loss": self.history["step"][-1]["loss"], "z": round(z, 3)}
         sequences = plan.sequences_before(done) - plan.sequences_before(target.step)
-        self.take_up(target)
+        self.load(target)
         self.history["skipped"].append({**spike, "windows": sequences})
-        self.tell("rollback", **spike, to=target.step, windows=sequences)
+        self.log("rollback", **spike, to=target.step, windows=sequences)
         self.save(target.step)
-        self.tell_saved(self.saver.wait())
+        self.log_saved(self.saver.wait())
         dist.barrier()
         return target.step
 
     def newest_checkpoint(self, until: int | None = None) -> checkpoint.Checkpoint | None:
-        """The newest whole checkpoint, of at most ``until`` steps; torn and later ones are removed."""
+        """Find the newest whole checkpoint, of at most ``until`` steps; torn and later ones are removed."""
         found: list[Any] = [None]
         if self.rank == 0:
             found[0], problems = checkpoint.recover(self.job.checkpoints, until)
             for message in problems:
-                self.tell("warning", message=message)
+                self.log("warning", message=message)
         dist.broadcast_object_list(found)
         return found[0]
 
-    def take_up(self, saved: checkpoint.Checkpoint) -> None:
-        """Be where the training was when ``saved`` was made."""
+    def load(self, saved: checkpoint.Checkpoint) -> None:
+        """Load state and history of ``saved``. A collective."""
         root = self.job.checkpoints
         self.engine.restore(checkpoint.folder_of(root, saved.step))
         self.history = checkpoint.read_history(root, saved)
 
     def leave(self, done: int) -> None:
         """End because a signal asked to, when all is on disk."""
-        self.tell_saved(self.saver.wait())
-        self.tell("interrupted", step=done)
+        self.log_saved(self.saver.wait())
+        self.log("interrupted", step=done)
         dist.barrier()
-        raise Interrupted(f"interrupted after step {done}, which is saved: run it again to go on")
+        raise Interrupted(f"interrupted after step {done}, which is saved: run it again to resume")
 
     def write_results(self) -> None:
-        """The artifact's files, the model last: it says that the others are there."""
+        """Write the artifact's files, the model last: it marks them as complete."""
         weights = self.engine.weights()
         if self.rank == 0:
             for kind, name in (("step", "losses"), ("validation", "validation")):
@@ -295,10 +299,10 @@ class Trainer:
             save_model(self.job.model, weights, self.job.out)
         dist.barrier()
 
-    def say_start(self) -> None:
-        """The event that opens a run."""
+    def log_start(self) -> None:
+        """Log the event that opens a run."""
         config, resolved = self.config, self.resolved
-        self.tell(
+        self.log(
             "start",
             precision=resolved.precision,
             reason=resolved.precision_reason,
@@ -313,14 +317,14 @@ class Trainer:
             matmul_flops=self.peak_flops,
         )
 
-    def tell(self, event: str, **fields: Any) -> None:
-        """Write an event, on rank 0."""
+    def log(self, event: str, **fields: Any) -> None:
+        """Log an event, on rank 0."""
         if self.events is not None:
             self.events.write(event, **fields)
 
     def speed(self, step: int, seconds: float) -> dict[str, float]:
-        """Tokens a second, memory (bytes), time left (s), and the model FLOPs as a part of what the ranks'
-        matrix products reached when probed at the start (of a rank's memory, its own)."""
+        """Return tokens a second, memory (bytes, of this rank), time left (s), and MFU: the model FLOPs over what
+        the ranks' matrix products reached when probed at the start."""
         config = self.config
         tokens = config.plan.sequences_at(step) * config.model.context
         rate = tokens / seconds
@@ -336,7 +340,7 @@ class Trainer:
 
 
 def resolved_by_rank_0(job: Job) -> Job:
-    """The job with what its ranks compute with, worked out on rank 0 where their starter couldn't. A collective.
+    """Return the job with what its ranks compute with, worked out on rank 0 where their starter couldn't. A collective.
 
     Raises:
         UserError: something that is asked for cannot run here.

@@ -191,7 +191,7 @@ def test_a_source_says_the_format_of_files_whose_names_do_not(tmp_path: Path, na
     assert [one.name for one in without.listings[0]] == ["a.csv", "b.tar"]
     assert sum(without.left_out().values()) == 1
     alone = config(folder / name)
-    with pytest.raises(UserError, match=r"`format` says what others hold"):
+    with pytest.raises(UserError, match=r"`format` sets that of others"):
         alone.resolve()
 
 

@@ -184,8 +184,8 @@ def test_a_data_set_goes_on_at_any_row_where_it_stopped(sharded: Path, limit: di
     for stop in (1, 6, 7, 39, 40, 41, 80):
         first = HubRows(source, listed, 0, 3, None)
         before = list(islice(first, stop))
-        place = json.loads(json.dumps(first.place()))
-        assert before + list(HubRows(source, listed, 0, 3, place)) == whole
+        position = json.loads(json.dumps(first.position()))
+        assert before + list(HubRows(source, listed, 0, 3, position)) == whole
 
 
 def test_a_killed_data_set_keeps_its_whole_parts_and_ends_the_same(sharded: Path, tmp_path: Path) -> None:
@@ -216,7 +216,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read_by_split_and_goes_on_at_any_ro
     whole = list(HubRows(source, listed, 0, 3, None))
     first = HubRows(source, listed, 0, 3, None)
     before = list(islice(first, 9))
-    assert before + list(HubRows(source, listed, 0, 3, json.loads(json.dumps(first.place())))) == whole
+    assert before + list(HubRows(source, listed, 0, 3, json.loads(json.dumps(first.position())))) == whole
     for wrong, message in (
         ({"split": "dev"}, "no split 'dev' among"),
         ({"text_field": "body"}, "no column 'body'"),

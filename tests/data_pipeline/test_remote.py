@@ -20,7 +20,7 @@ from pydantic import ValidationError
 
 from data_pipeline.core.errors import Unresolved, UserError
 from data_pipeline.download import transfer
-from data_pipeline.download.pieces import all_pieces
+from data_pipeline.download.inputs import all_inputs
 from data_pipeline.download.remote import retry_after
 from data_pipeline.download.stage import DownloadConfig, download
 from data_pipeline.stage import LocalContext
@@ -224,7 +224,7 @@ def test_a_server_that_stays_busy_ends_the_stage_after_a_few_attempts(site: Site
     site.busy = 1000
     with pytest.raises(
         ConnectionError,
-        match=r"can't fetch .*lines\.jsonl: the server answers 503 \(5 attempts\); run again to go on",
+        match=r"can't fetch .*lines\.jsonl: the server answers 503 \(5 attempts\); run again to resume",
     ):
         download(planned, {}, tmp_path / "out", LocalContext())
 
@@ -458,8 +458,8 @@ def test_no_key_of_an_address_is_in_a_refusal(site: Site) -> None:
 def test_an_item_of_work_holds_its_own_addresses_only(site: Site, tmp_path: Path) -> None:
     urls = [f"{site.address}/texts/lines.jsonl?part={n}" for n in range(50)]
     planned = site.config(urls=urls).resolve()
-    pieces = all_pieces(planned.sources, planned.listings, 1, tmp_path, LocalContext())
-    assert {pickle.dumps(piece).count(b"?part=") for piece in pieces} == {1}
+    inputs = all_inputs(planned.sources, planned.listings, 1, tmp_path, LocalContext())
+    assert {pickle.dumps(one).count(b"?part=") for one in inputs} == {1}
 
 
 def test_a_netrc_that_cannot_be_read_is_a_mistake_and_its_words_stay_there(

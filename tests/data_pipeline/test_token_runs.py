@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from data_pipeline import sorted_runs as token_runs
 from data_pipeline.hashing import HASHES, hash_column
-from data_pipeline.sorted_runs import RUN, Runs, gather, order_of, pack, unpack, write_run
+from data_pipeline.sorted_runs import RUN, SortedRuns, gather, order_of, pack, unpack, write_run
 from data_pipeline.stage import LocalContext
 
 
-def write(runs: Runs, name: str, ids: list[str], keys: list[int]) -> None:
+def write(runs: SortedRuns, name: str, ids: list[str], keys: list[int]) -> None:
     """A run of documents whose data is their id."""
     with write_run(runs.path(name, 0)) as run:
         for id, key in zip(ids, keys, strict=True):
@@ -39,7 +39,7 @@ def test_documents_with_equal_keys_are_ordered_by_id_whatever_order_they_came_in
 
 
 def test_the_ends_of_the_range_of_keys_belong_to_it(tmp_path: Path) -> None:
-    runs = Runs(tmp_path, ("one",))
+    runs = SortedRuns(tmp_path, ("one",))
     write(runs, "one", ["top", "bottom", "middle"], [HASHES - 1, 0, 5])
     assert runs.between(0, HASHES - 1).column("id").to_pylist() == ["bottom", "middle", "top"]
     assert runs.between(0, 4).column("id").to_pylist() == ["bottom"]
@@ -52,14 +52,14 @@ def test_no_task_opens_more_runs_than_the_fan_in_and_none_of_their_documents_is_
 ) -> None:
     ids = [f"{number:04d}" for number in range(600)]
     keys = hash_column(pa.array(ids), "").tolist()
-    runs = Runs(tmp_path, tuple(f"run{number:02d}" for number in range(30)))
+    runs = SortedRuns(tmp_path, tuple(f"run{number:02d}" for number in range(30)))
     for number, name in enumerate(runs.names):
         write(runs, name, ids[number::30], keys[number::30])
     opened = []
     slices = token_runs.slices
-    between = Runs.between
+    between = SortedRuns.between
 
-    def counted(self: Runs, first: int, last: int) -> pa.RecordBatch:
+    def counted(self: SortedRuns, first: int, last: int) -> pa.RecordBatch:
         opened.append(0)
         return between(self, first, last)
 
@@ -70,7 +70,7 @@ def test_no_task_opens_more_runs_than_the_fan_in_and_none_of_their_documents_is_
     monkeypatch.setattr(token_runs, "FAN_IN", 4)
     monkeypatch.setattr(token_runs, "GATHER_BYTES", 4000)
     monkeypatch.setattr(token_runs, "slices", opens)
-    monkeypatch.setattr(Runs, "between", counted)
+    monkeypatch.setattr(SortedRuns, "between", counted)
     gathered = gather(runs, LocalContext())
     assert len(gathered.names) <= 4
     assert len(gathered.firsts) > 1

@@ -28,7 +28,7 @@ def test_every_setting_has_a_type_and_says_what_it_does() -> None:
 def test_what_is_said_of_a_setting_is_what_its_config_takes() -> None:
     [one] = settings("pretrain.schedule.warmup_share")
     assert (one.type, one.default, one.range) == ("number", "0.02", "from 0, below 1")
-    assert one.description == "Part of the steps in which the rate rises."
+    assert one.description == "Fraction of the steps in which the rate rises."
     [one] = settings("pretrain.tokens")
     assert (one.type, one.default, one.range) == ("integer", "", "from 1")
     [one] = settings("pretrain.optimizer.kind")

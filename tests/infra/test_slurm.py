@@ -327,7 +327,7 @@ def test_how_slurm_trains_is_no_part_of_what_is_trained(finished: Llmill) -> Non
     precision = f"pretrain.precision={manifest['config']['precision']}"
     assert finished.actions(*by_slurm, "pretrain.runtime.ranks=2", precision) == ["reuse"] * 8
     with pytest.raises(
-        UserError, match="precision is auto, which this machine cannot tell for those of Slurm"
+        UserError, match="precision is auto, which this machine cannot resolve for those of Slurm"
     ):
         finished.actions(*by_slurm, "pretrain.runtime.ranks=2")
     with pytest.raises(UserError, match="nodes 2 does not divide ranks 3"):

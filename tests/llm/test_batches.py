@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.core.errors import UserError
-from llm.data.order import batch_sequences, permute, places_of, rank_share, require_batch, unpermute
+from llm.data.order import batch_sequences, permute, positions_of, rank_slice, require_batch, unpermute
 
 SEEDS = st.integers(0, 2**64 - 1)
 
@@ -80,11 +80,11 @@ def test_every_window_is_read_once_before_any_twice(total: int, batches: list[in
 def test_the_number_of_ranks_does_not_change_what_a_step_trains_on(
     step: int, seed: int, shape: tuple[int, int]
 ) -> None:
-    ranks, share = shape
-    whole = batch_sequences(step * ranks * share, ranks * share, seed, 12345)
-    shares = [rank_share(whole, rank, ranks) for rank in range(ranks)]
-    assert np.array_equal(np.concatenate(shares), whole)
-    assert {len(part) for part in shares} == {share}
+    ranks, size = shape
+    whole = batch_sequences(step * ranks * size, ranks * size, seed, 12345)
+    slices = [rank_slice(whole, rank, ranks) for rank in range(ranks)]
+    assert np.array_equal(np.concatenate(slices), whole)
+    assert {len(one) for one in slices} == {size}
 
 
 def test_a_corpus_smaller_than_one_batch_is_refused_with_figures() -> None:
@@ -110,5 +110,5 @@ def test_unpermute_leads_back_to_every_place(total: int, seed: int, epoch: int, 
 @given(total=st.integers(1, 500), seed=SEEDS, first=st.integers(0, 10**6), count=st.integers(1, 300))
 def test_a_window_of_an_epoch_knows_its_place(total: int, seed: int, first: int, count: int) -> None:
     epochs = np.arange(first, first + count) // total
-    found = places_of(batch_sequences(first, count, seed, total), epochs, seed, total)
+    found = positions_of(batch_sequences(first, count, seed, total), epochs, seed, total)
     assert np.array_equal(found, np.arange(first, first + count))

@@ -19,8 +19,8 @@ def make(root: Path, step: int) -> Path:
     """A complete checkpoint of two ranks."""
     folder = checkpoint.begin(root, step)
     for rank in range(2):
-        checkpoint.write_part(folder, rank, {f"weight:value:{4 * rank}": torch.full((4,), float(step))})
-    checkpoint.await_parts(folder, ranks=2, seconds=1)
+        checkpoint.write_shard(folder, rank, {f"weight:value:{4 * rank}": torch.full((4,), float(step))})
+    checkpoint.await_shards(folder, ranks=2, seconds=1)
     checkpoint.commit(folder, step=step, setup=SETUP, history={"step": [step]})
     return checkpoint.folder_of(root, step)
 
@@ -40,9 +40,9 @@ def test_nothing_is_found_where_nothing_was_saved(tmp_path: Path) -> None:
 
 def test_what_was_not_committed_does_not_count(tmp_path: Path) -> None:
     make(tmp_path, 4)
-    checkpoint.write_part(checkpoint.begin(tmp_path, 8), 0, {})
-    with pytest.raises(TimeoutError, match="the parts of 1 of 2 ranks"):
-        checkpoint.await_parts(checkpoint.unfinished(tmp_path, 8), ranks=2, seconds=0.1)
+    checkpoint.write_shard(checkpoint.begin(tmp_path, 8), 0, {})
+    with pytest.raises(TimeoutError, match="the shards of 1 of 2 ranks"):
+        checkpoint.await_shards(checkpoint.unfinished(tmp_path, 8), ranks=2, seconds=0.1)
     assert [found.step for found in checkpoint.complete(tmp_path)] == [4]
 
 
@@ -116,24 +116,24 @@ def test_a_disk_without_room_is_named_before_anything_is_written(tmp_path: Path)
         ({"compile": True}, "compile=False", "compile=True"),
     ],
 )
-def test_another_setup_is_gone_on_with_and_told(changed: dict[str, Any], was: str, is_now: str) -> None:
+def test_another_setup_is_resumed_with_and_reported(changed: dict[str, Any], was: str, is_now: str) -> None:
     made = Checkpoint(step=8, setup=SETUP, files={})
     assert checkpoint.changes(made, SETUP) is None
     checkpoint.require_same_training(made, replace(SETUP, **changed))
     message = checkpoint.changes(made, replace(SETUP, **changed))
     assert message is not None
-    assert f"step 8 was made with {was}, and training goes on with {is_now}:" in message
+    assert f"step 8 was made with {was}, and training resumes with {is_now}:" in message
 
 
 def test_another_precision_is_refused_with_what_it_was() -> None:
     made = Checkpoint(step=8, setup=SETUP, files={})
-    with pytest.raises(UserError, match="step 8 was made in bf16, but pretrain would go on in fp32"):
+    with pytest.raises(UserError, match="step 8 was made in bf16, but pretrain would resume in fp32"):
         checkpoint.require_same_training(made, replace(SETUP, precision="fp32"))
 
 
 def test_layers_split_otherwise_are_refused() -> None:
-    """Parts of matrices are saved as they are, so other ranks cannot take them up."""
+    """Shards of matrices are saved as they are, so other ranks cannot resume from them."""
     made = Checkpoint(step=8, setup=replace(SETUP, tensor_parallel=2), files={})
-    with pytest.raises(UserError, match="made with tensor_parallel=2, but pretrain would go on with 1"):
+    with pytest.raises(UserError, match="made with tensor_parallel=2, but pretrain would resume with 1"):
         checkpoint.require_same_training(made, SETUP)
     checkpoint.require_same_training(made, made.setup)

@@ -217,7 +217,7 @@ def test_a_training_goes_on_with_other_ranks_zero_stages_and_micro_batches(
         last = events(tmp_path, "interrupted")[-1]["step"]
         assert (code, said) == (
             3,
-            f"Interrupted: interrupted after step {last}, which is saved: run it again to go on\n",
+            f"Interrupted: interrupted after step {last}, which is saved: run it again to resume\n",
         )
     one, other = (pq.read_table(out / "losses.parquet")["loss"].to_pylist() for out in (calm, tmp_path))
     assert other == pytest.approx(one, rel=1e-5)

@@ -137,7 +137,10 @@ def test_a_folder_that_does_not_hold_its_model_is_refused(tmp_path: Path) -> Non
     for change, message in (
         ({"model.norm.weight": None}, "lacks weights: norm.weight"),
         ({"model.norm.weight": torch.ones(31)}, r"norm\.weight has shape \[31\], not the config's \[32\]"),
-        ({"model.norm.bias": torch.ones(32)}, r"a weight that its config\.json has no place for: norm\.bias"),
+        (
+            {"model.norm.bias": torch.ones(32)},
+            r"a weight that its config\.json does not describe: norm\.bias",
+        ),
     ):
         save_file(
             {name: w for name, w in {**weights, **change}.items() if w is not None}, file, {"format": "pt"}

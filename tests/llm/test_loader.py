@@ -12,20 +12,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.tokenize.flat import Part, Stream
+from data_pipeline.tokenize.flat import Stream, StreamShard
 from llm.data import loader as module
-from llm.data.loader import Loader, Share
+from llm.data.loader import Loader, RankSlice
 from llm.data.order import batch_sequences
 from llm.data.sequences import Batch, Sequences
 
 CONTEXT, STEPS = 8, 12
-ALONE = Share(0, 1, 4)
+ALONE = RankSlice(0, 1, 4)
 
 
 @pytest.fixture(scope="module")
 def sequences() -> Sequences:
     tokens = np.random.default_rng(0).integers(0, 50, 3000).astype("<u2")
-    return Sequences([Stream([Part(tokens)])], CONTEXT, end=0)
+    return Sequences([Stream([StreamShard(tokens)])], CONTEXT, end=0)
 
 
 def growing(step: int) -> tuple[int, int]:
@@ -33,9 +33,9 @@ def growing(step: int) -> tuple[int, int]:
     return (4 * step, 4) if step < 5 else (20 + 8 * (step - 5), 8)
 
 
-def load(sequences: Sequences, share: Share = ALONE, **options: Any) -> Loader:
+def load(sequences: Sequences, mine: RankSlice = ALONE, **options: Any) -> Loader:
     options = {"order": partial(batch_sequences, seed=3, total=len(sequences)), "samples": growing, **options}
-    return Loader(sequences, options.pop("order"), options.pop("samples"), share, STEPS, **options)
+    return Loader(sequences, options.pop("order"), options.pop("samples"), mine, STEPS, **options)
 
 
 def expected(sequences: Sequences, step: int) -> Batch:
@@ -54,7 +54,7 @@ def assert_same(batches: list[Batch], whole: Batch) -> None:
 def test_whatever_steps_are_asked_for_in_whatever_order_come_out_as_if_made_on_the_spot(
     sequences: Sequences, steps: list[int], ahead: int, micro: int
 ) -> None:
-    with load(sequences, Share(0, 1, micro), ahead=ahead) as batches:
+    with load(sequences, RankSlice(0, 1, micro), ahead=ahead) as batches:
         for step in steps:
             found = batches.micro_batches(step)
             assert [len(part.tokens_BT) for part in found[:-1]] == [micro] * (len(found) - 1)
@@ -65,7 +65,7 @@ def test_whatever_steps_are_asked_for_in_whatever_order_come_out_as_if_made_on_t
 def test_all_ranks_together_read_the_same_windows_whatever_their_number(
     sequences: Sequences, ranks: int
 ) -> None:
-    loaders = [load(sequences, Share(rank, ranks, 1)) for rank in range(ranks)]
+    loaders = [load(sequences, RankSlice(rank, ranks, 1)) for rank in range(ranks)]
     for step in range(STEPS):
         parts = [part for one in loaders for part in one.micro_batches(step)]
         assert_same(parts, expected(sequences, step))

@@ -37,7 +37,7 @@ def test_any_thousand_steps_are_exact_to_within_one_window(
 ) -> None:
     mixture = Mixture.of(weights, batch)
     samples = np.arange(step * batch, (step + PERIOD_STEPS) * batch)
-    found = np.bincount(mixture.places(samples)[0], minlength=len(weights))
+    found = np.bincount(mixture.positions(samples)[0], minlength=len(weights))
     assert found.sum() == PERIOD_STEPS * batch
     for name, count in zip(mixture.names, found.tolist(), strict=True):
         assert abs(count - share(weights, name) * PERIOD_STEPS * batch) < 1
@@ -47,7 +47,7 @@ def test_any_thousand_steps_are_exact_to_within_one_window(
 @given(weights=WEIGHTS, batch=st.integers(1, 4))
 def test_the_windows_of_a_source_lie_evenly(weights: dict[str, float], batch: int) -> None:
     mixture = Mixture.of(weights, batch)
-    sources, _ = mixture.places(np.arange(mixture.period))
+    sources, _ = mixture.positions(np.arange(mixture.period))
     for source, count in enumerate(mixture.counts):
         off = np.cumsum(sources == source) - np.arange(1, mixture.period + 1) * (count / mixture.period)
         assert off.min() > -1
@@ -60,9 +60,9 @@ def test_a_slot_knows_its_place_without_those_before_it(
     weights: dict[str, float], batch: int, first: int, count: int
 ) -> None:
     mixture = Mixture.of(weights, batch)
-    sources, places = mixture.places(np.arange(first, first + count))
+    sources, positions = mixture.positions(np.arange(first, first + count))
     expected = mixture.read_before(first)
-    for source, place in zip(sources.tolist(), places.tolist(), strict=True):
+    for source, place in zip(sources.tolist(), positions.tolist(), strict=True):
         assert place == expected[source]
         expected[source] += 1
     assert expected == mixture.read_before(first + count)
@@ -74,10 +74,10 @@ def test_a_place_of_a_source_knows_the_slot_that_reads_it(
     weights: dict[str, float], batch: int, first: int, count: int
 ) -> None:
     mixture, samples = Mixture.of(weights, batch), np.arange(first, first + count)
-    sources, places = mixture.places(samples)
+    sources, positions = mixture.positions(samples)
     for source in range(len(weights)):
         here = sources == source
-        assert np.array_equal(mixture.samples(source, places[here]), samples[here])
+        assert np.array_equal(mixture.samples(source, positions[here]), samples[here])
 
 
 @settings(max_examples=20, deadline=None)
@@ -110,9 +110,9 @@ def test_the_order_of_a_mixture_never_changes_between_versions() -> None:
     """Golden values: a change here means that a resumed training reads other text than it began with."""
     mixture = Mixture.of({"web": 5, "books": 3, "code": 2}, 2)
     assert mixture == Mixture(("web", "books", "code"), (1000, 600, 400))
-    sources, places = mixture.places(np.arange(1995, 2005))
+    sources, positions = mixture.positions(np.arange(1995, 2005))
     assert sources.tolist() == [0, 1, 0, 1, 0, 2, 0, 1, 0, 2]
-    assert places.tolist() == [997, 598, 998, 599, 999, 400, 1000, 600, 1001, 401]
+    assert positions.tolist() == [997, 598, 998, 599, 999, 400, 1000, 600, 1001, 401]
     assert mixture.order([50, 7, 20], seed=1)(3, 10).tolist() == [23, 74, 31, 56, 3, 52, 49, 60, 13, 53]
 
 
@@ -126,9 +126,9 @@ def test_the_order_of_the_weights_and_their_sum_do_not_matter() -> None:
 
 
 def test_one_source_alone_gets_every_slot() -> None:
-    sources, places = Mixture.of({"a": 0.3}, 3).places(np.arange(5000))
+    sources, positions = Mixture.of({"a": 0.3}, 3).positions(np.arange(5000))
     assert not sources.any()
-    assert np.array_equal(places, np.arange(5000))
+    assert np.array_equal(positions, np.arange(5000))
 
 
 def test_a_weight_that_never_comes_to_a_window_is_refused() -> None:

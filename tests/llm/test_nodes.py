@@ -75,7 +75,7 @@ def test_named_machines_meet_at_the_endpoint() -> None:
 
 
 def test_in_a_job_of_slurm_as_few_machines_work_as_have_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "places", lambda: (8, "GPUs"))
+    monkeypatch.setattr(module, "rank_capacity", lambda: (8, "GPUs"))
     slurm = {"SLURM_JOB_NUM_NODES": "4", "SLURM_JOB_ID": "123456"}
     assert nodes_for(8, slurm) == Nodes()
     nodes = nodes_for(16, slurm)

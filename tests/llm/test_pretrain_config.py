@@ -227,7 +227,7 @@ def test_a_checkpoint_of_another_precision_is_refused_before_anything_starts(
 ) -> None:
     given = config(precision="fp32")
     job(given, corpus, tmp_path, precision="bf16")
-    assert "step 4 was made in bf16, but pretrain would go on in fp32" in refused(given, corpus, tmp_path)
+    assert "step 4 was made in bf16, but pretrain would resume in fp32" in refused(given, corpus, tmp_path)
 
 
 def test_an_automatic_micro_batch_is_that_of_the_checkpoint_and_a_given_one_stays(

@@ -1,4 +1,4 @@
-"""State of a training saved by some ranks and taken up by others, on engines of all ZeRO stages: no stage, no launcher,
+"""State of a training saved by some ranks and resumed by others, on engines of all ZeRO stages: no stage, no launcher,
 so that two ranks can go through all of them in one start."""
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def run_ranks(folder: Path, count: int, stages: list[int], sources: list[str]) -
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """One rank's state, then that of two ranks at each ZeRO stage, each taken up by others."""
+    """One rank's state, then that of two ranks at each ZeRO stage, each resumed by others."""
     folder = tmp_path_factory.mktemp("state")
     one = run_ranks(folder, 1, [0], ["1x0"])
     two = run_ranks(folder, 2, [0, 1, 2, 3], ["1x0", "2x0"])
@@ -29,15 +29,15 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     return folder, one | two | back
 
 
-def pieces(folder: Path) -> dict[str, Any]:
+def joined(folder: Path) -> dict[str, Any]:
     """All that the ranks saved, put together: parameter and kind -> its elements."""
-    runs: dict[str, dict[int, list[float]]] = {}
+    slices: dict[str, dict[int, list[float]]] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        for key, piece in load_file(path).items():
+        for key, values in load_file(path).items():
             name, start = key.rsplit(":", 1)
-            runs.setdefault(name, {})[int(start or 0)] = piece.reshape(-1).tolist()
+            slices.setdefault(name, {})[int(start or 0)] = values.reshape(-1).tolist()
     return {
-        name: [number for start in sorted(parts) for number in parts[start]] for name, parts in runs.items()
+        name: [number for start in sorted(held) for number in held[start]] for name, held in slices.items()
     }
 
 
@@ -48,7 +48,7 @@ STAGES = ["2x0", "2x1", "2x2", "2x3"]
 def test_the_same_ranks_and_stage_go_on_bit_for_bit(saved: tuple[Path, dict[str, Any]], spread: str) -> None:
     folder, said = saved
     assert said[f"{spread} from {spread}"]["losses"] == said[spread]["losses"]
-    assert pieces(folder / f"{spread} from {spread} four") == pieces(folder / f"{spread} four")
+    assert joined(folder / f"{spread} from {spread} four") == joined(folder / f"{spread} four")
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def test_other_ranks_and_stages_hold_the_same_state_and_go_on_to_about_the_same_
 ) -> None:
     folder, said = saved
     source = spread.split()[-1]
-    kept = pieces(folder / f"{source} two")
+    kept = joined(folder / f"{source} two")
     assert {key.split(":")[1] for key in kept} == {
         "value",
         "exp_avg",
@@ -67,7 +67,7 @@ def test_other_ranks_and_stages_hold_the_same_state_and_go_on_to_about_the_same_
         "momentum_buffer",
         "step",
     }
-    assert pieces(folder / spread) == kept
+    assert joined(folder / spread) == kept
     assert said[spread]["losses"] == pytest.approx(said[source]["losses"], rel=1e-6)
 
 
@@ -77,6 +77,6 @@ def test_a_loss_that_is_not_finite_on_one_rank_moves_nothing_on_any(
 ) -> None:
     folder, said = saved
     assert said[spread]["spoilt"] is False
-    assert pieces(folder / f"{spread} spoilt") == pieces(folder / f"{spread} four")
+    assert joined(folder / f"{spread} spoilt") == joined(folder / f"{spread} four")
     assert 0 < said[spread]["next"] < 10
-    assert pieces(folder / f"{spread} four") != pieces(folder / f"{spread} two")
+    assert joined(folder / f"{spread} four") != joined(folder / f"{spread} two")

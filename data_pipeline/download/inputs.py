@@ -1,4 +1,4 @@
-"""Content of sources, in pieces and groups of about a shard of text: one group is one item of work.
+"""Content of sources, as inputs and groups of about a shard of text: one group is one item of work.
 
 Groups are made from the listing alone, so they are the same whoever reads them, in whatever order.
 """
@@ -20,23 +20,23 @@ EXPANSION = 3
 """Text is taken to be this many times larger than its compressed file, when files are grouped."""
 
 HUB_GROUPS = 256
-"""Into at most so many groups are the shards of a data set dealt."""
+"""Groups that the shards of a data set are dealt into, at most."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class Input:
     """A file of a source, a slice of it, or the shards ``first`` to ``end`` (without it) of a data set."""
 
     source: Source
     listed: Listed
-    part: Slice | None = None
+    slice: Slice | None = None
     first: int = 0
     end: int = 1
 
     @property
     def size(self) -> int:
         """Bytes as stored; 0 where it isn't known."""
-        return self.listed.size // (self.part.count if self.part else 1)
+        return self.listed.size // (self.slice.count if self.slice else 1)
 
     @property
     def is_remote(self) -> bool:
@@ -49,41 +49,41 @@ class Group:
     """One item of work: what is read into one shard (into several where it is large)."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    inputs: tuple[Input, ...]
 
 
-def group_files(pieces: Iterable[Piece], shard_bytes: int) -> list[Group]:
-    """Pieces, in order, in groups of about ``shard_bytes``; what has no known size stands alone."""
-    groups: list[list[Piece]] = [[]]
+def group_files(inputs: Iterable[Input], shard_bytes: int) -> list[Group]:
+    """Group inputs, in order, in groups of about ``shard_bytes``; what has no known size stands alone."""
+    groups: list[list[Input]] = [[]]
     filled = 0
-    for piece in pieces:
-        alone = isinstance(piece.source, HuggingFaceSource) or (piece.is_remote and not piece.size)
+    for one in inputs:
+        alone = isinstance(one.source, HuggingFaceSource) or (one.is_remote and not one.size)
         if alone or filled >= shard_bytes:
             groups.append([])
             filled = 0
-        groups[-1].append(piece)
-        expected = piece.size * (EXPANSION if is_compressed(piece.listed.name) else 1)
+        groups[-1].append(one)
+        expected = one.size * (EXPANSION if is_compressed(one.listed.name) else 1)
         filled += shard_bytes if alone else expected
     return [Group(index, tuple(group)) for index, group in enumerate(filter(None, groups))]
 
 
 def name_of(group: Group) -> str:
-    """Return what people see of an item of work."""
-    first, last = group.pieces[0], group.pieces[-1]
+    """Return the name of a group as it is shown."""
+    first, last = group.inputs[0], group.inputs[-1]
     if isinstance(first.source, HuggingFaceSource):
         return f"{first.listed.name} {first.first} .. {first.end - 1}"
-    if first.part:
-        return f"{first.listed.name} {first.part.index + 1}/{first.part.count}"
+    if first.slice:
+        return f"{first.listed.name} {first.slice.index + 1}/{first.slice.count}"
     return first.listed.name if first == last else f"{first.listed.name} .. {last.listed.name}"
 
 
-def all_pieces(
+def all_inputs(
     sources: Sequence[Source],
     listings: Sequence[Sequence[Listed]],
     shard_bytes: int,
     scratch: Path,
     context: StageContext,
-) -> Iterator[Piece]:
+) -> Iterator[Input]:
     """Yield what is listed, in order: files, slices of large ones, and the shards of data sets."""
     listed = [(source, one) for source, listing in zip(sources, listings, strict=True) for one in listing]
     large = {
@@ -98,22 +98,22 @@ def all_pieces(
     for number, (source, one) in enumerate(listed):
         source = travelling[source.name]
         if isinstance(source, HuggingFaceSource):
-            yield from pieces_of_hub(source, one, scratch)
+            yield from inputs_of_hub(source, one, scratch)
         else:
-            yield from (Piece(source, one, part) for part in slices.get(number, [None]))
+            yield from (Input(source, one, cut) for cut in slices.get(number, [None]))
 
 
 def without_addresses(source: Source) -> Source:
-    """A source as it travels with each item of work: of an HTTP source's addresses, which may be a hundred thousand,
+    """Return a source as it travels with each item of work: of an HTTP source's addresses, maybe a hundred thousand,
     an item has those that it reads in its listing."""
     return source.model_copy(update={"urls": (), "sha256": {}}) if isinstance(source, HttpSource) else source
 
 
-def pieces_of_hub(source: HuggingFaceSource, listed: Listed, scratch: Path) -> Iterator[Piece]:
-    """A data set's shards in runs of about as many; in one where its reading is to end somewhere."""
+def inputs_of_hub(source: HuggingFaceSource, listed: Listed, scratch: Path) -> Iterator[Input]:
+    """Yield a data set's shards in groups of about as many; in one where its reading is to end somewhere."""
     note = scratch / f"shards-{source.name}.json"
     count = once(note, lambda: {"shards": shards_of(source, listed)})["shards"]
     limited = source.max_rows is not None or source.max_bytes is not None
-    runs = 1 if limited else min(count, HUB_GROUPS)
-    for run in range(runs):
-        yield Piece(source, listed, first=run * count // runs, end=(run + 1) * count // runs)
+    groups = 1 if limited else min(count, HUB_GROUPS)
+    for group in range(groups):
+        yield Input(source, listed, first=group * count // groups, end=(group + 1) * count // groups)

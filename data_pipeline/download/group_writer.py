@@ -1,6 +1,6 @@
-"""Results of a group of files: parts of documents and rejected records, and how far they reach into the group.
+"""Results of a group of files: shards of documents and rejected records, and how far they reach into the group.
 
-Each part that is whole is noted on disk with the place in the group where it ends. A group that was killed is
+Each shard that is whole is noted on disk with the position in the group where it ends. A group that was killed is
 resumed from there, and gives the same files as one that was not.
 """
 
@@ -23,14 +23,14 @@ COUNTS = ("documents", "bytes", "rejected", "passed_over")
 
 @dataclass
 class Progress:
-    """Where a group stands after its last whole part, and what came of it until there."""
+    """State of a group after its last whole shard, and what came of it; field names are keys of the file."""
 
     piece: int = 0
     """The position of the file in its group."""
     place: Any = None
-    """The place in this file, as its reader says; None: its start."""
+    """The position in this file, as its reader returns it; None: its start."""
     parts: list[tuple[bool, bool]] = field(default_factory=list)
-    """Flags of each part: whether it has documents, and whether it has rejected records."""
+    """Flags of each shard: whether it has documents, and whether it has rejected records."""
     documents: Counter[str] = field(default_factory=Counter)
     """Documents by source; so are the following."""
     bytes: Counter[str] = field(default_factory=Counter)
@@ -50,8 +50,8 @@ class Progress:
         return cls(**kept)
 
 
-class Parts:
-    """Writes ``<stem>-documents-000.parquet``, ``<stem>-rejected-000.parquet``, ... as ``shard_bytes`` asks for."""
+class GroupWriter:
+    """Writer of ``<stem>-documents-000.parquet``, ``<stem>-rejected-000.parquet``, ... as ``shard_bytes`` asks for."""
 
     def __init__(self, stem: Path, shard_bytes: int) -> None:
         self._stem = stem
@@ -64,7 +64,7 @@ class Parts:
 
     @property
     def full(self) -> bool:
-        """Whether the part has reached ``shard_bytes``."""
+        """Whether the shard has reached ``shard_bytes``."""
         return self._filled >= self._shard_bytes
 
     def add(self, id: str, record: Text, source: str, meta: str) -> None:
@@ -86,20 +86,20 @@ class Parts:
 
     def _writer(self, kind: str) -> ShardWriter:
         if kind not in self._writers:
-            path = part_path(self._stem, kind, len(self.progress.parts))
+            path = shard_path(self._stem, kind, len(self.progress.parts))
             schema = SCHEMA if kind == "documents" else REJECTED
             self._writers[kind] = self._open.enter_context(write_shard(path, schema))
         return self._writers[kind]
 
-    def seal(self, piece: int, place: Any) -> None:
-        """End the part here, and note where that is."""
+    def seal(self, index: int, position: Any) -> None:
+        """End the shard here, after ``position`` in input ``index`` of the group, and note that on disk."""
         self._close()
-        self.progress.piece, self.progress.place = piece, place
+        self.progress.piece, self.progress.place = index, position
         with atomic_path(self._note) as temporary:
             temporary.write_text(json.dumps(vars(self.progress), allow_nan=False), encoding="utf-8")
 
     def finish(self) -> dict[str, Any]:
-        """End the last part; what came of the whole group, as JSON."""
+        """End the last shard; return what came of the whole group, as JSON."""
         self._close()
         tally = vars(self.progress)
         return {key: tally[key] for key in (*COUNTS, "parts")}
@@ -118,22 +118,22 @@ class Parts:
         self._open.__exit__(*fault)
 
 
-def part_path(stem: Path, kind: str, number: int) -> Path:
-    """The file of a part; ``kind`` is documents or rejected."""
+def shard_path(stem: Path, kind: str, number: int) -> Path:
+    """Return the file of a shard; ``kind`` is documents or rejected."""
     return stem.with_name(f"{stem.name}-{kind}-{number:03d}.parquet")
 
 
-def final_places(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Path) -> dict[Path, Path]:
-    """{final name: the part that it was} for all groups, in order."""
+def final_paths(scratch: Path, tallies: Sequence[Mapping[str, Any]], out: Path) -> dict[Path, Path]:
+    """Return {final path: path of the shard in ``scratch``} for all groups, in order."""
     moves: dict[Path, Path] = {}
     numbers = Counter[str]()
     folders = {"documents": out, "rejected": out / "rejected"}
     for group, tally in enumerate(tallies):
-        for part, present in enumerate(tally["parts"]):
+        for number, present in enumerate(tally["parts"]):
             for kind, there in zip(("documents", "rejected"), present, strict=True):
                 if there:
                     final = folders[kind] / f"{kind}-{numbers[kind]:05d}.parquet"
-                    moves[final] = part_path(group_stem(scratch, group), kind, part)
+                    moves[final] = shard_path(group_stem(scratch, group), kind, number)
                     numbers[kind] += 1
     return moves
 

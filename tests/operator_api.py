@@ -36,10 +36,18 @@ class Prefect:
         chosen = {"deployments": {"name": {"any_": [deployment]}}}
         return self.post("flow_runs/filter", **chosen, sort="EXPECTED_START_TIME_ASC")
 
-    def start(self, deployment: str, job_variables: dict[str, Any] | None = None, **parameters: Any) -> str:
-        """What the button "Run" does."""
+    def start(
+        self,
+        deployment: str,
+        job_variables: dict[str, Any] | None = None,
+        *,
+        called: str = "",
+        **parameters: Any,
+    ) -> str:
+        """What the button "Run" does; ``called`` is typed into the form as the run's name."""
         known = self.get(f"deployments/name/pipeline/{deployment}")
         body = {"parameters": parameters, "job_variables": job_variables or {}}
+        body |= {"name": called} if called else {}
         return self.post(f"deployments/{known['id']}/create_flow_run", **body)["id"]
 
     def retry(self, flow_run: str) -> None:

@@ -261,7 +261,7 @@ def statuses(site: Site, flow_run: str) -> set[str]:
 
 def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_says_so(site: Site):
     """Suspended by a button, resumed by another, cancelled by a third."""
-    run = site.prefect.start("small", settings=LONG)
+    run = site.prefect.start("small", called="второй 2nd", settings=LONG, note="as long as it takes")
     in_training(site, run)
     suspend(site, run, "Suspended")
     before = saved(site)
@@ -280,6 +280,9 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
     message = f"pretrain: cancelled in Prefect; step {last_step(site)} is saved"
     assert ended["state"]["message"] == message
     assert message in site.prefect.log(run)
+    assert ended["name"] == "второй 2nd"
+    assert parents(site)[-1].info.run_name == ended["name"]
+    assert "as long as it takes" in parents(site)[-1].data.tags["mlflow.note.content"]
     assert told(site)["summary"] == message
     assert "KILLED" in until(lambda: statuses(site, run), lambda all: "RUNNING" not in all, 30)
     with Store(site.llmill.home).lock("pretrain", partial.name.removesuffix(".partial")).acquire(timeout=0):

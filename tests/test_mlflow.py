@@ -116,6 +116,34 @@ def test_a_whole_run_has_the_curves_over_steps_and_over_tokens(client, finished,
     assert client.get_metric_history(parent.info.run_id, "system/cpu_utilization_percentage")
 
 
+def test_a_whole_run_lists_its_data_sets_and_its_models(client, parent, manifests):
+    listed = {one.dataset.name: one.dataset.digest for one in parent.inputs.dataset_inputs}
+    assert listed == {
+        step: manifests[step]["fingerprint"] for step in ("download", "clean", "dedup", "tokenize")
+    }
+    models = [client.get_logged_model(one.model_id) for one in parent.outputs.model_outputs]
+    assert sorted(model.model_type for model in models) == ["checkpoint", "export"]
+    assert {model.tags["llmill.fingerprint"] for model in models} == {
+        manifests[step]["fingerprint"] for step in ("pretrain", "export")
+    }
+
+
+def test_a_registered_model_shows_how_good_it_is_and_on_which_data(client, manifests):
+    [version] = client.search_model_versions("name = 'small'")
+    scores, trained = manifests["evaluate"]["metrics"], manifests["pretrain"]["metrics"]
+    assert scores["documents"] < 10, "of so few there is no interval"
+    said = f"{scores['bits_per_byte']:.4f}"
+    assert version.tags["bits_per_byte"] == said
+    assert version.tags["tokens"] == f"{trained['tokens']:,.0f}"
+    assert version.tags["recipe"] == "small"
+    assert said in version.description
+    model = client.get_logged_model(version.model_id)
+    figures = {metric.key: metric for metric in model.metrics}
+    assert figures["bits_per_byte"].value == scores["bits_per_byte"]
+    assert figures["bits_per_byte"].dataset_digest == manifests["tokenize"]["fingerprint"]
+    assert figures["parameters"].value == trained["parameters"]
+
+
 def test_of_a_long_training_a_whole_run_has_what_a_chart_needs():
     for steps in (100, 1_000, 30_000, 1_000_000):
         drawn = [step for step in range(1, steps + 1) if is_drawn(step)]
@@ -125,7 +153,13 @@ def test_of_a_long_training_a_whole_run_has_what_a_chart_needs():
 
 def test_the_digest_of_a_dataset_input_is_the_fingerprint_of_the_artifact(children, manifests):
     for stage, child in children.items():
-        inputs = {entry.dataset.name: entry.dataset.digest for entry in child.inputs.dataset_inputs}
+        contexts = {id(entry): entry.tags[0].value for entry in child.inputs.dataset_inputs}
+        assert set(contexts.values()) <= ({"input", "eval"} if stage == "export" else {"input"})
+        inputs = {
+            entry.dataset.name: entry.dataset.digest
+            for entry in child.inputs.dataset_inputs
+            if contexts[id(entry)] == "input"
+        }
         recorded = manifests[stage]["inputs"]
         assert inputs == {source["stage"]: source["fingerprint"] for source in recorded.values()}
         assert set(recorded) == {one.rstrip("?") for one in BY_NAME[stage].takes}

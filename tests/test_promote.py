@@ -94,7 +94,10 @@ def test_the_first_is_promoted_a_better_one_follows_and_a_worse_one_is_refused(l
     assert list(by_name) == ["bits per byte", "logits parity", "checksums", "decontamination"]
     assert by_name["bits per byte"]["evidence"]["high"] > by_name["bits per byte"]["evidence"]["margin"]
     assert by_name["decontamination"]["evidence"]["sets"][0][0]["dropped"] > 0
-    tags = client.get_model_version(NAME, "3").tags
+    refused = client.get_model_version(NAME, "3")
+    tags = refused.tags
+    assert "models:/chosen/3 was refused" in refused.description
+    assert "✗ **bits per byte**" in refused.description
     assert (tags["llmill.promote.outcome"], tags["llmill.promote.failed"]) == ("refused", "bits per byte")
     assert (
         client.get_run(tags["llmill.promote.evidence"]).data.tags["llmill.promote.model"]

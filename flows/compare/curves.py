@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from flows.compare.rows import Row
-from flows.compare.statistics import Floats
 from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
+from llm.evaluate.statistics import Floats
 from llm.pretrain.config import tokens_at
 from llm.training.events import read_events
 

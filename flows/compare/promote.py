@@ -241,6 +241,7 @@ def carry_out(registry: Registry, home: Path, decision: Decision) -> str:
         "evidence": finding.link,
         "decided": decision.decided,
     }
+    registry.describe(version, f"{decision.decided}: {decision.note}")
     registry.tag(version, {f"llmill.promote.{key}": value for key, value in of_version.items()})
     if not decision.failed:
         registry.promote(version)

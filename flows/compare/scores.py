@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from flows.compare.statistics import MIN_DOCUMENTS, Floats
 from flows.compare.subjects import Subject
+from llm.evaluate.statistics import MIN_DOCUMENTS, Floats
 
 
 class NotComparable(Exception):

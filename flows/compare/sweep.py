@@ -19,7 +19,6 @@ from data_pipeline.core.files import write_durably
 from data_pipeline.documents import count_rows
 from flows.compare.compare import Comparison, compare
 from flows.compare.log import files, note
-from flows.compare.statistics import MIN_DOCUMENTS
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
 from flows.engine.continuation import read_record
@@ -31,6 +30,7 @@ from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.translate import Operation, candidate
 from flows.listeners.terminal import Terminal, TerminalListener
 from flows.recipe import Recipe, load_recipe, shown
+from llm.evaluate.statistics import MIN_DOCUMENTS
 
 SEED = "pretrain.seed"
 COMMAS = re.compile(r",(?![^\[{]*[\]}])")

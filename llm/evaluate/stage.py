@@ -29,6 +29,7 @@ from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
+from llm.evaluate.statistics import MIN_DOCUMENTS, RESAMPLES, paired_bootstrap
 from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
 
@@ -202,7 +203,19 @@ def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) 
     with atomic_path(out / "report.md") as path:
         path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")
     by_source = {f"bits_per_byte/{source}": scores["bits_per_byte"] for source, scores in sources.items()}
-    return metrics | by_source
+    return metrics | interval(rows) | by_source
+
+
+def interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the 95% interval of bits per byte over documents that these might have been drawn from; none of few."""
+    scored = [row for row in rows if row["bytes"]]
+    if len(scored) < MIN_DOCUMENTS:
+        return {}
+    bits_D = np.array([row["text_nats"] / math.log(2) for row in scored])
+    sizes_D = np.array([row["bytes"] for row in scored], np.float64)
+    resamples = min(RESAMPLES, max(500, 20_000_000 // len(scored)))  # a second or two, however many there are
+    [found] = paired_bootstrap(bits_D[None], sizes_D, resamples)
+    return {"bits_per_byte_low": found.low, "bits_per_byte_high": found.high}
 
 
 def report(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flows.compare.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
 from flows.compare.verdict import Claim
+from llm.evaluate.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
 
 WORLDS = 500
 EFFECT = 0.02

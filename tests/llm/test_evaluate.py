@@ -16,7 +16,7 @@ from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.evaluate import stage as module
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.stage import Document, batched, choose, cut, evaluate, read
+from llm.evaluate.stage import Document, batched, choose, cut, evaluate, interval, read
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 
@@ -149,3 +149,25 @@ def test_windows_make_every_token_a_target_once() -> None:
     lengths = [len(tokens) for _, tokens in windows]
     assert lengths == sorted(lengths, reverse=True)
     assert [window for batch in batched(windows) for window in batch] == windows
+
+
+def test_the_interval_of_bits_per_byte_holds_the_truth_as_often_as_it_promises() -> None:
+    """Over documents of lengths that differ by orders of magnitude, of which one in so many is hard."""
+    draw = np.random.default_rng(7)
+
+    def documents(count: int) -> list[dict[str, float]]:
+        sizes = np.exp(draw.normal(6, 1, count)).round() + 1
+        rates = np.where(draw.random(count) < 0.1, 3.0, 1.0) + draw.normal(0, 0.1, count)
+        return [
+            {"bytes": size, "text_nats": size * rate * math.log(2)}
+            for size, rate in zip(sizes.tolist(), rates.tolist(), strict=True)
+        ]
+
+    population = documents(200_000)
+    truth = (
+        sum(one["text_nats"] for one in population) / sum(one["bytes"] for one in population) / math.log(2)
+    )
+    found = [interval(documents(100)) for _ in range(120)]
+    held = sum(one["bits_per_byte_low"] <= truth <= one["bits_per_byte_high"] for one in found)
+    assert 105 <= held <= 120
+    assert interval(documents(9)) == {}

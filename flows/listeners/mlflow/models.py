@@ -30,6 +30,7 @@ from flows.engine.store import LINKED, Artifact
 from flows.engine.training import EVENTS, read_lines
 from flows.listeners.markdown import code
 from flows.listeners.mlflow.lineage import FINGERPRINT, WEIGHTS
+from flows.listeners.mlflow.model_metrics import log_metrics, measured
 from flows.listeners.mlflow.points import event_points
 from flows.listeners.mlflow.registry import CANDIDATE, CHAMPION
 
@@ -92,8 +93,10 @@ def new_version(client: MlflowClient, run_id: str, artifact: Artifact, weights: 
         if weights == "here":
             with laid_out(artifact, model, run_id) as folder:
                 client.log_model_artifacts(model.model_id, str(folder))
+        log_metrics(client, run_id, model, artifact)
         finish(client, model)
         place, about = model.artifact_location, description(artifact, weights == "here")
+        tags |= measured(artifact).tags
         client.create_model_version(name, place, run_id, tags, None, about, model_id=model.model_id)
 
 
@@ -123,6 +126,7 @@ def description(artifact: Artifact, upload: bool) -> str:
     return (
         f"Exported by llmill: {artifact.metrics['parameters']:,.0f} parameters, logits within "
         f"{artifact.metrics['logits_max_abs_difference']:.1e} of those that were trained. Load it by {how}.\n\n"
+        f"{measured(artifact).summary}\n\n"
         f"Sealed in {code(str(artifact.path))}; `llmill trace {artifact.fingerprint}` shows what it was made from."
     )
 

@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import TypeVar
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelOutput, Metric, Param, Run, RunTag
 from mlflow.exceptions import MlflowException, RestException
 from requests import HTTPError
 
 from flows.engine.store import Damaged, Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.description import NOTE, clipped, links
-from flows.listeners.mlflow.lineage import KEY, PARENT
+from flows.listeners.mlflow.lineage import FINGERPRINT, KEY, PARENT
 from flows.listeners.mlflow.links import (
     HOME,
     VIEW,
@@ -50,6 +50,7 @@ EXPERIMENT_TAGS = {
     "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
 }
 METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
+LISTED = 50  # models of an artifact: a training logs twenty at most
 LOG = "log"  # neighbouring params, tags and metrics of one run, sent together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 REFUSING = {400, 413, 422}  # HTTP statuses of an artifact store
@@ -289,6 +290,18 @@ class Mlflow:
         ]
         self._client.log_inputs(self._run(experiment, operation["run"]), datasets=inputs)
 
+    def _models(self, experiment: str, operation: Operation) -> None:
+        """List on a run the models that an artifact is known as: the last one of a training, an export."""
+        run_id, known = self._run(experiment, operation["run"]), f"'{operation['fingerprint']}'"
+        found = self._client.search_logged_models(
+            [self._experiment(experiment)], f"tags.`{FINGERPRINT}` = {known}", max_results=LISTED
+        )
+        of_step = {int(model.params.get("step", 0)): model.model_id for model in found}
+        listed = {one.model_id for one in self._client.get_run(run_id).outputs.model_outputs}
+        if of_step and of_step[max(of_step)] not in listed:
+            step = max(of_step)
+            self._client.log_outputs(run_id, [LoggedModelOutput(of_step[step], step)])
+
     def _log_entries(
         self, run_id: str, params: list[Param], tags: list[RunTag], metrics: list[Metric]
     ) -> None:
@@ -380,6 +393,7 @@ OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
     "untag": Mlflow._untag,
     "link": Mlflow._link,
     "inputs": Mlflow._inputs,
+    "models": Mlflow._models,
     "text": Mlflow._text,
     "note": Mlflow._note,
     "artifact": Mlflow._artifact,

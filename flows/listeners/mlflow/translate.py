@@ -136,6 +136,11 @@ def linked(event: StepSealed | StepReused, store: Store, made_by: Mapping[str, s
         event.run, points_of({f"{step}/{name}": event.metrics[name] for name in shown}, event.finished)
     )
     yield from curves(event, store)
+    if row and row.makes in ("documents", "tokens"):
+        made = {"stage": step, "fingerprint": event.fingerprint, "path": event.path, "metrics": event.metrics}
+        yield {"op": "inputs", **run, "datasets": [dataset(made)]}
+    if row and row.makes in ("model", "folder"):
+        yield {"op": "models", **run, "fingerprint": event.fingerprint}
 
 
 def curves(event: StepSealed | StepReused, store: Store) -> Iterator[Operation]:

@@ -1,4 +1,4 @@
-"""The tests behind `llmill compare`: whether two models differ on held-out documents, and two recipes over seeds.
+"""Intervals and tests over documents: how well a score is known, whether two models differ, and two recipes over seeds.
 
 All differences are second minus first, in bits per byte, where less is better. A model's score is a ratio of sums: the
 bits of all documents over their bytes, so that a long document counts for more than a short one.

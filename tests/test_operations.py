@@ -280,6 +280,7 @@ def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_s
     message = f"pretrain: cancelled in Prefect; step {last_step(site)} is saved"
     assert ended["state"]["message"] == message
     assert message in site.prefect.log(run)
+    assert "tokens/s" in site.prefect.log(run), "what the training reports"
     assert ended["name"] == "второй 2nd"
     assert parents(site)[-1].info.run_name == ended["name"]
     assert "as long as it takes" in parents(site)[-1].data.tags["mlflow.note.content"]

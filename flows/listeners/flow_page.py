@@ -9,6 +9,7 @@ import json
 import logging
 import re
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from logging import INFO, WARNING
@@ -44,6 +45,8 @@ SEND_SECONDS = 10.0
 IDLE_SECONDS = 4.0
 """For which a connection is kept. The server closes it after five, and a request that meets that is late by two."""
 CLOSE_SECONDS = 5.0
+LOG_SECONDS = 10.0
+"""Between lines of a training in the flow run's log: a person who waits sees that it goes on, and finds the rest."""
 
 
 class FlowPageListener:
@@ -55,6 +58,9 @@ class FlowPageListener:
         self._flow_runs: dict[str, str] = {}
         self._results: dict[str, StepSealed | StepReused] = {}
         self._at_work: list[str] = []
+        self._doing: dict[str, str] = {}
+        """Step at work -> how far it is, in words."""
+        self._log_again = 0.0
         self._links = Linked(url="")
 
     def handle(self, event: Event) -> None:
@@ -75,8 +81,8 @@ class FlowPageListener:
         if self._page is None:
             return
         match event:
-            case Progress(step=step, done=done, total=total, unit=unit) if total:
-                self._page.progress(100 * done / total, f"{step}: {done:,.0f} of {total:,.0f} {unit}")
+            case Progress(step=step, done=done, total=total) if total:
+                self._progress(event, 100 * done / total)
             case Note(text=text, warning=warning, step=step):
                 self._log(text, WARNING if warning else INFO, step)
             case StepFailed(message=message, step=step):
@@ -91,6 +97,17 @@ class FlowPageListener:
     def close(self) -> None:
         if self._page:
             self._page.close()
+
+    def _progress(self, event: Progress, percent: float) -> None:
+        """Show how far a step is, in the table too; what a training reports is also a line of the log now and then."""
+        assert self._page
+        step = event.step
+        self._doing[step] = event.text or f"{event.done:,.0f} of {event.total:,.0f} {event.unit}"
+        self._page.progress(percent, f"{step}: {self._doing[step]}")
+        self._show("running")
+        if event.text and time.monotonic() >= self._log_again:
+            self._log_again = time.monotonic() + LOG_SECONDS
+            self._log(event.text, INFO, step)
 
     def _left(self, step: str) -> None:
         """Take a step for one that is not at work."""
@@ -117,7 +134,7 @@ class FlowPageListener:
         return {
             "stage": name,
             "state": result.how if result else state if name in self._at_work else "waiting",
-            "result": headline(result.stage, result.metrics) if result else "",
+            "result": headline(result.stage, result.metrics) if result else self._doing.get(name, ""),
             "duration": duration(result.seconds) if result and result.seconds else "",
             "fingerprint": str(planned["fingerprint"]),
         }

@@ -39,6 +39,12 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def clock(time: int) -> str:
+    """A time (in milliseconds since 1970) as people here write it: of today, without the day."""
+    when = datetime.fromtimestamp(time / 1000)
+    return f"{when:%H:%M}" if when.date() == datetime.now().date() else f"{when:%Y-%m-%d %H:%M}"
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says, cut after its first line; its type where it says nothing."""
     return next(iter(str(error).splitlines()), "") or type(error).__name__

@@ -60,8 +60,8 @@ def runs(
     console = Terminal().console
     if not rows:
         of = f" of {name}" if name else ""
-        start = f"llmill run {shlex.quote(recipe) if name != recipe else 'flows/recipes/quickstart.yaml'}{at_home(home)}"
-        console.print(f"no runs{of} in {home} yet; start with: {start}")
+        file = shlex.quote(recipe) if name != recipe else "flows/recipes/quickstart.yaml"
+        console.print(f"no runs{of} in {home} yet; start with: llmill run {file}{at_home(home)}")
         return
     show(rows, console, prefect_api(home).removesuffix("/api"), time.time())
     if older:

@@ -47,7 +47,7 @@ class Listed:
 
 
 def listing(found: Sequence[ListedRun], logged: Mapping[str, LoggedRun]) -> list[Listed]:
-    """What to show of runs; ``logged`` knows how one ended that MLflow takes to be at work still."""
+    """Return what to show of runs; ``logged`` knows how one ended that MLflow takes to be at work still."""
     recipes = dict.fromkeys(one.run.recipe for one in found)
     differing = {
         recipe: differences([one for one in found if one.run.recipe == recipe]) for recipe in recipes

@@ -66,7 +66,7 @@ class Notice:
     score: str = ""
     """Bits per byte of each model that was evaluated, and the difference to the one before: a line each."""
     bits_per_byte: dict[str, float] = field(default_factory=dict)
-    """By the step that evaluated."""
+    """Scores by the step that evaluated."""
 
     @property
     def subject(self) -> str:

@@ -44,7 +44,7 @@ class ListedRun:
     """Milliseconds since 1970."""
     params: dict[str, str]
     bits_per_byte: dict[str, float]
-    """By the step that evaluated."""
+    """Scores by the step that evaluated."""
     prefect_url: str
     """The page of its flow run; the server may be gone that showed it."""
 

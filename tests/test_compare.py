@@ -293,7 +293,7 @@ def test_commands_that_only_read_do_so_in_a_home_that_cannot_be_written_to_and_o
     try:
         kept = sorted(str(path) for path in llmill.home.rglob("*"))
         for words in (
-            ("status",), ("plan", str(llmill.recipe)), ("verify", model), ("trace", model),
+            ("status",), ("runs",), ("plan", str(llmill.recipe)), ("verify", model), ("trace", model),
             ("find", "words that are nowhere"), ("compare", *names),
             ("generate", "--model", model, "--prompt", "def", "--max-tokens", "2"),
         ):  # fmt: skip

@@ -76,7 +76,7 @@ def test_a_run_says_on_each_stages_line_and_in_the_summary_what_was_discarded(fi
 
 def test_plan_and_status_say_it_of_what_is_sealed(little: Llmill, first: str) -> None:
     check_said(little("plan", str(little.recipe)).stdout)
-    check_said(little("status").stdout)
+    check_said(little("status", "--artifacts").stdout)
     counts = {"rejected/empty": EMPTY, "rejected/bad_json": BROKEN, "left_out/.pdf": 3, "left_out/.exe": 1}
     planned = json.loads(little("plan", str(little.recipe), "--json").stdout)
     listed = json.loads(little("status", "--json").stdout)["sealed"]

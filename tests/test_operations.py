@@ -5,16 +5,13 @@ One home goes through it all.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
@@ -26,6 +23,7 @@ from mlflow import MlflowClient
 from operator_api import FINAL, Prefect, until
 from postgres import PASSWORD, postgres
 from ranks import held_until_asked, torchrun
+from webhook import hook
 
 from flows.engine.ports import free_port
 from flows.engine.services import GPU_POOL, read_services
@@ -93,27 +91,6 @@ def site(make_llmill, tmp_path_factory) -> Iterator[Site]:
                 yield site
             finally:
                 site.type("down")
-
-
-@contextmanager
-def hook(notices: list[dict]) -> Iterator[str]:
-    """A webhook that keeps what it is told."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            notices.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
-            self.end_headers()
-
-        def log_message(self, *words: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_address[1]}/secret-hook"
-    finally:
-        server.shutdown()
 
 
 def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_goes_on(site: Site):

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import time
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,55 +15,121 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.text import human_bytes
+from data_pipeline.core.text import clock, duration, human_bytes
 from flows.cli.options import HOME, AsJson, Home, at_home, refuse_read_only
 from flows.cli.servers import show_servers
+from flows.engine.logged_runs import runs_at_work
 from flows.engine.process import quiet_libraries
 from flows.engine.services import read_services
-from flows.engine.store import Damaged, Store
+from flows.engine.store import Artifact, Damaged, Store
+from flows.headline import headline
 from flows.prefect.up import described
+from flows.stages import BY_NAME
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from flows.gc import Candidate
 
 
-def status(home: Home = HOME, as_json: AsJson = False) -> None:
-    """List the servers that are up, what is sealed and what is unfinished, with sizes and places."""
-    from flows.headline import headline
+def status(
+    listed: Annotated[
+        bool, typer.Option("--artifacts", help="List each artifact, not only how many there are.")
+    ] = False,
+    home: Home = HOME,
+    as_json: AsJson = False,
+) -> None:
+    """Show the servers that are up, the runs at work, and what is sealed and unfinished, with sizes."""
     from flows.listeners.terminal import Terminal
 
     store = Store(home)
     artifacts, unfinished = store.artifacts(), store.unfinished()
     services = read_services(home)
     if as_json:
-        sealed = [
-            {"stage": a.stage, "fingerprint": a.fingerprint, "bytes": a.size, "path": str(a.path),
-             "finished": a.manifest["finished"], "recipe": a.manifest["recipe"], "metrics": a.metrics}
-            for a in artifacts
-        ]  # fmt: skip
-        left = [str(path) for path in unfinished]
-        print(
-            json.dumps(
-                {"servers": described(services), "sealed": sealed, "unfinished": left},
-                indent=1,
-                allow_nan=False,
-            )
-        )
+        print_status(store, artifacts, unfinished)
         return
     console = Terminal().console
     show_servers(console, described(services), services.database)
+    show_work(console, store)
     if not artifacts and not unfinished:
         console.print(
             f"nothing is sealed in {home} yet; start with: llmill run flows/recipes/quickstart.yaml{at_home(home)}"
         )
+    if listed:
+        list_artifacts(console, artifacts, unfinished)
+    else:
+        show_stages(console, artifacts, unfinished)
+    total = human_bytes(sum(artifact.size for artifact in artifacts))
+    console.print(f"{len(artifacts)} sealed, {total}, in {store.root}")
+    if artifacts and not listed:
+        console.print(f"next    llmill runs{at_home(home)}   ·   llmill status{at_home(home)} --artifacts")
+
+
+def print_status(store: Store, artifacts: Sequence[Artifact], unfinished: Sequence[Path]) -> None:
+    """Print all of it for scripts."""
+    sealed = [
+        {"stage": a.stage, "fingerprint": a.fingerprint, "bytes": a.size, "path": str(a.path),
+         "finished": a.manifest["finished"], "recipe": a.manifest["recipe"], "metrics": a.metrics}
+        for a in artifacts
+    ]  # fmt: skip
+    found = {
+        "servers": described(read_services(store.home)),
+        "at_work": [run.as_json(store) for run in runs_at_work(store.home)],
+        "sealed": sealed,
+        "unfinished": [str(path) for path in unfinished],
+    }
+    print(json.dumps(found, indent=1, allow_nan=False))
+
+
+def show_work(console: Console, store: Store) -> None:
+    """Print a line for each step at work."""
+    for run in runs_at_work(store.home):
+        name = run.name if run.name.startswith(run.recipe) else f"{run.recipe} {run.name}"
+        if not run.steps:
+            console.print(f"… {name}  {since(run.since)}")
+        for step in run.steps.values():
+            said = "  ".join(part for part in (step.name, step.progress(store), since(step.since)) if part)
+            console.print(f"… {name}  {said}")
+
+
+def since(begun: int) -> str:
+    """A time (in milliseconds since 1970) as a person asks for it: ``since 14:02 (3:10)``."""
+    return f"since {clock(begun)} ({duration(max(0.0, time.time() - begun / 1000))})"
+
+
+def show_stages(console: Console, artifacts: Sequence[Artifact], unfinished: Sequence[Path]) -> None:
+    """Print a line for each stage: how many artifacts it has, and their size."""
+    sealed = Counter(artifact.stage for artifact in artifacts)
+    begun = Counter(path.parent.name for path in unfinished)
+    for stage in [*BY_NAME, *sorted((sealed | begun).keys() - BY_NAME.keys())]:
+        if not sealed[stage] and not begun[stage]:
+            continue
+        size = human_bytes(sum(one.size for one in artifacts if one.stage == stage))
+        line = f"{stage:<16}{sealed[stage]:>4} sealed  {size:>9}"
+        if begun[stage]:
+            left = sum(bytes_below(path) for path in unfinished if path.parent.name == stage)
+            line += f"  {begun[stage]:>4} unfinished  {human_bytes(left):>9}"
+        console.print(line)
+
+
+def bytes_below(folder: Path) -> int:
+    """The size of all files of a folder, in which others may be at work."""
+    total = 0
+    for place, _, files in os.walk(folder):
+        for name in files:
+            with suppress(FileNotFoundError):
+                total += Path(place, name).stat().st_size
+    return total
+
+
+def list_artifacts(console: Console, artifacts: Sequence[Artifact], unfinished: Sequence[Path]) -> None:
+    """Print a line for each artifact."""
     for artifact in artifacts:
         size, when = human_bytes(artifact.size), artifact.manifest["finished"][:16].replace("T", " ")
         line = f"{artifact.stage:<16}{artifact.fingerprint}  {size:>9}  {when}"
         console.print(f"{line}  {artifact.manifest['recipe']}  {headline(artifact.stage, artifact.metrics)}")
     for path in unfinished:
         console.print(f"{path.parent.name:<16}{path.name.removesuffix('.partial')}  unfinished")
-    total = human_bytes(sum(artifact.size for artifact in artifacts))
-    console.print(f"{len(artifacts)} sealed, {total}, in {store.root}")
 
 
 def verify(

@@ -13,13 +13,25 @@ from io import TextIOWrapper
 import typer
 
 from data_pipeline.core.errors import UserError
-from flows.cli import artifacts, comparison, init, models, runs, schedule, servers, settings, tracking
+from flows.cli import (
+    artifacts,
+    comparison,
+    init,
+    listing,
+    models,
+    runs,
+    schedule,
+    servers,
+    settings,
+    tracking,
+)
 from flows.cli.signals import heed_signals
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
     "Run": (init.init, runs.run, runs.plan, comparison.sweep, runs.join),
     "Schedule": (schedule.deploy,),
     "Inspect": (
+        listing.runs,
         artifacts.status,
         artifacts.verify,
         artifacts.trace,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -75,7 +76,7 @@ def send_what_is_left(home: Path, terminal: Any) -> None:
     from flows.listeners.mlflow.operations import Away, Mlflow
 
     try:
-        for _, why in send_left(home, Mlflow(home, tracking_uri(home))):
+        for _, why in send_left(home, Mlflow(home, tracking_uri(home)), partial(terminal.note, warning=True)):
             terminal.note(why, warning=True)
     except Away as error:
         terminal.note(f"what runs have left for MLflow is not sent: {error}; try llmill sync", warning=True)

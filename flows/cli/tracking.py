@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from functools import partial
 from typing import Annotated
 
 import typer
@@ -30,7 +31,7 @@ def sync(
     refuse_read_only(home)
     terminal, mlflow, sent = Terminal(), Mlflow(home, tracking_uri(home)), Counter[str]()
     place, missing = without_user(mlflow.uri), ""
-    with left_behind(home) as found:
+    with left_behind(home, partial(terminal.note, warning=True)) as found:
         for log in found:
             if log.head["target"] != target(home) and not here:
                 terminal.note(

@@ -9,6 +9,7 @@ written behind whole ones, and a line that a kill tore is the last.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import threading
@@ -150,12 +151,31 @@ class LogFile:
             return False
         return True
 
-    def end_killed(self) -> None:
-        """End the runs that a process which is gone began and did not end: it was killed when it last wrote here."""
+    @property
+    def held(self) -> bool:
+        """Whether a process has it claimed. Asked without a claim: it may not be ours to write, and stays free."""
+        try:
+            file = os.open(self._lock.lock_file, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(file)
+        return False
+
+    def end_killed(self) -> set[str]:
+        """End the runs that a process which is gone began and did not end: it was killed when it last wrote here.
+
+        Returns:
+            The keys of what is ended by this call; no other call returns them.
+        """
         data = self.path.read_bytes() if self.path.exists() else b""
         whole = data[: data.rfind(b"\n") + 1]
         if not whole or not self.head.get("lasts"):
-            return
+            return set()
         begun: dict[str, None] = {}
         for event, _ in self.events():
             begin, end = begins_and_ends(event)
@@ -166,6 +186,7 @@ class LogFile:
             killed = int(self.path.stat().st_mtime * 1000)
             os.truncate(self.path, len(whole))
             self.append(*(Killed(key=key, time=killed) for key in reversed(begun)))
+        return set(begun)
 
     def release(self) -> None:
         self._lock.release()

@@ -11,6 +11,7 @@ from data_pipeline.core.text import duration
 from flows.engine.events import Event, Note, Progress
 
 EVENTS = "logs/events.jsonl"
+EDGE_BYTES = 64_000  # of a long file, this much of both ends says how far it is
 
 
 def read_lines(path: Path, offset: int, end: int | None = None) -> tuple[list[str], int]:
@@ -28,9 +29,9 @@ def read_lines(path: Path, offset: int, end: int | None = None) -> tuple[list[st
 class TrainingReader:
     """Follows a training for people: what is new since the last look, as events of its step."""
 
-    def __init__(self, step: str, events: Path) -> None:
+    def __init__(self, step: str, events: Path, offset: int | None = None) -> None:
         self._step_name, self._path = step, events
-        _, self.offset = read_lines(events, 0)
+        self.offset = read_lines(events, 0)[1] if offset is None else offset
         """Bytes that earlier attempts wrote."""
         self._read = self.offset
         self._total = self._done = 0
@@ -73,6 +74,21 @@ class TrainingReader:
             )
             done, total = event["step"], self._total
             yield Progress(step=self._step_name, done=done, total=total, unit="steps", text=text)
+
+
+def last_progress(events: Path, offset: int) -> str:
+    """The line that the run shows of a training whose attempt began to log at byte ``offset``; empty before a step."""
+    reader, shown = TrainingReader("", events, offset), ""
+    lines, behind = read_lines(events, offset, offset + EDGE_BYTES)
+    if lines and (last := events.stat().st_size - EDGE_BYTES) > behind:
+        tail, _ = read_lines(events, last)
+        lines += tail[1:]  # the first one may be half a line
+    elif lines:
+        lines += read_lines(events, behind)[0]
+    for line in lines:
+        for event in reader._shown(json.loads(line)):
+            shown = event.text if isinstance(event, Progress) else shown
+    return shown
 
 
 NOTES: dict[str, tuple[Any, bool]] = {

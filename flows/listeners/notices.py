@@ -1,5 +1,7 @@
 """Notices of a run's end: to a webhook, or by a notification block of Prefect's (Slack, e-mail and others).
 
+A run reports its own end; whoever finds that one was killed reports that (`report_killed`).
+
 A receiver is written ``env:NAME`` (a variable of the environment that holds a webhook's address, which may be a
 secret) or ``TYPE/NAME`` (a block of Prefect's: ``webhook/ops``, ``slack-webhook/team``, ``sendgrid-email/team``).
 """
@@ -8,21 +10,39 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from math import isfinite
+from pathlib import Path
 from typing import Any
 
 import httpx
 from prefect.blocks.core import Block
 from prefect.blocks.notifications import NotificationBlock
 from prefect.blocks.webhook import Webhook
+from prefect.settings import PREFECT_API_URL, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE, temporary_settings
 from prefect.utilities.asyncutils import run_coro_as_sync
 
 from data_pipeline.core.errors import UserError
-from flows.engine.events import Event, Linked, RunEnded, RunStarted, StepReused, StepSealed
+from flows.engine.events import (
+    Event,
+    Killed,
+    Linked,
+    RunEnded,
+    RunStarted,
+    StepReused,
+    StepSealed,
+    StepStarted,
+)
+from flows.engine.log import LogFile
+from flows.engine.services import prefect_api
+from flows.listeners.last_score import BITS, score_line
 
 RECEIVER = re.compile(r"env:(?P<variable>[A-Za-z_][A-Za-z0-9_]*)|(?P<block>[a-z0-9-]+/[a-z0-9-]+)")
 SECONDS = 10.0
+KILLED = "process killed"
+STATES = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped", KILLED: "killed"}
+"""How a run ended, as events say it, and `Killed` -> as a notice does."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,7 @@ class Notice:
 
     recipe: str
     state: str
-    """``completed``, ``failed`` or ``stopped``."""
+    """``completed``, ``failed``, ``stopped``, or ``killed`` where its process died and another one found that."""
     summary: str
     """One line."""
     stage: str = ""
@@ -43,6 +63,10 @@ class Notice:
     prefect_url: str = ""
     mlflow_url: str = ""
     seconds: float = 0.0
+    score: str = ""
+    """Bits per byte of each model that was evaluated, and the difference to the one before: a line each."""
+    bits_per_byte: dict[str, float] = field(default_factory=dict)
+    """Scores by the step that evaluated."""
 
     @property
     def subject(self) -> str:
@@ -53,7 +77,7 @@ class Notice:
         """For people."""
         log = "```\n{}\n```".format(self.log.replace("```", "` ` `")) if self.log else ""
         resume = f"resume with: {self.resume}" if self.resume else ""
-        parts = [self.summary, log, resume, self.prefect_url, self.mlflow_url]
+        parts = [self.summary, self.score, log, resume, self.prefect_url, self.mlflow_url]
         return "\n".join(part for part in parts if part)
 
 
@@ -65,7 +89,8 @@ class NoticeListener:
         self._run: RunStarted | None = None
         self._ended: RunEnded | None = None
         self._how: dict[str, str] = {}
-        self._url = ""
+        self._evaluated: dict[str, StepSealed | StepReused] = {}
+        self._step = self._url = ""
 
     def handle(self, event: Event) -> None:
         match event:
@@ -73,10 +98,23 @@ class NoticeListener:
                 self._run = event
             case Linked(url=url):
                 self._url = url
+            case StepStarted(step=step):
+                self._step = step
             case StepSealed(step=step, how=how) | StepReused(step=step, how=how):
-                self._how[step] = how
+                self._how[step], self._step = how, ""
+                if event.stage == "evaluate":
+                    self._evaluated[step] = event
             case RunEnded():
                 self._ended = event
+            case Killed(key=key, time=time) if self._run and key == self._run.key:
+                where = f" in {self._step}" if self._step else ""
+                self._ended = RunEnded(
+                    key=key,
+                    status=KILLED,
+                    seconds=(time - self._run.time) / 1000,
+                    message=f"its process was killed{where}; what is sealed or saved is kept",
+                    step=self._step,
+                )
 
     def close(self) -> None:
         """Send the notice, when MLflow has had time to report where it shows the run."""
@@ -85,9 +123,10 @@ class NoticeListener:
 
     def _notice(self, run: RunStarted, ended: RunEnded) -> Notice:
         done = ", ".join(f"{name} {how}" for name, how in self._how.items())
+        lines = [score_line(one, run.recipe, Path(run.store)) for one in self._evaluated.values()]
         return Notice(
             recipe=run.recipe,
-            state={"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[ended.status],
+            state=STATES[ended.status],
             summary=ended.message or done,
             stage=ended.step,
             log=ended.log,
@@ -95,7 +134,26 @@ class NoticeListener:
             prefect_url=run.flow_run.get("url", ""),
             mlflow_url=self._url,
             seconds=round(ended.seconds, 1),
+            score="\n".join(filter(None, lines)),
+            bits_per_byte=finite_scores(self._evaluated),
         )
+
+
+def finite_scores(evaluated: Mapping[str, StepSealed | StepReused]) -> dict[str, float]:
+    """Bits per byte by step, of those that are numbers as JSON has them."""
+    scores = {step: one.metrics.get(BITS) for step, one in evaluated.items()}
+    return {step: score for step, score in scores.items() if isinstance(score, float) and isfinite(score)}
+
+
+def report_killed(log: LogFile, warn: Callable[[str], None]) -> None:
+    """Report a run whose process died to those whom it names; called once, by who has just ended its log."""
+    listener = NoticeListener(warn)
+    for event, _ in log.events():
+        listener.handle(event)
+    api = prefect_api(log.folder.parents[1])
+    # Prefect must start no server of its own, nor keep anything in a person's folder, where there is none to ask.
+    with temporary_settings({PREFECT_API_URL: api or None, PREFECT_SERVER_ALLOW_EPHEMERAL_MODE: False}):
+        listener.close()
 
 
 def check_receivers(receivers: Sequence[str]) -> None:

@@ -45,6 +45,7 @@ def test_recipes_are_offered_those_here_first(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").touch()
     (tmp_path / "mine.txt").touch()
     assert offered("run", "mi", folder=tmp_path) == ["mine.yaml"]
+    assert offered("runs", "mi", folder=tmp_path) == ["mine.yaml"]
 
 
 def test_values_of_a_setting_that_has_few_are_those_that_it_takes() -> None:

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-from flows.engine.events import Event, StepFailed, StepSealed, TrainingStarted
+from flows.engine.events import Event, RunStarted, StepFailed, StepSealed, TrainingStarted
 from flows.engine.log import LogFile, logs, runs, take_outbox
 from flows.engine.store import Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
@@ -188,25 +188,28 @@ def merged(one: Operation, other: Operation) -> Operation | None:
 
 
 @contextmanager
-def left_behind(home: Path) -> Iterator[Iterator[LogFile]]:
+def left_behind(home: Path, warn: Callable[[str], None] = lambda why: None) -> Iterator[Iterator[LogFile]]:
     """The claimed logs of runs that are over and have something to report, oldest first.
 
-    Later logs may resume the runs of earlier ones, so one process at a time sends them, all others wait.
+    Later logs may resume the runs of earlier ones, so one process at a time sends them, all others wait. Receivers of
+    notices hear here, once, of a run that was killed; ``warn`` hears of those that can't be told.
     """
     runs(home).mkdir(parents=True, exist_ok=True)
-    with shared_lock(runs(home) / ".left"), closing(claimed(home)) as found:
+    with shared_lock(runs(home) / ".left"), closing(claimed(home, warn)) as found:
         take_outbox(home)
         yield found
 
 
-def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[LogFile, str]]:
+def send_left(
+    home: Path, mlflow: Mlflow, warn: Callable[[str], None] = lambda why: None
+) -> Iterator[tuple[LogFile, str]]:
     """Send what is left for an MLflow; each log that it could not have all of, and why.
 
     Raises:
         Away: it does not answer.
     """
     here = target(home)
-    with left_behind(home) as found:
+    with left_behind(home, warn) as found:
         for log in found:
             if log.head["target"] != here:
                 yield log, f"metrics of an earlier run are left: {how_to_send(log)}"
@@ -220,19 +223,29 @@ def send_left(home: Path, mlflow: Mlflow) -> Iterator[tuple[LogFile, str]]:
                 yield log, str(gone)
 
 
-def claimed(home: Path) -> Generator[LogFile]:
+def claimed(home: Path, warn: Callable[[str], None]) -> Generator[LogFile]:
     store = Store(home)
     for log in logs(home):
         if not log.claim():
             continue  # its run is at work, and sends it
         try:
-            log.end_killed()
+            report_ended(log, log.end_killed(), warn)
             if log.path.exists() and not unsent(log, store):
                 log.remove()
             elif log.path.exists():
                 yield log
         finally:
             log.release()
+
+
+def report_ended(log: LogFile, keys: set[str], warn: Callable[[str], None]) -> None:
+    """Report the run of a log to those whom it names, where it is one of those that were just found to be killed."""
+    if keys and any(
+        isinstance(one, RunStarted) and one.notify and one.key in keys for one, _ in log.events()
+    ):
+        from flows.listeners.notices import report_killed
+
+        report_killed(log, warn)
 
 
 def refusal_warning(log: LogFile, operation: Operation, why: str) -> str:
@@ -369,7 +382,7 @@ class Sender:
         self.mlflow.connect(self._log.head["experiment"])
 
     def _send_what_is_left(self) -> None:
-        for log, why in send_left(self.home, self.mlflow):
+        for log, why in send_left(self.home, self.mlflow, self._warn):
             self._sign()
             elsewhere = log.head["target"] != target(self.home)
             if not (elsewhere and self._elsewhere):  # once, of however many

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import Run, ViewType
 
+from flows.engine.services import sqlite_url
 from flows.listeners.mlflow.links import tracking_uri, without_secrets, without_user
 from flows.listeners.mlflow.moved import follow_home
 
@@ -30,6 +30,10 @@ Key = tuple[str, str]
 
 class NotAsked(Exception):
     """MLflow does not answer, or there is none; the message says which."""
+
+
+class NoRunYet(NotAsked):
+    """The home has no MLflow, for nothing has run in it."""
 
 
 @dataclass(frozen=True)
@@ -83,8 +87,8 @@ class Records:
 
     def __init__(self, home: Path, view: int = ViewType.ACTIVE_ONLY) -> None:
         self.uri = tracking_uri(home)
-        if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
-            raise NotAsked(f"no run in {home} has reported to MLflow (there is no mlflow.db)")
+        if self.uri == sqlite_url(home.resolve() / "mlflow.db") and not (home / "mlflow.db").exists():
+            raise NoRunYet(f"no run in {home} has reported to MLflow (there is no mlflow.db)")
         with self._asking():
             follow_home(home)
             self._client = MlflowClient(self.uri)

@@ -12,6 +12,9 @@ from flows.listeners.mlflow.links import run_url
 
 EVALUATED = ("llmill.evaluate.fingerprint", "llmill.evaluated")
 """Tags of runs that evaluated a model: in the step of that name, and in others."""
+OF_RECIPES = "tags.`llmill.recipe` LIKE '%' AND tags.`llmill.stage` IS NULL AND tags.`llmill.kind` IS NULL"
+"""Neither steps nor comparisons, sweeps, decisions."""
+BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,23 @@ class PipelineRun:
     """Step -> the artifact that it made or reused."""
     url: str
     """Address of its page; empty where no server shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListedRun:
+    """A run of a recipe with all that is shown of it among others."""
+
+    run: PipelineRun
+    key: str
+    state: str
+    """``RUNNING``, ``FINISHED``, ``FAILED`` or ``KILLED``."""
+    ended: int | None
+    """Milliseconds since 1970."""
+    params: dict[str, str]
+    bits_per_byte: dict[str, float]
+    """Scores by the step that evaluated."""
+    prefect_url: str
+    """The page of its flow run; the server may be gone that showed it."""
 
 
 class PipelineRuns(Records):
@@ -58,11 +78,34 @@ class PipelineRuns(Records):
                 found[whole.info.run_id] = self._pipeline(whole)
         return list(found.values())
 
+    def listed(self) -> list[ListedRun]:
+        """All runs of recipes, however far they came, the newest first."""
+        with self._asking():
+            found = [self._listed(run) for run in self._runs(OF_RECIPES)]
+        return sorted(found, key=lambda one: (-one.run.started, one.run.run_id))
+
     def of_key(self, key: str) -> PipelineRun | None:
         """The run that its tracker calls so; None where MLflow does not know it yet."""
         with self._asking():
             found = [self._pipeline(run) for run in self._runs(f"tags.`{KEY}` = '{key}'")]
         return found[0] if found else None
+
+    def _listed(self, run: Run) -> ListedRun:
+        whole, tags, metrics = self._pipeline(run), run.data.tags, run.data.metrics
+        scores = {
+            step: metrics[f"{step}/{BITS}"]
+            for step, (stage, _) in sorted(whole.artifacts.items())
+            if stage == "evaluate" and f"{step}/{BITS}" in metrics
+        }
+        return ListedRun(
+            run=whole,
+            key=tags.get(KEY, ""),
+            state=run.info.status,
+            ended=run.info.end_time,
+            params=dict(run.data.params),
+            bits_per_byte=scores,
+            prefect_url=tags.get("llmill.prefect_url", ""),
+        )
 
     def _whole(self, run: Run) -> Run:
         """The run itself, or the one that a step's run belongs to."""

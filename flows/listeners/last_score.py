@@ -1,0 +1,51 @@
+"""The bits per byte of a run, beside those of the model that its recipe made before, as the store has them.
+
+Not as MLflow has them: that may be away, and slow, when a notice is sent.
+"""
+
+from __future__ import annotations
+
+from itertools import takewhile
+from math import isfinite
+from pathlib import Path
+
+from flows.engine.events import StepReused, StepSealed
+from flows.engine.store import Artifact, Store
+
+BITS = "bits_per_byte"
+SAME_TEXTS = ("documents", "bytes")
+"""Metrics of an evaluation that are equal where the held-out texts are, whatever the tokenizer."""
+ID_DIGITS = 8
+
+
+def score_line(evaluated: StepSealed | StepReused, recipe: str, store: Path) -> str:
+    """Bits per byte of an evaluation, and how they differ from the one before, in words; empty where it has none."""
+    score = evaluated.metrics.get(BITS)
+    if not isinstance(score, float) or not isfinite(score):
+        return ""
+    said = f"{'' if evaluated.step == evaluated.stage else f'{evaluated.step}: '}bits per byte {score:.4f}"
+    before = evaluation_before(evaluated, recipe, Store(store.parent))
+    if before is None:
+        return f"{said} (first run)"
+    earlier, ids = before.metrics[BITS], (before.fingerprint, evaluated.fingerprint)
+    if any(before.metrics.get(name) != evaluated.metrics.get(name) for name in SAME_TEXTS):
+        return f"{said}; the model before had {earlier:.4f}, on other held-out texts"
+    difference = f"{abs(score - earlier):.4f}"
+    if not float(difference):
+        return f"{said}, as the model before"
+    way = "lower (better)" if score < earlier else "higher (worse)"
+    compare = f"`llmill compare {' '.join(one[:ID_DIGITS] for one in ids)}`"
+    return (
+        f"{said}, {difference} {way} than the model before; {compare} says whether that is more than chance"
+    )
+
+
+def evaluation_before(evaluated: StepSealed | StepReused, recipe: str, store: Store) -> Artifact | None:
+    """The newest evaluation by the same step of the same recipe, of those that were sealed before this one."""
+    ours = [
+        one
+        for one in store.artifacts(evaluated.stage)
+        if one.manifest.get("recipe") == recipe and one.manifest.get("step", one.stage) == evaluated.step
+    ]
+    earlier = takewhile(lambda one: one.fingerprint != evaluated.fingerprint, ours)
+    return next((one for one in reversed([*earlier]) if BITS in one.metrics), None)

@@ -7,12 +7,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from flows.engine.services import MLFLOW, read_services, sqlite_url
-from flows.listeners.mlflow.view import VIEW
 
 PAGES = "LLMILL_MLFLOW_PAGES"  # where browsers reach MLflow, if not at MLFLOW_TRACKING_URI
 OWN_PAGES = ("--app-name", "llmill")
 """Options by which `mlflow server` serves `flows.listeners.mlflow.pages`."""
 HOME = "home"
+VIEW = "llmill"
+"""The key of the saved view that `flows.listeners.mlflow.view` describes."""
 TRAINING = "workflowType=machine_learning"
 """The mode of MLflow's pages that shows runs; the other one is about traces of agents, and shows an empty page."""
 

@@ -10,9 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from flows.listeners.mlflow.links import VIEW
 from flows.stages import DEFAULT
 
-VIEW = "llmill"
 VERSION = 2
 """To be raised with each change of the view: an experiment that has an older one is given the new one."""
 TAG = f"mlflow.sharedViewState.{VIEW}"

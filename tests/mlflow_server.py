@@ -36,8 +36,8 @@ class Told:
 class Server(Told):
     """An MLflow server that can be killed and started again on the same database."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.port = folder, free_port()
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.folder, self.options, self.port = folder, options, free_port()
         super().__init__(f"http://127.0.0.1:{self.port}")
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -45,7 +45,7 @@ class Server(Told):
         kept = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
         quiet = {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
         place = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db"]
-        place += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1"]
+        place += ["--artifacts-destination", str(self.folder / "artifacts"), "--workers", "1", *self.options]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlflow", "server", "--port", str(self.port), *place],
             env={**kept, **quiet},

@@ -169,7 +169,7 @@ def check_page(site: Site, flow_run: str) -> None:
     assert [row["stage"] for row in shown["stages"]] == list(DEFAULT)
     assert 0 <= shown["progress"] <= 100
     [parent] = parents(site)
-    assert f"/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id})" in shown["links"]
+    assert f"/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}?" in shown["links"]
 
 
 def parents(site: Site) -> list:

@@ -158,6 +158,8 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
         console.print(
             f"MLflow  run “{executor.reporter.known.name}” of experiment {executor.order.recipe.name}"
         )
+        if mlflow.table:
+            console.print(f"        beside the others: {mlflow.table}", soft_wrap=True)
     speak = ""
     if exported:
         newest = executor.store.artifacts("export")[-1].fingerprint  # which is taken where none is named

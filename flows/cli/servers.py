@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,10 +15,12 @@ import typer
 from data_pipeline.core.errors import UserError
 from flows.cli.options import HOME, Home, announce, at_home, stoppable, writable
 from flows.engine.services import POOL
-from flows.listeners.mlflow.links import tracking_uri, without_user
+from flows.listeners.mlflow.links import OWN_PAGES, tracking_uri, without_user
 from flows.listeners.mlflow.moved import follow_home
 from flows.prefect.servers import CLIENT_SETTINGS
 from flows.prefect.up import Up, Wanted, described, stop
+
+MOST_VIEWS = 5
 
 
 def up(
@@ -63,6 +66,7 @@ def up(
         services = Up(home, wanted, terminal.note).start()
     send_what_is_left(home, terminal)
     show_servers(terminal.console, described(services), services.database)
+    show_views(home, tracking_uri(home))
     if host not in ("127.0.0.1", "localhost", "::1"):
         terminal.note(
             f"these servers listen on {host} and ask nobody who he is; see docs/servers.md", warning=True
@@ -121,6 +125,17 @@ def show_servers(console: Any, rows: list[dict[str, Any]], database: str) -> Non
         console.print(f"  their data: {database}")
 
 
+def show_views(home: Path, pages: str) -> None:
+    """Print the address at which the runs of each recipe are compared; of those last used, where there are many."""
+    from flows.listeners.mlflow.lineage import NotAsked
+    from flows.listeners.mlflow.reader import PipelineRuns
+
+    with suppress(NotAsked):  # the pages are there all the same, or come up again with their server
+        views = PipelineRuns(home).views(pages)
+        for recipe in list(views)[:MOST_VIEWS]:
+            typer.echo(f"  runs of {recipe}: {views[recipe]}")
+
+
 def ui(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Where on this machine.")] = 5000,
     home: Home = HOME,
@@ -131,6 +146,7 @@ def ui(
     uri = tracking_uri(home)
     if uri.startswith("http"):
         typer.echo(f"the runs are on the MLflow server at {without_user(uri)}")
+        show_views(home, uri)
         return
     if not os.environ.get("MLFLOW_TRACKING_URI") and not (home / "mlflow.db").exists():
         raise UserError(
@@ -140,8 +156,9 @@ def ui(
         if listener.connect_ex(("127.0.0.1", port)) == 0:
             raise UserError(f"port {port} of this machine is in use; name another with --port")
     typer.echo(f"MLflow on http://127.0.0.1:{port}  (Ctrl-C stops it)")
+    show_views(home, f"http://127.0.0.1:{port}")
     sys.stdout.flush()
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port)]
+    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), *OWN_PAGES]
     quiet = ["--uvicorn-opts", "--log-level warning"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments, *quiet])

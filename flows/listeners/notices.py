@@ -62,6 +62,8 @@ class Notice:
     """The command that resumes it."""
     prefect_url: str = ""
     mlflow_url: str = ""
+    compare_url: str = ""
+    """Where MLflow shows all runs of the recipe, with their curves."""
     seconds: float = 0.0
     score: str = ""
     """Bits per byte of each model that was evaluated, and the difference to the one before: a line each."""
@@ -77,7 +79,7 @@ class Notice:
         """For people."""
         log = "```\n{}\n```".format(self.log.replace("```", "` ` `")) if self.log else ""
         resume = f"resume with: {self.resume}" if self.resume else ""
-        parts = [self.summary, self.score, log, resume, self.prefect_url, self.mlflow_url]
+        parts = [self.summary, self.score, log, resume, self.prefect_url, self.mlflow_url, self.compare_url]
         return "\n".join(part for part in parts if part)
 
 
@@ -90,14 +92,15 @@ class NoticeListener:
         self._ended: RunEnded | None = None
         self._how: dict[str, str] = {}
         self._evaluated: dict[str, StepSealed | StepReused] = {}
-        self._step = self._url = ""
+        self._step = ""
+        self._links = Linked(url="")
 
     def handle(self, event: Event) -> None:
         match event:
             case RunStarted():
                 self._run = event
-            case Linked(url=url):
-                self._url = url
+            case Linked():
+                self._links = event
             case StepStarted(step=step):
                 self._step = step
             case StepSealed(step=step, how=how) | StepReused(step=step, how=how):
@@ -132,7 +135,8 @@ class NoticeListener:
             log=ended.log,
             resume=run.command if ended.status != "FINISHED" else "",
             prefect_url=run.flow_run.get("url", ""),
-            mlflow_url=self._url,
+            mlflow_url=self._links.url,
+            compare_url=self._links.table,
             seconds=round(ended.seconds, 1),
             score="\n".join(filter(None, lines)),
             bits_per_byte=finite_scores(self._evaluated),

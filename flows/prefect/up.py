@@ -42,6 +42,7 @@ from flows.engine.services import (
     sqlite_url,
     write,
 )
+from flows.listeners.mlflow.links import OWN_PAGES
 from flows.prefect.own_pages import own_names
 from flows.prefect.run_notes import Note, read_notes
 from flows.prefect.servers import PrefectServer, client_settings
@@ -172,6 +173,7 @@ class Up:
             str(port),
             "--workers",
             "1",
+            *OWN_PAGES,
             *artifacts,
         ]
         return command, environment, f"http://{reachable(host)}:{port}"

@@ -338,9 +338,12 @@ def test_a_run_whose_key_is_new_is_not_looked_for_until_making_it_failed(
         raise ConnectionError("the answer was lost")
 
     search = MlflowClient.search_runs
-    monkeypatch.setattr(
-        MlflowClient, "search_runs", lambda *arguments: searched.append(1) or search(*arguments)
-    )
+
+    def watched(client: MlflowClient, ids: list[str], condition: str, **options: int) -> list:
+        searched.extend([condition] if KEY in condition else [])
+        return search(client, ids, condition, **options)
+
+    monkeypatch.setattr(MlflowClient, "search_runs", watched)
     monkeypatch.setattr(MlflowClient, "create_run", lose_the_answer)
     mlflow.fresh.add(KEY)
     with pytest.raises(Away, match="answer was lost"):

@@ -43,15 +43,25 @@ def run_note(
     failure: str = "",
     quoting: bool = True,
 ) -> str:
-    """The note without its links; without samples where it should quote no text."""
+    """The note without its links; without samples where it should quote no text.
+
+    Its first line is all that MLflow's table of runs shows of it.
+    """
     written = samples(results) if quoting else ""
     parts = [
+        evaluated(results),
         description,
         f"{FAILED}{plain(failure)}" if failure else "",
         summary_table(results),
         written,
     ]
     return "\n\n".join(part.strip() for part in parts if part.strip())
+
+
+def evaluated(results: Mapping[str, Outcome]) -> str:
+    """The headline of the last evaluation; empty where there was none."""
+    found = [artifact for artifact, _, _ in results.values() if artifact.stage == "evaluate"]
+    return headline("evaluate", found[-1].metrics) if found else ""
 
 
 def links(name: str, url: str, table: str, *, store: str, command: str) -> str:

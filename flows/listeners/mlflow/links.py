@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,20 +9,13 @@ from urllib.parse import urlsplit
 from flows.engine.services import MLFLOW, read_services, sqlite_url
 
 PAGES = "LLMILL_MLFLOW_PAGES"  # where browsers reach MLflow, if not at MLFLOW_TRACKING_URI
+OWN_PAGES = ("--app-name", "llmill")
+"""Options by which `mlflow server` serves `flows.listeners.mlflow.pages`."""
 HOME = "home"
 VIEW = "llmill"
-TABLE = {
-    "attributes": ("Description",),
-    "metrics": (
-        "evaluate/bits_per_byte",
-        "pretrain/val_bits_per_byte",
-        "pretrain/loss",
-        "tokenize/train_tokens",
-        "seconds",
-    ),
-    "params": ("pretrain.lr", "pretrain.tokens", "pretrain.batch_tokens", "pretrain.seed"),
-}
-"""The columns by which runs of one recipe are distinguished. MLflow's own table shows neither metrics nor params."""
+"""The key of the saved view that `flows.listeners.mlflow.view` describes."""
+TRAINING = "workflowType=machine_learning"
+"""The mode of MLflow's pages that shows runs; the other one is about traces of agents, and shows an empty page."""
 
 
 def tracking_uri(home: Path) -> str:
@@ -55,12 +47,18 @@ def without_secrets(text: str, uri: str) -> str:
 
 def run_url(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     """The address of a run's page; empty where no server shows it, or the run is not known yet."""
-    return page_url(tracking_uri, f"{experiment_id}/runs/{run_id}") if experiment_id and run_id else ""
+    known = experiment_id and run_id
+    return page_url(tracking_uri, f"{experiment_id}/runs/{run_id}?{TRAINING}") if known else ""
 
 
 def table_url(tracking_uri: str, experiment_id: str) -> str:
-    """The address of the table of an experiment's runs, with the columns of `TABLE`; empty as in `run_url`."""
-    return page_url(tracking_uri, f"{experiment_id}/runs?viewStateShareKey={VIEW}") if experiment_id else ""
+    """The address of our view of an experiment's runs; empty as in `run_url`.
+
+    It opens with the charts, beside the runs' names, best first: which run is best and how its loss went are seen at
+    once, and the table with its columns is one click away. Beside the table there would be no curve.
+    """
+    view = f"viewStateShareKey={VIEW}&compareRunsMode=CHART&{TRAINING}"
+    return page_url(tracking_uri, f"{experiment_id}/runs?{view}") if experiment_id else ""
 
 
 def page_url(tracking_uri: str, page: str) -> str:
@@ -72,10 +70,3 @@ def page_url(tracking_uri: str, page: str) -> str:
     place = f"[{place}]" if ":" in place else place
     place = f"{place}:{parts.port}" if parts.port else place  # never the user and password that may be there
     return f"{parts.scheme}://{place}{parts.path.rstrip('/')}/#/experiments/{page}"
-
-
-def saved_view(now: int) -> str:
-    """`TABLE` as a saved view of MLflow's pages, made at ``now`` (milliseconds of the epoch)."""
-    columns = [f"{kind}.`{name}`" for kind, names in TABLE.items() for name in names]
-    state = json.dumps({"selectedColumns": columns}, allow_nan=False)
-    return json.dumps({"name": VIEW, "createdAt": now, "updatedAt": now, "state": state}, allow_nan=False)

@@ -40,7 +40,8 @@ class MlflowListener:
         self._sender.sent = self._link
         self._begun = False
         self._run = RunStarted(key="", name="", recipe="")
-        self._linked = False
+        self.table = ""
+        """The address of all runs of the recipe; empty where no server shows them, or it is not known yet."""
         self._monitor: SystemMonitor | None = None
         self._patience = CLOSE_SECONDS
 
@@ -114,6 +115,6 @@ class MlflowListener:
         mlflow = self._sender.mlflow
         place, run_id = mlflow.experiments.get(self._experiment, ""), mlflow.ids.get(self._run.key, "")
         url = run_url(self._uri, place, run_id)
-        if url and not self._linked:
-            self._linked = True
-            self._log.append(Linked(url=url, table=table_url(self._uri, place)))
+        if url and not self.table:
+            self.table = table_url(self._uri, place)
+            self._log.append(Linked(url=url, table=self.table))

@@ -28,9 +28,7 @@ from flows.listeners.mlflow.description import NOTE, clipped, links
 from flows.listeners.mlflow.lineage import FINGERPRINT, KEY, PARENT
 from flows.listeners.mlflow.links import (
     HOME,
-    VIEW,
     run_url,
-    saved_view,
     table_url,
     target,
     without_secrets,
@@ -41,14 +39,11 @@ from flows.listeners.mlflow.moved import follow_home
 from flows.listeners.mlflow.points import event_points
 from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
+from flows.listeners.mlflow.view import COLOR, missing_tags, next_color
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are reported by whoever sends
 
-EXPERIMENT_TAGS = {
-    "mlflow.experiment.primaryMetric.name": "evaluate/bits_per_byte",
-    "mlflow.experiment.primaryMetric.greaterIsBetter": "false",
-}
 METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
 LISTED = 50  # models of an artifact: a training logs twenty at most
 LOG = "log"  # neighbouring params, tags and metrics of one run, sent together
@@ -171,7 +166,7 @@ class Mlflow:
         return self._connected
 
     def _experiment(self, name: str) -> str:
-        """The id of an experiment, which is made where it is missing."""
+        """The id of an experiment, which is made where it is missing, and given our view of it."""
         if name not in self.experiments:
             client = self._client
             place = (self.home / "mlartifacts").resolve().as_uri() if target(self.home) == HOME else None
@@ -179,9 +174,10 @@ class Mlflow:
                 found = client.get_experiment_by_name(name)
                 if found and found.lifecycle_stage != "active":
                     raise Gone(self._restoring(name, found.experiment_id))
-                tags = EXPERIMENT_TAGS | {
-                    f"mlflow.sharedViewState.{VIEW}": saved_view(int(time.time() * 1000))
-                }
+                tags = missing_tags(found.tags if found else {}, int(time.time() * 1000))
+                if found:
+                    for tag, value in tags.items():
+                        client.set_experiment_tag(found.experiment_id, tag, value)
                 self.experiments[name] = (
                     found.experiment_id if found else client.create_experiment(name, place, tags)
                 )
@@ -231,6 +227,8 @@ class Mlflow:
             if not fresh and (run_id := self._find(experiment, key)):
                 return run_id, False
             tags = {**operation["source"], **(tags or {}), KEY: key}
+            if not operation.get("parent"):
+                tags[COLOR] = self._next_color(place)
             try:
                 created = self._client.create_run(place, operation["time"], tags, operation["name"])
             except Exception:
@@ -238,6 +236,11 @@ class Mlflow:
                 raise
         self.ids[key] = created.info.run_id
         return self.ids[key], True
+
+    def _next_color(self, experiment_id: str) -> str:
+        """A colour for a run's lines that the run before it has not."""
+        runs = self._client.search_runs([experiment_id], f"tags.`{COLOR}` LIKE '#%'", max_results=1)
+        return next_color(runs[0].data.tags[COLOR] if runs else None)
 
     def _join(self, experiment: str, operation: Operation) -> None:
         """Have a run that another process begins."""

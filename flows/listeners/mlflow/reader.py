@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from mlflow.entities import Run
 
-from flows.listeners.mlflow.lineage import KEY, PARENT, Key, Records, steps_of
-from flows.listeners.mlflow.links import run_url
+from flows.listeners.mlflow.lineage import KEY, PAGE, PARENT, Key, Records, steps_of
+from flows.listeners.mlflow.links import run_url, table_url
+from flows.listeners.mlflow.view import TAG
 
 EVALUATED = ("llmill.evaluate.fingerprint", "llmill.evaluated")
 """Tags of runs that evaluated a model: in the step of that name, and in others."""
@@ -106,6 +107,13 @@ class PipelineRuns(Records):
             bits_per_byte=scores,
             prefect_url=tags.get("llmill.prefect_url", ""),
         )
+
+    def views(self, pages: str) -> dict[str, str]:
+        """Recipe -> the address under ``pages`` that shows its runs, the last used first."""
+        with self._asking():
+            order = ["last_update_time DESC"]
+            found = self._client.search_experiments(order_by=order, max_results=PAGE)
+        return {one.name: table_url(pages, one.experiment_id) for one in found if TAG in one.tags}
 
     def _whole(self, run: Run) -> Run:
         """The run itself, or the one that a step's run belongs to."""

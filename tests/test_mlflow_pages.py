@@ -49,7 +49,7 @@ def experiment(server: Server, tmp_path_factory: pytest.TempPathFactory) -> str:
     mlflow = Mlflow(tmp_path_factory.mktemp("home"), server.url)
     for number, name in enumerate(RUNS):
         for operation in reported(f"{number:016x}", name, BEGAN + number * 1_000_000):
-            mlflow.tell(RECIPE, operation)
+            mlflow.report(RECIPE, operation)
     return mlflow.experiments[RECIPE]
 
 

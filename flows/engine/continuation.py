@@ -99,7 +99,7 @@ class Continuation:
 
 
 def plan_id(recipe: Recipe, steps: Sequence[Step]) -> str:
-    """What a plan is known by, whoever runs it."""
+    """Return the name by which a plan is known, whoever runs it."""
     return f"{recipe.name}-{steps[-1].fingerprint}"
 
 

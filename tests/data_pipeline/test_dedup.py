@@ -239,7 +239,7 @@ def test_memory_does_not_change_what_is_kept(tmp_path: Path) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Finder, "compare", counting)
-        patch.setattr(Search, "parts", lambda *_: 1)
+        patch.setattr(Search, "partitions", lambda *_: 1)
         run(crowd(), tmp_path / "little", runtime={"memory_mb": 1}, **options)
     assert sum(pieces) > 10, "no bucket was too large"
     assert pieces.count(False) > 1, "no range was too large"

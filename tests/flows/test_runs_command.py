@@ -83,7 +83,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("home")
     sweep = Finding(home, "small", "sweep", "a sweep", key="5" * 32)
     sweep.hold()
-    assert not sweep.tell({}, status="FINISHED")
+    assert not sweep.report({}, status="FINISHED")
     member, *later = run_of(2, scores={"evaluate": 1.25}, lr=0.003, seed=0, depth=4)
     runs = [
         ("small", run_of(1, scores={"evaluate": 1.5}, lr=0.001, seed=0, depth=4)),

@@ -16,7 +16,7 @@ from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer
 from llm.pretrain.config import PretrainConfig
 from llm.training.muon import POLAR_EXPRESS, SAFETY, orthogonalise, orthogonalise_all
-from llm.training.optimizer import Optimizer, parameter_groups, parts
+from llm.training.optimizer import Optimizer, grouped, parameter_groups
 
 STEPS = 3
 MUON = {"kind": "muon", "muon_lr": 2e-3, "embedding_lr": 5e-3, "head_lr": 1e-3, "momentum": 0.9}
@@ -254,7 +254,7 @@ def test_each_parameter_is_in_one_group_of_its_kind_and_only_matrices_decay(tied
 
 def test_large_groups_are_parted_so_that_little_is_gathered_at_once() -> None:
     sizes = [3, 4, 9, 1, 1]
-    made = list(parts([torch.nn.Parameter(torch.zeros(size)) for size in sizes], 7))
+    made = list(grouped([torch.nn.Parameter(torch.zeros(size)) for size in sizes], 7))
     assert [[each.numel() for each in part] for part in made] == [[3, 4], [9], [1, 1]]
 
 

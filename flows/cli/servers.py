@@ -159,6 +159,17 @@ def ui(
     show_views(home, f"http://127.0.0.1:{port}")
     sys.stdout.flush()
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    arguments = ["--backend-store-uri", uri, "--host", "127.0.0.1", "--port", str(port), *OWN_PAGES]
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    arguments = [
+        "--backend-store-uri",
+        uri,
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *OWN_PAGES,
+    ]
     quiet = ["--uvicorn-opts", "--log-level warning"]
     os.execv(sys.executable, [sys.executable, "-m", "mlflow", "ui", *arguments, *quiet])

@@ -17,6 +17,7 @@ from flows.prefect.deploy import Options, offer_steps, pools_of, register, write
 from flows.prefect.deployed import ALL, pipeline, recipe_name
 from flows.prefect.page_edits import remember
 from flows.prefect.pools import deployments_of, make_ready
+from flows.prefect.schedules import Wanted
 from flows.recipe import apply_override, load_recipe
 from flows.stages import DEFAULT
 
@@ -36,8 +37,14 @@ def write(tmp_path: Path):
         file = tmp_path / "prefect.yaml"
         home, recipe = tmp_path / "home", load_recipe(path)
         server = options.pop("server", ())
+        wanted = {name: options.pop(name) for name in [*options] if name in Wanted.__dataclass_fields__}
         write.last = write_deployments(
-            file, recipe=recipe, path=path, home=home, options=Options(**options), server=server
+            file,
+            recipe=recipe,
+            path=path,
+            home=home,
+            options=Options(schedules=Wanted(**wanted), **options),
+            server=server,
         )
         return {entry["name"]: entry for entry in yaml.safe_load(file.read_text())["deployments"]}
 
@@ -45,7 +52,7 @@ def write(tmp_path: Path):
 
 
 def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tmp_path):
-    entries = write(cron="0 2 * * *", timezone="Europe/Berlin")
+    entries = write(cron=["0 2 * * *"], timezone="Europe/Berlin")
     assert list(entries) == ["tiny", *(f"tiny.{stage}" for stage in DEFAULT)]
     assert entries["tiny"]["schedules"] == [
         {"cron": "0 2 * * *", "timezone": "Europe/Berlin", "active": True}
@@ -58,7 +65,7 @@ def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tm
 
 
 def test_what_an_operator_edits_stays_with_its_comments(write, tmp_path):
-    before = write(cron="0 2 * * *")
+    before = write(cron=["0 2 * * *"])
     file = tmp_path / "prefect.yaml"
     text = file.read_text().replace("work_pool:", "work_pool:  # our own", 1)
     file.write_text(text + "\n# the end\n")
@@ -98,14 +105,27 @@ def test_parameters_of_the_flow_are_checked_before_anything_is_written(write, tm
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"cron": "every night"}, "--cron 'every night'"),
-        ({"cron": "0 2 * * *", "timezone": "Europe/Atlantis"}, "Europe/Atlantis"),
-        ({"timezone": "UTC"}, "give both"),
+        ({"cron": ["every night"]}, "--cron every night: .*Invalid cron string"),
+        ({"cron": ["0 2 * * *", "0 0 30 2 *"]}, r"--cron 0 0 30 2 \*: "),
+        ({"cron": ["* * * * * */10"]}, "a minute apart"),
+        ({"cron": ["0 2 * * *"], "timezone": "Europe/Atlantis"}, "--timezone Europe/Atlantis: no such"),
+        ({"every": ["1d"], "timezone": "../etc/passwd"}, "no such timezone"),
+        ({"every": ["6 hours"]}, "--every 6 hours: write"),
+        ({"every": ["1d", "0h"]}, "--every 0h: write"),
+        ({"every": ["59s"]}, "--every 59s: the shortest is a minute"),
+        ({"rrule": ["FREQ=OFTEN"]}, "--rrule FREQ=OFTEN: .*FREQ"),
+        ({"rrule": ["FREQ=SECONDLY"]}, "a minute apart"),
+        ({"rrule": ["FREQ=MINUTELY;BYSECOND=0,30"]}, "a minute apart"),
+        ({"rrule": ["FREQ=DAILY;UNTIL=20210101T000000"]}, "no such time to come"),
+        ({"timezone": "UTC"}, "--timezone is said of a schedule"),
+        ({"paused": True}, "--paused is said of a schedule"),
     ],
 )
-def test_a_schedule_that_is_none_is_refused(write, options, reason):
-    with pytest.raises(UserError, match=reason):
+def test_a_schedule_that_is_none_is_refused_in_a_line(write, tmp_path, options, reason):
+    with pytest.raises(UserError, match=reason) as refused:
         write(**options)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "prefect.yaml").exists()
 
 
 def test_a_file_that_is_no_prefect_yaml_is_refused_and_kept(write, tmp_path):
@@ -167,7 +187,7 @@ def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_say
     registered, write, prefect_server, tmp_path
 ):
     prefect = Prefect(prefect_server)
-    tiny = registered(cron="0 2 * * *", timezone="Europe/Berlin")["tiny"]
+    tiny = registered(cron=["0 2 * * *"], timezone="Europe/Berlin")["tiny"]
     assert (write.last.kept, write.last.replaced) == ([], [])
     [schedule] = tiny["schedules"]
     later = {"cron": "30 4 * * *", "timezone": "Asia/Tokyo"}
@@ -211,7 +231,7 @@ def test_without_a_memory_of_the_last_registration_nothing_on_the_server_is_lost
 def test_a_new_file_does_not_take_the_schedule_of_a_deployment_that_the_server_has(
     registered, write, prefect_server, tmp_path
 ):
-    registered(cron="0 2 * * *", replace=True)
+    registered(cron=["0 2 * * *"], replace=True)
     (tmp_path / "prefect.yaml").unlink()
     (tmp_path / "home/servers/deployments.json").unlink()
     assert registered()["tiny"]["schedules"][0]["schedule"]["cron"] == "0 2 * * *"

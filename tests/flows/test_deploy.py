@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -15,9 +16,9 @@ from prefect.utilities.schema_tools.validation import validate
 from data_pipeline.core.errors import UserError
 from flows.prefect.deploy import Options, offer_steps, pools_of, register, write_deployments
 from flows.prefect.deployed import ALL, pipeline, recipe_name
-from flows.prefect.page_edits import remember
+from flows.prefect.page_edits import fields_in_file, fields_on_server, remember
 from flows.prefect.pools import deployments_of, make_ready
-from flows.prefect.schedules import Wanted
+from flows.prefect.schedules import KINDS, Wanted
 from flows.recipe import apply_override, load_recipe
 from flows.stages import DEFAULT
 
@@ -216,6 +217,58 @@ def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_say
     told = registered(replace=True)["tiny"]
     assert [edit.field for edit in write.last.replaced] == ["paused"]
     assert told["paused"]
+
+
+def test_several_schedules_are_kept_as_a_page_left_them(registered, write, prefect_server, tmp_path):
+    """One is switched off there, one is added; intervals keep their beginning, whoever registers."""
+    prefect = Prefect(prefect_server)
+    options = {
+        "cron": ["0 2 * * *"],
+        "every": ["6h"],
+        "rrule": ["FREQ=WEEKLY;BYDAY=MO;BYHOUR=3"],
+        "paused": True,
+    }
+    tiny = registered(**options, timezone="Europe/Berlin")["tiny"]
+    assert [schedule["active"] for schedule in tiny["schedules"]] == [False] * 3
+    on_page = {kind: one for one in tiny["schedules"] for kind in KINDS if one["schedule"].get(kind)}
+    anchor = on_page["interval"]["schedule"]["anchor_date"]
+    assert fields_on_server(tiny)["schedules"] == fields_in_file(write()["tiny"])["schedules"], (
+        "as they were written"
+    )
+    prefect.patch(f"deployments/{tiny['id']}/schedules/{on_page['rrule']['id']}", active=True)
+    added = {"schedule": {"interval": 3600, "anchor_date": "2026-01-01T00:30:00Z"}, "active": True}
+    httpx.post(f"{prefect_server}/deployments/{tiny['id']}/schedules", json=[added]).raise_for_status()
+
+    after = registered()["tiny"]
+    [edit] = write.last.kept
+    assert "every 1 h from 2026-01-01 00:30 UTC, " in str(edit)
+    assert "FREQ=WEEKLY;BYDAY=MO;BYHOUR=3 Europe/Berlin (the file says" in str(edit), "it is on"
+    assert "0 2 * * * Europe/Berlin (off)" in str(edit)
+    assert fields_on_server(after)["schedules"] == edit.page
+
+    (tmp_path / "prefect.yaml").unlink()
+    again = registered(every=["6h"], timezone="Europe/Berlin")["tiny"]
+    assert [edit.field for edit in write.last.replaced] == ["schedules"]
+    [schedule] = again["schedules"]
+    assert schedule["active"]
+    assert datetime.fromisoformat(schedule["schedule"]["anchor_date"]) == datetime.fromisoformat(anchor)
+    assert write()["tiny"]["schedules"][0]["anchor_date"] == anchor
+
+
+def test_a_schedules_meaning_stands_beside_it(write, tmp_path):
+    file = tmp_path / "prefect.yaml"
+    write(cron=["0 2 * * *", "15 4 * * 1"], every=["6h"])
+    lines = file.read_text().splitlines()
+    assert "      - cron: 0 2 * * *  # i.e. at 02:00 every day" in lines
+    assert any(line.startswith("      - interval: 21600  # i.e. every 6 h") for line in lines)
+    text = file.read_text().replace("cron: 0 2", "cron: 30 3").replace("# i.e. at 04:15", "# ours: at 04:15")
+    file.write_text(text.replace("# i.e. at 02:00 every day", "# i.e. at 02:00 every day\n        # below"))
+    write()
+    assert "cron: 30 3 * * *  # i.e. at 03:30 every day\n        # below\n" in file.read_text()
+    assert "# ours: at 04:15" in file.read_text()
+    before = file.read_text()
+    write()
+    assert file.read_text() == before
 
 
 def test_without_a_memory_of_the_last_registration_nothing_on_the_server_is_lost(

@@ -248,7 +248,6 @@ def test_several_schedules_are_kept_as_a_page_left_them(registered, write, prefe
 
     (tmp_path / "prefect.yaml").unlink()
     again = registered(every=["6h"], timezone="Europe/Berlin")["tiny"]
-    assert [edit.field for edit in write.last.replaced] == ["schedules"]
     [schedule] = again["schedules"]
     assert schedule["active"]
     assert datetime.fromisoformat(schedule["schedule"]["anchor_date"]) == datetime.fromisoformat(anchor)

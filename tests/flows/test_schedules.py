@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from io import StringIO
 from itertools import pairwise
 from typing import Any
 
@@ -12,6 +14,8 @@ from prefect.cli.deploy._schedules import _schedule_config_to_deployment_schedul
 from prefect.server.schemas.schedules import SCHEDULE_TYPES
 from pydantic import TypeAdapter
 
+from flows.cli.schedule import show
+from flows.listeners.terminal import Screen
 from flows.prefect.page_edits import normal_schedules
 from flows.prefect.schedules import Wanted, expression, make_schedules, meaning, moment, next_times
 
@@ -152,3 +156,24 @@ def test_the_start_that_prefect_gives_a_rule_is_no_edit():
     assert normal_schedules([sent]) == normal_schedules([rule])
     own = {**rule, "rrule": f"DTSTART:20260101T000000\n{rule['rrule']}"}
     assert normal_schedules([own]) != normal_schedules([rule])
+
+
+def test_the_summary_has_a_line_for_each_schedule():
+    options = Wanted(cron=["0 2 * * *"], every=["6h"], timezone=BERLIN)
+    schedules = [
+        {"schedule": one, "active": place == 0}
+        for place, one in enumerate(make_schedules(options, now=WINTER))
+    ]
+    entry = {"name": "tiny", "id": "x", "work_pool_name": "llmill", "paused": False, "schedules": schedules}
+    screen = Screen()
+    screen.file = out = StringIO()
+    show(screen, "http://h/api", [entry, {**entry, "schedules": []}, {**entry, "paused": True}])
+    first, cron, every, asked, paused, off, _, _ = out.getvalue().splitlines()
+    assert first.split() == ["✓", "tiny", "pool", "llmill", "2", "schedules"]
+    assert re.fullmatch(
+        r"    0 2 \* \* \* Europe/Berlin, at 02:00 every day: next (.+ 02:00 CES?T(, )?){2}", cron
+    )
+    assert every == "    every 6 h from 2027-01-10 00:00 +01:00: paused"
+    assert asked.endswith("when asked")
+    assert paused.endswith("2 schedules  (paused)")
+    assert off.endswith("every day: paused")

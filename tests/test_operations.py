@@ -101,7 +101,7 @@ def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_go
         (planted / stage).touch()
     plant_engine(site)
     said = site.type("deploy", str(site.llmill.recipe), "--cron", "* * * * *", "--timezone", "Europe/Berlin")
-    assert "pool llmill      * * * * * Europe/Berlin" in said.stdout
+    assert "* * * * * Europe/Berlin, every minute: next " in said.stdout
 
     prefect = site.prefect
     [run] = until(lambda: started(prefect), bool, 130)

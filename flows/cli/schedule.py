@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -15,12 +16,28 @@ from flows.engine.ports import answers
 from flows.engine.process import quiet_libraries
 from flows.engine.services import prefect_api
 from flows.prefect.page_edits import remember
+from flows.prefect.schedules import Wanted, expression, meaning, moment, next_times
 from flows.prefect.servers import CLIENT_SETTINGS
 
 Cron = Annotated[
-    str | None, typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two.')
+    list[str] | None,
+    typer.Option(help='When it runs by itself, such as "0 2 * * *" for each night at two; repeatable.'),
 ]
-Timezone = Annotated[str | None, typer.Option(help="Of the schedule, such as Europe/Berlin; else UTC.")]
+Every = Annotated[
+    list[str] | None,
+    typer.Option(metavar="DURATION", help="How often, such as 30m, 6h or 1d; repeatable."),
+]
+Rrule = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='The same by a rule of iCalendar, such as "FREQ=WEEKLY;BYDAY=MO;BYHOUR=3"; repeatable.'
+    ),
+]
+Timezone = Annotated[str | None, typer.Option(help="Of the schedules, such as Europe/Berlin; else UTC.")]
+Paused = Annotated[
+    bool,
+    typer.Option("--paused", help="Make these schedules, switched off: Prefect's page switches them on."),
+]
 Pool = Annotated[str | None, typer.Option(help="The work pool whose workers run it; at first: llmill.")]
 GpuPool = Annotated[
     str | None, typer.Option(help="Another pool for pretrain and evaluate, which are then flow runs there.")
@@ -38,11 +55,16 @@ Replace = Annotated[
 ]
 File = Annotated[Path, typer.Option(help="Where the deployments are kept, to be edited.")]
 
+SHOWN_TIMES = 2
+
 
 def deploy(
     recipe: RecipePath,
     cron: Cron = None,
+    every: Every = None,
+    rrule: Rrule = None,
     timezone: Timezone = None,
+    paused: Paused = False,
     pool: Pool = None,
     gpu_pool: GpuPool = None,
     collision: Collision = None,
@@ -69,8 +91,9 @@ def deploy(
 
     loaded = load_recipe(recipe, set_ or ())
     options = Options(
-        cron=cron,
-        timezone=timezone,
+        schedules=Wanted(
+            cron=cron or (), every=every or (), rrule=rrule or (), timezone=timezone, paused=paused
+        ),
         pool=pool,
         gpu_pool=gpu_pool,
         collision=collision,
@@ -98,11 +121,26 @@ def deploy(
 def show(console: Any, api: str, entries: Sequence[Mapping[str, Any]]) -> None:
     """Print a line for each deployment, as the server has it now."""
     for entry in entries:
-        times = [schedule["schedule"] for schedule in entry["schedules"] if schedule["active"]]
-        when = ", ".join(f"{time.get('cron', 'scheduled')} {time.get('timezone') or 'UTC'}" for time in times)
+        count = len(entry["schedules"])
+        when = f"{count} schedule{'s' * (count > 1)}" if count else "when asked"
         paused = "  (paused)" if entry["paused"] else ""
-        console.print(
-            f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when or 'when asked'}{paused}"
-        )
+        console.print(f"✓ {entry['name']:<28}pool {entry['work_pool_name']:<12}{when}{paused}")
+        for schedule in entry["schedules"]:
+            due = schedule["active"] and not entry["paused"]
+            console.print(
+                f"    {said(schedule['schedule'])}: {coming(schedule['schedule']) if due else 'paused'}"
+            )
     place = f"{api.removesuffix('/api')}/deployments/deployment/{entries[0]['id']}"
     console.print(f"open    {place}  (Run there starts one now)")
+
+
+def said(schedule: Mapping[str, Any]) -> str:
+    """Write a schedule on one line; a cron is followed by what it means."""
+    text, means = expression(schedule), meaning(schedule)
+    return text if not means or text.startswith(means) else f"{text}, {means}"
+
+
+def coming(schedule: Mapping[str, Any]) -> str:
+    """Write the next times of a schedule."""
+    times = next_times(schedule, SHOWN_TIMES, datetime.now(UTC))
+    return f"next {', '.join(map(moment, times))}" if times else "no more times"

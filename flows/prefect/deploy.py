@@ -10,17 +10,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.schedules import CronSchedule
 from prefect.flows import Flow
 from prefect.settings import PREFECT_API_URL, temporary_settings
-from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.comments import CommentedMap
 from ruamel.yaml.error import YAMLError
@@ -32,6 +30,7 @@ from flows.engine.services import POOL
 from flows.prefect.deployed import pipeline
 from flows.prefect.page_edits import Edit, find_edits, keep, remembered
 from flows.prefect.pools import deployments_of
+from flows.prefect.schedules import Wanted, make_schedules, meaning
 from flows.recipe import Recipe, apply_override, shown
 
 ENTRYPOINT = "flows.prefect.deployed.pipeline"
@@ -40,6 +39,8 @@ HEADER = """\
 # RECIPE runs the pipeline, RECIPE.STEP that step alone; docs/servers.md says what each setting is for.
 pull: []  # no code is fetched: llmill is installed where workers run
 """
+EXPLAINS = "# i.e. "
+"""Begins the comment beside a schedule that is llmill's to change."""
 Collision = Literal["enqueue", "cancel-new"]
 
 
@@ -47,8 +48,7 @@ Collision = Literal["enqueue", "cancel-new"]
 class Options:
     """The options of the command line; None leaves what the file says."""
 
-    cron: str | None = None
-    timezone: str | None = None
+    schedules: Wanted = field(default_factory=Wanted)
     pool: str | None = None
     gpu_pool: str | None = None
     collision: Collision | None = None
@@ -96,22 +96,22 @@ def write_deployments(
     Raises:
         UserError: the file can't be read, or an option makes no sense.
     """
-    schedule = make_schedule(options)
     document = read(file)
     entries = document.setdefault("deployments", [])
     if entries is None:
         entries = document["deployments"] = []
     known = {entry.get("name"): entry for entry in entries}
-    names = names_of(recipe)
+    names, whole = names_of(recipe), recipe.name
     new = [name for name in names if name not in known]
     for name in new:
         known[name] = new_entry(name, recipe, path, home)
         entries.append(known[name])
+    schedules = make_schedules(options.schedules, schedules_of(whole, known[whole], server))
     written = Written(names, kept=[], replaced=[])
     for edit in find_edits({name: known[name] for name in names}, server, remembered(home)):
         if edit.deployment in new and edit.field not in ("schedules", "paused"):
             continue  # a file that begins anew says where recipe and home are now
-        named = options.cron and edit.field == "schedules" and edit.deployment == recipe.name
+        named = schedules and edit.field == "schedules" and edit.deployment == whole
         if options.replace or named:
             written.replaced.append(edit)
         else:
@@ -121,8 +121,10 @@ def write_deployments(
         refuse_commands(known[name], file)
         change(known[name], name.removeprefix(recipe.name).lstrip("."), options, gpu_steps(recipe))
         check_steps(known[name]["parameters"], [step.name for step in recipe.steps])
-    if schedule:
-        known[recipe.name]["schedules"] = [schedule]
+    if schedules:
+        known[whole]["schedules"] = schedules
+    for name in names:
+        explain(known[name])
     writer = round_trip()
     with atomic_path(file) as temporary, open(temporary, "w", encoding="utf-8") as out:
         writer.dump(document, out)
@@ -253,19 +255,25 @@ def dump(value: Any) -> str:
     return text.getvalue()
 
 
-def make_schedule(options: Options) -> dict[str, Any] | None:
-    """The schedule as a prefect.yaml has it; None where the options name none."""
-    if options.timezone and not options.cron:
-        raise UserError("--timezone says when --cron is: give both")
-    if not options.cron:
-        return None
-    zone = options.timezone or "UTC"
-    try:
-        CronSchedule(cron=options.cron, timezone=zone)
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-        raise UserError(f"--cron {options.cron!r} --timezone {zone}: {reason}") from None
-    return {"cron": options.cron, "timezone": zone, "active": True}
+def schedules_of(name: str, entry: Mapping[str, Any], server: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """Return the schedules of one deployment: those in the file, then the server's."""
+    there = [one["schedule"] for known in server if known["name"] == name for one in known["schedules"]]
+    return [*(entry.get("schedules") or ()), *there]
+
+
+def explain(entry: CommentedMap) -> None:
+    """Write beside each schedule of a deployment what it means; a comment of somebody else stays."""
+    schedules = entry.get("schedules") or []
+    for place, schedule in enumerate(schedules):
+        if not isinstance(schedule, CommentedMap):
+            schedule = schedules[place] = CommentedMap(schedule)
+        key, text = next(iter(schedule)), meaning(schedule)
+        *_, token, _ = schedule.ca.items.get(key) or (None, None)
+        if token is None and text:
+            schedule.yaml_add_eol_comment(f"{EXPLAINS}{text}", key)
+        elif token is not None and token.value.startswith(EXPLAINS):
+            _, end, below = token.value.partition("\n")
+            token.value = f"{EXPLAINS}{text or 'as it says'}{end}{below}"
 
 
 def pools_of(file: Path, names: Sequence[str]) -> list[str]:

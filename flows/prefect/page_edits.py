@@ -9,10 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.files import write_durably
+from flows.prefect.schedules import KINDS, PREFECTS_START, expression
 
 Fields = dict[str, Any]
 """The fields of a deployment that a page can change, as a prefect.yaml writes them."""
@@ -40,7 +42,7 @@ def fields_on_server(entry: Mapping[str, Any]) -> Fields:
     options = entry.get("concurrency_options") or {}
     concurrency = {"limit": limit.get("limit"), "collision_strategy": options.get("collision_strategy")}
     schedules = [
-        {**one["schedule"], "active": one["active"], "parameters": one.get("parameters")}
+        {**one["schedule"], **{name: one.get(name) for name in ("active", "parameters", "slug")}}
         for one in entry["schedules"]
     ]
     return {
@@ -76,9 +78,13 @@ def normal_schedules(schedules: Iterable[Mapping[str, Any]]) -> list[dict[str, A
     """Schedules in one order, with defaults written out or left out alike for file and server."""
     normal = []
     for schedule in schedules:
-        kept = {name: schedule[name] for name in ("cron", "interval", "rrule") if schedule.get(name)}
+        kept = {name: schedule[name] for name in (*KINDS, "slug") if schedule.get(name)}
+        if "rrule" in kept:
+            kept["rrule"] = kept["rrule"].removeprefix(PREFECTS_START)
         if "interval" in kept:
             kept["interval"] = float(kept["interval"])
+            if schedule.get("anchor_date"):
+                kept["anchor_date"] = datetime.fromisoformat(schedule["anchor_date"]).isoformat()
         if schedule.get("day_or") is False:
             kept["day_or"] = False
         if schedule.get("parameters"):
@@ -133,8 +139,7 @@ def shown(value: Any) -> str:
 
 def shown_schedule(schedule: Mapping[str, Any]) -> str:
     """``0 2 * * * Europe/Berlin``."""
-    when = schedule.get("cron") or schedule.get("rrule") or f"every {schedule.get('interval', 0):g} s"
-    return f"{when} {schedule['timezone']}{'' if schedule['active'] else ' (off)'}"
+    return f"{expression(schedule)}{'' if schedule['active'] else ' (off)'}"
 
 
 def place(home: Path) -> Path:

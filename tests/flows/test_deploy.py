@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 import httpx
@@ -15,8 +16,9 @@ from prefect.utilities.schema_tools.validation import validate
 from data_pipeline.core.errors import UserError
 from flows.prefect.deploy import Options, offer_steps, pools_of, register, write_deployments
 from flows.prefect.deployed import ALL, pipeline, recipe_name
-from flows.prefect.page_edits import remember
+from flows.prefect.page_edits import fields_in_file, fields_on_server, remember
 from flows.prefect.pools import deployments_of, make_ready
+from flows.prefect.schedules import KINDS, Wanted
 from flows.recipe import apply_override, load_recipe
 from flows.stages import DEFAULT
 
@@ -36,8 +38,14 @@ def write(tmp_path: Path):
         file = tmp_path / "prefect.yaml"
         home, recipe = tmp_path / "home", load_recipe(path)
         server = options.pop("server", ())
+        wanted = {name: options.pop(name) for name in [*options] if name in Wanted.__dataclass_fields__}
         write.last = write_deployments(
-            file, recipe=recipe, path=path, home=home, options=Options(**options), server=server
+            file,
+            recipe=recipe,
+            path=path,
+            home=home,
+            options=Options(schedules=Wanted(**wanted), **options),
+            server=server,
         )
         return {entry["name"]: entry for entry in yaml.safe_load(file.read_text())["deployments"]}
 
@@ -45,7 +53,7 @@ def write(tmp_path: Path):
 
 
 def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tmp_path):
-    entries = write(cron="0 2 * * *", timezone="Europe/Berlin")
+    entries = write(cron=["0 2 * * *"], timezone="Europe/Berlin")
     assert list(entries) == ["tiny", *(f"tiny.{stage}" for stage in DEFAULT)]
     assert entries["tiny"]["schedules"] == [
         {"cron": "0 2 * * *", "timezone": "Europe/Berlin", "active": True}
@@ -58,7 +66,7 @@ def test_there_is_one_deployment_of_the_pipeline_and_one_of_each_stage(write, tm
 
 
 def test_what_an_operator_edits_stays_with_its_comments(write, tmp_path):
-    before = write(cron="0 2 * * *")
+    before = write(cron=["0 2 * * *"])
     file = tmp_path / "prefect.yaml"
     text = file.read_text().replace("work_pool:", "work_pool:  # our own", 1)
     file.write_text(text + "\n# the end\n")
@@ -98,14 +106,27 @@ def test_parameters_of_the_flow_are_checked_before_anything_is_written(write, tm
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"cron": "every night"}, "--cron 'every night'"),
-        ({"cron": "0 2 * * *", "timezone": "Europe/Atlantis"}, "Europe/Atlantis"),
-        ({"timezone": "UTC"}, "give both"),
+        ({"cron": ["every night"]}, "--cron every night: .*Invalid cron string"),
+        ({"cron": ["0 2 * * *", "0 0 30 2 *"]}, r"--cron 0 0 30 2 \*: "),
+        ({"cron": ["* * * * * */10"]}, "a minute apart"),
+        ({"cron": ["0 2 * * *"], "timezone": "Europe/Atlantis"}, "--timezone Europe/Atlantis: no such"),
+        ({"every": ["1d"], "timezone": "../etc/passwd"}, "no such timezone"),
+        ({"every": ["6 hours"]}, "--every 6 hours: write"),
+        ({"every": ["1d", "0h"]}, "--every 0h: write"),
+        ({"every": ["59s"]}, "--every 59s: the shortest is a minute"),
+        ({"rrule": ["FREQ=OFTEN"]}, "--rrule FREQ=OFTEN: .*FREQ"),
+        ({"rrule": ["FREQ=SECONDLY"]}, "a minute apart"),
+        ({"rrule": ["FREQ=MINUTELY;BYSECOND=0,30"]}, "a minute apart"),
+        ({"rrule": ["FREQ=DAILY;UNTIL=20210101T000000"]}, "no such time to come"),
+        ({"timezone": "UTC"}, "--timezone is said of a schedule"),
+        ({"paused": True}, "--paused is said of a schedule"),
     ],
 )
-def test_a_schedule_that_is_none_is_refused(write, options, reason):
-    with pytest.raises(UserError, match=reason):
+def test_a_schedule_that_is_none_is_refused_in_a_line(write, tmp_path, options, reason):
+    with pytest.raises(UserError, match=reason) as refused:
         write(**options)
+    assert len(str(refused.value).splitlines()) == 1
+    assert not (tmp_path / "prefect.yaml").exists()
 
 
 def test_a_file_that_is_no_prefect_yaml_is_refused_and_kept(write, tmp_path):
@@ -167,7 +188,7 @@ def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_say
     registered, write, prefect_server, tmp_path
 ):
     prefect = Prefect(prefect_server)
-    tiny = registered(cron="0 2 * * *", timezone="Europe/Berlin")["tiny"]
+    tiny = registered(cron=["0 2 * * *"], timezone="Europe/Berlin")["tiny"]
     assert (write.last.kept, write.last.replaced) == ([], [])
     [schedule] = tiny["schedules"]
     later = {"cron": "30 4 * * *", "timezone": "Asia/Tokyo"}
@@ -198,6 +219,57 @@ def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_say
     assert told["paused"]
 
 
+def test_several_schedules_are_kept_as_a_page_left_them(registered, write, prefect_server, tmp_path):
+    """One is switched off there, one is added; intervals keep their beginning, whoever registers."""
+    prefect = Prefect(prefect_server)
+    options = {
+        "cron": ["0 2 * * *"],
+        "every": ["6h"],
+        "rrule": ["FREQ=WEEKLY;BYDAY=MO;BYHOUR=3"],
+        "paused": True,
+    }
+    tiny = registered(**options, timezone="Europe/Berlin")["tiny"]
+    assert [schedule["active"] for schedule in tiny["schedules"]] == [False] * 3
+    on_page = {kind: one for one in tiny["schedules"] for kind in KINDS if one["schedule"].get(kind)}
+    anchor = on_page["interval"]["schedule"]["anchor_date"]
+    assert fields_on_server(tiny)["schedules"] == fields_in_file(write()["tiny"])["schedules"], (
+        "as they were written"
+    )
+    prefect.patch(f"deployments/{tiny['id']}/schedules/{on_page['rrule']['id']}", active=True)
+    added = {"schedule": {"interval": 3600, "anchor_date": "2026-01-01T00:30:00Z"}, "active": True}
+    httpx.post(f"{prefect_server}/deployments/{tiny['id']}/schedules", json=[added]).raise_for_status()
+
+    after = registered()["tiny"]
+    [edit] = write.last.kept
+    assert "every 1 h from 2026-01-01 00:30 UTC, " in str(edit)
+    assert "FREQ=WEEKLY;BYDAY=MO;BYHOUR=3 Europe/Berlin (the file says" in str(edit), "it is on"
+    assert "0 2 * * * Europe/Berlin (off)" in str(edit)
+    assert fields_on_server(after)["schedules"] == edit.page
+
+    (tmp_path / "prefect.yaml").unlink()
+    again = registered(every=["6h"], timezone="Europe/Berlin")["tiny"]
+    [schedule] = again["schedules"]
+    assert schedule["active"]
+    assert datetime.fromisoformat(schedule["schedule"]["anchor_date"]) == datetime.fromisoformat(anchor)
+    assert write()["tiny"]["schedules"][0]["anchor_date"] == anchor
+
+
+def test_a_schedules_meaning_stands_beside_it(write, tmp_path):
+    file = tmp_path / "prefect.yaml"
+    write(cron=["0 2 * * *", "15 4 * * 1"], every=["6h"])
+    lines = file.read_text().splitlines()
+    assert "      - cron: 0 2 * * *  # i.e. at 02:00 every day" in lines
+    assert any(line.startswith("      - interval: 21600  # i.e. every 6 h") for line in lines)
+    text = file.read_text().replace("cron: 0 2", "cron: 30 3").replace("# i.e. at 04:15", "# ours: at 04:15")
+    file.write_text(text.replace("# i.e. at 02:00 every day", "# i.e. at 02:00 every day\n        # below"))
+    write()
+    assert "cron: 30 3 * * *  # i.e. at 03:30 every day\n        # below\n" in file.read_text()
+    assert "# ours: at 04:15" in file.read_text()
+    before = file.read_text()
+    write()
+    assert file.read_text() == before
+
+
 def test_without_a_memory_of_the_last_registration_nothing_on_the_server_is_lost(
     registered, write, prefect_server, tmp_path
 ):
@@ -211,7 +283,7 @@ def test_without_a_memory_of_the_last_registration_nothing_on_the_server_is_lost
 def test_a_new_file_does_not_take_the_schedule_of_a_deployment_that_the_server_has(
     registered, write, prefect_server, tmp_path
 ):
-    registered(cron="0 2 * * *", replace=True)
+    registered(cron=["0 2 * * *"], replace=True)
     (tmp_path / "prefect.yaml").unlink()
     (tmp_path / "home/servers/deployments.json").unlink()
     assert registered()["tiny"]["schedules"][0]["schedule"]["cron"] == "0 2 * * *"

@@ -66,7 +66,7 @@ class Elsewhere:
         self._log.append(StepDispatched(step=step.name, deployment=where))
         self._work[self._threads.submit(copy_context().run, self._await, step, build)] = step
 
-    def ended(self) -> list[tuple[Step, Result]]:
+    def ended(self) -> Iterator[tuple[Step, Result]]:
         """Wait until some steps have ended, and give what they made.
 
         Raises:
@@ -80,18 +80,18 @@ class Elsewhere:
                 self._wishes.saves += 1
             done, _ = wait(self._work, POLL_SECONDS, FIRST_COMPLETED)
         self.seconds += time.monotonic() - clock
-        results = []
         for future in done:
             step = self._work.pop(future)
             try:
-                results.append((step, future.result()))
+                result = future.result()
             except Exception as error:
                 self.failure = self.failure or error
+            else:
+                yield step, result
         if self.failure and self._work:
             self._log.warn(f"{', '.join(self.steps)}: is let end, and then the run ends")
         elif self.failure:
             raise self.failure
-        return results
 
     def _await(self, step: Step, build: Build) -> Result:
         clock = time.monotonic()

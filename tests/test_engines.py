@@ -37,7 +37,7 @@ def main(recipe, homes, engines):
             loaded = load_recipe(recipe, [f"runtime.task_runner={runner}", f"runtime.workers={workers}"])
             home = homes / (engines[0] if engine == engines[-1] else engine)  # the last one, in the home of the first
             planned = Planned.of(loaded, home, Selection(stop="tokenize"))
-            with Pipeline(Order(planned=planned, command=""), {}) as run:
+            with Pipeline(Order(planned=planned, name="ours", command=""), {}) as run:
                 run.prepare()
                 with run.flow({}) as begin:
                     begin()

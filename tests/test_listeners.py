@@ -94,7 +94,7 @@ def known(server: Server, suffix: str) -> dict[str, Any]:
     last = max(run.info.end_time for run in runs)
     for run in runs:
         tags = run.data.tags
-        own = ("llmill.key", "mlflow.parentRunId", "mlflow.note.content")
+        own = ("llmill.key", "mlflow.parentRunId", "mlflow.note.content", "mlflow.runColor")
         points = [
             (point.key, point.step, point.value, point.timestamp)
             for name in run.data.metrics

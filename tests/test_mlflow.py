@@ -137,7 +137,8 @@ def test_a_registered_model_shows_how_good_it_is_and_on_which_data(client, manif
     assert version.tags["tokens"] == f"{trained['tokens']:,.0f}"
     assert version.tags["recipe"] == "small"
     assert said in version.description
-    model = client.get_logged_model(version.model_id)
+    known = f"tags.`llmill.fingerprint` = '{manifests['export']['fingerprint']}'"
+    [model] = client.search_logged_models([client.get_experiment_by_name("small").experiment_id], known)
     figures = {metric.key: metric for metric in model.metrics}
     assert figures["bits_per_byte"].value == scores["bits_per_byte"]
     assert figures["bits_per_byte"].dataset_digest == manifests["tokenize"]["fingerprint"]

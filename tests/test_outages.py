@@ -16,6 +16,7 @@ from mlflow_server import Server, Told, stopped
 from operator_api import until
 
 from flows.engine.store import Store
+from flows.listeners.mlflow.model_metrics import measured
 from flows.stages import DEFAULT
 
 pytestmark = pytest.mark.timeout(1200)  # what the undisturbed run takes counts for the first test
@@ -66,6 +67,9 @@ def expected_points(llmill: Llmill) -> dict[str, set[tuple]]:
     for artifact in Store(llmill.home).artifacts():
         sealed = {**artifact.metrics, "seconds": artifact.manifest["seconds"]}
         stamp = round(datetime.fromisoformat(artifact.manifest["finished"]).timestamp() * 1000)
+        if artifact.stage == "export":  # and how good the exported model is
+            found = measured(artifact)
+            sealed |= {**found.trained, **found.evaluated}
         points[artifact.stage] = {(name, 0, float(value), stamp) for name, value in sealed.items()}
         events = artifact.path / "logs" / "events.jsonl"
         kinds = {"step": "train", "validation": "val", "checkpoint": "checkpoint"}

@@ -221,7 +221,7 @@ def test_what_gc_removes_is_gone_from_mlflow_too_wherever_that_keeps_it(home: Pa
             assert not client.list_artifacts(run.info.run_id)
     assert client.get_run(runs["clean"].info.run_id).info.lifecycle_stage == "deleted"
     note = next(run.data.tags for run in left if "llmill.stage" not in run.data.tags)["mlflow.note.content"]
-    assert note.startswith("Bread.")
+    assert note.startswith("1 bits per byte\n\nBread.")
     assert "| export | ran |" in note
     with pytest.raises(UserError, match="there is none"):
         select(Store(home), [made[0].fingerprint])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime
 from typing import Any
 
 import yaml
@@ -106,7 +105,7 @@ class Reporter:
             seconds=result.seconds,
             path=str(artifact.path),
             metrics=artifact.metrics,
-            finished=sealed_at(artifact),
+            finished=artifact.sealed_at,
             **made_by(artifact),
         )
         self._log.append(reused)
@@ -158,7 +157,7 @@ class Reporter:
             size=artifact.size,
             metrics=artifact.metrics,
             payload_sha256=artifact.payload_sha256,
-            finished=sealed_at(artifact),
+            finished=artifact.sealed_at,
             late=started.late,
             resumed=started.resumed,
             withheld=step.stage.texts and not runtime.upload_texts,
@@ -211,11 +210,6 @@ def described_input(artifact: Artifact) -> dict[str, Any]:
         "path": str(artifact.path),
         "metrics": artifact.metrics,
     }
-
-
-def sealed_at(artifact: Artifact) -> int:
-    """When an artifact was sealed, in milliseconds since 1970: what is logged of it again then has the same time."""
-    return int(datetime.fromisoformat(artifact.manifest["finished"]).timestamp() * 1000)
 
 
 def resolved_yaml(recipe: Recipe, steps: Sequence[Step]) -> str:

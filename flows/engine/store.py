@@ -114,6 +114,11 @@ class Artifact:
         return self.manifest["metrics"]
 
     @property
+    def sealed_at(self) -> int:
+        """When it was sealed, in milliseconds since 1970: what is reported of it again is then of one time."""
+        return int(datetime.fromisoformat(self.manifest["finished"]).timestamp() * 1000)
+
+    @property
     def inputs(self) -> dict[str, Input]:
         """Inputs by type; artifacts of before there were types name the stage in its place."""
         return {

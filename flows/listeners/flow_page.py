@@ -107,7 +107,7 @@ class FlowPageListener:
         self._show("running")
         if event.text and time.monotonic() >= self._log_again:
             self._log_again = time.monotonic() + LOG_SECONDS
-            self._log(event.text, INFO, step)
+            self._log(f"{step}: {event.text}", INFO)  # of the whole run: that is the page that people open
 
     def _left(self, step: str) -> None:
         """Take a step for one that is not at work."""

@@ -7,10 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModel, Metric
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric
 
 from data_pipeline.core.text import table
-from flows.engine.events import milliseconds
 from flows.engine.store import Artifact, Store, canonical_json
 
 EVALUATED = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "loss", "perplexity", "documents")
@@ -80,16 +79,16 @@ def chosen(artifact: Artifact | None, names: tuple[str, ...]) -> dict[str, float
     return {name: artifact.metrics[name] for name in names if name in artifact.metrics} if artifact else {}
 
 
-def log_metrics(client: MlflowClient, run_id: str, model: LoggedModel, artifact: Artifact) -> None:
-    """Put a model's metrics on the logged model, those of its evaluation tied to the data set that it was made on."""
-    found, now = measured(artifact), milliseconds()
+def log_metrics(client: MlflowClient, run_id: str, artifact: Artifact, model_id: str | None = None) -> None:
+    """Put a model's metrics on a run and on its logged model, those of its evaluation tied to their data set."""
+    found, stamp = measured(artifact), artifact.sealed_at
     of_data = {"dataset_name": found.data, "dataset_digest": found.digest} if found.data else {}
     metrics = [
-        Metric(name, value, now, 0, model_id=model.model_id, run_id=run_id)
+        Metric(name, value, stamp, 0, model_id=model_id, run_id=run_id)
         for name, value in found.trained.items()
     ]
     metrics += [
-        Metric(name, value, now, 0, model_id=model.model_id, run_id=run_id, **of_data)
+        Metric(name, value, stamp, 0, model_id=model_id, run_id=run_id, **of_data)
         for name, value in found.evaluated.items()
     ]
     if found.data:

@@ -87,13 +87,15 @@ def new_version(client: MlflowClient, run_id: str, artifact: Artifact, weights: 
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     versions = client.search_model_versions(f"name = '{name}'")
-    if not any(one.tags.get(FINGERPRINT) == artifact.fingerprint for one in versions):
+    if any(one.tags.get(FINGERPRINT) == artifact.fingerprint for one in versions):
+        log_metrics(client, run_id, artifact)  # the model, of another run that made the same, has them
+    else:
         params = {"parameters": f"{artifact.metrics['parameters']:.0f}"}
         model = logged(client, run_id, name, "export", params, tags)
         if weights == "here":
             with laid_out(artifact, model, run_id) as folder:
                 client.log_model_artifacts(model.model_id, str(folder))
-        log_metrics(client, run_id, model, artifact)
+        log_metrics(client, run_id, artifact, model.model_id)
         finish(client, model)
         place, about = model.artifact_location, description(artifact, weights == "here")
         tags |= measured(artifact).tags

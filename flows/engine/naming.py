@@ -15,6 +15,8 @@ from flows.recipe import shown
 TIME = "%m-%d %H:%M"
 MOST = 60
 """Characters of what was set."""
+MOST_DIFFERENCES = 3
+"""Differences from the nearest sealed steps, above which the run is no variant of what made those."""
 LONG_VALUE = 24
 """Characters from which on a value is passed over: a hash, a path or a list tells nobody anything in a name."""
 DIFFERENCE = re.compile(r"([\w.]+): .* -> (.*)")
@@ -37,9 +39,10 @@ def in_words(settings: Iterable[str]) -> str:
 
 
 def differing(steps: Sequence[Step]) -> str:
-    """Say in what the steps to be built differ from the nearest that are sealed."""
+    """Say in what the steps to be built differ from the nearest that are sealed; not where that is another thing."""
     lines = [line for step in steps if step.action in ("run", "resume") for line in step.why]
-    return joined(found.groups() for line in lines if (found := DIFFERENCE.fullmatch(line)))
+    found = [one.groups() for line in lines if (one := DIFFERENCE.fullmatch(line))]
+    return joined(found) if len(found) <= MOST_DIFFERENCES else ""
 
 
 def joined(pairs: Iterable[Sequence[str]]) -> str:

@@ -19,26 +19,43 @@ from test_two_models import TWO
 
 SIDE_BY_SIDE = ("--set", "runtime.parallel_steps=2")
 TRAININGS = ("pretrain", "pretrain_small")
+STEPS = 150
+"""More than a training takes while the other one begins."""
+LONGER = TWO.replace("tokens: 20_480", f"tokens: {STEPS * 1024}")
 
 
-def at_work(llmill: Llmill) -> set[str]:
-    """The trainings that have logged a step and are not sealed."""
+def logged(llmill: Llmill) -> dict[Path, int]:
+    """Folder of a training that is not sealed -> steps that it has logged."""
     files = llmill.home.glob("store/pretrain/*.partial/logs/events.jsonl")
-    return {str(file) for file in files if '"step"' in file.read_text()}
+    return {file.parents[1]: file.read_text().count('"event": "step"') for file in files}
+
+
+def ranks(folder: Path) -> list[psutil.Process]:
+    """The processes that train into a folder."""
+    found = psutil.process_iter(["cmdline"])
+    return [one for one in found if any(str(folder) in word for word in one.info["cmdline"] or ())]
 
 
 def both_at_work(llmill: Llmill) -> Any:
-    """A run whose two trainings are at work."""
+    """A run whose two trainings are at work: the first that takes a step is held until the other has."""
+    before, held = logged(llmill), dict[Path, list[psutil.Process]]()
     run = llmill.start("run", str(llmill.recipe), *SIDE_BY_SIDE)
-    while len(at_work(llmill)) < 2:
-        assert run.poll() is None, run.communicate()
+    while len(held) < 2:
+        assert run.poll() is None, "it ended before"
+        for folder, steps in logged(llmill).items():
+            if folder not in held and steps > before.get(folder, 0):
+                held[folder] = ranks(folder)
+                for process in held[folder]:
+                    process.suspend()
         time.sleep(0.01)
+    for process in [process for processes in held.values() for process in processes]:
+        process.resume()
     return run
 
 
 @pytest.fixture(scope="module")
 def one_by_one(make_llmill: Any) -> Llmill:
-    llmill = make_llmill(recipe=TWO)
+    llmill = make_llmill(recipe=LONGER)
     llmill("run", str(llmill.recipe))
     return llmill
 
@@ -54,7 +71,7 @@ class Ran:
 @pytest.fixture(scope="module")
 def stopped(make_llmill: Any) -> Ran:
     """A home in which both trainings were stopped at work, then killed at work, and then done."""
-    llmill = make_llmill(recipe=TWO)
+    llmill = make_llmill(recipe=LONGER)
     run = both_at_work(llmill)
     run.send_signal(signal.SIGTERM)
     out, err = run.communicate(timeout=300)
@@ -101,7 +118,7 @@ def test_mlflow_and_prefect_have_all_of_it_under_one_run(stopped: Ran, prefect_s
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.info.status == "FINISHED"
         steps = [point.step for point in client.get_metric_history(child.info.run_id, "train/loss")]
-        assert steps == list(range(1, 21))
+        assert steps == list(range(1, STEPS + 1))
         assert f"{step}/bits_per_byte" in parent.data.metrics or f"{step}/loss" in parent.data.metrics
     [flow_run] = {one["flow_run"]["id"] for one in stopped.events if one["event"] == "run_started"}
     named = {"flow_runs": {"parent_flow_run_id": {"any_": [flow_run]}}}
@@ -118,9 +135,8 @@ def test_when_one_fails_the_other_is_let_end_and_nothing_begins_behind_them(
         shutil.copytree(one_by_one.home / "store" / stage, llmill.home / "store" / stage)
     run = both_at_work(llmill)
     [folder] = llmill.home.glob(f"store/pretrain/{llmill.plan()['pretrain_small']['fingerprint']}.partial")
-    for process in psutil.process_iter(["cmdline"]):
-        if any(str(folder) in word for word in process.info["cmdline"] or ()):
-            process.kill()
+    for process in ranks(folder):
+        process.kill()
     out, err = run.communicate(timeout=300)
     assert run.returncode == 1, out + err
     assert "pretrain_small" in err

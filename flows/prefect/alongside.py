@@ -29,6 +29,7 @@ from flows.engine.order import Order, Wishes
 from flows.engine.plan import Step
 from flows.engine.stopping import END_SECONDS, STOP_SECONDS, Stop, asked
 from flows.prefect.run_notes import needs
+from flows.recipe import Recipe
 
 POLL_SECONDS = 0.2
 CODES = {UserError: 2, StageFailed: 1, Stop: 130}
@@ -72,7 +73,7 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
     pickle.dump(job_of(step, order, key), process.stdin)
     process.stdin.flush()
     last = [f"{step.name}: its process began, and reported nothing"]
-    reading = threading.Thread(target=relay, args=(process.stdout, log.append, last), daemon=True)
+    reading = threading.Thread(target=relay, args=(step.name, process.stdout, log.append, last), daemon=True)
     reading.start()
     saves, stopping = wishes.saves, False
     while True:
@@ -99,18 +100,11 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
 
 
 def job_of(step: Step, order: Order, key: str) -> Job:
-    """Describe what the process is to do: its share of the cores is that of one of the steps that may be at work."""
-    recipe, runtime = order.recipe, order.recipe.runtime
-    written = recipe.model_dump(exclude_unset=True)
-    steps = {
-        one.name: written.pop(one.name, {}) | {"stage": one.stage.name, "inputs": one.sources}
-        for one in recipe.steps
-    }
-    workers = max(1, runtime.worker_count // runtime.parallel_steps)
+    """Describe what the process is to do."""
     context = serialize_context()
     context["flow_run_context"].pop("flow", None)  # it holds what can't be sent, such as locks
     return Job(
-        recipe=written | {"runtime": written.get("runtime", {}) | {"workers": workers}} | steps,
+        recipe=written(order.recipe),
         home=str(order.planned.uses.store.home),
         step=step.name,
         force=order.planned.selection.force == step.name,
@@ -122,13 +116,27 @@ def job_of(step: Step, order: Order, key: str) -> Job:
     )
 
 
-def relay(lines: IO[bytes], append: Callable[[Event], object], last: list[str]) -> None:
-    """Pass on what people see of a step at work; ``last`` gets the message with which its process failed."""
+def written(recipe: Recipe) -> dict[str, Any]:
+    """Write a recipe as a file would say it, for one of the steps that may be at work: with its share of the cores."""
+    runtime, said = recipe.runtime, recipe.model_dump(exclude_unset=True)
+    steps = {
+        one.name: said.pop(one.name, {}) | {"stage": one.stage.name, "inputs": one.sources}
+        for one in recipe.steps
+    }
+    workers = max(1, runtime.worker_count // runtime.parallel_steps)
+    return said | {"runtime": said.get("runtime", {}) | {"workers": workers}} | steps
+
+
+def relay(step: str, lines: IO[bytes], append: Callable[[Event], object], last: list[str]) -> None:
+    """Pass on what people see of a step at work; ``last`` gets the message with which its process failed.
+
+    Notes of no step are about the run, such as what the steps before it discarded: they are ours to make.
+    """
     for line in lines:
         values = json.loads(line)
         if values.keys() == {"failed"}:
             last.append(values["failed"])
             continue
         event = read_event(values)
-        if isinstance(event, Progress | Activity | Note):
+        if isinstance(event, Progress | Activity | Note) and event.step == step:
             append(event)

@@ -14,8 +14,12 @@ import httpx
 import psutil
 import pytest
 from command_line import Llmill
+from forks import ROOT
 from mlflow import MlflowClient
 from test_two_models import TWO
+
+from flows.prefect.alongside import written
+from flows.recipe import build_recipe, load_recipe
 
 SIDE_BY_SIDE = ("--set", "runtime.parallel_steps=2")
 TRAININGS = ("pretrain", "pretrain_small")
@@ -105,6 +109,21 @@ def test_two_trainings_were_at_work_at_once_and_those_that_wait_for_one_began_be
             at for at, one in enumerate(logged) if one[1] == f"evaluate{suffix}" and "reused" not in one[0]
         )
         assert trained < evaluated
+
+
+def test_nothing_is_noted_twice(stopped: Ran) -> None:
+    noted = [one["text"] for one in stopped.events if one["event"] == "note" and not one["step"]]
+    assert len(noted) == len(set(noted)), noted
+
+
+@pytest.mark.parametrize("name", ["quickstart", "books", "fineweb_edu"])
+def test_a_process_is_given_the_recipe_as_it_was_read(name: str) -> None:
+    recipe = load_recipe(ROOT / f"flows/recipes/{name}.yaml", ["pretrain.seed=3", *SIDE_BY_SIDE[1:]])
+    again = build_recipe(written(recipe))
+    assert [(one.name, one.sources, one.config) for one in again.steps] == [
+        (one.name, one.sources, one.config) for one in recipe.steps
+    ]
+    assert again.runtime.workers == max(1, recipe.runtime.worker_count // 2)
 
 
 def test_mlflow_and_prefect_have_all_of_it_under_one_run(stopped: Ran, prefect_server: str) -> None:

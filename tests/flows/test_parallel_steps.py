@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import signal
@@ -18,7 +19,8 @@ from forks import ROOT
 from mlflow import MlflowClient
 from test_two_models import TWO
 
-from flows.prefect.alongside import written
+from flows.engine.events import Activity, Event, Note, Progress, StepFailed
+from flows.prefect.alongside import relay, written
 from flows.recipe import build_recipe, load_recipe
 
 SIDE_BY_SIDE = ("--set", "runtime.parallel_steps=2")
@@ -111,9 +113,22 @@ def test_two_trainings_were_at_work_at_once_and_those_that_wait_for_one_began_be
         assert trained < evaluated
 
 
-def test_nothing_is_noted_twice(stopped: Ran) -> None:
-    noted = [one["text"] for one in stopped.events if one["event"] == "note" and not one["step"]]
-    assert len(noted) == len(set(noted)), noted
+def test_a_process_passes_on_what_is_of_its_step_and_why_it_failed() -> None:
+    """Notes of no step, such as what earlier steps discarded, are made by the run itself: once."""
+    said = [
+        Note(text="download: 9 of 10 rejected", warning=True),
+        Note(text="of another", step="evaluate"),
+        Note(text="resumed at step 5", step="pretrain"),
+        Progress(step="pretrain", done=6, total=20, unit="steps"),
+        Activity(step="pretrain", text="starting 1 rank(s)"),
+        StepFailed(step="pretrain", message="it ends", status="FAILED"),
+    ]
+    lines = [json.dumps(event.as_json(), allow_nan=False).encode() for event in said]
+    heard: list[Event] = []
+    last = ["nothing"]
+    relay("pretrain", io.BytesIO(b"\n".join([*lines, b'{"failed": "it ends"}'])), heard.append, last)
+    assert heard == said[2:5]
+    assert last[-1] == "it ends"
 
 
 @pytest.mark.parametrize("name", ["quickstart", "books", "fineweb_edu"])

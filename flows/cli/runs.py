@@ -154,10 +154,8 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
             f"next run or: llmill sync{option}",
             warning=True,
         )
-    elif executor.reporter.known.name:
-        console.print(
-            f"MLflow  run “{executor.reporter.known.name}” of experiment {executor.order.recipe.name}"
-        )
+    else:
+        console.print(f"MLflow  run “{executor.order.name}” of experiment {executor.order.recipe.name}")
         if mlflow.table:
             console.print(f"        beside the others: {mlflow.table}", soft_wrap=True)
     speak = ""

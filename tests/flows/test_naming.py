@@ -66,7 +66,8 @@ def test_a_run_has_one_name_everywhere_and_one_that_resumes_it_keeps_it(
     [whole] = runs(named)
     name = whole.info.run_name
     assert name.startswith("min_chars=3 · ")
-    assert f"run “{name}”" in out
+    assert out.count(f"run “{name}”") == 2, "at its beginning, and where MLflow has it"
+    assert f"MLflow  run “{name}” of experiment small" in out
     asked = {"flow_runs": {"name": {"any_": [name]}}}
     found = httpx.post(f"{prefect_server}/flow_runs/filter", json=asked).raise_for_status().json()
     assert {run["name"] for run in found} == {name}

@@ -314,3 +314,36 @@ def modes(folder: Path) -> dict[Path, int]:
     return {
         path: path.stat().st_mode & 0o7777 for path in (folder, *folder.rglob("*")) if not path.is_symlink()
     }
+
+
+def test_a_run_ends_with_its_model_beside_the_one_before(llmill: Llmill, client: MlflowClient) -> None:
+    llmill.run("--set", "pretrain.lr=0.0001", "--name", "by [hand]")
+    before, this = Store(llmill.home).artifacts("evaluate")[-2:]
+    [claim] = compared(llmill, before.fingerprint, this.fingerprint)["verdict"]["models"]
+    assert this.manifest["run"] == "by [hand]"
+
+    printed = llmill.run("--set", "pretrain.lr=0.0002").stdout
+    this, newest = Store(llmill.home).artifacts("evaluate")[-2:]
+    [claim] = compared(llmill, this.fingerprint, newest.fingerprint)["verdict"]["models"]
+    verdict = f"evaluate: against “by [hand]”: {OUTCOMES[claim['outcome']]}: this run − the run before = "
+    assert f"{verdict}{claim['difference']:+.4f} bits per byte" in printed
+
+    experiment = client.get_experiment_by_name("small")
+    [run] = client.search_runs(
+        [experiment.experiment_id], f"tags.`llmill.evaluate.fingerprint` = '{newest.fingerprint}'"
+    )
+    note = run.data.tags["mlflow.note.content"]
+    assert f"{claim['difference']:+.4f} bits per byte".replace("+", "\\+") in note
+    assert "`compare.html`" in note
+    html = Path(client.download_artifacts(run.info.run_id, "compare.html")).read_text()
+    assert "the run before “by [hand]” vs this run “lr=0.0002" in html
+
+    again = llmill.run("--set", "pretrain.lr=0.0002").stdout
+    assert "against" not in again, "what is reused was compared by the run that made it"
+
+
+OUTCOMES = {
+    "second is better": "this run is better than the run before",
+    "first is better": "the run before is better than this run",
+    "no difference shown": "no difference shown between the run before and this run",
+}

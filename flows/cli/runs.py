@@ -72,6 +72,7 @@ def run(
     if not as_json:
         announce(f"reading {recipe}")
     quiet_libraries()
+    from flows.compare.predecessor import with_predecessors
     from flows.engine.naming import name_run
     from flows.engine.order import Order
     from flows.engine.plan import Planned, Selection
@@ -86,7 +87,13 @@ def run(
         planned = Planned.of(loaded, home, Selection(**chosen))
         terminal = Terminal(Screen(stderr=True) if as_json else None)
 
-        order = Order(planned=planned, name=name_run(planned, set_ or (), name), command=typed(), note=note)
+        order = Order(
+            planned=planned,
+            name=name_run(planned, set_ or (), name),
+            command=typed(),
+            note=note,
+            conclude=with_predecessors,
+        )
         terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}  ·  run “{order.name}”")
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:

@@ -103,7 +103,9 @@ class Finder:
             Subject(
                 label="",
                 name=run.name if len(evaluations) == 1 else f"{run.name} {name}",
-                artifacts=self._line(self._sealed("evaluate", one, f"run “{run.name}”"), exports),
+                artifacts=sealed_line(
+                    self.store, sealed(self.store, "evaluate", one, f"run “{run.name}”"), exports
+                ),
                 run=run,
             )
             for name, one in sorted(evaluations.items())
@@ -112,20 +114,20 @@ class Finder:
 
     def of_export(self, fingerprint: str, name: str, called: str) -> Subject:
         """An exported model."""
-        export = self._sealed("export", fingerprint, called)
+        export = sealed(self.store, "export", fingerprint, called)
         return self._of_artifact(export, name, called)
 
     def of_evaluation(self, fingerprint: str, name: str, called: str, key: str) -> Subject:
         """Return what a run that has just ended evaluated; with its run in MLflow if that is there by now."""
         from flows.listeners.mlflow.lineage import NotAsked
 
-        evaluation = self._sealed("evaluate", fingerprint, called)
+        evaluation = sealed(self.store, "evaluate", fingerprint, called)
         run = None
         try:
             run = self._runs.of_key(key) if self._runs else None
         except NotAsked as error:
             self.why_not = str(error)
-        return Subject(label=name, name=called, artifacts=self._line(evaluation, ()), run=run)
+        return Subject(label=name, name=called, artifacts=sealed_line(self.store, evaluation), run=run)
 
     def _find(self, text: str) -> list[Subject]:
         if text.startswith("models:/"):
@@ -204,43 +206,50 @@ class Finder:
             scores = artifact.inputs.get("scores")
             if scores is None:
                 raise UserError(f"{called} is not evaluated: its recipe has no evaluation of it")
-            evaluation = self._sealed(*scores.key, called)
+            evaluation = sealed(self.store, *scores.key, called)
         elif artifact.stage != "evaluate":
             key = (artifact.stage, artifact.fingerprint)
             made = [one for one in self.store.artifacts("evaluate") if one.inputs["model"].key == key]
             if not made:
                 raise UserError(f"{called} is not evaluated: run its recipe to the end")
             evaluation = made[-1]
-        return Subject(name, called, self._line(evaluation, exports))
+        return Subject(name, called, sealed_line(self.store, evaluation, exports))
 
-    def _line(self, evaluation: Artifact, exports: Collection[str]) -> dict[str, Artifact]:
-        """An evaluation, all that it was made from, and the model's export: one of those named, or the newest."""
-        found = {"evaluate": evaluation}
-        of = f"evaluate {evaluation.fingerprint}"
-        model = evaluation.inputs["model"]
-        others = [one for name, one in evaluation.inputs.items() if name != "model"]
-        waiting = deque(
-            [model]
-        )  # what the model was made from comes first: it may be evaluated on other texts
-        while waiting or others:
-            source = waiting.popleft() if waiting else others.pop()
-            if source.stage not in found:
-                found[source.stage] = self._sealed(*source.key, of)
-                waiting.extend(found[source.stage].inputs.values())
-        for exported in self.store.artifacts("export"):
-            scores = exported.inputs.get("scores")
-            same = scores is not None and scores.fingerprint == evaluation.fingerprint
-            if same and (not exports or exported.fingerprint in exports):
-                found["export"] = exported
-        return {stage: found[stage] for stage in BY_NAME if stage in found}
 
-    def _sealed(self, stage: str, fingerprint: str, of: str) -> Artifact:
-        artifact = self.store.get(stage, fingerprint)
-        if artifact is None:
-            raise UserError(
-                f"{of}: its {stage} {fingerprint} is not in {self.store.root}: removed, or made elsewhere"
-            )
-        return artifact
+def sealed_line(store: Store, evaluation: Artifact, exports: Collection[str] = ()) -> dict[str, Artifact]:
+    """Return an evaluation, all that it was made from, and the model's export: one of those named, or the newest.
+
+    Raises:
+        UserError: one of them is not in the store.
+    """
+    found = {"evaluate": evaluation}
+    of = f"evaluate {evaluation.fingerprint}"
+    model = evaluation.inputs["model"]
+    others = [one for name, one in evaluation.inputs.items() if name != "model"]
+    waiting = deque([model])  # what the model was made from comes first: it may be evaluated on other texts
+    while waiting or others:
+        source = waiting.popleft() if waiting else others.pop()
+        if source.stage not in found:
+            found[source.stage] = sealed(store, *source.key, of)
+            waiting.extend(found[source.stage].inputs.values())
+    for exported in store.artifacts("export"):
+        scores = exported.inputs.get("scores")
+        same = scores is not None and scores.fingerprint == evaluation.fingerprint
+        if same and (not exports or exported.fingerprint in exports):
+            found["export"] = exported
+    return {stage: found[stage] for stage in BY_NAME if stage in found}
+
+
+def sealed(store: Store, stage: str, fingerprint: str, of: str) -> Artifact:
+    """Return an artifact that ``of`` was made from.
+
+    Raises:
+        UserError: it is not in the store.
+    """
+    artifact = store.get(stage, fingerprint)
+    if artifact is None:
+        raise UserError(f"{of}: its {stage} {fingerprint} is not in {store.root}: removed, or made elsewhere")
+    return artifact
 
 
 def label(place: int) -> str:

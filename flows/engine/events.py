@@ -252,6 +252,23 @@ class StepFailed(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Compared(Event):
+    """A model that the run evaluated was compared with the one that its recipe made before."""
+
+    run: str
+    """The key of the run."""
+    step: str
+    """The evaluation."""
+    before: str
+    """The name of the run that made the other one."""
+    verdict: str
+    """Which is better, by how much, and how sure that is."""
+    page: str
+    """The name under which MLflow has the page."""
+    html: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunEnded(Event):
     """A run is over."""
 
@@ -266,6 +283,8 @@ class RunEnded(Event):
     """The last lines of what it reported."""
     results: list[dict[str, Any]] = field(default_factory=list)
     """Step, stage, fingerprint, how and seconds of each step that is done."""
+    compared: list[dict[str, str]] = field(default_factory=list)
+    """Step, before, verdict and page of each `Compared`."""
     name: str = ""
     description: str = ""
     command: str = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +10,7 @@ from threading import Event
 from typing import Any, Protocol
 
 from flows.engine.context import StepContext
-from flows.engine.events import StepStarted
+from flows.engine.events import Compared, StepStarted
 from flows.engine.plan import Planned, Step
 from flows.engine.store import Artifact
 from flows.recipe import Recipe
@@ -32,6 +32,8 @@ class Order:
     """The key of the run that dispatched us to do a step of it."""
     look: Callable[[Artifact], None] = lambda artifact: None
     """Sees each artifact before the next step begins; what it raises ends the run."""
+    conclude: Callable[[Order, str, Mapping[str, Result]], Iterable[Compared]] = lambda *run: ()
+    """Compares what the run has made: called with the order, the run's key and the results when all steps are done."""
 
     @property
     def recipe(self) -> Recipe:

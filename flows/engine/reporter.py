@@ -11,7 +11,15 @@ import yaml
 
 from data_pipeline.core.text import last_lines
 from flows.engine.continuation import Continuation, Known, plan_id
-from flows.engine.events import RunEnded, RunStarted, StepFailed, StepReused, StepSealed, StepStarted
+from flows.engine.events import (
+    Compared,
+    RunEnded,
+    RunStarted,
+    StepFailed,
+    StepReused,
+    StepSealed,
+    StepStarted,
+)
 from flows.engine.log import RunLog
 from flows.engine.order import Host, Order, Result
 from flows.engine.plan import Step
@@ -34,6 +42,7 @@ class Reporter:
         self.started = time.monotonic()
         self.open_key = ""
         """The key of the step that is logged as begun, and not as ended."""
+        self._compared: list[Compared] = []
         self._ended = threading.Lock()
 
     @property
@@ -70,6 +79,11 @@ class Reporter:
         )
         self._log.append(started)
 
+    def compared(self, event: Compared) -> None:
+        """Log a comparison with what was there before; the run's end names it."""
+        self._compared.append(event)
+        self._log.append(event)
+
     def run_ended(
         self, status: str, results: Mapping[str, Result], *, message: str, step: str, details: str
     ) -> None:
@@ -84,6 +98,7 @@ class Reporter:
             step=step,
             log=last_lines(details, LAST_LINES),
             results=[done_step(name, result) for name, result in results.items()],
+            compared=[summary(one) for one in self._compared],
             name=self._order.name,
             **self._about,
         )
@@ -227,3 +242,8 @@ def resolved_step(step: Step) -> tuple[str, Mapping[str, Any]]:
         runtime = step.config.runtime.model_dump(mode="json")
         settings |= step.config.identity() | ({"runtime": runtime} if runtime else {})
     return step.name, settings
+
+
+def summary(compared: Compared) -> dict[str, str]:
+    """Describe a comparison, without its page."""
+    return {name: getattr(compared, name) for name in ("step", "before", "verdict", "page")}

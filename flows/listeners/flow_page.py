@@ -22,6 +22,7 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 
 from data_pipeline.core.text import duration
 from flows.engine.events import (
+    Compared,
     Event,
     Linked,
     Note,
@@ -35,7 +36,7 @@ from flows.engine.events import (
     StepStarted,
 )
 from flows.headline import headline
-from flows.listeners.markdown import code
+from flows.listeners.mlflow.description import links
 
 GATHER_SECONDS = 0.5
 """From news to its sending: a step's end is shown with the start of the next one, and not while Prefect
@@ -85,6 +86,8 @@ class FlowPageListener:
                 self._progress(event, 100 * done / total)
             case Note(text=text, warning=warning, step=step):
                 self._log(text, WARNING if warning else INFO, step)
+            case Compared(step=step, before=before, verdict=verdict):
+                self._log(f"{step}: against “{before}”: {verdict}", INFO)
             case StepFailed(message=message, step=step):
                 self._log(message, INFO, step)
                 self._left(step)
@@ -126,7 +129,9 @@ class FlowPageListener:
         rows = [self._row(step, state) for step in self._run.steps]
         done = f"{len(self._results)} of {len(rows)} steps done"
         self._page.stages(rows, f"{done}, {', '.join(self._at_work)} {state}" if self._at_work else done)
-        self._page.links(links(self._run, self._links), self._links.url or "where else to look")
+        run, pages = self._run, self._links
+        where = links(run.name, pages.url, pages.table, store=run.store, command=run.command)
+        self._page.links(where, pages.url or "where else to look")
 
     def _row(self, planned: Mapping[str, Any], state: str) -> dict[str, str]:
         name = planned["step"]
@@ -138,14 +143,6 @@ class FlowPageListener:
             "duration": duration(result.seconds) if result and result.seconds else "",
             "fingerprint": str(planned["fingerprint"]),
         }
-
-
-def links(run: RunStarted, linked: Linked) -> str:
-    """Where else to look, in Markdown."""
-    mlflow = f"MLflow run “{run.name}”; `llmill ui` shows it"
-    if linked.url:
-        mlflow = f"[run “{run.name}” in MLflow]({linked.url}) · [all runs of the recipe]({linked.table})"
-    return f"{mlflow}\n\nartifacts: {code(run.store)}\n\nagain by hand: {code(run.command)}\n"
 
 
 class FlowPage:

@@ -24,7 +24,7 @@ def score_line(evaluated: StepSealed | StepReused, recipe: str, store: Path) -> 
     if not isinstance(score, float) or not isfinite(score):
         return ""
     said = f"{'' if evaluated.step == evaluated.stage else f'{evaluated.step}: '}bits per byte {score:.4f}"
-    before = evaluation_before(evaluated, recipe, Store(store.parent))
+    before = evaluation_before(Store(store.parent), recipe, evaluated.step, evaluated.fingerprint)
     if before is None:
         return f"{said} (first run)"
     earlier, ids = before.metrics[BITS], (before.fingerprint, evaluated.fingerprint)
@@ -40,12 +40,12 @@ def score_line(evaluated: StepSealed | StepReused, recipe: str, store: Path) -> 
     )
 
 
-def evaluation_before(evaluated: StepSealed | StepReused, recipe: str, store: Store) -> Artifact | None:
-    """The newest evaluation by the same step of the same recipe, of those that were sealed before this one."""
+def evaluation_before(store: Store, recipe: str, step: str, fingerprint: str) -> Artifact | None:
+    """Find the newest evaluation by a step of a recipe, of those that were sealed before the one of ``fingerprint``."""
     ours = [
         one
-        for one in store.artifacts(evaluated.stage)
-        if one.manifest.get("recipe") == recipe and one.manifest.get("step", one.stage) == evaluated.step
+        for one in store.artifacts("evaluate")
+        if one.manifest.get("recipe") == recipe and one.manifest.get("step", one.stage) == step
     ]
-    earlier = takewhile(lambda one: one.fingerprint != evaluated.fingerprint, ours)
+    earlier = takewhile(lambda one: one.fingerprint != fingerprint, ours)
     return next((one for one in reversed([*earlier]) if BITS in one.metrics), None)

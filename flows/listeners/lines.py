@@ -16,7 +16,9 @@ class LinesListener:
         self._write({"event": "log", "schema": SCHEMA})
 
     def handle(self, event: Event) -> None:
-        self._write(event.as_json())
+        values = event.as_json()
+        values.pop("html", None)  # of a page, which no line needs
+        self._write(values)
 
     def close(self) -> None:
         self._out.flush()

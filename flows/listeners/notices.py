@@ -25,6 +25,7 @@ from prefect.utilities.asyncutils import run_coro_as_sync
 
 from data_pipeline.core.errors import UserError
 from flows.engine.events import (
+    Compared,
     Event,
     Killed,
     Linked,
@@ -92,6 +93,7 @@ class NoticeListener:
         self._ended: RunEnded | None = None
         self._how: dict[str, str] = {}
         self._evaluated: dict[str, StepSealed | StepReused] = {}
+        self._verdicts: dict[str, str] = {}
         self._step = ""
         self._links = Linked(url="")
 
@@ -107,6 +109,8 @@ class NoticeListener:
                 self._how[step], self._step = how, ""
                 if event.stage == "evaluate":
                     self._evaluated[step] = event
+            case Compared(step=step, verdict=verdict):
+                self._verdicts[step] = verdict
             case RunEnded():
                 self._ended = event
             case Killed(key=key, time=time) if self._run and key == self._run.key:
@@ -126,7 +130,10 @@ class NoticeListener:
 
     def _notice(self, run: RunStarted, ended: RunEnded) -> Notice:
         done = ", ".join(f"{name} {how}" for name, how in self._how.items())
-        lines = [score_line(one, run.recipe, Path(run.store)) for one in self._evaluated.values()]
+        lines = [
+            "; ".join(filter(None, (score_line(one, run.recipe, Path(run.store)), self._verdicts.get(step))))
+            for step, one in self._evaluated.items()
+        ]
         return Notice(
             recipe=run.recipe,
             state=STATES[ended.status],

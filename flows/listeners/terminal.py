@@ -15,6 +15,7 @@ from rich.text import Text
 from data_pipeline.core.text import duration
 from flows.engine.events import (
     Activity,
+    Compared,
     Event,
     Note,
     Progress,
@@ -188,6 +189,8 @@ class TerminalListener:
                 | StepReused(step=step, stage=stage, metrics=metrics)
             ):
                 terminal.step_ended("✓", step, headline(stage, metrics))
+            case Compared(step=step, before=before, verdict=verdict):
+                terminal.note(f"{step}: against “{before}”: {verdict}")
             case StepFailed(step=step, message=message):
                 terminal.step_ended("✗", step, (message.splitlines() or ["stopped"])[0][:120], "red")
 

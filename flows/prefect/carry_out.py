@@ -13,6 +13,7 @@ from uuid import uuid4
 import yaml
 from prefect.runtime import flow_run
 
+from flows.compare.predecessor import with_predecessors
 from flows.engine.events import RunEnded, RunStarted
 from flows.engine.naming import dated, name_run
 from flows.engine.order import Order
@@ -41,7 +42,14 @@ def carry_out(
     try:
         planned = Planned.of(load_recipe(recipe, settings), home, selection)
         name = name_run(planned, settings, flow_run.name or "")
-        order = Order(planned=planned, name=name, command=command, note=note, run_key=dispatcher.parent_key)
+        order = Order(
+            planned=planned,
+            name=name,
+            command=command,
+            note=note,
+            run_key=dispatcher.parent_key,
+            conclude=with_predecessors,
+        )
         with Pipeline(order, {"the terminal": TerminalListener(Terminal())}, dispatcher) as pipeline:
             pipeline.prepare()
             prepared = True

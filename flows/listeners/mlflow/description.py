@@ -10,7 +10,8 @@ from typing import Any
 from data_pipeline.core.text import table
 from flows.engine.store import Artifact, Damaged, Store
 from flows.headline import headline
-from flows.listeners.markdown import code, plain
+from flows.listeners.markdown import code, link, plain
+from flows.listeners.mlflow.links import artifact_url
 
 SAMPLES, FAILED = "What the model writes:", "**Failed**: "
 TABLES = ("| step |", "| stage |")  # how the table begins, now and in older versions
@@ -39,6 +40,7 @@ def outcomes(results: Iterable[Mapping[str, Any]], store: Store) -> dict[str, Ou
 def run_note(
     description: str,
     results: Mapping[str, Outcome],
+    compared: Iterable[Mapping[str, str]] = (),
     *,
     failure: str = "",
     quoting: bool = True,
@@ -50,6 +52,10 @@ def run_note(
     written = samples(results) if quoting else ""
     parts = [
         evaluated(results),
+        *(
+            f"Against “{plain(one['before'])}”: {plain(one['verdict'])} (side by side in `{one['page']}`)"
+            for one in compared
+        ),
         description,
         f"{FAILED}{plain(failure)}" if failure else "",
         summary_table(results),
@@ -64,11 +70,16 @@ def evaluated(results: Mapping[str, Outcome]) -> str:
     return headline("evaluate", found[-1].metrics) if found else ""
 
 
-def links(name: str, url: str, table: str, *, store: str, command: str) -> str:
-    """Where else to look, in Markdown; ``url`` and ``table`` are empty where no server shows MLflow's pages."""
+def links(
+    name: str, url: str, table: str, *, store: str, command: str, pages: Mapping[str, str] | None = None
+) -> str:
+    """Where else to look, in Markdown; ``url`` and ``table`` are empty where no server shows MLflow's pages, of which
+    ``pages`` are artifacts of the run: what they show -> their names."""
     mlflow = f"MLflow run “{name}”; `llmill ui` shows it"
     if url:
-        mlflow = f"[run “{name}” in MLflow]({url}) · [all runs of the recipe]({table})"
+        shown = {f"run “{name}” in MLflow": url, "all runs of the recipe": table}
+        shown |= {text: artifact_url(url, page) for text, page in (pages or {}).items()}
+        mlflow = " · ".join(link(text, address) for text, address in shown.items())
     return f"{mlflow}\n\nartifacts: {code(store)}\n\nagain by hand: {code(command)}\n"
 
 

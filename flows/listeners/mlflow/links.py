@@ -51,6 +51,12 @@ def run_url(tracking_uri: str, experiment_id: str, run_id: str) -> str:
     return page_url(tracking_uri, f"{experiment_id}/runs/{run_id}?{TRAINING}") if known else ""
 
 
+def artifact_url(run_url: str, name: str) -> str:
+    """The address that shows a file of the run with this page."""
+    page, mark, mode = run_url.partition("?")
+    return f"{page}/artifacts/{name}{mark}{mode}"
+
+
 def table_url(tracking_uri: str, experiment_id: str) -> str:
     """The address of our view of an experiment's runs; empty as in `run_url`.
 

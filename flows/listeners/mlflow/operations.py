@@ -351,6 +351,7 @@ class Mlflow:
             table_url(self.uri, place),
             store=operation["store"],
             command=operation["command"],
+            pages=operation.get("pages", {}),
         )
         self._client.set_tag(run_id, NOTE, clipped(f"{operation['text']}\n\n{where}".strip()))
 

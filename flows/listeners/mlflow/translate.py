@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.engine.events import (
+    Compared,
     Event,
     Killed,
     Measured,
@@ -55,6 +56,8 @@ def operations(event: Event, store: Store) -> Iterator[Operation]:
         case StepFailed(key=key) if key:
             yield {"op": "tags", "run": key, "tags": {ERROR: event.message[:VALUE_LENGTH]}}
             yield {"op": "end", "run": key, "status": event.status, "time": event.time}
+        case Compared(run=key, page=page, html=html):
+            yield {"op": "text", "run": key, "name": page, "text": html}
         case RunEnded(key=key) if key:
             yield from run_ended(event, store)
         case Measured():
@@ -165,8 +168,9 @@ def run_ended(event: RunEnded, store: Store) -> Iterator[Operation]:
     run = {"run": event.key}
     found = outcomes(event.results, store)
     yield {"op": "text", **run, "name": "summary.md", "text": summary_table(found)}
-    note = run_note(event.description, found, failure=event.message, quoting=event.quoting)
-    about = {"name": event.name, "store": event.store, "command": event.command}
+    note = run_note(event.description, found, event.compared, failure=event.message, quoting=event.quoting)
+    pages = {f"“{one['before']}” and this run, side by side": one["page"] for one in event.compared}
+    about = {"name": event.name, "store": event.store, "command": event.command, "pages": pages}
     yield {"op": "note", **run, "text": note, **about}
     if event.status == "FINISHED":
         yield measured(event.key, points_of({"seconds": event.seconds}, event.time))

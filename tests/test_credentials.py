@@ -14,7 +14,7 @@ from moto.server import ThreadedMotoServer
 from text_files import TEXTS, jsonl
 
 from data_pipeline.core.errors import UserError
-from flows.compare.sweep import read_grid
+from flows.compare.members import read_grid
 from flows.lineage.search import search
 from flows.prefect.deploy import Options, write_deployments
 from flows.prefect.servers import PrefectServer

@@ -15,7 +15,8 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from data_pipeline.core.errors import UserError
-from flows.compare.sweep import best_of, foresee, read_grid, read_members
+from flows.compare.members import read_grid, read_members
+from flows.compare.sweep import best_of, foresee
 from flows.compare.verdict import FIRST, NONE, Claim, Group, Verdict
 from flows.engine.store import Store
 
@@ -41,8 +42,17 @@ def parent(runs: list[Run]) -> Run:
 
 
 @pytest.fixture(scope="module")
-def members(runs: list[Run], parent: Run) -> list[Run]:
-    return [run for run in runs if run.data.tags.get(PARENT) == parent.info.run_id]
+def groups(runs: list[Run], parent: Run) -> list[Run]:
+    """The runs that sum up the seeds of a setting."""
+    found = [run for run in runs if run.data.tags.get("llmill.kind") == "seeds"]
+    assert {run.data.tags[PARENT] for run in found} == {parent.info.run_id}
+    return found
+
+
+@pytest.fixture(scope="module")
+def members(runs: list[Run], groups: list[Run]) -> list[Run]:
+    own = {group.info.run_id for group in groups}
+    return [run for run in runs if run.data.tags.get(PARENT) in own]
 
 
 def test_the_runs_share_the_data_and_differ_in_what_was_asked_for(swept, members):
@@ -62,6 +72,38 @@ def test_a_killed_sweep_goes_on_with_the_run_that_was_at_work_and_repeats_none(r
     assert top == [parent], "nothing stands beside the sweep"
     trainings = [run for run in runs if run.data.tags.get("llmill.stage") == "pretrain"]
     assert [run.data.tags[PARENT] for run in trainings] == [run.info.run_id for run in members]
+
+
+def test_the_sweep_draws_its_members_scores_once_each_though_it_was_killed(client, parent, members):
+    scores = [run.data.metrics["evaluate/bits_per_byte"] for run in members]
+    drawn = client.get_metric_history(parent.info.run_id, "sweep/bits_per_byte")
+    assert [(point.step, point.value) for point in drawn] == list(enumerate(scores, 1))
+    least = client.get_metric_history(parent.info.run_id, "sweep/least_bits_per_byte")
+    assert [point.value for point in least] == [min(scores[:number]) for number in range(1, 5)]
+    first, *_ = parent.data.tags["mlflow.note.content"].splitlines()
+    assert first.startswith("candidate: lr 0.003, seed ")
+    assert (
+        f"least so far: {min(scores):.4f} bits per byte, lr 0.003" in parent.data.tags["mlflow.note.content"]
+    )
+
+
+def test_the_seeds_of_a_setting_are_summed_up_in_a_run(groups, members):
+    assert [(run.info.run_name, run.info.status) for run in groups] == [
+        ("lr 0.003, 2 seeds", "FINISHED"), ("lr 0.00001, 2 seeds", "FINISHED"),
+    ]  # fmt: skip
+    for group in groups:
+        own = [run for run in members if run.data.tags[PARENT] == group.info.run_id]
+        assert {run.data.params["pretrain.lr"] for run in own} == {group.data.params["pretrain.lr"]}
+        scores = [run.data.metrics["evaluate/bits_per_byte"] for run in own]
+        expected = {
+            "seeds/n": 2, "seeds/mean": np.mean(scores), "seeds/sd": np.std(scores, ddof=1),
+            "evaluate/bits_per_byte": np.mean(scores),
+        }  # fmt: skip
+        assert group.data.metrics == pytest.approx(expected)
+        assert (
+            f"{np.mean(scores):.4f} bits per byte, standard deviation"
+            in group.data.tags["mlflow.note.content"]
+        )
 
 
 def test_it_says_first_what_will_run_and_at_last_what_came_out(swept, parent, client):

@@ -105,7 +105,8 @@ def sweep(
     writable(home)
     terminal = Terminal()
     with stoppable(f"stopped; the same command resumes it: {typed()}"), PrefectServer(home) as server:
-        from flows.compare.sweep import Sweep, foresee, read_grid, read_members
+        from flows.compare.members import read_grid, read_members
+        from flows.compare.sweep import Sweep, foresee
 
         members = read_members(recipe, set_ or (), read_grid(grid or ()), seeds, Store(home))
         show_forecast(members, terminal)

@@ -6,11 +6,8 @@ Each is a run like any other: what earlier ones sealed is reused, and a sweep th
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,129 +16,20 @@ from data_pipeline.core.files import write_durably
 from data_pipeline.documents import count_rows
 from flows.compare.compare import Comparison, compare
 from flows.compare.log import files, note
+from flows.compare.members import Ended, Member
+from flows.compare.standing import SeedGroups, Standing
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import FIRST, SECOND, Verdict
 from flows.engine.continuation import read_record
 from flows.engine.naming import name_run
 from flows.engine.order import Order
-from flows.engine.plan import Planned, Selection, Step, make_plan
+from flows.engine.plan import Planned, Selection
 from flows.engine.store import Artifact, Store, canonical_json
 from flows.listeners.mlflow.findings import Finding
-from flows.listeners.mlflow.translate import Operation, candidate
+from flows.listeners.mlflow.translate import Operation, measured
 from flows.listeners.terminal import Terminal, TerminalListener
-from flows.recipe import Recipe, load_recipe, shown
+from flows.recipe import shown
 from llm.evaluate.statistics import MIN_DOCUMENTS
-
-SEED = "pretrain.seed"
-COMMAS = re.compile(r",(?![^\[{]*[\]}])")
-"""Between values, not within a list."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One run of a sweep."""
-
-    chosen: tuple[str, ...]
-    """The settings of the grid, and the seed."""
-    settings: tuple[str, ...]
-    """All changes to the recipe."""
-    recipe: Recipe
-    steps: list[Step]
-
-    @property
-    def name(self) -> str:
-        """``lr 1e-3, seed 0``."""
-        pairs = (shown(setting).partition("=") for setting in self.chosen)
-        return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, _, value in pairs)
-
-    def step(self, stage: str) -> Step:
-        """The step of a stage that the sweep is about: the one called so, or the last.
-
-        Raises:
-            UserError: there is none.
-        """
-        steps = [step for step in self.steps if step.stage.name == stage]
-        if not steps:
-            raise UserError(f"a sweep is of models that are trained and evaluated: the recipe has no {stage}")
-        return next((step for step in steps if step.name == stage), steps[-1])
-
-    def config(self, stage: str) -> Any:
-        """The config of that step."""
-        return self.step(stage).config
-
-    @property
-    def candidate(self) -> list[Operation]:
-        """The operations that make its export the candidate."""
-        exported = [
-            step
-            for step in self.steps
-            if step.stage.name == "export" and step.sources["model"] == self.step("pretrain").name
-        ]
-        return [candidate(self.recipe.name, str(one.fingerprint), newest=False) for one in exported[:1]]
-
-    @property
-    def key(self) -> str:
-        """Fingerprint of what it will have made when it has ended well."""
-        return str(self.steps[-1].fingerprint)
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The outcome of a member."""
-
-    member: Member
-    evaluation: str = ""
-    """The fingerprint of what it evaluated."""
-    key: str = ""
-    """The key by which its run is found in MLflow."""
-    failure: str = ""
-
-
-def read_grid(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Setting -> its values, from ``step.field=value,value``.
-
-    Raises:
-        UserError: one is written otherwise, or a setting or a value is there twice.
-    """
-    grid: dict[str, list[str]] = {}
-    for text in texts:
-        setting, _, values = text.partition("=")
-        found = [value.strip() for value in COMMAS.split(values)]
-        if not setting or not all(found):
-            raise UserError(f"--grid {shown(text)}: write it as step.field=value,value")
-        if setting in grid or len(set(found)) < len(found):
-            raise UserError(f"--grid {shown(text)}: {setting} or one of its values is there twice")
-        grid[setting] = found
-    return grid
-
-
-def read_members(
-    path: Path, changes: Sequence[str], grid: dict[str, list[str]], seeds: int, store: Store
-) -> list[Member]:
-    """All combinations, the seeds of one recipe next to each other.
-
-    Raises:
-        UserError: a combination is no valid recipe, can't be planned, or there is but one.
-    """
-    if SEED in grid and seeds > 1:
-        raise UserError(f"--grid {SEED} excludes --seeds: choose one")
-    members = []
-    for values in itertools.product(*grid.values()):
-        settings = [f"{key}={value}" for key, value in zip(grid, values, strict=True)]
-        first = first_seed(load_recipe(path, [*changes, *settings]))
-        for seed in range(first, first + seeds):
-            chosen = settings if SEED in grid else [*settings, f"{SEED}={seed}"]
-            recipe = load_recipe(path, [*changes, *chosen])
-            steps = make_plan(recipe, store)
-            for step in steps:
-                if step.action == "unknown":
-                    raise UserError(f"{step.name}: {'; '.join(step.why)}")
-            members.append(
-                Member(chosen=tuple(chosen), settings=(*changes, *chosen), recipe=recipe, steps=steps)
-            )
-    if len(members) < 2:
-        raise UserError("a sweep is of two runs at least: give --grid more values, or --seeds 3")
-    return members
 
 
 def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list[str]]]:
@@ -153,21 +41,6 @@ def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list
         builds = [name for name, key in keys.items() if key not in seen]
         seen.update(keys.values())
         yield member, len(member.steps) - len(waiting), len(waiting) - len(builds), builds
-
-
-def first_seed(recipe: Recipe) -> int:
-    """The seed of the training that the sweep is about."""
-    if not hasattr(recipe, "pretrain"):
-        raise UserError("a sweep is of trainings with other seeds: the recipe has no step pretrain")
-    scored = [step for step in recipe.steps if step.stage.name == "evaluate"]
-    evaluated = next((step for step in scored if step.name == "evaluate"), scored[-1] if scored else None)
-    if evaluated and evaluated.sources["model"] != "pretrain":
-        raise UserError(
-            f"a sweep is of the model of pretrain, and {evaluated.name} takes that of {evaluated.sources['model']}: "
-            "call the evaluation of pretrain's model evaluate"
-        )
-    seed: int = recipe.pretrain.seed
-    return seed
 
 
 class NoVerdict(UserError):
@@ -215,7 +88,7 @@ def foresee(members: Sequence[Member]) -> list[str]:
             "the runs differ in settings that decide which documents are held out: models can be compared only where "
             "these come out the same"
         )
-    settings = {tuple(one for one in member.chosen if not one.startswith(f"{SEED}=")) for member in members}
+    settings = {tuple(member.grid) for member in members}
     if len(settings) == len(members):
         warnings.append(
             "one seed of each: this shows which model is better, not which setting; --seeds 3 would show it"
@@ -268,6 +141,8 @@ class Sweep:
         settings = dict.fromkeys(one.partition("=")[0] for member in members for one in member.chosen)
         name = f"sweep over {', '.join(setting.rpartition('.')[2] for setting in settings)}"
         self._finding = Finding(home, recipe, "sweep", name, record.get("key", ""))
+        self._ended: list[Ended] = []
+        self._groups = SeedGroups(home, self._finding.key, members)
         self._tags = {"llmill.recipe": recipe, "llmill.sweep.settings": ", ".join(settings)}
 
     def run(self, recipe: Path) -> list[Ended]:
@@ -275,13 +150,16 @@ class Sweep:
         self._save()
         self._finding.hold()
         self._report()
-        ended = []
+        self._groups.begin()
         for number, member in enumerate(self.members, 1):
             self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
-            ended.append(self._member(member, recipe))
-            if ended[-1].failure:
-                self.terminal.note(ended[-1].failure, warning=True)
-        return ended
+            self._ended.append(self._member(member, recipe))
+            if failure := self._ended[-1].failure:
+                self.terminal.note(failure, warning=True)
+            standing = self._standing()
+            self._report(text=standing.note, more=self._metrics(standing))
+            self._groups.note(member.setting, self._ended)
+        return self._ended
 
     def finish(self, ended: Sequence[Ended]) -> Comparison | None:
         """Put what ended well side by side, name the best the candidate, and end the parent; None where fewer than two
@@ -294,9 +172,10 @@ class Sweep:
         else:
             text, evidence = "fewer than two runs ended well", {}
         best, reason = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
+        self._groups.end(ended)
         self._report(
             evidence,
-            f"{text}\n\n{reason}".strip(),
+            "\n\n".join(filter(None, (reason, self._standing().note, text))),
             "FINISHED" if len(well) == len(ended) else "FAILED",
             best.candidate if best else [],
         )
@@ -308,7 +187,18 @@ class Sweep:
 
     def stop(self) -> None:
         """Report to MLflow that a person stopped it; the same command resumes it."""
+        self._groups.end(self._ended, "KILLED")
         self._report(status="KILLED")
+
+    def _standing(self) -> Standing:
+        return Standing(Store(self.home), self.members, self._ended)
+
+    def _metrics(self, standing: Standing) -> list[Operation]:
+        """The operations that draw the members' scores on the sweep's run, and what its seeds come to if it has but
+        those."""
+        seeds = standing.summary() if len({member.setting for member in self.members}) == 1 else []
+        points = [*standing.points(), *seeds]
+        return [measured(self._finding.key, points)] if points else []
 
     def _report(
         self,
@@ -328,6 +218,7 @@ class Sweep:
         try:
             key = self._run(member, recipe)
         except NoVerdict as error:
+            self._groups.end(self._ended, "FAILED")
             self._report(text=str(error), status="FAILED")
             raise
         except Exception as error:
@@ -345,7 +236,7 @@ class Sweep:
             planned=planned,
             name=name_run(planned, member.chosen),
             command=self.command,
-            sweep=self._finding.key,
+            sweep=self._groups.parent_of(member),
             look=require_documents,
         )
         parameters = {

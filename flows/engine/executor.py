@@ -13,7 +13,6 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.discards import warnings
 from flows.engine.context import training_started
 from flows.engine.course import Course
@@ -64,19 +63,7 @@ class Executor:
             while waiting or self._elsewhere.steps:
                 self._advance(waiting)
             self._course.begin("")
-            self._conclude()
-
-    def _conclude(self) -> None:
-        """Log how what was made compares with what was there; that it can't be is no failure of the run."""
-        if self.order.run_key:
-            return  # who dispatched us does that
-        try:
-            for compared in self.order.conclude(self.order, self.reporter.known.key, self.results):
-                self.reporter.compared(compared)
-        except UserError as error:
-            self.log.note(f"not compared with the run before: {error}")
-        except Exception as error:
-            self.log.warn(f"not compared with the run before: {type(error).__name__}: {error}")
+            self.reporter.conclude(self.results)
 
     def _advance(self, waiting: list[Step]) -> None:
         """Do the first of the ``waiting`` steps that can be done; where none can, wait for one that is elsewhere."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.text import last_lines
 from flows.engine.continuation import Continuation, Known, plan_id
 from flows.engine.events import (
@@ -79,10 +80,18 @@ class Reporter:
         )
         self._log.append(started)
 
-    def compared(self, event: Compared) -> None:
-        """Log a comparison with what was there before; the run's end names it."""
-        self._compared.append(event)
-        self._log.append(event)
+    def conclude(self, results: Mapping[str, Result]) -> None:
+        """Log how what was made compares with what was there; that it can't be is no failure of the run."""
+        if not self._run:
+            return  # who dispatched us does that
+        try:
+            for compared in self._order.conclude(self._order, self._run, results):
+                self._compared.append(compared)
+                self._log.append(compared)
+        except UserError as error:
+            self._log.note(f"not compared with the run before: {error}")
+        except Exception as error:
+            self._log.warn(f"not compared with the run before: {type(error).__name__}: {error}")
 
     def run_ended(
         self, status: str, results: Mapping[str, Result], *, message: str, step: str, details: str

@@ -167,6 +167,7 @@ def test_each_event_comes_back_from_its_line_and_what_is_unknown_is_passed_over(
 
 
 VALUES: dict[str, Any] = {
+    "list[dict[str, str]]": [{"before": "ก่อน 🍞"}],
     "str": "दो 🍞\n",
     "int": 7,
     "float": 0.5,

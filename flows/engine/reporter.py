@@ -43,21 +43,13 @@ class Reporter:
         self.started = time.monotonic()
         self.open_key = ""
         """The key of the step that is logged as begun, and not as ended."""
-        self._compared: list[Compared] = []
+        self._compared: list[dict[str, str]] = []
         self._ended = threading.Lock()
 
     @property
     def _run(self) -> str:
         """The key of the run to which steps are reported; empty where who dispatched us reports them."""
         return "" if self._order.run_key else self.known.key
-
-    @property
-    def _about(self) -> dict[str, Any]:
-        """Fields of the run's first and last event."""
-        recipe = self._order.recipe
-        description = "\n\n".join(filter(None, (self._order.note, recipe.description)))
-        about = {"description": description, "command": self._order.command}
-        return {**about, "store": str(self._store.root.resolve()), "quoting": recipe.runtime.upload_texts}
 
     def run_started(self) -> None:
         order, recipe, steps = self._order, self._order.recipe, self._order.planned.steps
@@ -76,22 +68,14 @@ class Reporter:
             sweep=order.sweep,
             flow_run=self._host.flow_run(),
             notify=[] if order.run_key else list(recipe.runtime.notify),
-            **self._about,
+            **described_run(self._order),
         )
         self._log.append(started)
 
     def conclude(self, results: Mapping[str, Result]) -> None:
-        """Log how what was made compares with what was there; that it can't be is no failure of the run."""
-        if not self._run:
-            return  # who dispatched us does that
-        try:
-            for compared in self._order.conclude(self._order, self._run, results):
-                self._compared.append(compared)
-                self._log.append(compared)
-        except UserError as error:
-            self._log.note(f"not compared with the run before: {error}")
-        except Exception as error:
-            self._log.warn(f"not compared with the run before: {type(error).__name__}: {error}")
+        """Log how what was made compares with what was there; who dispatched us does that for us."""
+        if self._run:
+            self._compared = comparisons(self._order, self._run, results, log=self._log)
 
     def run_ended(
         self, status: str, results: Mapping[str, Result], *, message: str, step: str, details: str
@@ -107,9 +91,9 @@ class Reporter:
             step=step,
             log=last_lines(details, LAST_LINES),
             results=[done_step(name, result) for name, result in results.items()],
-            compared=[summary(one) for one in self._compared],
+            compared=self._compared,
             name=self._order.name,
-            **self._about,
+            **described_run(self._order),
         )
         if self._log.append(ended) and status == "FINISHED":
             self.keys.end()
@@ -251,6 +235,32 @@ def resolved_step(step: Step) -> tuple[str, Mapping[str, Any]]:
         runtime = step.config.runtime.model_dump(mode="json")
         settings |= step.config.identity() | ({"runtime": runtime} if runtime else {})
     return step.name, settings
+
+
+def described_run(order: Order) -> dict[str, Any]:
+    """Return the fields that a run's first and last event have in common."""
+    return {
+        "description": "\n\n".join(filter(None, (order.note, order.recipe.description))),
+        "command": order.command,
+        "store": str(order.planned.uses.store.root.resolve()),
+        "quoting": order.recipe.runtime.upload_texts,
+    }
+
+
+def comparisons(
+    order: Order, key: str, results: Mapping[str, Result], *, log: RunLog
+) -> list[dict[str, str]]:
+    """Log the comparisons that an order asks for, and describe them; that one can't be made is no failure of a run."""
+    described = []
+    try:
+        for compared in order.conclude(order, key, results):
+            log.append(compared)
+            described.append(summary(compared))
+    except UserError as error:
+        log.note(f"not compared with the run before: {error}")
+    except Exception as error:
+        log.warn(f"not compared with the run before: {type(error).__name__}: {error}")
+    return described
 
 
 def summary(compared: Compared) -> dict[str, str]:

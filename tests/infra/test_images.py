@@ -68,6 +68,18 @@ def test_what_an_image_starts_is_a_command_that_exists(target: str) -> None:
     assert parse(words) == ("python" if target == "servers" else "llmill")
 
 
+def test_mlflows_server_imports_of_llmill_its_pages_alone() -> None:
+    """The servers' image has few packages, and llmill without what it needs elsewhere."""
+    code = (
+        "import sys, flows.listeners.mlflow.pages\n"
+        "print(*(one for one in sys.modules if one.partition('.')[0] in ('flows', 'llm', 'data_pipeline')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == {
+        "flows", "flows.listeners", "flows.listeners.mlflow", "flows.listeners.mlflow.pages",
+    }  # fmt: skip
+
+
 def test_workers_are_asked_for_their_health_where_they_answer() -> None:
     from prefect.settings import PREFECT_WORKER_WEBSERVER_PORT
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import boto3
+import httpx
 import psycopg2
 import pytest
 import yaml
@@ -132,6 +133,11 @@ def test_the_jobs_make_databases_bucket_and_pools_and_leave_what_is_there(instal
         cursor = connection.cursor()
         cursor.execute("SELECT datname FROM pg_database")
         assert set(DATABASES.values()) <= {row[0] for row in cursor.fetchall()}
+
+
+def test_mlflows_pages_open_in_the_mode_for_training(installation: Installation) -> None:
+    page = httpx.get(f"http://{installation.places['mlflow:5000']}/").raise_for_status().text
+    assert "mlflow.workflowType" in page
 
 
 def test_a_run_with_a_workers_variables_is_told_and_its_files_lie_in_the_bucket(

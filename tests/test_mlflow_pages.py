@@ -182,6 +182,25 @@ def test_a_runs_page_is_in_the_same_mode(page: Page, server: Server, experiment:
     expect(page.get_by_role("link", name="Models", exact=True)).to_be_visible()
 
 
+def test_a_runs_description_leads_to_the_page_that_compares_it_with_the_one_before(
+    page: Page, server: Server, experiment: str, tmp_path: Path
+):
+    key, mlflow = f"{1:016x}", Mlflow(tmp_path, server.url)
+    about = {"name": "the better one", "store": "store", "command": "llmill run small.yaml"}
+    html = '<!doctype html><meta charset="utf-8"><h1>Côte à côte · 并排</h1>'
+    said = "1.5 bits per byte  \nAgainst “before”: better (side by side in `evaluate_2/compare.html`)"
+    for operation in (
+        {"op": "text", "run": key, "name": "evaluate_2/compare.html", "text": html},
+        {"op": "note", "run": key, "text": said, **about, "pages": ["evaluate_2/compare.html"]},
+    ):
+        mlflow.report(RECIPE, operation)
+    page.goto(run_url(server.url, experiment, mlflow.ids[key]))
+    with page.context.expect_page() as opened:
+        page.get_by_role("link", name="evaluate_2/compare.html").click()
+    heading = opened.value.frame_locator("iframe").get_by_role("heading", name="Côte à côte · 并排")
+    expect(heading).to_be_visible()
+
+
 def test_an_experiment_of_an_earlier_llmill_is_given_the_view_and_a_persons_own_stay(
     server: Server, tmp_path: Path
 ):

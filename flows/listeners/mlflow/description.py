@@ -47,15 +47,12 @@ def run_note(
 ) -> str:
     """The note without its links; without samples where it should quote no text.
 
-    Its first line is all that MLflow's table of runs shows of it.
+    Its first line is all that MLflow's table of runs shows of it; its first paragraph is what the run's page shows, and
+    lets one click, before it is unfolded.
     """
     written = samples(results) if quoting else ""
     parts = [
-        evaluated(results),
-        *(
-            f"Against “{plain(one['before'])}”: {plain(one['verdict'])} (side by side in `{one['page']}`)"
-            for one in compared
-        ),
+        "  \n".join(filter(None, (evaluated(results), *against(compared)))),
         description,
         f"{FAILED}{plain(failure)}" if failure else "",
         summary_table(results),
@@ -64,23 +61,33 @@ def run_note(
     return "\n\n".join(part.strip() for part in parts if part.strip())
 
 
+def against(compared: Iterable[Mapping[str, str]]) -> Iterable[str]:
+    """Say how the run's models compare with those of the run before."""
+    for one in compared:
+        verdict = f"Against “{plain(one['before'])}”: {plain(one['verdict'])}"
+        yield f"{verdict} (side by side in `{one['page']}`)"
+
+
 def evaluated(results: Mapping[str, Outcome]) -> str:
     """The headline of the last evaluation; empty where there was none."""
     found = [artifact for artifact, _, _ in results.values() if artifact.stage == "evaluate"]
     return headline("evaluate", found[-1].metrics) if found else ""
 
 
-def links(
-    name: str, url: str, table: str, *, store: str, command: str, pages: Mapping[str, str] | None = None
-) -> str:
-    """Where else to look, in Markdown; ``url`` and ``table`` are empty where no server shows MLflow's pages, of which
-    ``pages`` are artifacts of the run: what they show -> their names."""
+def links(name: str, url: str, table: str, *, store: str, command: str) -> str:
+    """Where else to look, in Markdown; ``url`` and ``table`` are empty where no server shows MLflow's pages."""
     mlflow = f"MLflow run “{name}”; `llmill ui` shows it"
     if url:
         shown = {f"run “{name}” in MLflow": url, "all runs of the recipe": table}
-        shown |= {text: artifact_url(url, page) for text, page in (pages or {}).items()}
         mlflow = " · ".join(link(text, address) for text, address in shown.items())
     return f"{mlflow}\n\nartifacts: {code(store)}\n\nagain by hand: {code(command)}\n"
+
+
+def with_pages(text: str, url: str, pages: Iterable[str]) -> str:
+    """Have the names of a run's artifacts in a note lead to them, where a server shows the run under ``url``."""
+    for page in pages if url else ():
+        text = text.replace(f"`{page}`", f"[`{page}`](<{artifact_url(url, page)}>)")
+    return text
 
 
 def summary_table(results: Mapping[str, Outcome]) -> str:

@@ -24,7 +24,7 @@ from requests import HTTPError
 
 from flows.engine.store import Damaged, Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
-from flows.listeners.mlflow.description import NOTE, clipped, links
+from flows.listeners.mlflow.description import NOTE, clipped, links, with_pages
 from flows.listeners.mlflow.lineage import FINGERPRINT, KEY, PARENT
 from flows.listeners.mlflow.links import (
     HOME,
@@ -351,9 +351,9 @@ class Mlflow:
             table_url(self.uri, place),
             store=operation["store"],
             command=operation["command"],
-            pages=operation.get("pages", {}),
         )
-        self._client.set_tag(run_id, NOTE, clipped(f"{operation['text']}\n\n{where}".strip()))
+        text = with_pages(operation["text"], run_url(self.uri, place, run_id), operation.get("pages", ()))
+        self._client.set_tag(run_id, NOTE, clipped(f"{text}\n\n{where}".strip()))
 
     def _artifact(self, experiment: str, operation: Operation) -> None:
         """Log files of a sealed artifact; where it was removed meanwhile, a tag says so."""

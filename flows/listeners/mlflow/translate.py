@@ -169,9 +169,8 @@ def run_ended(event: RunEnded, store: Store) -> Iterator[Operation]:
     found = outcomes(event.results, store)
     yield {"op": "text", **run, "name": "summary.md", "text": summary_table(found)}
     note = run_note(event.description, found, event.compared, failure=event.message, quoting=event.quoting)
-    pages = {f"“{one['before']}” and this run, side by side": one["page"] for one in event.compared}
-    about = {"name": event.name, "store": event.store, "command": event.command, "pages": pages}
-    yield {"op": "note", **run, "text": note, **about}
+    about = {"name": event.name, "store": event.store, "command": event.command}
+    yield {"op": "note", **run, "text": note, **about, "pages": [one["page"] for one in event.compared]}
     if event.status == "FINISHED":
         yield measured(event.key, points_of({"seconds": event.seconds}, event.time))
     yield {"op": "end", **run, "status": event.status, "time": event.time}

@@ -40,6 +40,8 @@ class Stage:
     """Whether its work is a GPU's, where there is one: `llmill deploy --gpu-pool` has it done elsewhere."""
     texts: bool = False
     """Whether its artifacts hold documents, or parts of them."""
+    main: tuple[str, ...] = ()
+    """The settings that people change most, which Prefect's form shows at once; all, where none is named."""
     lineage: bool = False
     """Whether its body is also given the folders of all that its inputs were made from, each by its step's name."""
 

@@ -28,6 +28,7 @@ from webhook import hook
 from flows.engine.ports import free_port
 from flows.engine.services import GPU_POOL, read_services
 from flows.engine.store import Store
+from flows.prefect.form import OTHERS
 from flows.prefect.pools import COMMAND
 from flows.prefect.up import stop
 from flows.stages import DEFAULT
@@ -411,12 +412,17 @@ def test_a_stages_own_deployment_runs_that_stage_alone(site: Site):
     owned = site.llmill.home / "owned"
     hostile = {"command": f"touch {owned}", "env": {"LLMILL_HOME": str(owned), "PYTHONPATH": str(owned)}}
     run = site.prefect.start(
-        "small.evaluate", job_variables=hostile, settings=["evaluate.seed=5"], home=str(site.llmill.home)
+        "small.evaluate",
+        job_variables=hostile,
+        config={"evaluate": {OTHERS: {"seed": 5}}},
+        home=str(site.llmill.home),
     )
     ended = site.prefect.ended(run)
     assert ended["state_type"] == "COMPLETED", ended["state"]
     assert not owned.exists()
+    assert ended["name"].startswith("seed=5 evaluate · ")
     assert [name.partition("/")[0] for name in set(site.llmill.payloads()) - before] == ["evaluate"]
+    assert Store(site.llmill.home).artifacts("evaluate")[-1].manifest["config"]["seed"] == 5
 
 
 def test_neither_server_takes_what_a_foreign_page_has_a_browser_send(site: Site):
@@ -466,12 +472,15 @@ def test_servers_are_shown_found_again_and_hide_the_password(site: Site):
 
 
 def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(site: Site):
-    """Two pools and their workers: the pipeline waits in one, what it dispatches runs in the other."""
+    """Two pools and their workers: the pipeline waits in one, what it dispatches runs in the other.
+
+    What fields of the form say arrives there, and is the same as when settings say it.
+    """
     site.up("--pool", "llmill", "--pool", GPU_POOL)
     site.type("deploy", str(site.llmill.recipe), "--gpu-pool", GPU_POOL)
     prefect = site.prefect
     assert prefect.get(f"work_pools/{GPU_POOL}")["concurrency_limit"] == 1
-    run = prefect.start("small", settings=[*LONG, "pretrain.seed=7", "pretrain.precision=fp32"])
+    run = prefect.start("small", settings=LONG, config={"pretrain": {"seed": 7, "precision": "fp32"}})
     in_training(site, run, saved(site))
     ours, trainer = site.processes(), site.processes(GPU_POOL)
     assert not any("llm.training.trainer" in " ".join(process.cmdline()) for process in ours)
@@ -495,6 +504,7 @@ def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(
     assert {stage for stage, state in rows.items() if state == "dispatched"} == {"pretrain", "evaluate"}
     newest = Store(site.llmill.home).artifacts("pretrain")[-1]
     assert newest.manifest["attempts"] == 2
+    assert newest.manifest["config"]["seed"] == 7
 
     built = Store(site.llmill.home).artifacts("evaluate")[-1]
     settings = [*LONG, "pretrain.seed=7", "pretrain.precision=fp32"]

@@ -15,7 +15,6 @@ from flows.cli.options import HOME, Home, Overrides, RecipePath, announce
 from flows.engine.ports import answers
 from flows.engine.process import quiet_libraries
 from flows.engine.services import prefect_api
-from flows.prefect.page_edits import remember
 from flows.prefect.schedules import Wanted, expression, meaning, moment, next_times
 from flows.prefect.servers import CLIENT_SETTINGS
 
@@ -85,7 +84,8 @@ def deploy(
         raise UserError(f"{where}; start one with: llmill up")
     os.environ["PREFECT_API_URL"] = api
     from flows.listeners.terminal import Terminal
-    from flows.prefect.deploy import Options, names_of, offer_steps, pools_of, register, write_deployments
+    from flows.prefect.deploy import Options, names_of, offer_fields, pools_of, register, write_deployments
+    from flows.prefect.page_edits import remember
     from flows.prefect.pools import deployments_of, make_ready
     from flows.recipe import load_recipe
 
@@ -110,7 +110,7 @@ def deploy(
         terminal.note(f"{edit}: replaced", warning=True)
     make_ready(api, pools_of(file, written.names))
     register(file, written.names)
-    offer_steps(api, written.names, [step.name for step in loaded.steps])
+    offer_fields(api, loaded, recipe)
     entries = deployments_of(api, written.names)
     remember(home, entries)
     console = terminal.console

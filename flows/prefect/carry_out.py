@@ -23,6 +23,7 @@ from flows.listeners.mlflow.listener import MlflowListener, begin_log
 from flows.listeners.notices import NoticeListener
 from flows.listeners.terminal import Terminal, TerminalListener
 from flows.prefect.dispatch import Dispatcher
+from flows.prefect.form import together
 from flows.prefect.pipeline import Pipeline
 from flows.recipe import load_recipe
 
@@ -32,14 +33,21 @@ def carry_out(
     settings: Sequence[str],
     home: Path,
     *,
+    fields: Sequence[str],
     selection: Selection,
     command: str,
     note: str,
     dispatcher: Dispatcher,
 ) -> None:
-    """Run a recipe within the flow run that calls this. ``command`` is what a person types to resume it."""
+    """Run a recipe within the flow run that calls this.
+
+    Args:
+        fields: settings that the form's fields were changed to, besides those that are listed.
+        command: what a person types to resume the run.
+    """
     prepared = False
     try:
+        settings = together(settings, fields)
         planned = Planned.of(load_recipe(recipe, settings), home, selection)
         name = name_run(planned, settings, flow_run.name or "")
         order = Order(

@@ -15,6 +15,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import yaml
 from prefect.client.orchestration import get_client
 from prefect.flows import Flow
@@ -28,10 +29,11 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.core.text import last_lines
 from flows.engine.services import POOL
 from flows.prefect.deployed import pipeline
+from flows.prefect.form import offer_settings, offer_steps
 from flows.prefect.page_edits import Edit, find_edits, keep, remembered
 from flows.prefect.pools import deployments_of
 from flows.prefect.schedules import Wanted, make_schedules, meaning
-from flows.recipe import Recipe, apply_override, shown
+from flows.recipe import Recipe, apply_override, load_recipe, shown
 
 ENTRYPOINT = "flows.prefect.deployed.pipeline"
 HEADER = """\
@@ -297,18 +299,22 @@ def register(file: Path, names: Sequence[str]) -> None:
         raise UserError(f"{file}: Prefect refuses these deployments:\n{output}")
 
 
-def offer_steps(api: str, names: Sequence[str], steps: Sequence[str]) -> None:
-    """Have the forms of a recipe's deployments offer its steps: the flow itself, which all recipes share, has none."""
-    step = {"type": "string", "enum": list(steps)}
+def offer_fields(api: str, recipe: Recipe, path: Path) -> None:
+    """Have the forms of a recipe's deployments offer its steps and settings, as a run of each would have them now.
+
+    Raises:
+        UserError: the recipe does not go with a deployment's list of settings, or Prefect refuses its parameters.
+    """
+    names = names_of(recipe)
     for entry in deployments_of(api, names):
-        schema = entry["parameter_openapi_schema"]
-        for chosen in schema["definitions"]["Stages"]["properties"].values():
-            chosen["anyOf"] = [step, {"type": "null"}]
-        schema["properties"]["dispatch"]["items"] = step
-        with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-            client.request(
-                "PATCH",
-                "/deployments/{id}",
-                json={"parameter_openapi_schema": schema},
-                path_params={"id": entry["id"]},
-            )
+        schema, parameters = entry["parameter_openapi_schema"], entry["parameters"]
+        offer_steps(schema, [step.name for step in recipe.steps])
+        step = entry["name"].removeprefix(recipe.name).lstrip(".") or None
+        defaults = offer_settings(schema, load_recipe(path, parameters.get("settings") or ()), step)
+        changes = {"parameter_openapi_schema": schema, "parameters": {**parameters, "defaults": defaults}}
+        place = {"path_params": {"id": entry["id"]}}
+        try:
+            with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
+                client.request("PATCH", "/deployments/{id}", json=changes, **place)
+        except httpx.HTTPStatusError as error:
+            raise UserError(f"{entry['name']}: Prefect refuses it: {error.response.text}") from None

@@ -10,7 +10,7 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from prefect import flow
 from prefect.runtime import flow_run
@@ -51,12 +51,13 @@ Setting = Annotated[str, Field(pattern=SETTING, description="step.field=value")]
 def run_name() -> str:
     """Name a flow run: as it was named in Prefect's form, else after what was set and the step that runs alone."""
     from flows.engine.naming import dated, in_words
+    from flows.prefect.form import settings_in
 
     typed = str(flow_run.name or "")
     if typed and not is_made_up(typed):
         return typed
     parameters = flow_run.parameters
-    only, settings = (parameters.get("stages") or ALL).only, parameters.get("settings") or ()
+    only, settings = (parameters.get("stages") or ALL).only, settings_in(parameters)
     what = in_words(settings) or recipe_name(Path(parameters["recipe"]), settings)
     return dated(f"{what} {only}" if only else what)
 
@@ -74,30 +75,36 @@ def recipe_name(path: Path, settings: Sequence[str]) -> str:
 @flow(name=FLOW, flow_run_name=run_name, retries=0, persist_result=False)
 def pipeline(
     recipe: str,
+    config: dict[str, dict[str, Any]] = {},  # noqa: B006
     settings: list[Setting] = [],  # noqa: B006
     stages: Stages = ALL,
     home: str = "",
     dispatch: list[StepName] = [],  # noqa: B006
     note: str = "",
     parent_key: str = "",
+    defaults: dict[str, Any] = {},  # noqa: B006
 ) -> State | None:
     """Run a recipe: reuse what is sealed, resume what is unfinished, build the rest.
 
     Args:
         recipe: Path of the recipe's file, as the worker sees it.
-        settings: Changes to the recipe, each written as step.field=value.
+        config: Settings of the recipe by step, each in a field of its own; an untouched field is as the recipe says.
+        settings: Changes to the recipe that no field has, each written as step.field=value.
         stages: Which steps run; all where nothing is chosen.
         home: Where everything is kept; where it is empty, LLMILL_HOME of the worker.
         note: What to remember of this run; it stands on its pages.
         dispatch: Steps that run as deployments of their own, in the work pools that those name.
         parent_key: Tag llmill.key of the run in MLflow that a dispatched step belongs to; set by who dispatches it.
+        defaults: Values that the fields of config began with; set by llmill deploy.
     """
     quiet_libraries()
     from flows.prefect.flow_runs import STOPS, at_work, finished, stopped, wait_for_prefect
+    from flows.prefect.form import changed
 
     place = Path(home or os.environ.get("LLMILL_HOME", ".llmill")).expanduser()
     chosen = dict(stages)
-    command = resume_command(recipe, settings, chosen, place)
+    fields = changed(config, defaults)
+    command = resume_command(recipe, [*settings, *fields], chosen, place)
     try:
         with (
             heeding_signals(),
@@ -113,6 +120,7 @@ def pipeline(
                 Path(recipe),
                 settings,
                 place,
+                fields=fields,
                 selection=selection,
                 command=command,
                 note=note,

@@ -21,6 +21,7 @@ from data_pipeline.core.errors import UserError
 from flows.engine.order import Wishes
 from flows.engine.plan import Step
 from flows.engine.stopping import Stop
+from flows.prefect.form import settings_in
 from flows.prefect.names import FLOW
 
 POLL_SECONDS = 2.0
@@ -65,9 +66,10 @@ class Dispatcher:
             DispatchedFailed: it ended otherwise.
         """
         chosen = {"only": step, **({"force": step} if force else {})}
-        changes = {"parent_key": parent_key, "stages": chosen}
         mine: dict[str, Any] = flow_run.parameters
-        shared = {name: mine[name] for name in ("recipe", "settings", "home")}
+        # The form of the step's own deployment has other fields than ours; its list of settings takes all.
+        changes = {"parent_key": parent_key, "stages": chosen, "settings": settings_in(mine), "config": {}}
+        shared = {name: mine[name] for name in ("recipe", "home")}
         started: Any = run_deployment(self.deployment(step), parameters={**shared, **changes}, timeout=0)
         try:
             ended = wait_for(started, wishes.stop)

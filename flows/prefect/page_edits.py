@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.files import write_durably
+from flows.prefect.form import without_defaults
 from flows.prefect.schedules import KINDS, PREFECTS_START, expression
 
 Fields = dict[str, Any]
@@ -48,12 +49,19 @@ def fields_on_server(entry: Mapping[str, Any]) -> Fields:
     return {
         "schedules": normal_schedules(schedules),
         "paused": bool(entry["paused"]),
-        "parameters": entry["parameters"],
+        "parameters": parameters_on_server(entry["parameters"]),
         "tags": sorted(entry["tags"]),
         "description": entry.get("description") or "",
         "concurrency_limit": concurrency if limit.get("limit") else None,
         "work_pool": {"name": entry["work_pool_name"], "job_variables": entry.get("job_variables") or {}},
     }
+
+
+def parameters_on_server(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of a deployment without what its form only shows."""
+    kept = {name: value for name, value in parameters.items() if name not in ("config", "defaults")}
+    config = without_defaults(parameters.get("config") or {}, parameters.get("defaults") or {})
+    return kept | ({"config": config} if config else {})
 
 
 def fields_in_file(entry: Mapping[str, Any]) -> Fields:

@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from pathlib import Path
 
 import httpx
 import pytest
 import yaml
+from browser import SECONDS, open_browser
 from operator_api import Prefect
+from playwright.sync_api import Locator, Page, expect
 from prefect.exceptions import ParameterTypeError
 from prefect.settings import PREFECT_API_URL, temporary_settings
 from prefect.utilities.schema_tools.validation import validate
 
 from data_pipeline.core.errors import UserError
-from flows.prefect.deploy import Options, offer_steps, pools_of, register, write_deployments
+from flows.prefect.deploy import Options, offer_fields, pools_of, register, write_deployments
 from flows.prefect.deployed import ALL, pipeline, recipe_name
+from flows.prefect.form import OTHERS, settings_in
 from flows.prefect.page_edits import fields_in_file, fields_on_server, remember
 from flows.prefect.pools import deployments_of, make_ready
 from flows.prefect.schedules import KINDS, Wanted
 from flows.recipe import apply_override, load_recipe
 from flows.stages import DEFAULT
 
+expect.set_options(timeout=SECONDS * 1000)
 RECIPE = """
 name: tiny
 download: {sources: [{name: texts, kind: local, path: texts}]}
@@ -158,11 +163,11 @@ def registered(write, prefect_server, tmp_path: Path):
     def register_now(**options) -> dict[str, dict]:
         with temporary_settings({PREFECT_API_URL: prefect_server}), pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_API_URL", prefect_server)
-            names = ["tiny", "tiny.clean"]
+            names = ["tiny", "tiny.clean", "tiny.pretrain"]
             write(**options, server=deployments_of(prefect_server, names))
             make_ready(prefect_server, ["llmill"])
             register(tmp_path / "prefect.yaml", names)
-            offer_steps(prefect_server, names, DEFAULT)
+            offer_fields(prefect_server, load_recipe(tmp_path / "tiny.yaml"), tmp_path / "tiny.yaml")
             entries = deployments_of(prefect_server, names)
         remember(tmp_path / "home", entries)
         return {entry["name"]: entry for entry in entries}
@@ -182,6 +187,113 @@ def test_the_form_of_a_deployment_offers_the_steps_of_its_recipe(registered, pre
     )
     assert refused.status_code == 409
     assert "cleam" in refused.text
+
+
+@pytest.fixture
+def post(registered, prefect_server):
+    """Start a run of the pipeline's deployment as a form does, whose values go over the deployment's own."""
+    tiny = registered()["tiny"]
+
+    def post(**parameters) -> httpx.Response:
+        body = {"parameters": {**tiny["parameters"], **parameters}}
+        return httpx.post(f"{prefect_server}/deployments/{tiny['id']}/create_flow_run", json=body)
+
+    return post
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"pretrain": {"lr": -1}}, "-1 is less than or equal to the minimum of 0"),
+        ({"pretrain": {"tokens": "many"}}, "'many' is not of type 'integer'"),
+        ({"pretrain": {"precision": "fp64"}}, "'fp64' is not one of"),
+        ({"pretrain": {"learning_rate": 1}}, "'learning_rate' was unexpected"),
+        ({"pretrain": {OTHERS: {"optimizer.momentum": 2}}}, "2 is greater than or equal to the maximum of 1"),
+        ({"pretraining": {}}, "'pretraining' was unexpected"),
+    ],
+)
+def test_a_wrong_value_of_a_field_is_refused_before_there_is_a_run(post, prefect_server, fields, reason):
+    before = Prefect(prefect_server).runs("tiny")
+    refused = post(config=fields)
+    assert (refused.status_code, reason in refused.text) == (409, True), refused.text
+    assert Prefect(prefect_server).runs("tiny") == before
+
+
+def test_a_run_of_the_form_keeps_what_its_fields_began_with(post):
+    """So that what nobody touched is as the recipe's file says, when the run starts and when it is retried."""
+    started = post(config={"pretrain": {"lr": 1e-3, "tokens": 1024, OTHERS: {"optimizer.momentum": 0.9}}})
+    assert started.status_code == 201, started.text
+    assert settings_in(started.json()["parameters"]) == [
+        "pretrain.lr=0.001",
+        "pretrain.optimizer.momentum=0.9",
+    ]
+
+
+def test_fields_that_a_page_saved_are_written_to_the_file_as_far_as_they_were_changed(
+    registered, write, prefect_server, tmp_path
+):
+    """To save anything on the page of a deployment saves all fields that it shows."""
+    tiny = registered(settings=["pretrain.lr=2e-3"])["tiny"]
+    assert tiny["parameters"]["defaults"]["pretrain.lr"] == 2e-3
+    fields = {"pretrain": {"lr": 2e-3, "tokens": 2048}, "clean": {"min_chars": 1, OTHERS: None}}
+    Prefect(prefect_server).patch(
+        f"deployments/{tiny['id']}", parameters={**tiny["parameters"], "config": fields}
+    )
+    after = registered()["tiny"]
+    assert [(edit.field, edit.page["config"]) for edit in write.last.kept] == [
+        ("parameters", {"pretrain": {"tokens": 2048}})
+    ]
+    assert settings_in(after["parameters"]) == ["pretrain.lr=2e-3", "pretrain.tokens=2048"]
+    assert "defaults" not in (tmp_path / "prefect.yaml").read_text()
+    assert registered()["tiny"]["parameters"]["config"] == {"pretrain": {"tokens": 2048}}
+    assert write.last.kept == []
+
+
+def test_a_wrong_field_in_the_file_is_refused_in_a_line(registered, tmp_path):
+    registered()
+    file = tmp_path / "prefect.yaml"
+    entries = yaml.safe_load(file.read_text())
+    entries["deployments"][0]["parameters"]["config"] = {"pretrain": {"lr": -1}}
+    file.write_text(yaml.safe_dump(entries))
+    with pytest.raises(
+        UserError, match=r"tiny: Prefect refuses it: .*config\.pretrain\.lr.* -1 is less"
+    ) as refused:
+        registered()
+    assert len(str(refused.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("pages", ["", "/v2"])
+def test_the_form_shows_each_setting_under_its_name_with_help_and_default_and_refuses_a_wrong_value(
+    registered, prefect_server, pages
+):
+    deployment = registered()["tiny.pretrain"]
+    place = f"{prefect_server.removesuffix('/api')}{pages}/deployments/deployment/{deployment['id']}/run"
+    with open_browser() as page:
+        page.goto(place)
+        lr = field(page, "lr")
+        expect(lr).to_have_value("0.0006")
+        expect(page.get_by_text("Peak learning rate. Range: above 0.")).to_be_visible()
+        expect(field(page, "model.layers")).to_have_value("12")
+        expect(page.get_by_text("optimizer.momentum")).to_have_count(0)
+        page.get_by_text("open", exact=True).first.click()
+        expect(field(page, "optimizer.momentum")).to_have_value("0.95")
+        lr.fill("-1")
+        page.get_by_role("button", name=re.compile("^(Run|Submit)$")).last.click()
+        expect(page.get_by_text("-1 is less than or equal to the minimum of 0").first).to_be_visible()
+        page.goto(place)
+        expect(lr).to_have_value("0.0006")
+        lr.fill("0.001")
+        with page.expect_response(lambda answer: "create_flow_run" in answer.url and answer.ok) as answer:
+            page.get_by_role("button", name=re.compile("^(Run|Submit)$")).last.click()
+        parameters = answer.value.json()["parameters"]
+    assert parameters["config"]["pretrain"]["model.layers"] == 12, "a form sends what nobody touched, too"
+    assert settings_in(parameters) == ["pretrain.lr=0.001"]
+
+
+def field(page: Page, setting: str) -> Locator:
+    """Where the value of a setting is typed."""
+    label = page.get_by_text(f"{setting} (Optional)", exact=True)
+    return label.locator("xpath=ancestor::*[.//input][1]//input").first
 
 
 def test_what_is_changed_on_prefects_pages_is_shown_and_stays_until_somebody_says_otherwise(

@@ -38,7 +38,19 @@ def test_a_name_says_what_was_set(settings: list[str], said: str | None) -> None
 
 def test_a_name_that_prefect_makes_up_is_told_from_one_that_a_person_types() -> None:
     assert all(is_made_up(generate_slug(2)) for _ in range(500))
-    assert not any(map(is_made_up, ("second-try", "baseline", "lr-up", "größe-テスト", "a b", "")))
+    assert all(map(is_made_up, ("mu929-sarona", "eta3-loren-manifold", "mu424-acanceh-g", "Awesome-Corkie")))
+    typed = (
+        "second-try",
+        "baseline",
+        "lr-up",
+        "größe-テスト",
+        "a b",
+        "",
+        "beta-test",
+        "mu2",
+        "Small-batches",
+    )
+    assert not any(map(is_made_up, typed))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""Tasks and texts that a model is scored on: prompts are rendered, then sequences are scored, then scores summed up."""

@@ -63,7 +63,7 @@ def render(kind: Kind, item: Item, shots: Sequence[Item] = (), delimiter: str = 
         # A tokenizer may join a space at the end of a context with what follows, so none is left there.
         context = f"{before}{item['context'].strip()}{delimiter}".strip()
         whole = f"{before}{solved(kind, item, delimiter)}"
-        return Prompt((whole,), 0, COUNTED[kind], context)
+        return Prompt(texts=(whole,), gold=0, counts=COUNTED[kind], context=context)
     return Prompt(tuple(f"{before}{text}" for text in texts), gold, COUNTED[kind])
 
 

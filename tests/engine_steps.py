@@ -90,7 +90,8 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
         taken = engine.step(
             micro_batches, count, config.schedule.lr_multiplier(step, config.steps), measure=True
         )
-        facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
+        told = {**engine.group_facts(taken), **engine.layer_facts(taken)}
+        facts.append({"loss": taken.loss, "norm": taken.grad_norm, **told})
     nats_BT = engine.token_losses(Batch(*batch(experiment.steps, 2, shape)))
     return facts, engine.weights() | {"nats": nats_BT}
 

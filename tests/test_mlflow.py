@@ -99,6 +99,15 @@ def test_training_is_there_step_by_step_once(client, finished, children):
         assert client.get_metric_history(children["pretrain"].info.run_id, name), name
 
 
+def test_norms_by_layer_are_on_the_trainings_run_alone(client, finished, children, parent):
+    last = finished.manifest("pretrain")["metrics"]["steps"]
+    layers = ("embedding", "block_00", "final_norm")
+    for name in (f"norms/{norm}/{layer}" for norm in ("grad", "update", "update_ratio") for layer in layers):
+        [point] = client.get_metric_history(children["pretrain"].info.run_id, name)
+        assert (point.step, point.value > 0) == (last, True), name
+    assert not any(name.startswith("norms/") for name in parent.data.metrics)
+
+
 def test_a_whole_run_has_the_curves_over_steps_and_over_tokens(client, finished, parent):
     losses = pq.read_table(finished.made("pretrain") / "losses.parquet").to_pylist()
     checks = pq.read_table(finished.made("pretrain") / "validation.parquet").to_pylist()

@@ -89,6 +89,8 @@ class PretrainRuntime(Runtime):
     """Sequences a rank works on at once; the rest of its slice of the batch is accumulated."""
     log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
+    norms_every: int = Field(default=100, ge=0)
+    """Steps between measurements of gradient and update norms by layer, with one in the last step; 0: none."""
     validation: Validation = Validation()
     max_nonfinite: int = Field(default=5, ge=0)
     """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""

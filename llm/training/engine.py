@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +34,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from llm.data.sequences import Batch
 from llm.training import internals, state
 from llm.training.compiled import compile_layers
+from llm.training.norms import Meter, Norms, layer_of, norms_by
 from llm.training.optimizer import Optimizer, parameter_groups
 from llm.training.probe import Clock
 from llm.training.tensor_parallel import Splitting, autotp
@@ -110,8 +111,8 @@ class Step:
     """Mean over the global batch, in nats."""
     grad_norm: float
     """Norm of the gradient, before clipping."""
-    update_ratios: dict[str, float]
-    """Ratios by kind of parameter, when measured: `Engine.update_ratios`."""
+    squares: dict[str, list[float]]
+    """Sums of squares by parameter, when measured: `Engine.squares`."""
     applied: bool
     """False where loss or gradients were not finite: then nothing moved."""
     asked: Asked
@@ -140,7 +141,9 @@ class Engine:
         if resolved.compile:
             compile_layers(model)
         groups = parameter_groups(model, resolved.optimizer)
-        self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
+        kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
+        self.kinds = {name: kinds[id(parameter)] for name, parameter in model.named_parameters()}
+        """Kind of each parameter, by its name."""
         products = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(groups, resolved.optimizer, products)
         members = [{id(parameter) for parameter in group["params"]} for group in groups]
@@ -152,6 +155,8 @@ class Engine:
         )
         if self.zero_stage:
             self.optimizer.layouts = internals.shard_layouts(self.engine.optimizer, self.zero_stage, members)
+        flats = internals.layout(self.engine, self.splitting)
+        self.meter = Meter(self.kinds, flats, self.splitting, self.device)
 
     @property
     def module(self) -> nn.Module:
@@ -168,7 +173,7 @@ class Engine:
     ) -> Step:
         """Take one optimizer step over this rank's ``count`` micro-batches.
 
-        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, `update_ratios` are measured too.
+        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, norms are measured too.
         Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
         discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
         """
@@ -177,11 +182,7 @@ class Engine:
         self.set_accumulation(count)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier
-        self.optimizer.measured = (
-            {kind: torch.zeros(2, dtype=torch.float64, device=self.device) for kind in self.kinds}
-            if measure
-            else None
-        )
+        self.optimizer.meter = self.meter.reset() if measure else None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = 0.0
         done = 0
@@ -207,29 +208,39 @@ class Engine:
         return Step(
             loss_sum / dist.get_world_size(),
             norm,
-            self.update_ratios(),
+            self.squares() if measure else {},
             applied=math.isfinite(norm),
             asked=Asked(save=save > 0, stop=stop > 0),
         )
 
-    def update_ratios(self) -> dict[str, float]:
-        """Return, by kind of parameter, the root mean square of the last step's update over that of the weights, when
-        it was measured."""
-        if self.optimizer.measured is None:
-            return {}
-        sums_K2 = torch.stack([self.optimizer.measured[kind] for kind in self.kinds])
+    def squares(self) -> dict[str, list[float]]:
+        """Return, by parameter, the squares that `meter` found, over the ranks."""
+        squares_P3 = self.meter.squares_P3
         if self.zero_stage:
-            sums_K2 = self.sum(sums_K2)
-        return {
-            kind: math.sqrt(moved / weights) if weights else 0.0
-            for kind, (moved, weights) in zip(self.kinds, sums_K2.tolist(), strict=True)
-        }
+            squares_P3 = self.sum(squares_P3)
+        return dict(zip(self.meter.names, squares_P3.tolist(), strict=True))
+
+    def norms_by(self, labels: Mapping[str, str], step: Step) -> dict[str, Norms]:
+        """Return the norms in a measured step over all parameters that have the same of ``labels``."""
+        # As torch and DeepSpeed clip: each slice that the optimizer sees is scaled by this.
+        return norms_by(labels, step.squares, clipped=min(1.0, self.clip / (step.grad_norm + 1e-6)))
 
     def group_facts(self, step: Step) -> dict[str, float]:
         """Return a measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event
         has them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
         rates = {f"lr_{group['kind']}": group["lr"] for group in self.optimizer.param_groups}
-        return rates | {f"update_ratio_{kind}": ratio for kind, ratio in step.update_ratios.items()}
+        kinds = self.norms_by(self.kinds, step)
+        return rates | {f"update_ratio_{kind}": norms.update_ratio for kind, norms in kinds.items()}
+
+    def layer_facts(self, step: Step) -> dict[str, float]:
+        """Return a measured step's norms of each layer, as an event has them: ``grad/block_00`` (before clipping),
+        ``update/block_00``, ``update_ratio/block_00``, ..."""
+        layers = self.norms_by({name: layer_of(name) for name in self.kinds}, step)
+        return {
+            f"{norm}/{layer}": getattr(norms, norm)
+            for norm in ("grad", "update", "update_ratio")
+            for layer, norms in layers.items()
+        }
 
     def set_accumulation(self, count: int) -> None:
         """Let the next step average its gradient over ``count`` micro-batches.

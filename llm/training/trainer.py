@@ -119,7 +119,7 @@ class Trainer:
         if z is not None:
             done, last = self.roll_back(done, z), False
         else:
-            if done % self.config.runtime.validation.every == 0 or last:
+            if self.is_due(done, self.config.runtime.validation.every):
                 self.validate(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
             if not last and (due or asked.save or asked.stop):
@@ -133,13 +133,14 @@ class Trainer:
         config = self.config
         lr_multiplier = config.schedule.lr_multiplier(step, config.steps)
         done = step + 1
-        logged = done % config.runtime.log_every == 0 or done == config.steps
+        logged = self.is_due(done, config.runtime.log_every)
+        norms = self.is_due(done, config.runtime.norms_every)
         start = time.perf_counter()
         taken = self.engine.step(
             self.loader.micro_batches(step),
             self.resolved.accumulation(step),
             lr_multiplier,
-            measure=logged,
+            measure=logged or norms,
             asked=self.requests.take(),
         )
         seconds = time.perf_counter() - start
@@ -157,7 +158,13 @@ class Trainer:
         self.history["step"].append(fact)
         if logged:
             self.log("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
+        if norms:
+            self.log("norms", step=done, **self.engine.layer_facts(taken))
         return taken.asked
+
+    def is_due(self, done: int, every: int) -> bool:
+        """Return whether what comes every so many steps (0: never), and after the last one, comes after this one."""
+        return every > 0 and (done % every == 0 or done == self.config.steps)
 
     def samples(self, step: int) -> tuple[int, int]:
         """Return what ``step`` reads, past what rollbacks passed over: its first sample, and how many."""

@@ -63,6 +63,7 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             "micro_batch": 1,
             "checkpoint_every": 7,
             "log_every": 9,
+            "norms_every": 0,
             "attention": "formula",
             "compile": True,
             "validation": {"every": 3, "tokens": 96},

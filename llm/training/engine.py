@@ -11,9 +11,11 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -131,15 +133,18 @@ class Engine:
         on_gpu = resolved.device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.clock = Clock()
-        self.clip = resolved.optimizer.grad_clip
+        self.clip, self.context = resolved.optimizer.grad_clip, resolved.context
         self.zero_stage = resolved.zero_stage
         model = model.to(self.device)
         self.sharing = Sharing(resolved.sequence_parallel)
         self.sharing.apply(model)
         self.splitting = Splitting(resolved.tensor_parallel)
         self.splitting.prepare(model)
+        self.uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Context in which layers run as they are written: for shapes that it would not pay to compile."""
         if resolved.compile:
             compile_layers(model)
+            self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         groups = parameter_groups(model, resolved.optimizer)
         kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
         self.kinds = {name: kinds[id(parameter)] for name, parameter in model.named_parameters()}
@@ -258,6 +263,29 @@ class Engine:
         self.engine.eval()
         return self.sharing.whole(self.loss(batch, reduction="none"))
 
+    @torch.inference_mode(False)  # weights that ZeRO 3 gathered in that mode could not be trained
+    @torch.no_grad()
+    def next_logits(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Return logits ``(V,)``, on the CPU and the same on all ranks, of what follows each sequence of tokens.
+
+        All ranks call it with the same sequences; of one that is longer than the context the last tokens are read.
+
+        Raises:
+            FloatingPointError: some are not a number.
+        """
+        windows = [tokens[-self.context :] for tokens in sequences.values()]
+        longest = max(map(len, windows))
+        padded = [[*window, *[0] * (longest - len(window))] for window in windows]
+        self.engine.eval()
+        with self.sharing.apart(), self.uncompiled():
+            logits_BTV = self.engine(torch.tensor(padded, device=self.device))
+        last_BV = torch.stack([row[len(window) - 1] for row, window in zip(logits_BTV, windows, strict=True)])
+        # What is drawn from them decides what all ranks read next.
+        dist.broadcast(last_BV, 0)
+        if last_BV.isnan().any():
+            raise FloatingPointError("the model's logits are not finite")
+        return dict(zip(sequences, last_BV.cpu(), strict=True))
+
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
         """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
         cut, (tokens_BT, targets_BT, documents_BT) = self.sharing.slice, batch.to(self.device)
@@ -308,15 +336,23 @@ class Sharing:
 
     def apply(self, model: Transformer) -> None:
         """Let ``model`` work on this rank's positions."""
+        self.model, self.alone = model, model.attend
         if self.size == 1:
             return
-        alone = model.attend
-        exchange = DistributedAttention(alone, self.group, scatter_idx=2, gather_idx=1)
+        exchange = DistributedAttention(self.alone, self.group, scatter_idx=2, gather_idx=1)
         # Not the module itself, which would become a part of the model.
         model.attend = lambda q_BTHE, k_BTKE, v_BTKE, documents: exchange(
             q_BTHE, k_BTKE, v_BTKE, 0, None, documents
         )
         model.first_position = self.index * (model.config.context // self.size)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let each rank's model work on whole sequences inside."""
+        shared = self.model.attend, self.model.first_position
+        self.model.attend, self.model.first_position = self.alone, 0
+        yield
+        self.model.attend, self.model.first_position = shared
 
     def slice(self, whole_BT: Tensor) -> Tensor:
         """Return this rank's positions of what has all."""

@@ -22,10 +22,11 @@ import torch.distributed as dist
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.processes import die_with, has_ended
-from data_pipeline.train_tokenizer.tokenizer import token_bytes
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
+from llm.model.generate import generate
 from llm.model.layouts import load_weights
 from llm.model.transformer import Transformer, save_model
 from llm.training import checkpoint
@@ -71,6 +72,7 @@ class Trainer:
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
+        self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
         self.saver = Saver(
@@ -121,6 +123,8 @@ class Trainer:
         else:
             if self.is_due(done, self.config.runtime.validation.every):
                 self.validate(done)
+            if self.is_due(done, self.config.samples_every):
+                self.write_samples(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
             if not last and (due or asked.save or asked.stop):
                 self.save(done)
@@ -202,6 +206,25 @@ class Trainer:
         }
         self.history["validation"].append(fact)
         self.log("validation", **fact, tokens=self.config.tokens_after(done))
+
+    def write_samples(self, done: int) -> None:
+        """Log what the model writes after each prompt, by the same draws each time; a warning where it can't."""
+        chosen = self.config.runtime.samples
+        try:
+            texts = generate(
+                self.engine.next_logits,
+                self.tokenizer,
+                chosen.prompts,
+                max_new_tokens=chosen.tokens,
+                temperature=chosen.temperature,
+                seeds=range(len(chosen.prompts)),
+            )
+        except FloatingPointError as error:
+            return self.log("warning", message=f"no samples after step {done}: {error}")
+        samples = [
+            {"prompt": prompt, "text": text} for prompt, text in zip(chosen.prompts, texts, strict=True)
+        ]
+        self.log("samples", step=done, tokens=self.config.tokens_after(done), samples=samples)
 
     def report_diverged(self, done: int) -> None:
         """Warn that the held-out loss is not finite; after the last step that ends the run.

@@ -8,7 +8,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from engine_steps import VOCAB_SIZE, Experiment, Outcome, batch, run
+from engine_steps import SEQUENCES, VOCAB_SIZE, Experiment, Outcome, batch, run
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -176,6 +176,10 @@ def test_losses_and_norms_are_those_of_the_weights(outcomes: dict[str, Outcome],
     model.load_state_dict(outcome.weights, strict=not experiment.shape.tie_embeddings)
     nats_BT = model.eval()(*batch(experiment.steps, 2, experiment.shape), reduction="none")
     torch.testing.assert_close(outcome.nats_BT, nats_BT, atol=1e-4, rtol=1e-4)
+    logits = [
+        model(torch.tensor([tokens[-experiment.shape.context :]]))[0, -1] for tokens in SEQUENCES.values()
+    ]
+    torch.testing.assert_close(outcome.logits_BV, torch.stack(logits), atol=1e-4, rtol=1e-4)
 
 
 def test_the_rules_differ_by_far_more_than_the_tolerance(outcomes: dict[str, Outcome]) -> None:

@@ -23,6 +23,8 @@ from llm.training import checkpoint
 from llm.training.engine import Engine, start_ranks
 
 VOCAB_SIZE = 61
+SEQUENCES = {4: [1], 7: [2, 3, 5, 7], 9: list(range(12))}
+"""Some of other lengths than the context, which has 8 tokens."""
 
 
 @dataclass
@@ -44,11 +46,13 @@ class Experiment:
 
 @dataclass
 class Outcome:
-    """The steps' losses, norms and what an event tells of each; then weights and losses of the targets of a batch."""
+    """The steps' losses, norms and what an event tells of each; then weights, losses of the targets of a batch, and
+    logits of what follows `SEQUENCES`."""
 
     facts: list[dict[str, Any]]
     weights: dict[str, Tensor]
     nats_BT: Tensor
+    logits_BV: Tensor
 
 
 def batch(step: int, sequences: int, model: ModelConfig) -> tuple[Tensor, Tensor]:
@@ -67,7 +71,8 @@ def run(experiments: list[Experiment], folder: Path, launcher: Callable[..., Non
     facts = json.loads((folder / "facts.json").read_text())
     tensors = [load_file(folder / f"tensors-{number}.safetensors") for number in range(len(experiments))]
     nats = [each.pop("nats") for each in tensors]
-    return [Outcome(*outcome) for outcome in zip(facts, tensors, nats, strict=True)]
+    logits = [each.pop("logits") for each in tensors]
+    return [Outcome(*outcome) for outcome in zip(facts, tensors, nats, logits, strict=True)]
 
 
 def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
@@ -78,6 +83,7 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
     engine = Engine(Transformer(shape, seed=config.seed), resolved)
     facts = []
     for step in range(experiment.steps):
+        engine.next_logits(SEQUENCES)  # what is read between steps changes none
         if step and step == experiment.reload_after:
             folder.mkdir(exist_ok=True)
             checkpoint.write_shard(folder, dist.get_rank(), engine.snapshot())
@@ -90,9 +96,12 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
         taken = engine.step(
             micro_batches, count, config.schedule.lr_multiplier(step, config.steps), measure=True
         )
-        facts.append({"loss": taken.loss, "norm": taken.grad_norm, **engine.group_facts(taken)})
+        told = {**engine.group_facts(taken), **engine.layer_facts(taken)}
+        facts.append({"loss": taken.loss, "norm": taken.grad_norm, **told})
     nats_BT = engine.token_losses(Batch(*batch(experiment.steps, 2, shape)))
-    return facts, engine.weights() | {"nats": nats_BT}
+    logits = engine.next_logits(SEQUENCES)
+    assert [*logits] == [*SEQUENCES]
+    return facts, engine.weights() | {"nats": nats_BT, "logits": torch.stack([*logits.values()])}
 
 
 def main(path: Path) -> None:

@@ -99,6 +99,34 @@ def test_training_is_there_step_by_step_once(client, finished, children):
         assert client.get_metric_history(children["pretrain"].info.run_id, name), name
 
 
+def test_norms_by_layer_are_on_the_trainings_run_alone(client, finished, children, parent):
+    last = finished.manifest("pretrain")["metrics"]["steps"]
+    layers = ("embedding", "block_00", "final_norm")
+    for name in (f"norms/{norm}/{layer}" for norm in ("grad", "update", "update_ratio") for layer in layers):
+        [point] = client.get_metric_history(children["pretrain"].info.run_id, name)
+        assert (point.step, point.value > 0) == (last, True), name
+    assert not any(name.startswith("norms/") for name in parent.data.metrics)
+
+
+def samples_of(client: MlflowClient, run: Run) -> list[list]:
+    """Rows of the table of a run that MLflow shows as one."""
+    name = "samples.json"
+    assert json.loads(run.data.tags["mlflow.loggedArtifacts"]) == [{"path": name, "type": "table"}]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, name)).read_text(encoding="utf-8"))
+    assert table["columns"] == ["step", "tokens", "prompt", "text"]
+    return table["data"]
+
+
+def test_samples_by_step_are_a_table_of_the_training_and_of_the_whole_run(client, children, parent):
+    rows = samples_of(client, children["pretrain"])
+    prompts = ("", "The ")
+    assert [row[:3] for row in rows] == [
+        [step, step * 1024, prompt] for step in (20, 40, 60) for prompt in prompts
+    ]
+    assert all(isinstance(text, str) for *_, text in rows)
+    assert samples_of(client, parent) == rows
+
+
 def test_a_whole_run_has_the_curves_over_steps_and_over_tokens(client, finished, parent):
     losses = pq.read_table(finished.made("pretrain") / "losses.parquet").to_pylist()
     checks = pq.read_table(finished.made("pretrain") / "validation.parquet").to_pylist()
@@ -331,3 +359,6 @@ def test_a_killed_run_is_continued_under_the_same_runs_and_no_step_is_logged_twi
     steps = [point.step for point in client.get_metric_history(training.info.run_id, "train/loss")]
     assert steps == sorted(set(steps))
     assert len(steps) == training.data.metrics["steps"]
+    rows = samples_of(client, training)
+    assert [row[0] for row in rows] == [20, 20, 40, 40, 60, 60]
+    assert samples_of(client, parents[0]) == rows

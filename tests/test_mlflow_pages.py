@@ -17,6 +17,7 @@ from flows.listeners.mlflow.links import OWN_PAGES, run_url, table_url
 from flows.listeners.mlflow.operations import Mlflow
 from flows.listeners.mlflow.points import Point
 from flows.listeners.mlflow.reader import PipelineRuns
+from flows.listeners.mlflow.samples import COLUMNS, SAMPLES
 from flows.listeners.mlflow.translate import Operation, beginning, description, measured
 from flows.listeners.mlflow.view import OTHER_TAGS, SPEED, TAG, VERSION
 
@@ -25,6 +26,7 @@ BEGAN = 1_700_000_000_000
 RUNS = {"lr=1e-3 · 10:36": (1.75, 1e-3), "lr=3e-3 · 10:48": (1.5, 3e-3)}
 """Name -> bits per byte and rate; the second is the better one."""
 STEPS, BATCH_TOKENS = 40, 4096
+WRITTEN = "<b>日本</b>\nكتب & \ufffd"
 expect.set_options(timeout=SECONDS * 1000)
 
 TWO_LINES = (
@@ -63,6 +65,13 @@ def reported(key: str, name: str, began: int) -> Iterator[Operation]:
     yield from description(key, params, {"llmill.recipe": RECIPE, **note})
     yield {"op": "begin", **beginning(step, "pretrain", began), "parent": key}
     yield from description(step, params["pretrain"], {"llmill.stage": "pretrain"})
+    for run in (key, step):
+        rows = [
+            [number, number * BATCH_TOKENS, prompt, WRITTEN]
+            for number in range(1, STEPS + 1)
+            for prompt in "ab"
+        ]
+        yield {"op": "table", "run": run, "name": SAMPLES, "columns": list(COLUMNS), "data": rows}
     yield measured(key, [point for number in range(1, STEPS + 1) for point in points(bits, number, began)])
     ended = began + (STEPS + 1) * 500
     headline = {
@@ -199,6 +208,21 @@ def test_a_runs_description_leads_to_the_page_that_compares_it_with_the_one_befo
         page.get_by_role("link", name="evaluate_2/compare.html").click()
     heading = opened.value.frame_locator("iframe").get_by_role("heading", name="Côte à côte · 并排")
     expect(heading).to_be_visible()
+
+
+@pytest.mark.parametrize("condition", ["IS NULL", "= 'pretrain'"], ids=["whole-run", "training"])
+def test_what_the_model_wrote_is_a_table_that_is_paged(
+    page: Page, server: Server, experiment: str, condition: str
+):
+    [run, *_] = server.client.search_runs([experiment], f"tags.`llmill.stage` {condition}")
+    page.goto(f"{run_url(server.url, experiment, run.info.run_id).partition('?')[0]}/artifacts")
+    page.get_by_text(SAMPLES).first.click()
+    for column in COLUMNS:
+        expect(page.get_by_role("row").first).to_contain_text(column)
+    first = page.get_by_role("row").filter(has_text=WRITTEN.partition("\n")[0]).first
+    expect(first).to_contain_text("4096")
+    page.get_by_role("listitem").filter(has_text=re.compile("^2$")).click()
+    expect(first).not_to_contain_text("4096")
 
 
 def test_an_experiment_of_an_earlier_llmill_is_given_the_view_and_a_persons_own_stay(

@@ -6,6 +6,7 @@ import gzip
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import boto3
@@ -20,13 +21,27 @@ from moto.server import ThreadedMotoServer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.documents import write_shard
-from flows.engine.events import Event, Note, RunEnded, RunStarted, StepFailed, StepSealed, StepStarted
+from flows.engine.context import training_started
+from flows.engine.events import (
+    Event,
+    Note,
+    RunEnded,
+    RunStarted,
+    StepFailed,
+    StepSealed,
+    StepStarted,
+    TrainingStarted,
+)
 from flows.engine.store import Artifact, Store
 from flows.gc import remove, select
 from flows.lineage.search import search
+from flows.listeners.mlflow.delivery import Following
 from flows.listeners.mlflow.links import tracking_uri
 from flows.listeners.mlflow.listener import MlflowListener, begin_log
+from flows.listeners.mlflow.operations import Mlflow
+from flows.listeners.mlflow.translate import operations
 from flows.stages import DEFAULT, WITH_TEXTS
+from llm.training.events import EventLog
 
 SENTENCES = {
     "english": 'Her grandmother\'s recipe for quince & walnut bread was never written "down", she said\nat last.',
@@ -243,6 +258,68 @@ def test_copies_of_what_is_here_no_more_are_found_with_all_that_was_made_from_it
     assert any(run.info.run_id in place for place in places)
     kept = ("/store/download/", run.info.run_id, "/mlflow.db")  # its page is in the database
     assert [place for place in places if not any(one in place for one in kept)] == []
+
+
+def train(home: Path, *, quoting: bool) -> Artifact:
+    """A training that is told MLflow as a run does, and whose model writes the text."""
+    store, name = Store(home), "7" * 16
+    out, _ = store.begin("pretrain", name, {})
+    (out / "model.json").write_text("{}")
+    events = EventLog(out / "logs" / "events.jsonl")
+    events.write("samples", step=3, tokens=30, samples=[{"prompt": "The ", "text": TEXT}])
+    manifest = {"config": {}, "recipe": "small", "inputs": {}, "metrics": {"loss": 1.0}, "seconds": 1.0}
+    artifact = store.seal(
+        "pretrain", name, {**manifest, "finished": "2026-01-01T00:00:00.000+00:00", "mlflow_run_id": ""}
+    )
+    mlflow = Mlflow(home, tracking_uri(home))
+    names = {
+        "step": "pretrain",
+        "stage": "pretrain",
+        "fingerprint": name,
+        "key": "pretrain-1",
+        "recipe": "small",
+    }
+    whole = {"key": "run-1", "name": "small", "recipe": "small", "quoting": quoting}
+    started = StepStarted(**names, run="run-1", quoting=quoting)
+    sealed = replace(sealed_event(names, artifact, withheld=False), quoting=quoting)
+    for event in (RunStarted(**whole), started, training_started(started, 0), sealed):
+        pending = operations(event, store)
+        if isinstance(event, TrainingStarted):
+            fields = {"run": event.run, "step": event.step, "quoting": event.quoting}
+            following = Following(event.key, event.stage, event.fingerprint, 0, **fields)
+            pending = iter(following.read(store)[0])
+        for operation in pending:
+            if operation.get("what") not in ("plots", "checkpoints"):  # which need a whole training
+                mlflow.report("small", operation)
+    return artifact
+
+
+def test_what_a_model_wrote_while_it_was_trained_goes_with_it(home: Path) -> None:
+    trained = train(home, quoting=True)
+    client = MlflowClient(tracking_uri(home))
+    experiment = client.get_experiment_by_name("small").experiment_id
+    runs = client.search_runs([experiment])
+    for run in runs:
+        assert "samples.json" in {one.path for one in client.list_artifacts(run.info.run_id)}
+    found = select(Store(home), [trained.fingerprint])
+    assert {left for _, left in remove(Store(home), found)} == {""}
+    for sentence in SENTENCES.values():
+        after = search(home, [sentence])
+        assert (after.places, after.unread) == ([], [])
+    for run in client.search_runs([experiment]):
+        assert "samples.json" not in {one.path for one in client.list_artifacts(run.info.run_id)}
+        assert "mlflow.loggedArtifacts" not in run.data.tags
+    assert len(runs) == 2
+
+
+def test_what_a_model_writes_is_not_uploaded_where_texts_are_not(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    train(home, quoting=False)
+    (home / "store").rename(tmp_path / "elsewhere")
+    client = MlflowClient(tracking_uri(home))
+    [run] = client.search_runs(["1"], "tags.`llmill.stage` = 'pretrain'")
+    assert [one.path for one in client.list_artifacts(run.info.run_id, "payload")] == ["payload/model.json"]
+    assert not search(home, [TEXT]).places
 
 
 def test_documents_that_are_not_to_be_uploaded_are_in_mlflow_by_checksum_only(tmp_path: Path) -> None:

@@ -125,4 +125,5 @@ def training_started(started: StepStarted, offset: int) -> TrainingStarted:
         key=started.key,
         run=started.run,
         offset=offset,
+        quoting=started.quoting,
     )

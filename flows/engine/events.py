@@ -120,6 +120,8 @@ class StepStarted(Event):
     """Bytes of its training's events that earlier attempts have reported."""
     begun: int = 0
     """When its first attempt began."""
+    quoting: bool = True
+    """Whether texts may be copied to MLflow; so in what follows."""
     flow_run: dict[str, str] = field(default_factory=dict)
 
 
@@ -172,6 +174,7 @@ class TrainingStarted(Event):
     """The key of the run."""
     offset: int = 0
     """Bytes of that file that are reported already."""
+    quoting: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,6 +217,7 @@ class StepSealed(Event):
     resumed: bool = False
     withheld: bool = False
     """Whether MLflow is to have no copies of its files."""
+    quoting: bool = True
     upload_bytes: float = 0
     """Payloads up to this size are copied to MLflow."""
     candidate: bool = True
@@ -237,6 +241,7 @@ class StepReused(Event):
     made_by: str = ""
     """The id in MLflow of the run that made it; empty where it was not known."""
     made_by_key: str = ""
+    quoting: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,6 +114,7 @@ class Reporter:
             path=str(artifact.path),
             metrics=artifact.metrics,
             finished=artifact.sealed_at,
+            quoting=self._order.recipe.runtime.upload_texts,
             **made_by(artifact),
         )
         self._log.append(reused)
@@ -142,6 +143,7 @@ class Reporter:
             inputs=[described_input(one) for one in inputs],
             seen=0 if known.new or late else read_lines(folder / EVENTS, 0)[1],
             begun=known.begun,
+            quoting=self._order.recipe.runtime.upload_texts,
             flow_run=self._host.flow_run(),
         )
         self.open_key = known.key  # before it is logged: a stop may come within that
@@ -169,6 +171,7 @@ class Reporter:
             late=started.late,
             resumed=started.resumed,
             withheld=step.stage.texts and not runtime.upload_texts,
+            quoting=runtime.upload_texts,
             upload_bytes=runtime.upload_mb * 1e6,
             candidate=not self._order.sweep,
         )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from data_pipeline.stage import Runtime, StageConfig
-from llm.pretrain.config import LARGEST_SEED
+from llm.pretrain.config import LARGEST_SEED, Prompts
 
 
 class EvaluateConfig(StageConfig):
@@ -13,7 +13,7 @@ class EvaluateConfig(StageConfig):
 
     max_documents: int | None = Field(default=1000, ge=1)
     """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
-    prompts: tuple[str, ...] = ("", "The ", "In the beginning")
+    prompts: Prompts = ("", "The ", "In the beginning")
     """A sample is written for each; "" lets the model begin."""
     max_new_tokens: int = Field(default=128, ge=1)
     """Length of a sample, at most."""
@@ -24,11 +24,3 @@ class EvaluateConfig(StageConfig):
     seed: int = Field(default=0, ge=0, le=LARGEST_SEED)
     """Seed of the samples."""
     runtime: Runtime = Runtime()
-
-    @field_validator("prompts")
-    @classmethod
-    def _are_text(cls, prompts: tuple[str, ...]) -> tuple[str, ...]:
-        for prompt in prompts:
-            if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise ValueError(f"prompt {prompt!r} holds half of a surrogate pair, which is no text")
-        return prompts

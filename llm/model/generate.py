@@ -5,7 +5,7 @@ so that a token costs one position. Each prompt has a seed, which fixes its draw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -23,9 +23,13 @@ from llm.model.transformer import Transformer
 UNFINISHED = "\ufffd"
 """Character that a decoder puts for bytes that are no character, or the beginning of one."""
 
+NextLogits = Callable[[Mapping[int, Sequence[int]]], dict[int, Tensor]]
+"""Sequences by their numbers -> logits ``(V,)``, on the CPU, of what follows each: in place of a model that is spread
+over ranks."""
+
 
 def generate(
-    model: Transformer,
+    model: Transformer | NextLogits,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     *,
@@ -125,7 +129,7 @@ def generate_from_folder(
 
 
 def draw(
-    model: Transformer,
+    model: Transformer | NextLogits,
     sequences: Sequence[Sequence[int]],
     *,
     most: int,
@@ -145,7 +149,7 @@ def draw(
 
 @torch.inference_mode()
 def draws(
-    model: Transformer,
+    model: Transformer | NextLogits,
     sequences: Sequence[Sequence[int]],
     *,
     most: int,
@@ -161,10 +165,12 @@ def draws(
     """
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     tokens = [list(sequence) for sequence in sequences]
-    reader = Reader(model, longest=max(map(len, tokens)) + most)
+    next_logits = model
+    if isinstance(model, Transformer):
+        next_logits = Reader(model, longest=max(map(len, tokens)) + most).next_logits
     open_rows = list(range(len(tokens)))
     for _ in range(most):
-        logits = reader.next_logits({row: tokens[row] for row in open_rows})
+        logits = next_logits({row: tokens[row] for row in open_rows})
         for row, logits_V in logits.items():
             token = pick(logits_V, temperature, top_p, generators[row])
             if token == end:
@@ -185,7 +191,7 @@ class Reader:
         self.rows: list[int] = []
         self.cache: Cache | None = None
 
-    def next_logits(self, sequences: dict[int, list[int]]) -> dict[int, Tensor]:
+    def next_logits(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Return logits ``(V,)``, on the CPU, of what follows each sequence; since last time each has got one token
         more."""
         context = self.model.config.context
@@ -196,7 +202,7 @@ class Reader:
             logits |= dict(zip(slid, Cache(self.model, len(slid), context).read(windows), strict=True))
         return logits
 
-    def follow(self, rows: list[int], sequences: dict[int, list[int]]) -> dict[int, Tensor]:
+    def follow(self, rows: list[int], sequences: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
         """Return the same for sequences within the context: all of them the first time, then their last tokens."""
         if self.cache is None:
             self.cache = Cache(self.model, len(rows), self.room)

@@ -4,13 +4,14 @@ neither, but where a setting names kernels or a folder that must be looked at.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
@@ -45,6 +46,8 @@ class OptimizerConfig(Config):
     """Let Muon's matrices decay only where the step goes towards zero anyway (Chen et al. 2025, arXiv:2510.12402)."""
 
 
+MOST_SAMPLINGS = 20
+"""Times that samples are written, about, where it is not said how often."""
 LARGEST_SEED = 2**63 - 1
 """Torch's generators take twice as large ones; what is counted on from a seed must fit, too."""
 MOVED = {
@@ -62,6 +65,35 @@ class Validation(Config):
     """Steps between checks; there is always one after the last step."""
     tokens: int = Field(default=65_536, ge=1)
     """At most this many held-out tokens, the same ones each time."""
+
+
+def require_text(prompts: tuple[str, ...]) -> tuple[str, ...]:
+    """Return prompts that a tokenizer can read.
+
+    Raises:
+        ValueError: one holds half of a surrogate pair.
+    """
+    for prompt in prompts:
+        if not prompt.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in prompt):
+            raise ValueError(f"prompt {prompt!r} holds half of a surrogate pair, which is no text")
+    return prompts
+
+
+Prompts = Annotated[tuple[str, ...], AfterValidator(require_text)]
+
+
+class Samples(Config):
+    """Texts that the model writes while training, by which one sees what it learns."""
+
+    every: int | None = Field(default=None, ge=0)
+    """Steps between them, with some after the last one; None: as `validation.every`, or the multiple of it by which
+    there are about twenty; 0: none."""
+    prompts: Prompts = Field(default=("", "The "), min_length=1)
+    """Beginnings, each of which is continued; "" lets the model begin."""
+    tokens: int = Field(default=32, ge=1)
+    """Length of a sample, at most."""
+    temperature: float = Field(default=0.8, ge=0)
+    """0 takes the likeliest token."""
 
 
 class PretrainRuntime(Runtime):
@@ -89,7 +121,10 @@ class PretrainRuntime(Runtime):
     """Sequences a rank works on at once; the rest of its slice of the batch is accumulated."""
     log_every: int = Field(default=1, ge=1)
     """Steps between step events. The losses of all steps are kept in any case."""
+    norms_every: int = Field(default=100, ge=0)
+    """Steps between measurements of gradient and update norms by layer, with one in the last step; 0: none."""
     validation: Validation = Validation()
+    samples: Samples = Samples()
     max_nonfinite: int = Field(default=5, ge=0)
     """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""
     max_rollbacks: int = Field(default=3, ge=1)
@@ -366,6 +401,12 @@ class PretrainConfig(StageConfig):
     def steps(self) -> int:
         """Optimizer steps: tokens / batch_tokens, rounded down, at least one; more with a batch warm-up."""
         return self.plan.steps
+
+    @property
+    def samples_every(self) -> int:
+        """Steps between samples; 0: none."""
+        every, checks = self.runtime.samples.every, self.runtime.validation.every
+        return checks * math.ceil(self.steps / checks / MOST_SAMPLINGS) if every is None else every
 
     @property
     def mix(self) -> Mixture | None:

@@ -11,9 +11,11 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +36,7 @@ from deepspeed.sequence.layer import DistributedAttention
 from llm.data.sequences import Batch
 from llm.training import internals, state
 from llm.training.compiled import compile_layers
+from llm.training.norms import Meter, Norms, layer_of, norms_by
 from llm.training.optimizer import Optimizer, parameter_groups
 from llm.training.probe import Clock
 from llm.training.tensor_parallel import Splitting, autotp
@@ -110,8 +113,8 @@ class Step:
     """Mean over the global batch, in nats."""
     grad_norm: float
     """Norm of the gradient, before clipping."""
-    update_ratios: dict[str, float]
-    """Ratios by kind of parameter, when measured: `Engine.update_ratios`."""
+    squares: dict[str, list[float]]
+    """Sums of squares by parameter, when measured: `Engine.squares`."""
     applied: bool
     """False where loss or gradients were not finite: then nothing moved."""
     asked: Asked
@@ -130,17 +133,22 @@ class Engine:
         on_gpu = resolved.device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.clock = Clock()
-        self.clip = resolved.optimizer.grad_clip
+        self.clip, self.context = resolved.optimizer.grad_clip, resolved.context
         self.zero_stage = resolved.zero_stage
         model = model.to(self.device)
         self.sharing = Sharing(resolved.sequence_parallel)
         self.sharing.apply(model)
         self.splitting = Splitting(resolved.tensor_parallel)
         self.splitting.prepare(model)
+        self.uncompiled: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Context in which layers run as they are written: for shapes that it would not pay to compile."""
         if resolved.compile:
             compile_layers(model)
+            self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         groups = parameter_groups(model, resolved.optimizer)
-        self.kinds = list(dict.fromkeys(group["kind"] for group in groups))
+        kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
+        self.kinds = {name: kinds[id(parameter)] for name, parameter in model.named_parameters()}
+        """Kind of each parameter, by its name."""
         products = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(groups, resolved.optimizer, products)
         members = [{id(parameter) for parameter in group["params"]} for group in groups]
@@ -152,6 +160,8 @@ class Engine:
         )
         if self.zero_stage:
             self.optimizer.layouts = internals.shard_layouts(self.engine.optimizer, self.zero_stage, members)
+        flats = internals.layout(self.engine, self.splitting)
+        self.meter = Meter(self.kinds, flats, self.splitting, self.device)
 
     @property
     def module(self) -> nn.Module:
@@ -168,7 +178,7 @@ class Engine:
     ) -> Step:
         """Take one optimizer step over this rank's ``count`` micro-batches.
 
-        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, `update_ratios` are measured too.
+        Each group's rate is its peak times ``lr_multiplier``. With ``measure``, norms are measured too.
         Where loss or gradients are not finite on any rank, nothing moves on all: at ZeRO 1 to 3 DeepSpeed itself
         discards a step whose gradient's norm is not finite, at stage 0 we do. ``asked`` travels with the loss.
         """
@@ -177,11 +187,7 @@ class Engine:
         self.set_accumulation(count)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak_lr"] * lr_multiplier
-        self.optimizer.measured = (
-            {kind: torch.zeros(2, dtype=torch.float64, device=self.device) for kind in self.kinds}
-            if measure
-            else None
-        )
+        self.optimizer.meter = self.meter.reset() if measure else None
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         norm = 0.0
         done = 0
@@ -207,29 +213,39 @@ class Engine:
         return Step(
             loss_sum / dist.get_world_size(),
             norm,
-            self.update_ratios(),
+            self.squares() if measure else {},
             applied=math.isfinite(norm),
             asked=Asked(save=save > 0, stop=stop > 0),
         )
 
-    def update_ratios(self) -> dict[str, float]:
-        """Return, by kind of parameter, the root mean square of the last step's update over that of the weights, when
-        it was measured."""
-        if self.optimizer.measured is None:
-            return {}
-        sums_K2 = torch.stack([self.optimizer.measured[kind] for kind in self.kinds])
+    def squares(self) -> dict[str, list[float]]:
+        """Return, by parameter, the squares that `meter` found, over the ranks."""
+        squares_P3 = self.meter.squares_P3
         if self.zero_stage:
-            sums_K2 = self.sum(sums_K2)
-        return {
-            kind: math.sqrt(moved / weights) if weights else 0.0
-            for kind, (moved, weights) in zip(self.kinds, sums_K2.tolist(), strict=True)
-        }
+            squares_P3 = self.sum(squares_P3)
+        return dict(zip(self.meter.names, squares_P3.tolist(), strict=True))
+
+    def norms_by(self, labels: Mapping[str, str], step: Step) -> dict[str, Norms]:
+        """Return the norms in a measured step over all parameters that have the same of ``labels``."""
+        # As torch and DeepSpeed clip: each slice that the optimizer sees is scaled by this.
+        return norms_by(labels, step.squares, clipped=min(1.0, self.clip / (step.grad_norm + 1e-6)))
 
     def group_facts(self, step: Step) -> dict[str, float]:
         """Return a measured step's learning rate and update-to-weight ratio of each kind of parameter, as an event
         has them: ``lr_matrices``, ``update_ratio_matrices``, ..."""
         rates = {f"lr_{group['kind']}": group["lr"] for group in self.optimizer.param_groups}
-        return rates | {f"update_ratio_{kind}": ratio for kind, ratio in step.update_ratios.items()}
+        kinds = self.norms_by(self.kinds, step)
+        return rates | {f"update_ratio_{kind}": norms.update_ratio for kind, norms in kinds.items()}
+
+    def layer_facts(self, step: Step) -> dict[str, float]:
+        """Return a measured step's norms of each layer, as an event has them: ``grad/block_00`` (before clipping),
+        ``update/block_00``, ``update_ratio/block_00``, ..."""
+        layers = self.norms_by({name: layer_of(name) for name in self.kinds}, step)
+        return {
+            f"{norm}/{layer}": getattr(norms, norm)
+            for norm in ("grad", "update", "update_ratio")
+            for layer, norms in layers.items()
+        }
 
     def set_accumulation(self, count: int) -> None:
         """Let the next step average its gradient over ``count`` micro-batches.
@@ -246,6 +262,29 @@ class Engine:
         """Return the cross entropy of each target ``(B, T)``, in nats and fp32, on this rank's device."""
         self.engine.eval()
         return self.sharing.whole(self.loss(batch, reduction="none"))
+
+    @torch.inference_mode(False)  # weights that ZeRO 3 gathered in that mode could not be trained
+    @torch.no_grad()
+    def next_logits(self, sequences: Mapping[int, Sequence[int]]) -> dict[int, Tensor]:
+        """Return logits ``(V,)``, on the CPU and the same on all ranks, of what follows each sequence of tokens.
+
+        All ranks call it with the same sequences; of one that is longer than the context the last tokens are read.
+
+        Raises:
+            FloatingPointError: some are not a number.
+        """
+        windows = [tokens[-self.context :] for tokens in sequences.values()]
+        longest = max(map(len, windows))
+        padded = [[*window, *[0] * (longest - len(window))] for window in windows]
+        self.engine.eval()
+        with self.sharing.apart(), self.uncompiled():
+            logits_BTV = self.engine(torch.tensor(padded, device=self.device))
+        last_BV = torch.stack([row[len(window) - 1] for row, window in zip(logits_BTV, windows, strict=True)])
+        # What is drawn from them decides what all ranks read next.
+        dist.broadcast(last_BV, 0)
+        if last_BV.isnan().any():
+            raise FloatingPointError("the model's logits are not finite")
+        return dict(zip(sequences, last_BV.cpu(), strict=True))
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
         """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
@@ -297,15 +336,23 @@ class Sharing:
 
     def apply(self, model: Transformer) -> None:
         """Let ``model`` work on this rank's positions."""
+        self.model, self.alone = model, model.attend
         if self.size == 1:
             return
-        alone = model.attend
-        exchange = DistributedAttention(alone, self.group, scatter_idx=2, gather_idx=1)
+        exchange = DistributedAttention(self.alone, self.group, scatter_idx=2, gather_idx=1)
         # Not the module itself, which would become a part of the model.
         model.attend = lambda q_BTHE, k_BTKE, v_BTKE, documents: exchange(
             q_BTHE, k_BTKE, v_BTKE, 0, None, documents
         )
         model.first_position = self.index * (model.config.context // self.size)
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Let each rank's model work on whole sequences inside."""
+        shared = self.model.attend, self.model.first_position
+        self.model.attend, self.model.first_position = self.alone, 0
+        yield
+        self.model.attend, self.model.first_position = shared
 
     def slice(self, whole_BT: Tensor) -> Tensor:
         """Return this rank's positions of what has all."""

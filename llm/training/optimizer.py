@@ -20,6 +20,7 @@ from torch.optim.adamw import adamw
 from llm.training.muon import ShardLayout, orthogonalise_all
 
 if TYPE_CHECKING:
+    from llm.training.norms import Meter
     from llm.training.resolved import OptimizerSettings
 
 KINDS = ("matrices", "embeddings", "head", "vectors")
@@ -44,8 +45,8 @@ class Optimizer(torch.optim.Optimizer):
         self.cautious = settings.cautious_decay
         self.layouts: dict[int, ShardLayout] = {}
         """Content of flat tensors, by their id."""
-        self.measured: dict[str, Tensor] | None = None
-        """When not None, a step adds here, by kind, the squares of how far parameters moved and of themselves."""
+        self.meter: Meter | None = None
+        """When not None, measures what a step does."""
         super().__init__(groups, {"betas": settings.betas, "eps": settings.eps, "fused": True})
 
     @torch.no_grad()
@@ -53,13 +54,12 @@ class Optimizer(torch.optim.Optimizer):
         """Move every parameter that has a gradient."""
         for group in self.param_groups:
             moving = [parameter for parameter in group["params"] if parameter.grad is not None]
-            before = [parameter.clone() for parameter in moving] if self.measured is not None else []
-            if moving:
-                (self.muon if group["rule"] == "muon" else self.adamw)(group, moving)
-            for old, new in zip(before, moving if before else [], strict=True):
-                assert self.measured is not None
-                squares = torch.stack([old.sub_(new).norm() ** 2, new.norm() ** 2])
-                self.measured[group["kind"]] += squares.to(self.measured[group["kind"]])
+            if not moving:
+                continue
+            before = [parameter.clone() for parameter in moving] if self.meter else []
+            (self.muon if group["rule"] == "muon" else self.adamw)(group, moving)
+            if self.meter:
+                self.meter.add(moving, before)
 
     def adamw(self, group: dict[str, Any], parameters: list[Tensor]) -> None:
         """Take one step by torch's fused kernel, which needs no compiler on any device."""

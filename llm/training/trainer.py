@@ -22,10 +22,11 @@ import torch.distributed as dist
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.processes import die_with, has_ended
-from data_pipeline.train_tokenizer.tokenizer import token_bytes
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
+from llm.model.generate import generate
 from llm.model.layouts import load_weights
 from llm.model.transformer import Transformer, save_model
 from llm.training import checkpoint
@@ -71,6 +72,7 @@ class Trainer:
             self.config.steps,
             pinned=self.engine.device.type == "cuda",
         )
+        self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
         self.saver = Saver(
@@ -119,8 +121,10 @@ class Trainer:
         if z is not None:
             done, last = self.roll_back(done, z), False
         else:
-            if done % self.config.runtime.validation.every == 0 or last:
+            if self.is_due(done, self.config.runtime.validation.every):
                 self.validate(done)
+            if self.is_due(done, self.config.samples_every):
+                self.write_samples(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
             if not last and (due or asked.save or asked.stop):
                 self.save(done)
@@ -133,13 +137,14 @@ class Trainer:
         config = self.config
         lr_multiplier = config.schedule.lr_multiplier(step, config.steps)
         done = step + 1
-        logged = done % config.runtime.log_every == 0 or done == config.steps
+        logged = self.is_due(done, config.runtime.log_every)
+        norms = self.is_due(done, config.runtime.norms_every)
         start = time.perf_counter()
         taken = self.engine.step(
             self.loader.micro_batches(step),
             self.resolved.accumulation(step),
             lr_multiplier,
-            measure=logged,
+            measure=logged or norms,
             asked=self.requests.take(),
         )
         seconds = time.perf_counter() - start
@@ -157,7 +162,13 @@ class Trainer:
         self.history["step"].append(fact)
         if logged:
             self.log("step", **fact, **self.engine.group_facts(taken), **self.speed(step, seconds))
+        if norms:
+            self.log("norms", step=done, **self.engine.layer_facts(taken))
         return taken.asked
+
+    def is_due(self, done: int, every: int) -> bool:
+        """Return whether what comes every so many steps (0: never), and after the last one, comes after this one."""
+        return every > 0 and (done % every == 0 or done == self.config.steps)
 
     def samples(self, step: int) -> tuple[int, int]:
         """Return what ``step`` reads, past what rollbacks passed over: its first sample, and how many."""
@@ -195,6 +206,25 @@ class Trainer:
         }
         self.history["validation"].append(fact)
         self.log("validation", **fact, tokens=self.config.tokens_after(done))
+
+    def write_samples(self, done: int) -> None:
+        """Log what the model writes after each prompt, by the same draws each time; a warning where it can't."""
+        chosen = self.config.runtime.samples
+        try:
+            texts = generate(
+                self.engine.next_logits,
+                self.tokenizer,
+                chosen.prompts,
+                max_new_tokens=chosen.tokens,
+                temperature=chosen.temperature,
+                seeds=range(len(chosen.prompts)),
+            )
+        except FloatingPointError as error:
+            return self.log("warning", message=f"no samples after step {done}: {error}")
+        samples = [
+            {"prompt": prompt, "text": text} for prompt, text in zip(chosen.prompts, texts, strict=True)
+        ]
+        self.log("samples", step=done, tokens=self.config.tokens_after(done), samples=samples)
 
     def report_diverged(self, done: int) -> None:
         """Warn that the held-out loss is not finite; after the last step that ends the run.

@@ -19,8 +19,10 @@ from flows.engine.store import Store
 from flows.listeners.mlflow.delivery import deliver, send_left, unsent, waiting
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.operations import Away, Gone, Mlflow
+from flows.listeners.mlflow.samples import tables_of
 from flows.listeners.mlflow.translate import beginning, description
 from flows.listeners.mlflow.uploads import Refused
+from llm.training.events import EventLog
 
 KEY = "0123456789abcdef"
 RUN = {"run": KEY}
@@ -33,6 +35,7 @@ TOLD = [
     {"op": "metrics", **RUN, "points": POINTS},
     {"op": "metrics", **RUN, "points": [["nan", float("nan"), 1_700_000_000_000, 1]]},
     {"op": "text", **RUN, "name": "summary.md", "text": "ä"},
+    {"op": "table", **RUN, "name": "samples.json", "columns": ["step", "text"], "data": [[1, "ä"], [2, "b"]]},
     {"op": "end", **RUN, "status": "FINISHED", "time": 1_700_000_009_000},
 ]
 
@@ -90,7 +93,8 @@ def assert_there_once(mlflow: Mlflow) -> None:
     assert [(one.dataset.name, one.dataset.digest) for one in run.inputs.dataset_inputs] == [
         ("dedup", "f00d")
     ]
-    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["summary.md"]
+    assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["samples.json", "summary.md"]
+    assert tables_of(run.data.tags) == ["samples.json"]
 
 
 def test_a_log_sent_twice_and_from_the_middle_is_there_once(mlflow: Mlflow) -> None:
@@ -309,7 +313,7 @@ def test_a_server_that_is_away_keeps_all_waiting_and_its_password_is_not_told(tm
 def test_points_that_were_told_one_by_one_go_in_batches(mlflow: Mlflow) -> None:
     one_by_one = [{"op": "metrics", **RUN, "points": [point]} for point in POINTS]
     batches = 4  # of 2,501 points, 800 at a time
-    assert len(send(mlflow, *TOLD[:4], *one_by_one, *TOLD[5:])) == 4 + batches + 2
+    assert len(send(mlflow, *TOLD[:4], *one_by_one, *TOLD[5:])) == 4 + batches + 3
     assert_there_once(mlflow)
 
 
@@ -376,6 +380,36 @@ def test_an_event_that_cannot_be_translated_is_set_aside_and_holds_nothing_up(ml
     assert "TypeError" in refused[0]
     assert json.loads(log.refused.read_text())["event"]["event"] == "step_sealed"
     assert_there_once(mlflow)
+
+
+def test_samples_of_a_training_are_one_table_with_each_step_once(mlflow: Mlflow) -> None:
+    """However the file was read until now, and whatever was rolled back; none where no text may be copied."""
+    file = Store(mlflow.home).partial("pretrain", "f00d") / "logs" / "events.jsonl"
+    events_of_training = EventLog(file)
+
+    def write(step: int, text: str) -> None:
+        samples = [{"prompt": "日", "text": f"{text} {step}"}]
+        events_of_training.write("samples", step=step, tokens=100 * step, samples=samples)
+
+    names = {"step": "pretrain", "stage": "pretrain", "fingerprint": "f00d", "key": KEY}
+    log = LogFile.begin(mlflow.home, "small", "home")
+    log.append(*events(TOLD[:1]), TrainingStarted(**names))
+    for step in (1, 2, 3):
+        write(step, "first\u2028")
+    assert {why for _, why in deliver(log, mlflow)} == {""}
+    events_of_training.write("rollback", step=3, to=1)
+    write(2, "second")
+    assert {why for _, why in deliver(log, mlflow)} == {""}
+    [run] = runs(mlflow)
+    client = MlflowClient(mlflow.uri)
+    with open(client.download_artifacts(run.info.run_id, "samples.json"), encoding="utf-8") as table:
+        assert json.load(table) == {
+            "columns": ["step", "tokens", "prompt", "text"],
+            "data": [[1, 100, "日", "first\u2028 1"], [2, 200, "日", "second 2"]],
+        }
+    quiet = LogFile.begin(mlflow.home, "small", "home")
+    quiet.append(TrainingStarted(**names, quoting=False))
+    assert "table" not in {operation["op"] for operation, _ in deliver(quiet, mlflow)}
 
 
 def test_points_of_a_training_are_taken_from_whole_lines_only(mlflow: Mlflow) -> None:

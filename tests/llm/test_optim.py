@@ -8,7 +8,7 @@ from typing import Any
 import forks
 import pytest
 import torch
-from engine_steps import VOCAB_SIZE, Experiment, Outcome, batch, run
+from engine_steps import SEQUENCES, VOCAB_SIZE, Experiment, Outcome, batch, run
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -16,6 +16,7 @@ from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer
 from llm.pretrain.config import PretrainConfig
 from llm.training.muon import POLAR_EXPRESS, SAFETY, orthogonalise, orthogonalise_all
+from llm.training.norms import layer_of
 from llm.training.optimizer import Optimizer, grouped, parameter_groups
 
 STEPS = 3
@@ -175,6 +176,10 @@ def test_losses_and_norms_are_those_of_the_weights(outcomes: dict[str, Outcome],
     model.load_state_dict(outcome.weights, strict=not experiment.shape.tie_embeddings)
     nats_BT = model.eval()(*batch(experiment.steps, 2, experiment.shape), reduction="none")
     torch.testing.assert_close(outcome.nats_BT, nats_BT, atol=1e-4, rtol=1e-4)
+    logits = [
+        model(torch.tensor([tokens[-experiment.shape.context :]]))[0, -1] for tokens in SEQUENCES.values()
+    ]
+    torch.testing.assert_close(outcome.logits_BV, torch.stack(logits), atol=1e-4, rtol=1e-4)
 
 
 def test_the_rules_differ_by_far_more_than_the_tolerance(outcomes: dict[str, Outcome]) -> None:
@@ -215,6 +220,48 @@ def test_rates_and_update_to_weight_ratios_are_told_by_kind(outcomes: dict[str, 
         moved = sum((after[tensor] - initial[tensor]).square().sum().item() for tensor in names)
         size = sum(after[tensor].square().sum().item() for tensor in names)
         assert first[f"update_ratio_{kind}"] == pytest.approx(math.sqrt(moved / size), rel=1e-3)
+
+
+LAYERS = {"embed_tokens": "embedding", "layers": "block_00", "norm": "final_norm", "lm_head": "head"}
+"""First part of a parameter's name -> the layer."""
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_norms_are_told_by_layer_before_clipping(outcomes: dict[str, Outcome], name: str) -> None:
+    """By brute force, from the first weights, whole on one rank: also where ranks have slices that cross layers."""
+    experiment = EXPERIMENTS[name]
+    first = outcomes[name].facts[0]
+    initial = Transformer(experiment.shape, seed=0).double()
+    initial(*batch(0, experiment.pretrain.plan.sequences_at(0), experiment.shape)).backward()
+    assert first["norm"] > experiment.pretrain.grad_clip
+    after = expected(Experiment(experiment.config, steps=1))
+    names: dict[str, list[str]] = {}
+    for tensor in after:
+        names.setdefault(LAYERS[tensor.split(".")[0]], []).append(tensor)
+    weights = dict(initial.named_parameters())
+    assert {key for key in first if "/" in key} == {
+        f"{norm}/{layer}" for norm in ("grad", "update", "update_ratio") for layer in names
+    }
+    for layer, tensors in names.items():
+        grad, update, weight = (
+            torch.cat([one.detach().flatten() for one in some]).norm().item()
+            for some in (
+                [weights[tensor].grad for tensor in tensors],
+                [after[tensor] - weights[tensor] for tensor in tensors],
+                [after[tensor] for tensor in tensors],
+            )
+        )
+        told = [first[f"{norm}/{layer}"] for norm in ("grad", "update", "update_ratio")]
+        assert told == pytest.approx([grad, update, update / weight], rel=1e-3), layer
+    assert math.hypot(*(first[f"grad/{layer}"] for layer in names)) == pytest.approx(first["norm"], rel=1e-5)
+
+
+def test_layers_have_names_that_sort() -> None:
+    shape = ModelConfig(layers=11, heads=1, width=8, context=4, positions="learned", vocab_size=VOCAB_SIZE)
+    names = [layer_of(name) for name, _ in Transformer(shape).named_parameters()]
+    blocks = [f"block_{number:02d}" for number in range(11)]
+    assert list(dict.fromkeys(names)) == ["embedding", *blocks, "final_norm", "head"]
+    assert sorted(blocks) == blocks
 
 
 def test_muons_steps_have_the_size_of_adamws_whatever_the_shape() -> None:

@@ -63,6 +63,8 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             "micro_batch": 1,
             "checkpoint_every": 7,
             "log_every": 9,
+            "norms_every": 0,
+            "samples": {"every": 0, "prompts": ["x"], "tokens": 3, "temperature": 0},
             "attention": "formula",
             "compile": True,
             "validation": {"every": 3, "tokens": 96},
@@ -92,6 +94,30 @@ def test_what_does_not_count_beside_other_settings_is_no_part_of_the_identity(
     if part != "schedule" or "warmup_share" not in settings:
         changed, other = ({part: {**fields, **counts[part]}} for fields in (settings, {}))
         assert config(**changed).identity() != config(**other).identity()
+
+
+@pytest.mark.parametrize(
+    ("steps", "settings", "wanted"),
+    [
+        (100, {"validation": {"every": 50}}, 50),
+        (1000, {"validation": {"every": 50}}, 50),
+        (1001, {"validation": {"every": 50}}, 100),
+        (100_000, {"validation": {"every": 250}}, 5000),
+        (10, {"validation": {"every": 250}}, 250),
+        (1000, {"samples": {"every": 7}}, 7),
+        (1000, {"samples": {"every": 0}}, 0),
+    ],
+)
+def test_samples_come_with_validations_and_about_twenty_times_at_most(
+    steps: int, settings: dict[str, Any], wanted: int
+) -> None:
+    few = config(runtime=settings)
+    assert few.model_copy(update={"tokens": steps * few.batch_tokens}).samples_every == wanted
+
+
+def test_half_of_a_surrogate_pair_is_no_prompt() -> None:
+    with pytest.raises(ValidationError, match="half of a surrogate pair"):
+        config(runtime={"samples": {"prompts": ["\ud800"]}})
 
 
 def test_a_sealed_training_of_before_is_read_with_what_moved_since() -> None:

@@ -25,8 +25,9 @@ from llm.data.order import permute
 from llm.export.config import ExportConfig
 from llm.export.stage import export
 from llm.kernels.names import BackEnd
+from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
-from llm.pretrain.config import PretrainConfig
+from llm.pretrain.config import PretrainConfig, Samples
 from llm.pretrain.stage import pretrain
 from llm.training import checkpoint
 from llm.training.events import read_events
@@ -43,7 +44,7 @@ PAYLOAD = {
 
 
 def recipe(**runtime: Any) -> PretrainConfig:
-    """20 steps of 24 sequences; every 4 a checkpoint, every 10 a validation."""
+    """20 steps of 24 sequences; every 3 norms, every 4 a checkpoint, every 5 samples, every 10 a validation."""
     model = {"layers": 2, "heads": 4, "kv_heads": 2, "width": 32, "context": 64, "qk_norm": True}
     return PretrainConfig.model_validate(
         {
@@ -56,6 +57,8 @@ def recipe(**runtime: Any) -> PretrainConfig:
             "runtime": {
                 "checkpoint_every": 4,
                 "micro_batch": 6,
+                "norms_every": 3,
+                "samples": {"every": 5, "prompts": ["", "def ", "é 日本"], "tokens": 20},
                 "validation": {"every": 10, "tokens": 12_000},
                 **runtime,
             },
@@ -235,6 +238,26 @@ def test_events_tell_every_step_once_with_the_losses_of_the_artifact(runs: Runs)
         assert events[0]["attention"] in get_args(BackEnd)
 
 
+@pytest.mark.parametrize("name", ["1 rank", "2 ranks, ZeRO 3, tied"])
+def test_what_is_measured_moves_no_bit(
+    runs: Runs, corpus: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    """Against a training that measures nothing before its last step."""
+    quiet = {"norms_every": 0, "log_every": STEPS, "samples": Samples(every=0)}
+    runtime = CONFIGS[name].runtime.model_copy(update=quiet)
+    config = CONFIGS[name].model_copy(update={"runtime": runtime})
+    pretrain(config, corpus, tmp_path, LocalContext(launcher=forks.launch))
+    assert checksums(tmp_path) == checksums(runs[name])
+    assert steps_of(tmp_path, "step") == [STEPS]
+    assert steps_of(tmp_path, "norms") == steps_of(tmp_path, "samples") == []
+    assert steps_of(runs[name], "norms") == [3, 6, 9, 12, 15, 18, 20]
+    assert steps_of(runs[name], "samples") == [5, 10, 15, 20]
+
+
+def steps_of(run: Path, kind: str) -> list[int]:
+    return [event["step"] for event in read_events(run / "logs" / "events.jsonl") if event["event"] == kind]
+
+
 @pytest.mark.parametrize(
     ("name", "whole_tree"),
     [("1 rank", True), ("2 ranks, ZeRO 3, tied", False)],
@@ -264,6 +287,29 @@ def test_a_killed_training_goes_on_bit_for_bit(
     assert 0 < resumed[0] < newest.step if whole_tree else resumed[0] >= newest.step
     assert [event["step"] for event in told if event["event"] == "step"] == list(range(1, STEPS + 1))
     assert [event["loss"] for event in told if event["event"] == "step"] == losses(runs[name])
+    assert measured(tmp_path) == measured(runs[name])
+
+
+def measured(run: Path) -> list[dict[str, Any]]:
+    """The events of norms and samples, but for their times."""
+    found = read_events(run / "logs" / "events.jsonl")
+    return [event | {"time": 0} for event in found if event["event"] in ("norms", "samples")]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGS if "bf16" not in name])
+def test_the_last_samples_are_what_the_saved_model_writes(
+    runs: Runs, corpus: dict[str, Path], name: str
+) -> None:
+    """On any ranks, at any ZeRO stage; and those before it are others."""
+    found = [one for one in read_events(runs[name] / "logs" / "events.jsonl") if one["event"] == "samples"]
+    prompts = CONFIGS[name].runtime.samples.prompts
+    model, tokenizer = load_model(runs[name]), load_tokenizer(corpus["tokenizer"])
+    texts = generate(model, tokenizer, prompts, max_new_tokens=20, temperature=0.8, seeds=range(3))
+    assert [(one["prompt"], one["text"]) for one in found[-1]["samples"]] == [
+        *zip(prompts, texts, strict=True)
+    ]
+    assert found[-1]["tokens"] == STEPS * 24 * 64
+    assert len({one["samples"][0]["text"] for one in found}) > 1
 
 
 def test_a_finished_training_is_not_started_again(

@@ -16,8 +16,17 @@ from mlflow.entities import LoggedModel, Run, ViewType
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from flows.listeners.mlflow.description import FAILED, NOTE, SAMPLES, without_texts
-from flows.listeners.mlflow.lineage import FINGERPRINT, Key, ModelVersion, NotAsked, Records, artifacts_of
+from flows.listeners.mlflow.lineage import (
+    FINGERPRINT,
+    Key,
+    ModelVersion,
+    NotAsked,
+    Records,
+    artifacts_of,
+    steps_of,
+)
 from flows.listeners.mlflow.links import HOME, target
+from flows.listeners.mlflow.samples import TABLES, samples_of, tables_of, tables_tag
 from flows.listeners.mlflow.translate import ERROR
 from flows.listeners.mlflow.uploads import FILES
 
@@ -109,6 +118,10 @@ class Copies(Records):
                 for key in keys:
                     self._hold(key, f"run {run.info.run_id}", partial(self._empty, run))
             return
+        for step, key in steps_of(tags).items():
+            if samples_of(step) in tables_of(tags):
+                remove = partial(self._drop_table, run, samples_of(step))
+                self._hold(key, f"samples of run {run.info.run_id}", remove)
         note = tags.get(NOTE, "")
         for key in keys:
             if FAILED in note or (SAMPLES in note and key[0] == "evaluate"):
@@ -127,7 +140,16 @@ class Copies(Records):
     def _empty(self, run: Run) -> None:
         """Remove a run's files, and what quotes them on its page."""
         self._delete_files(run.info.artifact_uri)
-        self._retag(run, {NOTE: None, ERROR: None, FILES: f"{REMOVED} on {datetime.now(UTC):%Y-%m-%d}"})
+        self._retag(
+            run, {NOTE: None, ERROR: None, TABLES: None, FILES: f"{REMOVED} on {datetime.now(UTC):%Y-%m-%d}"}
+        )
+
+    def _drop_table(self, run: Run, name: str) -> None:
+        """Remove one file of a run."""
+        self._delete_files(run.info.artifact_uri, name)
+        tables = tables_of(self._client.get_run(run.info.run_id).data.tags)
+        left = [one for one in tables if one != name]
+        self._retag(run, {TABLES: tables_tag(left) if left else None})
 
     def _shorten(self, run: Run) -> None:
         self._retag(run, {NOTE: without_texts(run.data.tags[NOTE])})
@@ -155,8 +177,8 @@ class Copies(Records):
     def _unregister(self, version: ModelVersion) -> None:
         self._client.delete_model_version(version.name, version.version)
 
-    def _delete_files(self, place: str) -> None:
+    def _delete_files(self, place: str, name: str | None = None) -> None:
         ours = f"{self._home.resolve().as_uri()}/"
         if place.startswith("file:") and target(self._home) == HOME and not place.startswith(ours):
             raise NotAsked(f"{place} is not in this home: another one, of which this is a copy, has it")
-        get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts()
+        get_artifact_repository(place, tracking_uri=self.uri).delete_artifacts(name)

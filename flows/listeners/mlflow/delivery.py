@@ -23,6 +23,7 @@ from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.links import HOME, target, without_user
 from flows.listeners.mlflow.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
 from flows.listeners.mlflow.points import Point, curve_points, event_points
+from flows.listeners.mlflow.samples import SAMPLES, is_sample, samples_table
 from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused
 
@@ -48,6 +49,8 @@ class Following:
     run: str = ""
     """The key of the whole run, which gets the curves; empty in a log of an older version."""
     step: str = ""
+    quoting: bool = True
+    """Whether MLflow may have texts that the model writes."""
 
     def read(self, store: Store) -> tuple[list[Operation], Self]:
         """Return operations for what is new in its events, and the `Following` from there on."""
@@ -57,6 +60,8 @@ class Following:
         pending = in_requests(self.key, lines, event_points)
         if self.run:
             pending += in_requests(self.run, lines, partial(curve_points, self.step))
+        if self.quoting and any(map(is_sample, lines)):
+            pending += samples_table(self.key, SAMPLES, read_lines(found / EVENTS, 0, offset)[0])
         return pending, replace(self, offset=offset)
 
 
@@ -110,6 +115,7 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
                 offset=event.offset,
                 run=event.run,
                 step=event.step,
+                quoting=event.quoting,
             )
         pending = translated(event, store)
         behind = Place(offset, following)

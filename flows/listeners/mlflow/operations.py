@@ -37,6 +37,7 @@ from flows.listeners.mlflow.links import (
 from flows.listeners.mlflow.models import name_candidate
 from flows.listeners.mlflow.moved import follow_home
 from flows.listeners.mlflow.points import event_points
+from flows.listeners.mlflow.samples import TABLES, tables_of, tables_tag
 from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
 from flows.listeners.mlflow.view import COLOR, missing_tags, next_color
@@ -342,6 +343,15 @@ class Mlflow:
     def _text(self, experiment: str, operation: Operation) -> None:
         self._client.log_text(self._run(experiment, operation["run"]), operation["text"], operation["name"])
 
+    def _table(self, experiment: str, operation: Operation) -> None:
+        """Log columns and rows as a file that MLflow's pages show as a table, in the form of its own `log_table`."""
+        run_id, name = self._run(experiment, operation["run"]), operation["name"]
+        table = {"columns": operation["columns"], "data": operation["data"]}
+        self._client.log_text(run_id, json.dumps(table, allow_nan=False), name)
+        tables = tables_of(self._client.get_run(run_id).data.tags)
+        if name not in tables:
+            self._client.set_tag(run_id, TABLES, tables_tag([*tables, name]))
+
     def _note(self, experiment: str, operation: Operation) -> None:
         """Show Markdown on the page of a run, with links to it and to the table of all runs."""
         run_id, place = self._run(experiment, operation["run"]), self._experiment(experiment)
@@ -399,6 +409,7 @@ OPERATIONS: dict[str, Callable[[Mlflow, str, Operation], None]] = {
     "inputs": Mlflow._inputs,
     "models": Mlflow._models,
     "text": Mlflow._text,
+    "table": Mlflow._table,
     "note": Mlflow._note,
     "artifact": Mlflow._artifact,
     "candidate": Mlflow._candidate,

@@ -12,6 +12,8 @@ from typing import Any
 
 Point = tuple[str, float, int, int]
 """A metric's name, its value, its time in milliseconds since 1970, and its step."""
+PREFIXES = {"step": "train", "norms": "norms", "validation": "val", "checkpoint": "checkpoint"}
+"""Kind of a training event -> the first part of the names of its metrics."""
 CURVES = {
     "step": {"loss": "train/loss", "tokens_per_second": "train/tokens_per_second"},
     "validation": {"bits_per_byte": "val/bits_per_byte"},
@@ -33,8 +35,8 @@ PLAIN = "pretrain"
 
 
 def event_points(event: Mapping[str, Any]) -> list[Point]:
-    """A training event's metrics, under ``train/`` or ``val/``, at its step and its own time."""
-    prefix = {"step": "train", "validation": "val", "checkpoint": "checkpoint"}.get(event["event"])
+    """A training event's metrics, under ``train/``, ``val/`` and so on, at its step and its own time."""
+    prefix = PREFIXES.get(event["event"])
     if prefix is None:
         return []
     stamp = int(event["time"] * 1000)

@@ -32,6 +32,7 @@ from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.description import NOTE, clipped, outcomes, run_note, summary_table
 from flows.listeners.mlflow.lineage import ARTIFACT, PARENT
 from flows.listeners.mlflow.points import SYSTEM, Point, curve_points
+from flows.listeners.mlflow.samples import samples_of, samples_table
 from flows.recipe import flatten
 from flows.stages import BY_NAME
 
@@ -152,6 +153,8 @@ def curves(event: StepSealed | StepReused, store: Store) -> Iterator[Operation]:
     points = [point for line in lines for point in curve_points(event.step, json.loads(line))]
     for start in range(0, len(points), REQUEST):
         yield measured(event.run, points[start : start + REQUEST])
+    if event.quoting:
+        yield from samples_table(event.run, samples_of(event.step), lines)
 
 
 def on_the_run(event: Measured) -> list[Point]:
@@ -182,7 +185,8 @@ def payload_uploads(event: StepSealed) -> tuple[str, ...]:
     if event.stage == "export":
         return "reference", "version" if small else "version-reference"
     more = ("checkpoints",) if event.stage == "pretrain" else ()
-    return "payload" if small else "reference", *more
+    whole = "payload" if event.quoting else "payload-without-samples"
+    return whole if small else "reference", *more
 
 
 def report_note(event: StepSealed, store: Store) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
+from functools import partial
 from pathlib import PurePosixPath
 
 from mlflow import MlflowClient
 
 from flows.engine.store import Artifact
+from flows.engine.training import EVENTS
 from flows.listeners.mlflow.models import log_checkpoints, register, register_reference
 
 FILES = "llmill.files"
@@ -45,10 +47,10 @@ def log_plots(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
         client.log_figure(run_id, figure, name)
 
 
-def log_payload(client: MlflowClient, run_id: str, artifact: Artifact) -> None:
-    """The sealed files, but for those that `log_about` logs."""
+def log_payload(client: MlflowClient, run_id: str, artifact: Artifact, left_out: Container[str] = ()) -> None:
+    """The sealed files, but for those that `log_about` logs and those to be ``left_out``."""
     for path in (PurePosixPath(entry["path"]) for entry in artifact.manifest["files"]):
-        if str(path) in ABOUT:
+        if str(path) in ABOUT or str(path) in left_out:
             continue
         try:
             client.log_artifact(run_id, str(artifact.path / path), str("payload" / path.parent))
@@ -69,6 +71,7 @@ UPLOADS: dict[str, Callable[[MlflowClient, str, Artifact], None]] = {
     "about": log_about,
     "plots": log_plots,
     "payload": log_payload,
+    "payload-without-samples": partial(log_payload, left_out=(EVENTS,)),
     "reference": log_reference,
     "checkpoints": log_checkpoints,
     "version": register,

@@ -286,7 +286,8 @@ def train(home: Path, *, quoting: bool) -> Artifact:
         pending = operations(event, store)
         if isinstance(event, TrainingStarted):
             fields = {"run": event.run, "step": event.step, "quoting": event.quoting}
-            following = Following(event.key, event.stage, event.fingerprint, 0, **fields)
+            of = {"key": event.key, "stage": event.stage, "fingerprint": event.fingerprint}
+            following = Following(**of, offset=0, **fields)
             pending = iter(following.read(store)[0])
         for operation in pending:
             if operation.get("what") not in ("plots", "checkpoints"):  # which need a whole training

@@ -111,10 +111,8 @@ class Reporter:
             run=self._run,
             how=result.how,
             seconds=result.seconds,
-            path=str(artifact.path),
-            metrics=artifact.metrics,
-            finished=artifact.sealed_at,
             quoting=self._order.recipe.runtime.upload_texts,
+            **described(artifact),
             **made_by(artifact),
         )
         self._log.append(reused)
@@ -163,11 +161,9 @@ class Reporter:
             how=result.how,
             seconds=result.seconds,
             total_seconds=artifact.manifest["seconds"],
-            path=str(artifact.path),
             size=artifact.size,
-            metrics=artifact.metrics,
             payload_sha256=artifact.payload_sha256,
-            finished=artifact.sealed_at,
+            **described(artifact),
             late=started.late,
             resumed=started.resumed,
             withheld=step.stage.texts and not runtime.upload_texts,
@@ -183,6 +179,11 @@ class Reporter:
     def step_failed(self, step: str, message: str, status: str) -> None:
         self._log.append(StepFailed(step=step, message=message, status=status, key=self.open_key))
         self.open_key = ""
+
+
+def described(artifact: Artifact) -> dict[str, Any]:
+    """Where an artifact is, its metrics, and when it was sealed."""
+    return {"path": str(artifact.path), "metrics": artifact.metrics, "finished": artifact.sealed_at}
 
 
 def made_by(artifact: Artifact) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from flows.stages import BY_NAME
 
 MOST_SETTINGS, VALUE_LENGTH = 4, 20
 """Settings that a row names, and characters of a value."""
+UNBOUNDED = 10_000
+"""Characters, more than a row has."""
 ID_DIGITS = 8  # `llmill compare` takes six or more
 PLACES = {stage: place for place, stage in enumerate(BY_NAME)}
 
@@ -98,7 +100,10 @@ def show(rows: Sequence[Listed], console: Console, prefect: str, now: float) -> 
     urls = [row.found.prefect_url for row in rows]
     links = [url if prefect and url.startswith(prefect) else "" for url in urls]
     wide = table_of(rows, now, links)
-    fits = any(links) and console.measure(wide).maximum <= console.width
+    unbounded = console.options.update_width(
+        UNBOUNDED
+    )  # or it measures as if it were as narrow as the console
+    fits = any(links) and console.measure(wide, options=unbounded).maximum <= console.width
     console.print(wide if fits else table_of(rows, now), soft_wrap=False)
 
 

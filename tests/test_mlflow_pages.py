@@ -225,6 +225,15 @@ def test_what_the_model_wrote_is_a_table_that_is_paged(
     expect(first).not_to_contain_text("4096")
 
 
+def test_nothing_covers_the_registry(page: Page, server: Server):
+    server.client.create_registered_model("a model of ours")
+    page.goto(f"{server.url}/#/models")
+    page.get_by_role("link", name="a model of ours").click()
+    expect(
+        page.get_by_test_id("model-view-metadata").or_(page.get_by_text("Created Time")).first
+    ).to_be_visible()
+
+
 def test_an_experiment_of_an_earlier_llmill_is_given_the_view_and_a_persons_own_stay(
     server: Server, tmp_path: Path
 ):

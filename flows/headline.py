@@ -17,7 +17,7 @@ def headline(stage: str, metrics: Mapping[str, float], most: int | None = MOST_R
         most: reasons of discarding that are named of each kind; None: all.
     """
     row = BY_NAME.get(stage)  # a stage of another version of llmill has no headline
-    return describe(metrics, row.headline if row else (), most)
+    return describe(metrics, row.shown(metrics) if row else (), most)
 
 
 def describe(metrics: Mapping[str, float], names: Sequence[str], most: int | None = MOST_REASONS) -> str:

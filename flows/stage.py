@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ class Stage:
     """The type of its output; empty where the config says it (`StageConfig.makes`)."""
     version: int
     headline: tuple[str, ...]
-    """The metrics that sum a step up on one line, and stand on the parent run in MLflow. Whatever it discards
-    (`data_pipeline.discards`) stands behind them, and need not be named."""
+    """The metrics that sum a step up on one line, and stand on the parent run in MLflow; ``*/name`` stands for all that
+    end so. Whatever it discards (`data_pipeline.discards`) stands behind them, and need not be named."""
     default: bool = False
     """Whether each recipe has it, written out or not."""
     trains: bool = False
@@ -55,9 +56,13 @@ class Stage:
         """Config of the stage: what a recipe may say of it."""
         return load(self.config_at)
 
+    def named(self, metrics: Mapping[str, float]) -> list[str]:
+        """Name those of ``metrics`` that are in the headline."""
+        return [name for pattern in self.headline for name in metrics if fnmatchcase(name, pattern)]
+
     def shown(self, metrics: Mapping[str, float]) -> list[str]:
         """Name those of ``metrics`` that people see first: the headline and what was discarded."""
-        return [*(name for name in self.headline if name in metrics), *filter(is_discard, metrics)]
+        return [*self.named(metrics), *filter(is_discard, metrics)]
 
 
 def load(place: str) -> Any:

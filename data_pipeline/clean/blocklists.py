@@ -21,10 +21,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_pipeline.clean.normalise import Form, normalise
-from data_pipeline.clean.pinned_files import PinnedFile
 from data_pipeline.clean.sequences import Sequences
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.core.words import words_of
 
 BLOCKED_ID = "blocked_id"

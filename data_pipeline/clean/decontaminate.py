@@ -22,10 +22,10 @@ import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
 from data_pipeline.clean.normalise import Form, normalise
-from data_pipeline.clean.pinned_files import PinnedFile
 from data_pipeline.clean.sequences import Sequences
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.core.text import first_line
 from data_pipeline.core.words import words_of
 

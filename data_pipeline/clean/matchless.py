@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from data_pipeline.clean.pinned_files import PinnedFile
+from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.documents import read_shard
 from data_pipeline.stage import StageContext
 

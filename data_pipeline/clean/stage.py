@@ -42,12 +42,12 @@ from data_pipeline.clean.language import LanguageRules
 from data_pipeline.clean.masking import Masking
 from data_pipeline.clean.matchless import empty_lists, foreign_ids, short_items, without_addresses
 from data_pipeline.clean.normalise import Form
-from data_pipeline.clean.pinned_files import PinnedFile, pin
 from data_pipeline.clean.quality import GopherRules
 from data_pipeline.clean.report import EXAMPLES, Tally, summarise
 from data_pipeline.clean.verdicts import KEPT
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import once
+from data_pipeline.core.pinned_files import PinnedFile, pin
 from data_pipeline.core.text import excerpt, table
 from data_pipeline.documents import REJECTED, SCHEMA, ShardWriter, read_shard, shard_paths, write_shard
 from data_pipeline.stage import Metrics, Runtime, StageConfig, StageContext

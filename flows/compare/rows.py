@@ -92,7 +92,7 @@ def metric_rows(subjects: Sequence[Subject]) -> list[Row]:
         of_stage = [subject.artifacts.get(stage.name) for subject in subjects]
         rows += [
             Row(stage.name, name, [one.metrics.get(name) if one else None for one in of_stage])
-            for name in stage.headline
+            for name in dict.fromkeys(name for one in of_stage if one for name in stage.named(one.metrics))
         ]
         seconds = [one.manifest["seconds"] if one else None for one in of_stage]
         rows.append(Row(stage.name, "seconds", seconds))

@@ -19,19 +19,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
+from tokenizers import Tokenizer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
-from data_pipeline.core.text import table
 from data_pipeline.documents import count_rows
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
+from llm.evaluate.report import report, tasks_table
 from llm.evaluate.statistics import MIN_DOCUMENTS, RESAMPLES, paired_bootstrap
 from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
+from llm.score.task import ITEMS, Row, first_token, run_task
+from llm.score.task import summarise as summarise_task
 
 BATCH_TOKENS = 8192
 """Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
@@ -41,8 +44,10 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     """Evaluate the model of ``inputs["model"]`` on the held-out split of ``inputs["tokens"]``.
 
     Leaves ``documents.parquet`` (id, source, tokens, bytes, nats, text_nats, bits_per_byte; in order of id),
-    ``sources.json``, ``samples.jsonl`` and ``report.md``.
+    ``sources.json``, ``samples.jsonl``, ``report.md`` and, where tasks are scored, ``items.parquet`` (a row an item:
+    `llm.score.task.row_of`).
     """
+    config = config.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_model(inputs["model"]).to(device)
     tokenizer = load_tokenizer(inputs["tokenizer"])
@@ -62,7 +67,46 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     )
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
     unread = sum(map(count_rows, held_out.paths)) - len(documents)
-    return write(rows, samples, out) | ({"left_out/max_documents": float(unread)} if unread else {})
+    scored = score_tasks(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    left_out = {"left_out/max_documents": float(unread)} if unread else {}
+    return write(rows, samples, scored, out=out) | left_out
+
+
+def score_tasks(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    *,
+    folder: Path,
+    out: Path,
+    context: StageContext,
+) -> dict[str, list[Row]]:
+    """Score the model on each task; one that an earlier attempt has finished is not scored again.
+
+    Args:
+        folder: of the tokenizer.
+
+    Returns:
+        Task -> its rows.
+    """
+    found: dict[str, list[Row]] = {}
+    for task, file in zip(config.tasks, config.files, strict=True):
+        done = out / "scratch" / "tasks" / f"{task.name}.parquet"
+        if not done.exists():
+            done.parent.mkdir(parents=True, exist_ok=True)
+            rows = run_task(
+                model,
+                tokenizer,
+                task,
+                file=file,
+                first=first_token(tokenizer, folder),
+                sizes=token_bytes(folder),
+                progress=lambda items, total: context.progress(items, total, "items"),
+            )
+            with atomic_path(done) as path:
+                pq.write_table(pa.Table.from_pylist(rows, ITEMS), path)
+        found[task.name] = pq.read_table(done).to_pylist()
+    return found
 
 
 Document = tuple[str, NDArray[Any]]
@@ -186,7 +230,13 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     }
 
 
-def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) -> Metrics:
+def write(
+    rows: list[dict[str, Any]],
+    samples: list[dict[str, str]],
+    scored: Mapping[str, Sequence[Row]],
+    *,
+    out: Path,
+) -> Metrics:
     """Write the artifact's files, and return the headline metrics."""
     sources = {
         source: summarise([row for row in rows if row["source"] == source])
@@ -200,10 +250,19 @@ def write(rows: list[dict[str, Any]], samples: list[dict[str, str]], out: Path) 
     with atomic_path(out / "samples.jsonl") as path:
         lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
         path.write_text("".join(lines), encoding="utf-8")
+    tasks = {name: summarise_task(items) for name, items in scored.items()}
+    if scored:
+        with atomic_path(out / "items.parquet") as path:
+            items = [row for task in scored.values() for row in task]
+            pq.write_table(pa.Table.from_pylist(items, ITEMS), path, compression="zstd")
     with atomic_path(out / "report.md") as path:
-        path.write_text(report(metrics, sources, rows, samples), encoding="utf-8")
+        parts = [report(metrics, sources, rows, samples), *([tasks_table(tasks)] if tasks else [])]
+        path.write_text("\n".join(parts), encoding="utf-8")
     by_source = {f"bits_per_byte/{source}": scores["bits_per_byte"] for source, scores in sources.items()}
-    return metrics | interval(rows) | by_source
+    by_task = {f"{name}/{metric}": value for name, task in tasks.items() for metric, value in task.items()}
+    if len(tasks) > 1:
+        by_task["centred_mean"] = math.fsum(task["centred"] for task in tasks.values()) / len(tasks)
+    return metrics | interval(rows) | by_source | by_task
 
 
 def interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -216,42 +275,3 @@ def interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     resamples = min(RESAMPLES, max(500, 20_000_000 // len(scored)))  # a second or two, however many there are
     [found] = paired_bootstrap(bits_D[None], sizes_D, resamples)
     return {"bits_per_byte_low": found.low, "bits_per_byte_high": found.high}
-
-
-def report(
-    metrics: Metrics,
-    sources: Mapping[str, Mapping[str, float]],
-    rows: Sequence[Mapping[str, Any]],
-    samples: Sequence[Mapping[str, str]],
-) -> str:
-    """Return the stage's report in Markdown."""
-    by_source = [
-        (
-            name,
-            *(f"{scores[key]:,.0f}" for key in ("documents", "tokens", "bytes")),
-            f"{scores['loss']:.4f}",
-            f"{scores['perplexity']:.2f}",
-            f"{scores['bits_per_byte']:.4f}",
-        )
-        for name, scores in [*sources.items(), ("**all**", metrics)]
-    ]
-    numbers = ["---", *["---:"] * 6]
-    header = ("source", "documents", "tokens", "bytes", "loss (nats)", "perplexity", "bits per byte")
-    ranked = sorted((row for row in rows if row["bytes"]), key=lambda row: (row["bits_per_byte"], row["id"]))
-    extremes = ranked if len(ranked) <= 10 else [*ranked[:5], *ranked[-5:]]
-    by_document = [(row["id"], f"{row['bytes']:,}", f"{row['bits_per_byte']:.4f}") for row in extremes]
-    lines = [
-        "# Evaluation on held-out documents\n",
-        table(header, by_source, numbers),
-        table(
-            ("easiest and hardest documents", "bytes", "bits per byte"), by_document, ["---", "---:", "---:"]
-        ).rstrip(),
-    ]
-    for sample in samples:
-        lines += ["", f"## Sample: {sample['prompt']!r}", "", *quoted(sample["prompt"] + sample["text"])]
-    return "\n".join(lines) + "\n"
-
-
-def quoted(text: str) -> list[str]:
-    """Return ``text`` as an indented Markdown block, which nothing inside it can end."""
-    return [f"    {line}" for line in text.splitlines()] or ["    (nothing)"]

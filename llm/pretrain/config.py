@@ -90,7 +90,7 @@ class Samples(Config):
     there are about twenty; 0: none."""
     prompts: Prompts = Field(default=("", "The "), min_length=1)
     """Beginnings, each of which is continued; "" lets the model begin."""
-    tokens: int = Field(default=32, ge=1)
+    tokens: int = Field(default=24, ge=1)
     """Length of a sample, at most."""
     temperature: float = Field(default=0.8, ge=0)
     """0 takes the likeliest token."""

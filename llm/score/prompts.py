@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["choice", "schema", "continuation", "pairs", "generation"]
+Kind = Literal["choice", "schema", "continuation", "pairs"]
 Item = Mapping[str, Any]
 """An item as its task's file has it."""
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -19,7 +19,6 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "schema": ("context_options", "continuation", "gold"),
     "continuation": ("context", "continuation"),
     "pairs": ("sentence_good", "sentence_bad"),
-    "generation": ("context", "continuation"),
 }
 """Kind -> the fields that an item has."""
 Counts = Literal["after the common beginning", "the common end", "after the context", "all"]
@@ -29,7 +28,6 @@ COUNTED: dict[Kind, Counts] = {
     "schema": "the common end",
     "continuation": "after the context",
     "pairs": "all",
-    "generation": "after the context",
 }
 
 

@@ -10,9 +10,9 @@ import pytest
 from corpora import prose, read_documents, write_documents
 
 from data_pipeline.clean.blocklists import Blocklists, PhraseBlocklist, UrlBlocklist
-from data_pipeline.clean.pinned_files import pin
 from data_pipeline.clean.stage import CleanConfig, clean
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import pin
 from data_pipeline.stage import LocalContext
 
 

@@ -14,9 +14,9 @@ from plain_words import SYLLABLES, run_of
 from pydantic import ValidationError
 
 from data_pipeline.clean.decontaminate import Contamination, Decontamination, EvaluationSet
-from data_pipeline.clean.pinned_files import pin
 from data_pipeline.clean.stage import CleanConfig, clean
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import pin
 from data_pipeline.stage import LocalContext
 
 QUESTION = "Which of the ships that lay in the harbour that winter didn't belong to the captain's brother?"

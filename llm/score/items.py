@@ -1,0 +1,64 @@
+"""Items of a task, read from its file and checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile
+from llm.score.config import TaskConfig
+from llm.score.prompts import FIELDS, Item
+
+OPTIONS = {"choice": "choices", "schema": "context_options"}
+"""Kind -> the field that lists an item's options."""
+
+
+def read_items(task: TaskConfig, file: PinnedFile) -> list[Item]:
+    """Return all items of a task.
+
+    Raises:
+        UserError: a line is no item of its kind; the message says which, and why.
+    """
+    items = [item for _, item in checked(task, file)]
+    if not items:
+        raise UserError(f"{file.path}: the task {task.name} has no items")
+    if task.shots >= len(items):
+        raise UserError(f"{file.path}: {task.shots} shots are to be drawn from {len(items) - 1} other items")
+    return items
+
+
+def checked(task: TaskConfig, file: PinnedFile) -> Iterator[tuple[int, Item]]:
+    """Yield the items with their lines, empty lines left out."""
+    for number, line in enumerate(file.text().split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            item = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file.path}, line {number}: no JSON: {error}") from None
+        if why_not := misfit(task, item):
+            raise UserError(f"{file.path}, line {number}: no item of kind {task.kind}: {why_not}")
+        yield number, item
+
+
+def misfit(task: TaskConfig, item: Any) -> str:
+    """Say why something is no item of a task's kind; nothing where it is one."""
+    if not isinstance(item, dict):
+        return "it is no JSON object"
+    if missing := [field for field in FIELDS[task.kind] if field not in item]:
+        return f"it lacks {', '.join(missing)}"
+    listed = OPTIONS.get(task.kind)
+    options = item[listed] if listed else []
+    texts = [item[field] for field in FIELDS[task.kind] if field not in ("gold", listed)]
+    if listed and (not isinstance(options, list) or len(options) < 2):
+        return f"{listed} must list two options at least"
+    if not all(isinstance(text, str) for text in [*texts, *options]):
+        return "its texts must be strings"
+    if not all(text.strip() for text in options) or not str(item.get("continuation", "-")).strip():
+        return "what is scored is empty"
+    gold = item.get("gold", 0)
+    if type(gold) is not int or not 0 <= gold < max(1, len(options)):
+        return f"gold is {gold!r}, and there are {len(options)} options, counted from 0"
+    return ""

@@ -18,7 +18,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from data_pipeline.core.errors import UserError
@@ -33,11 +32,9 @@ from llm.evaluate.report import report, tasks_table
 from llm.evaluate.statistics import MIN_DOCUMENTS, RESAMPLES, paired_bootstrap
 from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
+from llm.score.documents import Document, score_documents
 from llm.score.task import ITEMS, Row, first_token, run_task
 from llm.score.task import summarise as summarise_task
-
-BATCH_TOKENS = 8192
-"""Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
 
 
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -55,7 +52,13 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     held_out.require_tokenizer(inputs["tokenizer"])
     documents = choose(read(held_out), config.max_documents)
     sizes = token_bytes(inputs["tokenizer"])
-    rows = score(model, documents, sizes, end_of_text(tokenizer), context)
+    rows = score_documents(
+        model,
+        documents,
+        sizes=sizes,
+        end=end_of_text(tokenizer),
+        progress=lambda done, total: context.progress(done, total, "tokens"),
+    )
     texts = generate(
         model,
         tokenizer,
@@ -109,9 +112,6 @@ def score_tasks(
     return found
 
 
-Document = tuple[str, NDArray[Any]]
-
-
 def read(shards: TokenShards) -> Iterator[Document]:
     """Yield (id, tokens) of every document. Tokens are copies, so that keeping some does not keep their row group."""
     for batch in shards:
@@ -126,86 +126,6 @@ def choose(documents: Iterable[Document], most: int | None) -> list[Document]:
             most, documents, key=lambda document: hashlib.sha256(document[0].encode()).digest()
         )
     return sorted(documents, key=lambda document: document[0])
-
-
-def score(
-    model: Transformer,
-    documents: Sequence[Document],
-    sizes: NDArray[np.int32],
-    end: int,
-    context: StageContext,
-) -> list[dict[str, Any]]:
-    """Return one row a document: its targets, bytes, and loss in nats over all targets and over those that are text."""
-    windows = cut(documents, end, model.config.context)
-    losses, text_losses = np.zeros(len(documents)), np.zeros(len(documents))
-    total, done = sum(len(tokens) for _, tokens in documents), 0
-    for batch in batched(windows):
-        owners = np.array([owner for owner, _ in batch])
-        window_loss, targets = window_losses(model, [tokens for _, tokens in batch])
-        np.add.at(losses, owners, window_loss.sum(axis=1))
-        np.add.at(text_losses, owners, np.where(sizes[targets] > 0, window_loss, 0.0).sum(axis=1))
-        done += sum(len(tokens) - 1 for _, tokens in batch)
-        context.progress(done, total, "tokens")
-    rows = []
-    for (name, tokens), loss, text_loss in zip(documents, losses.tolist(), text_losses.tolist(), strict=True):
-        size = int(sizes[tokens].sum())
-        rows.append(
-            {
-                "id": name,
-                "source": name.split("/", 1)[0],
-                "tokens": len(tokens),
-                "bytes": size,
-                "nats": loss,
-                "text_nats": text_loss,
-                "bits_per_byte": bits_per_byte(text_loss, size) if size else None,
-            }
-        )
-    return rows
-
-
-Window = tuple[int, NDArray[np.int64]]
-
-
-def cut(documents: Sequence[Document], end: int, context: int) -> list[Window]:
-    """Return (index of document, tokens) of windows of up to ``context + 1`` tokens, the longest first.
-
-    A document's first window begins with ``end``; each later one begins with the last token of the one before,
-    so every token of the document is a target once.
-    """
-    windows = []
-    for index, (_, tokens) in enumerate(documents):
-        sequence = np.concatenate(([end], tokens.astype(np.int64)))
-        windows += [
-            (index, sequence[start : start + context + 1]) for start in range(0, len(tokens), context)
-        ]
-    return sorted(windows, key=lambda window: -len(window[1]))
-
-
-def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
-    """Yield slices of ``windows`` that make at most `BATCH_TOKENS` positions when padded to their first's length."""
-    start = 0
-    while start < len(windows):
-        count = max(1, BATCH_TOKENS // len(windows[start][1]))
-        yield windows[start : start + count]
-        start += count
-
-
-@torch.inference_mode()
-def window_losses(
-    model: Transformer, windows: Sequence[NDArray[np.int64]]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return losses, in nats, and targets ``(B, T)`` of windows, the longest first; padding has loss 0.
-
-    Padding stands behind a window's tokens, where causal attention does not look.
-    """
-    lengths = np.array([len(tokens) - 1 for tokens in windows])
-    rows = np.zeros((len(windows), int(lengths[0]) + 1), np.int64)
-    for row, tokens in zip(rows, windows, strict=True):
-        row[: len(tokens)] = tokens
-    device = next(model.parameters()).device
-    tokens_BT, targets_BT = (torch.from_numpy(ids).to(device) for ids in (rows[:, :-1], rows[:, 1:]))
-    losses = model(tokens_BT, targets_BT, reduction="none").double().cpu().numpy()
-    return np.where(np.arange(rows.shape[1] - 1) < lengths[:, None], losses, 0.0), rows[:, 1:]
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

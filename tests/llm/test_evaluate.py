@@ -14,11 +14,12 @@ import torch
 from data_pipeline.stage import LocalContext
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
-from llm.evaluate import stage as module
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.stage import Document, batched, choose, cut, evaluate, interval, read
+from llm.evaluate.stage import choose, evaluate, interval, read
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
+from llm.score import documents as module
+from llm.score.documents import Document, batched, cut, score_documents
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]
@@ -140,15 +141,38 @@ def test_a_document_does_not_hold_the_row_group_it_was_read_from(corpus: dict[st
 
 def test_windows_make_every_token_a_target_once() -> None:
     documents = [(str(size), np.arange(1, size + 1, dtype=np.uint16)) for size in (1, 7, 8, 9, 30)]
-    windows = cut(documents, end=0, context=8)
-    for index, (_, tokens) in enumerate(documents):
-        parts = sorted((part for owner, part in windows if owner == index), key=lambda part: part[0])
-        assert parts[0][0] == 0
-        assert np.concatenate([part[1:] for part in parts]).tolist() == tokens.tolist()
-        assert all(len(part) <= 9 for part in parts)
-    lengths = [len(tokens) for _, tokens in windows]
-    assert lengths == sorted(lengths, reverse=True)
-    assert [window for batch in batched(windows) for window in batch] == windows
+    for stride in (None, 1, 3, 8):
+        windows = cut(documents, end=0, context=8, stride=stride)
+        for index, (_, tokens) in enumerate(documents):
+            parts = sorted((one for one in windows if one.owner == index), key=lambda one: one.tokens[-1])
+            assert parts[0].tokens[0] == 0
+            scored = [part.tokens[len(part.tokens) - part.counted :] for part in parts]
+            assert np.concatenate(scored).tolist() == tokens.tolist()
+            assert all(0 < part.counted < len(part.tokens) <= 9 for part in parts)
+            if stride is None:
+                assert all(part.counted == len(part.tokens) - 1 for part in parts), "they lie end to end"
+            else:
+                assert all(len(part.tokens) == 9 for part in parts[1:]), "the context is full"
+        lengths = [len(window.tokens) for window in windows]
+        assert lengths == sorted(lengths, reverse=True)
+        assert [window for batch in batched(windows) for window in batch] == windows
+
+
+def test_with_a_stride_each_token_is_scored_behind_all_that_its_window_has(tiny: Make) -> None:
+    model, context, stride = Transformer(tiny(init_std=0.2)).eval(), 24, 5
+    tokens = np.random.default_rng(0).integers(1, 90, 61).astype(np.uint16)
+    sizes = np.ones(256, np.int32)
+    [row] = score_documents(
+        model, [("a/1", tokens)], sizes=sizes, end=0, stride=stride, progress=lambda done, total: None
+    )
+    sequence, nats = [0, *tokens.tolist()], 0.0
+    for place in range(1, len(sequence)):
+        until = context if place <= context else context + stride * math.ceil((place - context) / stride)
+        start = max(0, min(until, len(sequence) - 1) - context)
+        with torch.inference_mode():
+            logits = model(torch.tensor([sequence[start:place]]))[0, -1].double()
+        nats -= logits.log_softmax(-1)[sequence[place]].item()
+    assert row["nats"] == pytest.approx(nats, rel=1e-6)
 
 
 def test_the_interval_of_bits_per_byte_holds_the_truth_as_often_as_it_promises() -> None:

@@ -44,8 +44,28 @@ def report(
     return "\n".join(lines) + "\n"
 
 
+def sets_table(sets: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the sets' section of the report, in Markdown; nothing where there are none."""
+    if not sets:
+        return ""
+    rows = [
+        (
+            name,
+            f"{scores['documents']:,.0f}",
+            f"{scores['bytes']:,.0f}",
+            f"{scores['bits_per_byte']:.4f}",
+            f"{scores['sliding_bits_per_byte']:.4f}" if "sliding_bits_per_byte" in scores else "",
+        )
+        for name, scores in sets.items()
+    ]
+    header = ("set", "documents", "bytes", "bits per byte", "by overlapping windows")
+    return f"## Fixed sets\n\n{table(header, rows, ['---', *['---:'] * (len(header) - 1)])}"
+
+
 def tasks_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
-    """Return the tasks' section of the report, in Markdown."""
+    """Return the tasks' section of the report, in Markdown; nothing where there are none."""
+    if not tasks:
+        return ""
     rows = [
         (
             name,

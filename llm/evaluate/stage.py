@@ -14,11 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from tokenizers import Tokenizer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
@@ -28,21 +26,20 @@ from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.report import report, tasks_table
-from llm.evaluate.statistics import MIN_DOCUMENTS, RESAMPLES, paired_bootstrap
+from llm.evaluate.fixed import Fixed, score_fixed
+from llm.evaluate.report import report, sets_table, tasks_table
+from llm.evaluate.statistics import interval
 from llm.model.generate import generate
-from llm.model.transformer import Transformer, load_model
+from llm.model.transformer import load_model
 from llm.score.documents import Document, score_documents
-from llm.score.task import ITEMS, Row, first_token, run_task
-from llm.score.task import summarise as summarise_task
 
 
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Evaluate the model of ``inputs["model"]`` on the held-out split of ``inputs["tokens"]``.
 
     Leaves ``documents.parquet`` (id, source, tokens, bytes, nats, text_nats, bits_per_byte; in order of id),
-    ``sources.json``, ``samples.jsonl``, ``report.md`` and, where tasks are scored, ``items.parquet`` (a row an item:
-    `llm.score.task.row_of`).
+    ``sources.json``, ``samples.jsonl``, ``report.md`` and, where sets and tasks are scored, ``set_documents.parquet``
+    and ``items.parquet`` (`llm.score.sets.DOCUMENTS`, `llm.score.task.ITEMS`).
     """
     config = config.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -70,46 +67,9 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     )
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
     unread = sum(map(count_rows, held_out.paths)) - len(documents)
-    scored = score_tasks(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
     left_out = {"left_out/max_documents": float(unread)} if unread else {}
-    return write(rows, samples, scored, out=out) | left_out
-
-
-def score_tasks(
-    model: Transformer,
-    tokenizer: Tokenizer,
-    config: EvaluateConfig,
-    *,
-    folder: Path,
-    out: Path,
-    context: StageContext,
-) -> dict[str, list[Row]]:
-    """Score the model on each task; one that an earlier attempt has finished is not scored again.
-
-    Args:
-        folder: of the tokenizer.
-
-    Returns:
-        Task -> its rows.
-    """
-    found: dict[str, list[Row]] = {}
-    for task, file in zip(config.tasks, config.files, strict=True):
-        done = out / "scratch" / "tasks" / f"{task.name}.parquet"
-        if not done.exists():
-            done.parent.mkdir(parents=True, exist_ok=True)
-            rows = run_task(
-                model,
-                tokenizer,
-                task,
-                file=file,
-                first=first_token(tokenizer, folder),
-                sizes=token_bytes(folder),
-                progress=lambda items, total: context.progress(items, total, "items"),
-            )
-            with atomic_path(done) as path:
-                pq.write_table(pa.Table.from_pylist(rows, ITEMS), path)
-        found[task.name] = pq.read_table(done).to_pylist()
-    return found
+    return write(rows, samples, fixed, out=out) | left_out
 
 
 def read(shards: TokenShards) -> Iterator[Document]:
@@ -153,7 +113,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 def write(
     rows: list[dict[str, Any]],
     samples: list[dict[str, str]],
-    scored: Mapping[str, Sequence[Row]],
+    fixed: Fixed,
     *,
     out: Path,
 ) -> Metrics:
@@ -170,28 +130,10 @@ def write(
     with atomic_path(out / "samples.jsonl") as path:
         lines = (json.dumps(sample, ensure_ascii=False, allow_nan=False) + "\n" for sample in samples)
         path.write_text("".join(lines), encoding="utf-8")
-    tasks = {name: summarise_task(items) for name, items in scored.items()}
-    if scored:
-        with atomic_path(out / "items.parquet") as path:
-            items = [row for task in scored.values() for row in task]
-            pq.write_table(pa.Table.from_pylist(items, ITEMS), path, compression="zstd")
+    fixed.write(out)
     with atomic_path(out / "report.md") as path:
-        parts = [report(metrics, sources, rows, samples), *([tasks_table(tasks)] if tasks else [])]
+        tables = [sets_table(fixed.metrics_of_sets()), tasks_table(fixed.metrics_of_tasks())]
+        parts = [report(metrics, sources, rows, samples), *filter(None, tables)]
         path.write_text("\n".join(parts), encoding="utf-8")
     by_source = {f"bits_per_byte/{source}": scores["bits_per_byte"] for source, scores in sources.items()}
-    by_task = {f"{name}/{metric}": value for name, task in tasks.items() for metric, value in task.items()}
-    if len(tasks) > 1:
-        by_task["centred_mean"] = math.fsum(task["centred"] for task in tasks.values()) / len(tasks)
-    return metrics | interval(rows) | by_source | by_task
-
-
-def interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Compute the 95% interval of bits per byte over documents that these might have been drawn from; none of few."""
-    scored = [row for row in rows if row["bytes"]]
-    if len(scored) < MIN_DOCUMENTS:
-        return {}
-    bits_D = np.array([row["text_nats"] / math.log(2) for row in scored])
-    sizes_D = np.array([row["bytes"] for row in scored], np.float64)
-    resamples = min(RESAMPLES, max(500, 20_000_000 // len(scored)))  # a second or two, however many there are
-    [found] = paired_bootstrap(bits_D[None], sizes_D, resamples)
-    return {"bits_per_byte_low": found.low, "bits_per_byte_high": found.high}
+    return metrics | interval(rows) | by_source | fixed.metrics()

@@ -7,8 +7,9 @@ bits of all documents over their bytes, so that a long document counts for more 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,3 +136,15 @@ def holm(p_values: Sequence[float]) -> list[float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
         adjusted[place] = highest
     return adjusted
+
+
+def interval(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Compute the 95% interval of bits per byte over documents that these might have been drawn from; none of few."""
+    scored = [row for row in rows if row["bytes"]]
+    if len(scored) < MIN_DOCUMENTS:
+        return {}
+    bits_D = np.array([row["text_nats"] / math.log(2) for row in scored])
+    sizes_D = np.array([row["bytes"] for row in scored], np.float64)
+    resamples = min(RESAMPLES, max(500, 20_000_000 // len(scored)))  # a second or two, however many there are
+    [found] = paired_bootstrap(bits_D[None], sizes_D, resamples)
+    return {"bits_per_byte_low": found.low, "bits_per_byte_high": found.high}

@@ -1,4 +1,4 @@
-"""Settings of tasks that a model is scored on."""
+"""Settings of texts and tasks that a model is scored on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from data_pipeline.core.config import Config
 from llm.score.prompts import Kind
 
 NAME = r"^[A-Za-z0-9_.-]+$"
+
+
+class SetConfig(Config):
+    """A fixed set of texts that are no part of a corpus, by which models of any corpora and tokenizers are compared."""
+
+    name: str = Field(pattern=NAME)
+    """Name in tables and metrics."""
+    path: Path
+    """JSON lines or Parquet with a text a row, or a text file that is one document; ``.gz`` at the end where it is
+    compressed."""
+    text: str = "text"
+    """The field, or column, that holds a document's text."""
+    sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
+    """Checksum that the file must have; None: whatever it has."""
+    max_documents: int | None = Field(default=None, ge=1)
+    """At most so many documents, the first ones."""
+    stride: int | None = Field(default=None, ge=1)
+    """Tokens between windows of a second score, in which a token has more of its document before it; None: no second
+    score."""
 
 
 class TaskConfig(Config):

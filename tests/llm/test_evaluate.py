@@ -15,7 +15,8 @@ from data_pipeline.stage import LocalContext
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.stage import choose, evaluate, interval, read
+from llm.evaluate.stage import choose, evaluate, read
+from llm.evaluate.statistics import interval
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 from llm.score import documents as module

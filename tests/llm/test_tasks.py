@@ -161,7 +161,7 @@ def test_a_task_is_known_by_what_its_file_holds_and_none_leaves_the_identity_as_
     assert "tasks" not in EvaluateConfig().resolve().identity()
     with pytest.raises(UserError, match=r"evaluate\.tasks: .* can't be read"):
         config_of(a={"path": "nowhere.jsonl", "kind": "choice"}).resolve()
-    with pytest.raises(ValueError, match="two tasks are called a"):
+    with pytest.raises(ValueError, match=r"two of evaluate\.sets and tasks are called a"):
         EvaluateConfig.model_validate({"tasks": [{"name": "a", "path": one, "kind": "choice"}] * 2})
 
 

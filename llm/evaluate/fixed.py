@@ -1,0 +1,127 @@
+"""Sets and tasks that an evaluation scores besides held-out documents, each once, whatever is killed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from tokenizers import Tokenizer
+
+from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.train_tokenizer.tokenizer import token_bytes
+from llm.data.bits import bits_per_byte
+from llm.evaluate.config import EvaluateConfig
+from llm.evaluate.statistics import interval
+from llm.model.transformer import Transformer
+from llm.score.sets import DOCUMENTS, run_set
+from llm.score.task import ITEMS, first_token, run_task, summarise
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """The rows of all sets and tasks, by their names."""
+
+    sets: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+
+    def metrics_of_sets(self) -> dict[str, Metrics]:
+        """Set -> its metrics."""
+        return {name: summarise_set(rows) for name, rows in self.sets.items()}
+
+    def metrics_of_tasks(self) -> dict[str, Metrics]:
+        """Task -> its metrics."""
+        return {name: summarise(rows) for name, rows in self.tasks.items()}
+
+    def metrics(self) -> Metrics:
+        """All metrics, each under the name of its set or task; with the mean over tasks where there are several."""
+        tasks = self.metrics_of_tasks()
+        found = {
+            f"{name}/{metric}": value
+            for name, one in {**self.metrics_of_sets(), **tasks}.items()
+            for metric, value in one.items()
+        }
+        if len(tasks) > 1:
+            found["centred_mean"] = math.fsum(one["centred"] for one in tasks.values()) / len(tasks)
+        return found
+
+    def write(self, out: Path) -> None:
+        """Write ``set_documents.parquet`` and ``items.parquet``, where there are any."""
+        for name, schema, rows in (
+            ("set_documents.parquet", DOCUMENTS, self.sets),
+            ("items.parquet", ITEMS, self.tasks),
+        ):
+            if rows:
+                with atomic_path(out / name) as path:
+                    table = pa.Table.from_pylist([row for one in rows.values() for row in one], schema)
+                    pq.write_table(table, path, compression="zstd")
+
+
+def score_fixed(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    config: EvaluateConfig,
+    *,
+    folder: Path,
+    out: Path,
+    context: StageContext,
+) -> Fixed:
+    """Score the model on the sets and tasks of a resolved config; ``folder`` is the tokenizer's."""
+    sizes, scratch = token_bytes(folder), out / "scratch"
+
+    def progress(unit: str) -> Callable[[int, int], None]:
+        return lambda done, total: context.progress(done, total, unit)
+
+    sets, tasks = {}, {}
+    for one, file in zip(config.sets, config.set_files, strict=True):
+
+        def score_set(one: Any = one, file: Any = file) -> list[Row]:
+            return run_set(model, tokenizer, one, file=file, sizes=sizes, progress=progress("tokens"))
+
+        sets[one.name] = kept(scratch / "sets" / f"{one.name}.parquet", DOCUMENTS, score_set)
+        if changed := sum(not row["as_it_is"] for row in sets[one.name]):
+            context.note(f"{one.name}: the tokenizer changes {changed:,} of its texts", warning=True)
+    for task, file in zip(config.tasks, config.task_files, strict=True):
+
+        def score_task(task: Any = task, file: Any = file) -> list[Row]:
+            first = first_token(tokenizer, folder)
+            return run_task(
+                model, tokenizer, task, file=file, first=first, sizes=sizes, progress=progress("items")
+            )
+
+        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, score_task)
+        if cut := sum(row["cut"] > 0 for row in tasks[task.name]):
+            context.note(f"{task.name}: {cut:,} items are longer than the context, and cut at the left")
+    return Fixed(sets, tasks)
+
+
+def kept(path: Path, schema: pa.Schema, make: Callable[[], list[Row]]) -> list[Row]:
+    """Return the rows in a file, which is made where an earlier attempt has not made it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = make()
+        with atomic_path(path) as temporary:
+            pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
+    found: list[Row] = pq.read_table(path).to_pylist()
+    return found
+
+
+def summarise_set(rows: Sequence[Mapping[str, Any]]) -> Metrics:
+    """Compute a set's metrics: bits per byte with its interval over documents, and by overlapping windows."""
+    size = sum(row["bytes"] for row in rows)
+    metrics = {
+        "bits_per_byte": bits_per_byte(math.fsum(row["text_nats"] for row in rows), size),
+        **interval(rows),
+        "documents": float(len(rows)),
+        "bytes": float(size),
+    }
+    if all(row["sliding_nats"] is not None for row in rows):
+        metrics["sliding_bits_per_byte"] = bits_per_byte(math.fsum(row["sliding_nats"] for row in rows), size)
+    return metrics

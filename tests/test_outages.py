@@ -72,7 +72,7 @@ def expected_points(llmill: Llmill) -> dict[str, set[tuple]]:
             sealed |= {**found.trained, **found.evaluated}
         points[artifact.stage] = {(name, 0, float(value), stamp) for name, value in sealed.items()}
         events = artifact.path / "logs" / "events.jsonl"
-        kinds = {"step": "train", "validation": "val", "checkpoint": "checkpoint"}
+        kinds = {"step": "train", "validation": "val", "checkpoint": "checkpoint", "norms": "norms"}
         for line in events.read_text().splitlines() if events.exists() else []:
             event = json.loads(line)
             points[artifact.stage] |= {

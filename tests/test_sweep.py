@@ -46,7 +46,7 @@ def groups(runs: list[Run], parent: Run) -> list[Run]:
     """The runs that sum up the seeds of a setting."""
     found = [run for run in runs if run.data.tags.get("llmill.kind") == "seeds"]
     assert {run.data.tags[PARENT] for run in found} == {parent.info.run_id}
-    return found
+    return sorted(found, key=lambda run: run.info.run_name, reverse=True)
 
 
 @pytest.fixture(scope="module")

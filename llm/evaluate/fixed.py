@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -74,29 +75,29 @@ def score_fixed(
     context: StageContext,
 ) -> Fixed:
     """Score the model on the sets and tasks of a resolved config; ``folder`` is the tokenizer's."""
-    sizes, scratch = token_bytes(folder), out / "scratch"
+    sizes, first, scratch = token_bytes(folder), first_token(tokenizer, folder), out / "scratch"
 
     def progress(unit: str) -> Callable[[int, int], None]:
         return lambda done, total: context.progress(done, total, unit)
 
     sets, tasks = {}, {}
     for one, file in zip(config.sets, config.set_files, strict=True):
-
-        def score_set(one: Any = one, file: Any = file) -> list[Row]:
-            return run_set(model, tokenizer, one, file=file, sizes=sizes, progress=progress("tokens"))
-
-        sets[one.name] = kept(scratch / "sets" / f"{one.name}.parquet", DOCUMENTS, score_set)
+        read = partial(run_set, model, tokenizer, one, file=file, sizes=sizes, progress=progress("tokens"))
+        sets[one.name] = kept(scratch / "sets" / f"{one.name}.parquet", DOCUMENTS, read)
         if changed := sum(not row["as_it_is"] for row in sets[one.name]):
             context.note(f"{one.name}: the tokenizer changes {changed:,} of its texts", warning=True)
     for task, file in zip(config.tasks, config.task_files, strict=True):
-
-        def score_task(task: Any = task, file: Any = file) -> list[Row]:
-            first = first_token(tokenizer, folder)
-            return run_task(
-                model, tokenizer, task, file=file, first=first, sizes=sizes, progress=progress("items")
-            )
-
-        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, score_task)
+        answer = partial(
+            run_task,
+            model,
+            tokenizer,
+            task,
+            file=file,
+            first=first,
+            sizes=sizes,
+            progress=progress("items"),
+        )
+        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, answer)
         if cut := sum(row["cut"] > 0 for row in tasks[task.name]):
             context.note(f"{task.name}: {cut:,} items are longer than the context, and cut at the left")
     return Fixed(sets, tasks)

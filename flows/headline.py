@@ -9,6 +9,9 @@ from data_pipeline.discards import MOST_REASONS, is_discard
 from data_pipeline.discards import describe as discarded
 from flows.stages import BY_NAME
 
+BITS = "bits_per_byte"
+"""The metric of an evaluation that models are ranked by."""
+
 
 def headline(stage: str, metrics: Mapping[str, float], most: int | None = MOST_REASONS) -> str:
     """Sum a step's result up in a few words: its headline metrics, and all that it discarded.

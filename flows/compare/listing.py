@@ -100,9 +100,8 @@ def show(rows: Sequence[Listed], console: Console, prefect: str, now: float) -> 
     urls = [row.found.prefect_url for row in rows]
     links = [url if prefect and url.startswith(prefect) else "" for url in urls]
     wide = table_of(rows, now, links)
-    unbounded = console.options.update_width(
-        UNBOUNDED
-    )  # or it measures as if it were as narrow as the console
+    # Rich measures nothing as wider than the console, unless it is told of a wider one.
+    unbounded = console.options.update_width(UNBOUNDED)
     fits = any(links) and console.measure(wide, options=unbounded).maximum <= console.width
     console.print(wide if fits else table_of(rows, now), soft_wrap=False)
 

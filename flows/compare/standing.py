@@ -12,14 +12,13 @@ import numpy as np
 from data_pipeline.core.text import table
 from flows.compare.members import Ended, Member
 from flows.engine.store import Artifact, Store
+from flows.headline import BITS
 from flows.listeners.markdown import plain
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.lineage import PARENT
 from flows.listeners.mlflow.points import Point
 from flows.listeners.mlflow.translate import Operation, measured, text_of
 from flows.recipe import flatten
-
-BITS = "bits_per_byte"
 
 
 class Standing:

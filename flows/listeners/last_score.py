@@ -11,8 +11,8 @@ from pathlib import Path
 
 from flows.engine.events import StepReused, StepSealed
 from flows.engine.store import Artifact, Store
+from flows.headline import BITS
 
-BITS = "bits_per_byte"
 SAME_TEXTS = ("documents", "bytes")
 """Metrics of an evaluation that are equal where the held-out texts are, whatever the tokenizer."""
 ID_DIGITS = 8

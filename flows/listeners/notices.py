@@ -37,7 +37,8 @@ from flows.engine.events import (
 )
 from flows.engine.log import LogFile
 from flows.engine.services import prefect_api
-from flows.listeners.last_score import BITS, score_line
+from flows.headline import BITS
+from flows.listeners.last_score import score_line
 
 RECEIVER = re.compile(r"env:(?P<variable>[A-Za-z_][A-Za-z0-9_]*)|(?P<block>[a-z0-9-]+/[a-z0-9-]+)")
 SECONDS = 10.0

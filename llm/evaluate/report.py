@@ -46,8 +46,6 @@ def report(
 
 def sets_table(sets: Mapping[str, Mapping[str, float]]) -> str:
     """Return the sets' section of the report, in Markdown; nothing where there are none."""
-    if not sets:
-        return ""
     rows = [
         (
             name,
@@ -59,13 +57,11 @@ def sets_table(sets: Mapping[str, Mapping[str, float]]) -> str:
         for name, scores in sets.items()
     ]
     header = ("set", "documents", "bytes", "bits per byte", "by overlapping windows")
-    return f"## Fixed sets\n\n{table(header, rows, ['---', *['---:'] * (len(header) - 1)])}"
+    return section("Fixed sets", header, rows)
 
 
 def tasks_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
     """Return the tasks' section of the report, in Markdown; nothing where there are none."""
-    if not tasks:
-        return ""
     rows = [
         (
             name,
@@ -88,7 +84,12 @@ def tasks_table(tasks: Mapping[str, Mapping[str, float]]) -> str:
         "centred",
         "bits per byte of the answer",
     )
-    return f"## Tasks\n\n{table(header, rows, ['---', *['---:'] * (len(header) - 1)])}"
+    return section("Tasks", header, rows)
+
+
+def section(heading: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table of numbers under a heading; nothing where it has no rows."""
+    return f"## {heading}\n\n{table(header, rows, ['---', *['---:'] * (len(header) - 1)])}" if rows else ""
 
 
 def quoted(text: str) -> list[str]:

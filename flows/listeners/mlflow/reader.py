@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from mlflow.entities import Run
 
+from flows.headline import BITS
 from flows.listeners.mlflow.lineage import KEY, PAGE, PARENT, Key, Records, steps_of
 from flows.listeners.mlflow.links import run_url, table_url
 from flows.listeners.mlflow.view import TAG
@@ -15,7 +16,6 @@ EVALUATED = ("llmill.evaluate.fingerprint", "llmill.evaluated")
 """Tags of runs that evaluated a model: in the step of that name, and in others."""
 OF_RECIPES = "tags.`llmill.recipe` LIKE '%' AND tags.`llmill.stage` IS NULL AND tags.`llmill.kind` IS NULL"
 """Neither steps nor comparisons, sweeps, decisions."""
-BITS = "bits_per_byte"
 
 
 @dataclass(frozen=True)

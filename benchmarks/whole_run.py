@@ -17,6 +17,7 @@ import psutil
 from benchmarks.measure import ROOT, Work
 from data_pipeline.stage import LocalContext
 from flows.prefect.servers import client_settings
+from flows.recipe import Recipe, load_recipe
 
 RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 
@@ -24,9 +25,9 @@ RECIPE = ROOT / "flows" / "recipes" / "quickstart.yaml"
 def directly(settings: list[str], work: str, cores: int, servers: Sequence[int] = ()) -> Work:
     """Every stage's body in order, on folders; ``servers`` are processes that have nothing to do with it."""
     from flows.engine import launch
-    from flows.recipe import load_recipe
 
     recipe = load_recipe(RECIPE, settings)
+    load_bodies(recipe)
     home = Path(work, "direct")
     training = watch_training(servers)
 
@@ -66,10 +67,10 @@ def through(
     from flows.listeners.terminal import Terminal, TerminalListener
     from flows.prefect.pipeline import Pipeline
     from flows.prefect.servers import PrefectServer
-    from flows.recipe import load_recipe
 
     recipe = load_recipe(RECIPE, settings)
     assert recipe.runtime.worker_count == cores
+    load_bodies(recipe)
     training = watch_training(servers)
 
     def run() -> dict[str, Any]:
@@ -95,6 +96,12 @@ def through(
         }
 
     return run
+
+
+def load_bodies(recipe: Recipe) -> None:
+    """Import what the stages compute with, which takes seconds."""
+    for step in recipe.steps:
+        _ = step.stage.body
 
 
 def step_seconds(pretrain: Path) -> float:

@@ -19,6 +19,7 @@ from flows.engine.store import Store
 from flows.listeners.mlflow.delivery import deliver, send_left, unsent, waiting
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.operations import Away, Gone, Mlflow
+from flows.listeners.mlflow.points import event_points, is_drawn
 from flows.listeners.mlflow.samples import tables_of
 from flows.listeners.mlflow.translate import beginning, description
 from flows.listeners.mlflow.uploads import Refused
@@ -430,3 +431,68 @@ def test_points_of_a_training_are_taken_from_whole_lines_only(mlflow: Mlflow) ->
     [run] = runs(mlflow)
     found = MlflowClient(mlflow.uri).get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in found] == [0, 2, 3]
+
+
+def test_a_sender_that_dies_amid_a_long_training_leaves_nothing_out(mlflow: Mlflow) -> None:
+    """What MLflow takes in several requests is not noted as sent with the first one."""
+    file = Store(mlflow.home).partial("pretrain", "f00d") / "logs" / "events.jsonl"
+    file.parent.mkdir(parents=True)
+    written = EventLog(file)
+    for step in range(1, 257):
+        written.write("step", step=step, tokens=100 * step, loss=1 / step, lr=0.1, grad_norm=1.0, mfu=0.5)
+    names = {"step": "pretrain", "stage": "pretrain", "fingerprint": "f00d", "key": KEY, "run": "b" * 16}
+    whole = {"op": "begin", **beginning("b" * 16, "whole")}
+    log = LogFile.begin(mlflow.home, "small", "home")
+    log.append(*events([whole, TOLD[0]]), TrainingStarted(**names))
+    sending = deliver(log, mlflow)
+    while (following := log.sent.get("following")) is None:
+        next(sending)  # the two runs begin, and the first of three requests
+    next(sending)
+    assert log.sent["following"] == following
+    sending.close()
+    list(deliver(log, mlflow))
+    client = MlflowClient(mlflow.uri)
+    for run in runs(mlflow):
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert sorted(point.step for point in history) == [*range(1, 257)]
+    assert log.sent["following"]["offset"] == file.stat().st_size
+
+
+def test_what_is_logged_of_several_runs_in_turns_is_a_request_for_each(mlflow: Mlflow) -> None:
+    other = {"run": "f" * 16}
+    turns = [
+        operation
+        for n in range(20)
+        for run in (RUN, other)
+        for operation in (
+            {"op": "metrics", **run, "points": [["loss", n, 1_700_000_000_000 + n, n]]},
+            {"op": "tags", **run, "tags": {f"tag.{n}": str(n)}},
+        )
+    ]
+    links = [{"op": "link", **RUN, "tag": "made by", "to": "", "id": "an id"},
+             {"op": "link", **other, "tag": "beside", "to": KEY, "id": ""}]  # fmt: skip
+    both = [TOLD[0], {"op": "begin", **beginning("f" * 16, "other")}]
+    assert send(mlflow, *both, *turns, *links, TOLD[-1]) == [""] * 5
+    found = {run.info.run_name: run for run in runs(mlflow)}
+    client = MlflowClient(mlflow.uri)
+    for run in found.values():
+        history = client.get_metric_history(run.info.run_id, "loss")
+        assert [point.step for point in history] == [*range(20)]
+        assert sum(name.startswith("tag.") for name in run.data.tags) == 20
+    assert found["pretrain"].data.tags["made by"] == "an id"
+    assert found["other"].data.tags["beside"] == found["pretrain"].info.run_id
+
+
+def test_of_a_long_training_each_curve_has_no_more_points_than_a_chart() -> None:
+    fields = {"loss": 1.0, "update_ratio_matrices": 0.1, "eta_seconds": 9.0, "tokens": 1}
+    points = [
+        point
+        for step in range(1, 10_001)
+        for point in event_points({"event": "step", "step": step, "time": 1.0, **fields})
+    ]
+    steps = {name: [at for one, _, _, at in points if one == f"train/{name}"] for name in fields}
+    assert steps["loss"] == [step for step in range(1, 10_001) if is_drawn(step)]
+    assert len(steps["loss"]) == 924
+    assert steps["update_ratio_matrices"][:10] == [*range(1, 9), 16, 24]
+    assert steps["update_ratio_matrices"][-1] == steps["loss"][-1]
+    assert not steps["eta_seconds"]

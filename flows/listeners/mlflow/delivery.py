@@ -30,12 +30,12 @@ from flows.listeners.mlflow.uploads import Refused
 GATHER_SECONDS = 0.3
 """From news to its sending: what the end of a step and the start of the next one report then goes at once, and not
 while Prefect, which asks its own server between them, could use the time."""
-FOLLOW_SECONDS = 10.0  # MLflow takes a request's points at once, and asks as much for one as for a hundred
+FOLLOW_SECONDS = 20.0  # while a training logs its steps: MLflow's pages ask for what is new every 30
 RETRY_SECONDS = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 ID_SECONDS = 3.0  # without any sign of MLflow, for an id that a page or a manifest should name
 MOST_ID_SECONDS = 10.0
 FILE_SECONDS = 60.0  # without any sign of MLflow while files are sent, or from a database that is a file
-LOGGED = {"params", "tags", "metrics", LOG}
+LOGGED = {"params", "tags", "metrics", "link", LOG}
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def waiting(log: LogFile, store: Store) -> Iterator[tuple[Operation | None, Plac
         place = behind
     if place.following:
         pending, following = place.following.read(store)
-        place = Place(place.offset, following)
-        yield from ((operation, place) for operation in pending)
+        yield from ((operation, place) for operation in pending[:-1])
+        yield (pending[-1] if pending else None), Place(place.offset, following)
 
 
 def translated(event: Event, store: Store) -> list[Operation]:
@@ -158,7 +158,8 @@ def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
             why = str(refusal)
             log.refuse(operation, why)
         try:
-            log.note_sent(place.as_json())
+            if place:
+                log.note_sent(place.as_json())
         except OSError as error:
             raise Away(f"{log.folder} can't be written to: {error}") from error
         if operation:
@@ -167,30 +168,58 @@ def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
 
 def in_batches(
     operations: Iterable[tuple[Operation | None, Place]],
-) -> Iterator[tuple[Operation | None, Place]]:
-    """Neighbouring params, tags and points of one run as one operation: a request costs more than what is in it."""
-    held: tuple[Operation | None, Place] | None = None
+) -> Iterator[tuple[Operation | None, Place | None]]:
+    """What is logged of each run, as one operation until something else comes: a request costs more than what is in it.
+
+    Of those that go together, the last one has the place behind them all, and the others have none.
+    """
+    held: dict[str, Operation] = {}
+    latest: Place | None = None
     for operation, place in operations:
-        together = merged(held[0], operation) if held and held[0] and operation else None
-        if held and not together and operation:
-            yield held
-        held = (together or operation or (held[0] if held else None)), place
-    if held:
-        yield held
+        if operation and operation["op"] in LOGGED and "run" in operation:
+            run = operation["run"]
+            together = merged(held.get(run, {}), operation)
+            if not together:
+                yield from released(held, latest)
+            held[run] = together or operation
+        elif operation:
+            yield from released(held, latest)
+            yield operation, place
+        elif not held:
+            yield None, place
+        latest = place
+    yield from released(held, latest)
+
+
+def released(held: dict[str, Operation], place: Place | None) -> Iterator[tuple[Operation, Place | None]]:
+    """Give what was held, and hold it no longer."""
+    while held:
+        operation = held.pop(next(iter(held)))
+        yield operation, None if held else place
 
 
 def merged(one: Operation, other: Operation) -> Operation | None:
-    """Two operations as one of a request's size; None where they can't be."""
-    if not {one["op"], other["op"]} <= LOGGED or one.get("run") != other.get("run"):
-        return None
+    """Two operations of a run as one of a request's size; None where they can't be. ``one`` may be empty."""
     known = one.get("params", {})
     if any(known.get(name, value) != value for name, value in other.get("params", {}).items()):
         return None  # a param has one value: MLflow is to refuse the second one
     points = [*one.get("points", ()), *other.get("points", ())]
-    entries = {kind: {**one.get(kind, {}), **other.get(kind, {})} for kind in ("params", "tags")}
-    if len(points) > METRICS or any(len(each) > ENTRIES for each in entries.values()):
+    entries = {kind: {**one.get(kind, {}), **entries_of(kind, other)} for kind in ("params", "tags", "links")}
+    if (
+        len(points) > METRICS
+        or len(entries["params"]) > ENTRIES
+        or len(entries["tags"] | entries["links"]) > ENTRIES
+    ):
         return None
-    return {"op": LOG, "run": one.get("run"), **entries, "points": points}
+    return {"op": LOG, "run": other["run"], **entries, "points": points}
+
+
+def entries_of(kind: str, operation: Operation) -> Mapping[str, Any]:
+    """An operation's params, tags or links by name."""
+    if kind == "links" and operation["op"] == "link":
+        return {operation["tag"]: {"to": operation["to"], "id": operation["id"]}}
+    found: Mapping[str, Any] = operation.get(kind, {})
+    return found
 
 
 @contextmanager

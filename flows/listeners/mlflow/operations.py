@@ -269,10 +269,11 @@ class Mlflow:
             self._log_entries(run_id, [], [], points)
 
     def _log(self, experiment: str, operation: Operation) -> None:
+        links = {tag: self._id_of(experiment, link) for tag, link in operation.get("links", {}).items()}
         self._log_entries(
             self._run(experiment, operation["run"]),
             [Param(*param) for param in operation.get("params", {}).items()],
-            [RunTag(*tag) for tag in operation.get("tags", {}).items()],
+            [RunTag(*tag) for tag in {**operation.get("tags", {}), **links}.items()],
             [Metric(name, float(value), *when) for name, value, *when in operation.get("points", [])],
         )
 
@@ -282,10 +283,13 @@ class Mlflow:
             self._client.delete_tag(run_id, operation["tag"])
 
     def _link(self, experiment: str, operation: Operation) -> None:
-        """Tag a run with the id of another one, which may not have been known when it was sealed."""
-        run_id, key = self._run(experiment, operation["run"]), operation["to"]
-        other = operation["id"] or (self.ids.get(key) or self._find(experiment, key) if key else "")
-        self._client.set_tag(run_id, operation["tag"], other)
+        """Tag a run with the id of another one."""
+        self._log(experiment, {"run": operation["run"], "links": {operation["tag"]: operation}})
+
+    def _id_of(self, experiment: str, link: Mapping[str, str]) -> str:
+        """The id that a link leads to, which may not have been known when it was logged; empty where there is none."""
+        key = link["to"]
+        return link["id"] or (self.ids.get(key) or self._find(experiment, key) if key else "")
 
     def _inputs(self, experiment: str, operation: Operation) -> None:
         inputs = [

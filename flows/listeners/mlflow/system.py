@@ -17,7 +17,7 @@ from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
 from flows.listeners.mlflow.points import Point
 
-SECONDS = 10.0  # between points; a step that ends sooner has one
+SECONDS = 20.0  # between points; a step that ends sooner has one
 SHORTEST_SECONDS = 1.0  # over which a processor's load means something
 
 

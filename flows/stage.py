@@ -14,7 +14,7 @@ from data_pipeline.discards import is_discard
 from data_pipeline.stage import Metrics, StageConfig, StageContext
 
 Body = Callable[[Any, Mapping[str, Path], Path, StageContext], Metrics]
-TYPES = ("documents", "tokenizer", "tokens", "model", "scores", "folder")
+TYPES = ("documents", "tokenizer", "tokens", "model", "scores", "table", "folder")
 """Types of artifacts: what a step makes, and the steps after it take."""
 
 

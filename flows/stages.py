@@ -115,6 +115,16 @@ OURS: tuple[Stage, ...] = (
         texts=True,
     ),
     Stage(
+        name="score",
+        body_at="llm.score.stage:score",
+        config_at="llm.score.config:ScoreConfig",
+        takes=("model", "tokenizer"),
+        makes="table",
+        version=1,
+        headline=("*/bits_per_byte", "*/accuracy", "centred_mean"),
+        trains=True,
+    ),
+    Stage(
         name="export",
         body_at="llm.export.stage:export",
         config_at="llm.export.config:ExportConfig",

@@ -33,7 +33,7 @@ SLOWEST = (
     "test_operations", "test_durable", "test_end_to_end", "swept", "test_outages", "test_training",
     "test_engines", "test_prefect_outage", "test_mistakes", "test_gc", "test_credentials", "test_mlflow",
     "test_slurm", "test_trace", "test_listeners", "test_two_models", "test_parallel_steps", "test_benchmarks",
-    "test_bench", "test_proxy",
+    "test_bench", "test_proxy", "test_score",
 )  # fmt: skip
 """Which files are begun first, so that no worker is left with a long one; those that wait beside those that compute."""
 LONGER = (

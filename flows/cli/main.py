@@ -21,6 +21,7 @@ from flows.cli import (
     models,
     runs,
     schedule,
+    score,
     servers,
     settings,
     tracking,
@@ -39,7 +40,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         artifacts.gc,
         settings.settings,
     ),
-    "Compare": (comparison.compare,),
+    "Compare": (comparison.compare, score.score),
     "Models": (models.generate, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from flows.compare.rows import Row
 from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
-from llm.evaluate.statistics import Floats
 from llm.pretrain.config import tokens_at
+from llm.score.statistics import Floats
 from llm.training.events import read_events
 
 MOST_POINTS = 400

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from flows.compare.subjects import Subject
-from llm.evaluate.statistics import MIN_DOCUMENTS, Floats
+from llm.score.statistics import MIN_DOCUMENTS, Floats
 
 
 class NotComparable(Exception):

@@ -29,7 +29,7 @@ from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.translate import Operation, measured
 from flows.listeners.terminal import Terminal, TerminalListener
 from flows.recipe import shown
-from llm.evaluate.statistics import MIN_DOCUMENTS
+from llm.score.statistics import MIN_DOCUMENTS
 
 
 def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list[str]]]:

@@ -19,7 +19,7 @@ import numpy as np
 from flows.compare.rows import Row, recipe_key, recipe_rows
 from flows.compare.scores import NotComparable, Scores, read_scores
 from flows.compare.subjects import Subject
-from llm.evaluate.statistics import LEVEL, Estimate, holm, paired_bootstrap, seeds_test
+from llm.score.statistics import LEVEL, Estimate, holm, paired_bootstrap, seeds_test
 
 SECOND, FIRST, NONE = "second is better", "first is better", "no difference shown"
 SAME, ALIKE, SEEDS, UNKNOWN = "same model", "same models", "seeds of one recipe", "not known"

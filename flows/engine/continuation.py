@@ -99,8 +99,8 @@ class Continuation:
 
 
 def plan_id(recipe: Recipe, steps: Sequence[Step]) -> str:
-    """Return the name by which a plan is known, whoever runs it."""
-    return f"{recipe.name}-{steps[-1].fingerprint}"
+    """Return the name by which a plan is known, whoever runs it; no step has such a one."""
+    return f"{recipe.name}-{steps[-1].fingerprint}.run"
 
 
 def read_record(path: Path) -> dict[str, Any]:

@@ -26,12 +26,12 @@ from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.fixed import Fixed, score_fixed
-from llm.evaluate.report import report, sets_table, tasks_table
-from llm.evaluate.statistics import interval
+from llm.evaluate.report import report
 from llm.model.generate import generate
 from llm.model.transformer import load_model
 from llm.score.documents import Document, score_documents
+from llm.score.fixed import Fixed, score_fixed, tables
+from llm.score.statistics import interval
 
 
 def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -132,8 +132,7 @@ def write(
         path.write_text("".join(lines), encoding="utf-8")
     fixed.write(out)
     with atomic_path(out / "report.md") as path:
-        tables = [sets_table(fixed.metrics_of_sets()), tasks_table(fixed.metrics_of_tasks())]
-        parts = [report(metrics, sources, rows, samples), *filter(None, tables)]
+        parts = [report(metrics, sources, rows, samples), *tables(fixed)]
         path.write_text("\n".join(parts), encoding="utf-8")
     by_source = {f"bits_per_byte/{source}": scores["bits_per_byte"] for source, scores in sources.items()}
     return metrics | interval(rows) | by_source | fixed.metrics()

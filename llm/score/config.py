@@ -1,12 +1,16 @@
-"""Settings of texts and tasks that a model is scored on."""
+"""Settings of texts and tasks that a model is scored on, and of the stage ``score``."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
 from data_pipeline.core.config import Config
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile, pin
+from data_pipeline.stage import Runtime, StageConfig
 from llm.score.prompts import Kind
 
 NAME = r"^[A-Za-z0-9_.-]+$"
@@ -55,3 +59,74 @@ class TaskConfig(Config):
         if self.kind == "pairs" and self.shots:
             raise ValueError("pairs are sentences, which nothing stands before: leave shots out")
         return self
+
+
+class FixedConfig(StageConfig):
+    """Sets and tasks of a stage that scores a model on some."""
+
+    stage: ClassVar[str]
+    """The stage's name, for messages."""
+
+    sets: tuple[SetConfig, ...] = ()
+    """Fixed sets of texts that the model is scored on: see docs/evaluate.md."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks that the model is scored on: see docs/evaluate.md."""
+    runtime: Runtime = Runtime()
+
+    _files: tuple[PinnedFile, ...] | None = PrivateAttr(default=None)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        names = [*(one.name for one in self.sets), *(one.name for one in self.tasks)]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two of {self.stage}.sets and tasks are called {', '.join(sorted(twice))}")
+        return self
+
+    @property
+    def set_files(self) -> tuple[PinnedFile, ...]:
+        """The sets' files; only a resolved config has them."""
+        assert self._files is not None, "resolve() the config first"
+        return self._files[: len(self.sets)]
+
+    @property
+    def task_files(self) -> tuple[PinnedFile, ...]:
+        """The tasks' files; only a resolved config has them."""
+        assert self._files is not None, "resolve() the config first"
+        return self._files[len(self.sets) :]
+
+    def resolve(self) -> Self:
+        if self._files is not None:
+            return self
+        pinned = self.model_copy()
+        sets = pin([one.path for one in self.sets], f"{self.stage}.sets")
+        for one, file in zip(self.sets, sets, strict=True):
+            if one.sha256 not in (None, file.sha256):
+                raise UserError(
+                    f"{self.stage}.sets: {one.path} has the sha256 {file.sha256}, not {one.sha256}"
+                )
+        pinned._files = (*sets, *pin([task.path for task in self.tasks], f"{self.stage}.tasks"))
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """Settings as they are, files by the hash of their content."""
+        values = super().identity()
+        for kind, files in (("sets", self.set_files), ("tasks", self.task_files)):
+            for described, file in zip(values[kind], files, strict=True):
+                described["path"] = file.sha256
+                described.pop("sha256", None)
+            if not files:  # as it was before there were any, so that what was sealed then is found
+                del values[kind]
+        return values
+
+
+class ScoreConfig(FixedConfig):
+    """Settings of scoring any model on sets and tasks."""
+
+    stage = "score"
+
+    def resolve(self) -> Self:
+        if not (self.sets or self.tasks):
+            raise UserError(
+                "there is nothing to score: name a set or a task at least (score.sets, score.tasks)"
+            )
+        return super().resolve()

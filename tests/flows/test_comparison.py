@@ -9,7 +9,7 @@ import pytest
 from scipy import stats
 
 from flows.compare.verdict import Claim
-from llm.evaluate.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
+from llm.score.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
 
 WORLDS = 500
 EFFECT = 0.02

@@ -11,8 +11,12 @@ from command_line import Llmill, kill_tree
 from mlflow import MlflowClient
 from prefect.utilities.names import generate_slug
 
+from flows.engine.continuation import Continuation, plan_id
 from flows.engine.naming import in_words
+from flows.engine.plan import Step
 from flows.prefect.names import is_made_up
+from flows.recipe import Recipe
+from flows.stages import STAGES
 
 
 @pytest.mark.parametrize(
@@ -96,3 +100,12 @@ def test_a_run_is_named_by_a_person_or_after_what_differs_from_the_nearest(named
     assert runs(named)[-1].info.run_name.startswith("max_chars=90000 · ")
     named.run("--to", "clean")
     assert runs(named)[-1].info.run_name.startswith("small · ")
+
+
+def test_a_recipe_that_is_called_as_a_stage_has_a_run_beside_the_step(tmp_path: Path) -> None:
+    for stage in STAGES:
+        keys = Continuation(tmp_path)
+        step = Step(name=stage.name, stage=stage, action="run", why=[], fingerprint="0123456789abcdef")
+        run = keys.claim(plan_id(Recipe(name=stage.name), [step]), "a name")
+        assert keys.step(stage.name, "0123456789abcdef").key != run.key
+        keys.release()

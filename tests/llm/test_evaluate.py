@@ -16,11 +16,11 @@ from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.evaluate.config import EvaluateConfig
 from llm.evaluate.stage import choose, evaluate, read
-from llm.evaluate.statistics import interval
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 from llm.score import documents as module
 from llm.score.documents import Document, batched, cut, score_documents
+from llm.score.statistics import interval
 
 Make = Callable[..., ModelConfig]
 Save = Callable[..., Path]

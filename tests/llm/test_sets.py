@@ -21,11 +21,11 @@ from data_pipeline.core.pinned_files import pin
 from data_pipeline.stage import LocalContext
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.fixed import score_fixed
 from llm.evaluate.stage import evaluate
 from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
 from llm.score.config import SetConfig
+from llm.score.fixed import score_fixed
 from llm.score.sets import read_texts
 
 Make = Callable[..., ModelConfig]

@@ -169,7 +169,7 @@ def deliver(log: LogFile, mlflow: Mlflow) -> Iterator[tuple[Operation, str]]:
 def in_batches(
     operations: Iterable[tuple[Operation | None, Place]],
 ) -> Iterator[tuple[Operation | None, Place | None]]:
-    """What is logged of each run, as one operation until something else comes: a request costs more than what is in it.
+    """Join what is logged of each run until something else comes: a request costs more than what is in it.
 
     Of those that go together, the last one has the place behind them all, and the others have none.
     """

@@ -1,4 +1,4 @@
-"""Sets and tasks that an evaluation scores besides held-out documents, each once, whatever is killed."""
+"""The scores of a model on sets and tasks, each made once, whatever is killed."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import token_bytes
 from llm.data.bits import bits_per_byte
-from llm.evaluate.config import EvaluateConfig
-from llm.evaluate.statistics import interval
 from llm.model.transformer import Transformer
+from llm.score.config import FixedConfig
+from llm.score.report import sets_table, tasks_table
 from llm.score.sets import DOCUMENTS, run_set
+from llm.score.statistics import interval
 from llm.score.task import ITEMS, first_token, run_task, summarise
 
 Row = dict[str, Any]
@@ -68,7 +69,7 @@ class Fixed:
 def score_fixed(
     model: Transformer,
     tokenizer: Tokenizer,
-    config: EvaluateConfig,
+    config: FixedConfig,
     *,
     folder: Path,
     out: Path,
@@ -101,6 +102,12 @@ def score_fixed(
         if cut := sum(row["cut"] > 0 for row in tasks[task.name]):
             context.note(f"{task.name}: {cut:,} items are longer than the context, and cut at the left")
     return Fixed(sets, tasks)
+
+
+def tables(fixed: Fixed) -> list[str]:
+    """Make the tables of a report, in Markdown; none of what there is nothing of."""
+    made = sets_table(fixed.metrics_of_sets()), tasks_table(fixed.metrics_of_tasks())
+    return [*filter(None, made)]
 
 
 def kept(path: Path, schema: pa.Schema, make: Callable[[], list[Row]]) -> list[Row]:

@@ -1,0 +1,31 @@
+"""The score stage: a model on fixed sets of texts and on tasks, whatever corpus it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import Metrics, StageContext
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
+from llm.model.transformer import load_model
+from llm.score.config import ScoreConfig
+from llm.score.fixed import score_fixed, tables
+
+
+def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
+    """Score the model of ``inputs["model"]`` with the tokenizer of ``inputs["tokenizer"]``.
+
+    Leaves ``report.md``, ``set_documents.parquet`` (`llm.score.sets.DOCUMENTS`) where there are sets, and
+    ``items.parquet`` (`llm.score.task.ITEMS`) where there are tasks.
+    """
+    config = config.resolve()
+    model = load_model(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    fixed.write(out)
+    with atomic_path(out / "report.md") as path:
+        path.write_text("\n".join(["# Scores on sets and tasks\n", *tables(fixed)]), encoding="utf-8")
+    return fixed.metrics()

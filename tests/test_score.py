@@ -1,0 +1,191 @@
+"""``llmill score``: any model on fixed sets and tasks, sealed, tracked, and not scored twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from command_line import Llmill, kill_tree
+from mlflow import MlflowClient
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data_pipeline.core.errors import UserError
+from flows.compare.scores_table import cell, questions
+from flows.compare.scoring import kind_of, scoring_config
+from flows.engine.store import Store
+
+TEXTS = [
+    "Guten Morgen, Welt!",
+    "吾輩は猫である。名前はまだ無い。",
+    "สวัสดีชาวโลก",
+    "नमस्ते दुनिया",
+    "مرحبا",
+    "def f(x):\r\n\treturn x  # 🦊",
+]
+ITEMS: dict[str, list[dict[str, Any]]] = {
+    "fruit": [
+        {"query": f"{n} apples and one more are", "choices": [f"{n + 1}", f"{n}"], "gold": n % 2}
+        for n in range(8)
+    ],
+    "agreement": [
+        {"sentence_good": f"{n} cats sleep.", "sentence_bad": f"{n} cats sleeps."} for n in range(8)
+    ],
+    "words": [{"context": "import os, sys", "continuation": "import re"}] * 3,
+    "who": [{"context_options": ["The dog ate", "The sky ate"], "continuation": "its food.", "gold": 0}] * 4,
+}
+
+
+def write(folder: Path) -> tuple[Path, dict[str, Path]]:
+    texts = folder / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS), encoding="utf-8")
+    tasks = {}
+    for name, items in ITEMS.items():
+        tasks[name] = folder / f"{name}.jsonl"
+        tasks[name].write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    return texts, tasks
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Path]]:
+    return write(tmp_path_factory.mktemp("given"))
+
+
+@pytest.fixture
+def options(given: tuple[Path, dict[str, Path]]) -> list[str]:
+    texts, tasks = given
+    return ["--sets", str(texts), *(word for path in tasks.values() for word in ("--tasks", str(path)))]
+
+
+@pytest.fixture
+def llmill(copy_finished: Callable[[Path], Llmill], tmp_path: Path) -> Llmill:
+    return copy_finished(tmp_path / "home")
+
+
+@pytest.fixture
+def theirs(llmill: Llmill, tmp_path: Path) -> Path:
+    """A model that was made elsewhere, with a tokenizer beside it."""
+    [exported] = Store(llmill.home).artifacts("export")
+    folder = tmp_path / "their model"
+    torch.manual_seed(0)
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = LlamaConfig(vocab_size=512, max_position_embeddings=64, **shape)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for path in exported.path.glob("*token*"):
+        shutil.copy(path, folder)
+    return folder
+
+
+def test_ours_and_theirs_are_rows_of_one_table_and_nothing_is_scored_twice(
+    llmill: Llmill, theirs: Path, options: list[str], tmp_path: Path
+) -> None:
+    [exported], [trained] = Store(llmill.home).artifacts("export"), Store(llmill.home).artifacts("pretrain")
+    copy = shutil.copytree(exported.path, tmp_path / "a copy of ours")
+    out = llmill("score", "latest", str(theirs), *options).stdout
+    for shown in ("texts", "bits per byte", "fruit", "right", "words", "all tasks", "their model"):
+        assert shown in out
+    rows = json.loads(llmill("score", trained.fingerprint, str(theirs), *options, "--json").stdout)
+    assert [row["model"] for row in rows] == [f"pretrain {trained.fingerprint[:8]}", "their model"]
+    assert len(Store(llmill.home).artifacts("score")) == 2
+    again = llmill("score", str(copy), exported.fingerprint, *options)
+    assert again.stdout.count("was scored on these already") == 2
+    assert len(Store(llmill.home).artifacts("score")) == 2
+    metrics = rows[0]["metrics"]
+    assert metrics["texts/documents"] == len(TEXTS)
+    assert metrics["texts/bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert {name: metrics[f"{name}/items"] for name in ITEMS} == {
+        name: len(items) for name, items in ITEMS.items()
+    }
+    assert rows[0]["metrics"]["texts/bits_per_byte"] != rows[1]["metrics"]["texts/bits_per_byte"]
+
+    client = MlflowClient(f"sqlite:///{llmill.home}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("score").experiment_id])
+    whole = {
+        run.info.run_name.partition(" · ")[0]: run
+        for run in runs
+        if "mlflow.parentRunId" not in run.data.tags
+    }
+    assert len(whole) == 2
+    logged = whole["their model"].data.metrics
+    assert logged["score/texts/bits_per_byte"] == rows[1]["metrics"]["texts/bits_per_byte"]
+    assert logged["score/fruit/accuracy"] == rows[1]["metrics"]["fruit/accuracy"]
+
+
+def test_a_scoring_that_is_killed_is_resumed_to_the_same_bytes(
+    llmill: Llmill, options: list[str], copy_finished: Callable[[Path], Llmill], tmp_path: Path
+) -> None:
+    other = copy_finished(tmp_path / "undisturbed")
+    other("score", "latest", *options)
+    running = llmill.start("score", "latest", *options)
+    while not list((llmill.home / "store" / "score").glob("*.partial/scratch/tasks/fruit.parquet")):
+        assert running.poll() is None
+        os.sched_yield()
+    kill_tree(running)
+    running.communicate(timeout=60)
+    llmill("score", "latest", *options)
+    [one], [two] = Store(llmill.home).artifacts("score"), Store(other.home).artifacts("score")
+    assert one.payload_sha256 == two.payload_sha256
+    assert pq.read_table(one.path / "items.parquet").num_rows == sum(map(len, ITEMS.values()))
+
+
+def test_mistakes_are_said_before_anything_runs(llmill: Llmill, options: list[str], tmp_path: Path) -> None:
+    assert "name a set or a task at least" in llmill("score", "latest", code=2).stderr
+    assert "no run is called nobody" in llmill("score", "nobody", *options, code=2).stderr
+    [tokenizer] = Store(llmill.home).artifacts("train_tokenizer")
+    assert "is no model" in llmill("score", tokenizer.fingerprint, *options, code=2).stderr
+    (tmp_path / "empty").mkdir()
+    said = llmill("score", str(tmp_path / "empty"), *options, code=2).stderr
+    assert "config.json" in said
+    assert not Store(llmill.home).artifacts("score")
+
+
+def test_what_is_to_be_scored_is_taken_from_files_and_from_lists(
+    given: tuple[Path, dict[str, Path]], tmp_path: Path
+) -> None:
+    texts, tasks = given
+    assert {name: kind_of(path) for name, path in tasks.items()} == {
+        "fruit": "choice", "agreement": "pairs", "words": "continuation", "who": "schema",
+    }  # fmt: skip
+    listed = tmp_path / "suite.yaml"
+    listed.write_text(
+        f"evaluate:\n  sets: [{{name: ours, path: {texts}}}]\n"
+        f"  tasks: [{{name: fruit, path: {tasks['fruit']}, kind: choice, shots: 1, max_items: 3}}]\n"
+    )
+    config = scoring_config([listed], [listed, tasks["who"]], 5)
+    assert [(one.name, one.max_documents) for one in config.sets] == [("ours", 5)]
+    assert [(one.name, one.shots, one.max_items) for one in config.tasks] == [("fruit", 1, 3), ("who", 0, 5)]
+    for text, why in (("a: 1\n", "lists no sets"), ("[", "not valid YAML"), ("sets: [1]\n", "lists no sets")):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=why):
+            scoring_config([listed], [], None)
+    strange = tmp_path / "strange.jsonl"
+    for text, why in (('{"a": 1}\n', "those of no kind"), ("[]\n", "no JSON object"), ("", "no JSON object")):
+        strange.write_text(text)
+        with pytest.raises(UserError, match=why):
+            scoring_config([], [strange], None)
+    with pytest.raises(UserError, match="two of score"):
+        scoring_config(
+            [texts],
+            [texts.with_name("fruit.jsonl"), shutil.copy(tasks["fruit"], tmp_path / "texts.jsonl")],
+            None,
+        )
+
+
+def test_a_share_stands_with_its_interval_and_the_mean_comes_last() -> None:
+    metrics = {
+        "a/accuracy": 0.5,
+        "a/accuracy_low": 0.25,
+        "a/accuracy_high": 0.75,
+        "b/bits_per_byte": 1.0,
+        "centred_mean": 0.1,
+    }
+    assert questions([metrics]) == [("a", "accuracy"), ("b", "bits_per_byte"), ("all tasks", "centred_mean")]
+    assert cell(metrics, "a", "accuracy") == "50.0% [25.0%, 75.0%]"
+    assert cell(metrics, "b", "bits_per_byte") == "1.0000"
+    assert cell({}, "b", "bits_per_byte") == ""

@@ -282,9 +282,13 @@ def load_model(folder: Path) -> Transformer:
     from safetensors.torch import load_file
 
     config = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
+    return model_of(config, load_file(folder / "model.safetensors"))
+
+
+def model_of(config: ModelConfig, weights: dict[str, Tensor]) -> Transformer:
+    """Return a model with a copy of ``weights``, without that of a tied head; fp32, in evaluation mode, on the CPU."""
     model = Transformer(config)
-    weights = load_file(folder / "model.safetensors")
     if config.tie_embeddings:
-        weights["lm_head.weight"] = weights["embed_tokens.weight"]
+        weights = {**weights, "lm_head.weight": weights["embed_tokens.weight"]}
     model.load_state_dict(weights)
     return model.eval()

@@ -24,6 +24,7 @@ from llm.machine.hardware import require_ranks
 from llm.machine.slurm import SlurmJob
 from llm.model.config import ModelConfig, ModelShape
 from llm.pretrain import presets
+from llm.score.config import ValidateOn
 from llm.training.recovery import Recovery
 from llm.training.resolved import OptimizerSettings, Wanted
 from llm.training.schedule import BatchPlan, Schedule, batch_plan
@@ -125,6 +126,7 @@ class PretrainRuntime(Runtime):
     """Steps between measurements of gradient and update norms by layer, with one in the last step; 0: none."""
     validation: Validation = Validation()
     samples: Samples = Samples()
+    validate_on: ValidateOn = ValidateOn()
     max_nonfinite: int = Field(default=5, ge=0)
     """Steps in a row that may be skipped because loss or gradient was not finite; one more ends the run."""
     max_rollbacks: int = Field(default=3, ge=1)
@@ -285,10 +287,12 @@ class PretrainConfig(StageConfig):
 
         Raises:
             UserError: more ranks than this machine has room for; attention that cannot run here; nothing to compile
-                with; no model in ``init_from``.
+                with; no model in ``init_from``; a file of ``runtime.validate_on`` that can't be scored.
         """
         here = self.runtime.launcher == "local"
         resolved = self.for_this_machine() if here else self.require_precision()
+        if self.runtime.validate_on.paths:
+            resolved = resolved.with_read_sets()
         return resolved if self.init_from is None else resolved.with_start(self.init_from)
 
     def for_this_machine(self) -> Self:
@@ -306,6 +310,13 @@ class PretrainConfig(StageConfig):
                 "set pretrain.precision to bf16 or fp32"
             )
         return self
+
+    def with_read_sets(self) -> Self:
+        """Return a copy that names the files of `runtime.validate_on` wherever it is read, after a look into each."""
+        from llm.training.scores import checked
+
+        runtime = self.runtime.model_copy(update={"validate_on": checked(self.runtime.validate_on)})
+        return self.model_copy(update={"runtime": runtime})
 
     def with_start(self, folder: Path) -> Self:
         """Return a copy that knows what ``folder`` holds, to start from."""
@@ -407,6 +418,12 @@ class PretrainConfig(StageConfig):
         """Steps between samples; 0: none."""
         every, checks = self.runtime.samples.every, self.runtime.validation.every
         return checks * math.ceil(self.steps / checks / MOST_SAMPLINGS) if every is None else every
+
+    @property
+    def scores_every(self) -> int:
+        """Steps between scores on `runtime.validate_on`; 0: none."""
+        chosen = self.runtime.validate_on
+        return (chosen.every or self.runtime.validation.every) if chosen.paths else 0
 
     @property
     def mix(self) -> Mixture | None:

@@ -21,8 +21,9 @@ from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
 from llm.pretrain import presets
 from llm.pretrain.config import PretrainConfig
-from llm.pretrain.summary import describe_reading, summarise
+from llm.pretrain.summary import describe_reading, describe_scoring, summarise
 from llm.training import checkpoint
+from llm.training.events import read_events
 from llm.training.job import Job
 from llm.training.resolved import Resolved
 
@@ -56,6 +57,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
             grace_seconds=config.runtime.grace_seconds,
             batch=None if here else config.runtime.slurm,
         )
+    for line, warning in describe_scoring(read_events(out / "logs" / "events.jsonl")):
+        context.note(line, warning=warning)
     return summarise(config, out)
 
 

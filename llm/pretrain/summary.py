@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow.parquet as pq
 
 from data_pipeline.core.files import atomic_path
-from data_pipeline.core.text import table
+from data_pipeline.core.text import duration, table
 from data_pipeline.stage import Metrics
 from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
 
 if TYPE_CHECKING:
     from llm.pretrain.config import PretrainConfig
+
+
+MOST_SCORING = 0.02
+"""Share of a training's time that scores in its loop may take before a warning."""
 
 
 def summarise(config: PretrainConfig, out: Path) -> Metrics:
@@ -58,6 +63,32 @@ def describe_reading(config: PretrainConfig, reading: list[dict[str, Any]]) -> l
         f"- {row['source']}: {row['read'] / total:.1%} of the windows, {row['epochs']:.2f} epochs"
         for row in reading
     ]
+
+
+def describe_scoring(events: list[dict[str, Any]]) -> list[tuple[str, bool]]:
+    """Return lines for a person on what was scored while training and what that cost, and whether each is a warning.
+
+    They are no part of the report, which is the same whatever was scored.
+    """
+    scored = [event for event in events if event["event"] == "scores"]
+    if not scored:
+        return []
+    seconds = sum(event["seconds"] for event in scored)
+    share = seconds / max(seconds, seconds_of(events))
+    last = ", ".join(f"{name} {value:.4f}" for name, value in scored[-1].items() if "/" in name)
+    cost = f"scored {len(scored)} time(s) while training, in {duration(seconds)}: {share:.1%} of its time"
+    dear = share > MOST_SCORING
+    advice = "; raise pretrain.runtime.validate_on.every, or lower its items" if dear else ""
+    return [(f"after step {scored[-1]['step']:,}: {last}", False), (cost + advice, dear)]
+
+
+def seconds_of(events: list[dict[str, Any]]) -> float:
+    """Sum up the time between the first and the last event of each attempt at a training."""
+    starts = [place for place, event in enumerate(events) if event["event"] == "start"]
+    ends = [*starts[1:], len(events)]
+    return math.fsum(
+        events[end - 1]["time"] - events[start]["time"] for start, end in zip(starts, ends, strict=True)
+    )
 
 
 def report(

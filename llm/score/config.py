@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -61,6 +62,17 @@ class TaskConfig(Config):
         return self
 
 
+def refuse_same_names(sets: Iterable[SetConfig], tasks: Iterable[TaskConfig], key: str) -> None:
+    """See that each set and task has a name of its own; ``key`` is the setting that lists them.
+
+    Raises:
+        ValueError: two have the same.
+    """
+    names = [one.name for one in (*sets, *tasks)]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise ValueError(f"two of {key}.sets and tasks are called {', '.join(sorted(twice))}")
+
+
 class FixedConfig(StageConfig):
     """Sets and tasks of a stage that scores a model on some."""
 
@@ -77,9 +89,7 @@ class FixedConfig(StageConfig):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        names = [*(one.name for one in self.sets), *(one.name for one in self.tasks)]
-        if twice := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"two of {self.stage}.sets and tasks are called {', '.join(sorted(twice))}")
+        refuse_same_names(self.sets, self.tasks, self.stage)
         return self
 
     @property
@@ -130,3 +140,34 @@ class ScoreConfig(FixedConfig):
                 "there is nothing to score: name a set or a task at least (score.sets, score.tasks)"
             )
         return super().resolve()
+
+
+class ValidateOn(Config):
+    """Sets and tasks that a model is scored on while it is trained."""
+
+    sets: tuple[SetConfig, ...] = ()
+    """Fixed sets of texts, as `evaluate.sets` has them, without a stride."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks, as `evaluate.tasks` has them."""
+    every: int | None = Field(default=None, ge=1)
+    """Steps between scores, with some after the last one; None: as `validation.every`."""
+    items: int = Field(default=200, ge=1)
+    """At most so many documents of each set and items of each task, the first ones."""
+
+    @model_validator(mode="after")
+    def _can_be_logged(self) -> ValidateOn:
+        refuse_same_names(self.sets, self.tasks, "validate_on")
+        if strides := [one.name for one in self.sets if one.stride]:
+            raise ValueError(
+                f"a stride is for a second score, which only evaluate makes: leave it out of {', '.join(strides)}"
+            )
+        return self
+
+    @property
+    def paths(self) -> list[Path]:
+        """Files of the sets, then of the tasks."""
+        return [*(one.path for one in self.sets), *(task.path for task in self.tasks)]
+
+    def most(self, own: int | None) -> int:
+        """Return the smaller one of `items` and a limit of a set's or task's ``own``."""
+        return min(self.items, own or self.items)

@@ -61,9 +61,7 @@ def run_set(
     Raises:
         UserError: the file can't be read, or has no text.
     """
-    texts = list(islice(read_texts(chosen, file), chosen.max_documents))
-    if not texts:
-        raise UserError(f"{file.path}: the set {chosen.name} has no text")
+    texts = first_texts(chosen, file)
     encodings = tokenizer.encode_batch([text for _, text in texts])
     documents: list[Document] = [
         (name, np.array(encoding.ids, np.int64)) for (name, _), encoding in zip(texts, encodings, strict=True)
@@ -92,6 +90,18 @@ def run_set(
             }
         )
     return found
+
+
+def first_texts(chosen: SetConfig, file: PinnedFile) -> list[Text]:
+    """Return the texts of a set that are scored.
+
+    Raises:
+        UserError: there is none, or a row has no text.
+    """
+    texts = list(islice(read_texts(chosen, file), chosen.max_documents))
+    if not texts:
+        raise UserError(f"{file.path}: the set {chosen.name} has no text")
+    return texts
 
 
 def read_texts(chosen: SetConfig, file: PinnedFile) -> Iterator[Text]:

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ONCE = ("step", "norms", "validation", "samples", "skip")
+ONCE = ("step", "norms", "validation", "samples", "scores", "skip")
 """Events that are facts of a step: replayed after a resume they are the same, so they are not written again. After
 a rollback they are others, and written."""
 

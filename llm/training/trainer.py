@@ -22,13 +22,14 @@ import torch.distributed as dist
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.processes import die_with, has_ended
+from data_pipeline.core.text import first_line
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
 from llm.model.generate import generate
 from llm.model.layouts import load_weights
-from llm.model.transformer import Transformer, save_model
+from llm.model.transformer import Transformer, model_of, save_model
 from llm.training import checkpoint
 from llm.training.engine import Asked, Engine, start_ranks
 from llm.training.events import EventLog
@@ -37,6 +38,7 @@ from llm.training.job import Job
 from llm.training.probe import matmul_rates, memory_bytes
 from llm.training.recovery import History, SpikeDetector, skipped_sequences
 from llm.training.saver import Saved, Saver
+from llm.training.scores import Scorer
 from llm.training.signals import Requests
 from llm.training.state import size_of
 
@@ -75,6 +77,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
+        scores = rank == 0 and self.config.scores_every
+        self.scorer = Scorer(self.config.runtime.validate_on, job.tokenizer) if scores else None
         self.saver = Saver(
             job.checkpoints,
             rank=rank,
@@ -125,6 +129,8 @@ class Trainer:
                 self.validate(done)
             if self.is_due(done, self.config.samples_every):
                 self.write_samples(done)
+            if self.is_due(done, self.config.scores_every):
+                self.score(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
             if not last and (due or asked.save or asked.stop):
                 self.save(done)
@@ -225,6 +231,23 @@ class Trainer:
             {"prompt": prompt, "text": text} for prompt, text in zip(chosen.prompts, texts, strict=True)
         ]
         self.log("samples", step=done, tokens=self.config.tokens_after(done), samples=samples)
+
+    def score(self, done: int) -> None:
+        """Log how the model does on `validate_on`; a warning where it can't be scored.
+
+        Rank 0 scores a copy, in fp32 as ``evaluate`` does, so at every ZeRO stage alike; the others wait.
+        """
+        start = time.perf_counter()
+        weights = self.engine.weights()
+        if self.scorer:
+            try:
+                scores = self.scorer.scores(model_of(self.job.model, weights).to(self.engine.device))
+            except (UserError, torch.OutOfMemoryError) as error:
+                self.log("warning", message=f"no scores after step {done}: {first_line(error)}")
+            else:
+                facts = {"tokens": self.config.tokens_after(done), **scores}
+                self.log("scores", step=done, **facts, seconds=round(time.perf_counter() - start, 3))
+        dist.barrier()
 
     def report_diverged(self, done: int) -> None:
         """Warn that the held-out loss is not finite; after the last step that ends the run.

@@ -65,6 +65,7 @@ def test_how_it_is_executed_is_no_part_of_the_identity() -> None:
             "log_every": 9,
             "norms_every": 0,
             "samples": {"every": 0, "prompts": ["x"], "tokens": 3, "temperature": 0},
+            "validate_on": {"tasks": [{"name": "x", "path": "x.jsonl", "kind": "pairs"}]},
             "attention": "formula",
             "compile": True,
             "validation": {"every": 3, "tokens": 96},

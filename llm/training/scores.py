@@ -1,0 +1,96 @@
+"""Scores of a model in training on sets and tasks, by the functions that ``evaluate`` scores with."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile, pin
+from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
+from llm.data.bits import bits_per_byte
+from llm.model.transformer import Transformer
+from llm.score.config import SetConfig, TaskConfig, ValidateOn
+from llm.score.items import read_items
+from llm.score.sets import first_texts, run_set
+from llm.score.task import first_token, run_task, summarise
+
+KEY = "pretrain.runtime.validate_on"
+LOGGED = ("gold_bits_per_byte", "accuracy")
+"""Metrics of a task that are logged."""
+
+
+class Chosen:
+    """Sets and tasks with their files as they are now, each cut to the documents or items that are scored."""
+
+    def __init__(self, wanted: ValidateOn) -> None:
+        """Find the files.
+
+        Raises:
+            UserError: one can't be read, or has another checksum than it must.
+        """
+        self.sets: list[tuple[SetConfig, PinnedFile]] = []
+        self.tasks: list[tuple[TaskConfig, PinnedFile]] = []
+        for one in wanted.sets:
+            [file] = pin([one.path], f"{KEY}.sets")
+            if one.sha256 not in (None, file.sha256):
+                raise UserError(f"{KEY}.sets: {one.path} has the sha256 {file.sha256}, not {one.sha256}")
+            cut = {"path": file.path, "max_documents": wanted.most(one.max_documents)}
+            self.sets.append((one.model_copy(update=cut), file))
+        for task in wanted.tasks:
+            [file] = pin([task.path], f"{KEY}.tasks")
+            cut = {"path": file.path, "max_items": wanted.most(task.max_items)}
+            self.tasks.append((task.model_copy(update=cut), file))
+
+
+def checked(wanted: ValidateOn) -> ValidateOn:
+    """Read all that is to be scored; return it with absolute paths, for ranks that start in another folder.
+
+    Raises:
+        UserError: a file can't be read, has another checksum than it must, no texts, or what is no item of its task.
+    """
+    chosen = Chosen(wanted)
+    for one, file in chosen.sets:
+        first_texts(one, file)
+    for task, file in chosen.tasks:
+        read_items(task, file)
+    sets, tasks = (tuple(one for one, _ in found) for found in (chosen.sets, chosen.tasks))
+    return wanted.model_copy(update={"sets": sets, "tasks": tasks})
+
+
+class Scorer:
+    """Sets and tasks, and the tokenizer in a folder, by which models are scored again and again."""
+
+    def __init__(self, wanted: ValidateOn, folder: Path) -> None:
+        self.chosen = Chosen(wanted)
+        self.tokenizer = load_tokenizer(folder)
+        self.sizes, self.first = token_bytes(folder), first_token(self.tokenizer, folder)
+
+    def scores(self, model: Transformer) -> dict[str, float]:
+        """Return ``SET/bits_per_byte`` of each set, ``TASK/gold_bits_per_byte`` and ``TASK/accuracy`` of each task.
+
+        Raises:
+            UserError: a file is no longer what it was.
+        """
+        found = {}
+        for one, file in self.chosen.sets:
+            rows = run_set(model, self.tokenizer, one, file=file, sizes=self.sizes, progress=ignore)
+            nats, size = math.fsum(row["text_nats"] for row in rows), sum(row["bytes"] for row in rows)
+            found[f"{one.name}/bits_per_byte"] = bits_per_byte(nats, size)
+        for task, file in self.chosen.tasks:
+            items = run_task(
+                model,
+                self.tokenizer,
+                task,
+                file=file,
+                first=self.first,
+                sizes=self.sizes,
+                progress=ignore,
+            )
+            metrics = summarise(items)
+            found |= {f"{task.name}/{name}": metrics[name] for name in LOGGED}
+        return found
+
+
+def ignore(done: int, total: int) -> None:
+    """Show no progress."""

@@ -19,7 +19,7 @@ from flows.engine.store import Store
 from flows.listeners.mlflow.delivery import deliver, send_left, unsent, waiting
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.operations import Away, Gone, Mlflow
-from flows.listeners.mlflow.points import event_points, is_drawn
+from flows.listeners.mlflow.points import curve_points, event_points, is_drawn
 from flows.listeners.mlflow.samples import tables_of
 from flows.listeners.mlflow.translate import beginning, description
 from flows.listeners.mlflow.uploads import Refused
@@ -431,6 +431,42 @@ def test_points_of_a_training_are_taken_from_whole_lines_only(mlflow: Mlflow) ->
     [run] = runs(mlflow)
     found = MlflowClient(mlflow.uri).get_metric_history(run.info.run_id, "train/loss")
     assert [point.step for point in found] == [0, 2, 3]
+
+
+def test_scores_of_a_training_are_curves_over_steps_and_over_tokens(mlflow: Mlflow) -> None:
+    """On its own run over steps, on that of the whole recipe over both."""
+    written = EventLog(Store(mlflow.home).partial("pretrain", "f00d") / "logs" / "events.jsonl")
+    for step in (4, 8):
+        scores = {"code/bits_per_byte": 8 / step, "order/gold_bits_per_byte": 4 / step, "order/accuracy": 0.5}
+        written.write("scores", step=step, tokens=100 * step, **scores, seconds=0.25)
+    names = {"step": "pretrain", "stage": "pretrain", "fingerprint": "f00d", "key": KEY, "run": "b" * 16}
+    whole = {"op": "begin", **beginning("b" * 16, "whole")}
+    log = LogFile.begin(mlflow.home, "small", "home")
+    log.append(*events([whole, TOLD[0]]), TrainingStarted(**names))
+    assert {why for _, why in deliver(log, mlflow)} == {""}
+    client = MlflowClient(mlflow.uri)
+
+    def curve(run: str, name: str) -> list[tuple[int, float]]:
+        [found] = [one.info.run_id for one in runs(mlflow) if one.info.run_name == run]
+        return [(point.step, point.value) for point in client.get_metric_history(found, name)]
+
+    for name, values in (
+        ("code/bits_per_byte", (2, 1)),
+        ("order/gold_bits_per_byte", (1, 0.5)),
+        ("order/accuracy", (0.5, 0.5)),
+    ):
+        over_steps = [*zip((4, 8), values, strict=True)]
+        assert curve("pretrain", f"scores/{name}") == curve("whole", f"scores/{name}") == over_steps
+        assert curve("whole", f"tokens/scores/{name}") == [*zip((400, 800), values, strict=True)]
+    assert curve("pretrain", "scores/seconds") == [(4, 0.25), (8, 0.25)]
+    assert curve("whole", "scores/seconds") == curve("whole", "scores/tokens") == []
+    further = curve_points(
+        "second", {"event": "scores", "step": 1, "tokens": 9, "time": 1.0, "a/accuracy": 1.0}
+    )
+    assert further == [
+        ("second/scores/a/accuracy", 1.0, 1000, 1),
+        ("second/tokens/scores/a/accuracy", 1.0, 1000, 9),
+    ]
 
 
 def test_a_sender_that_dies_amid_a_long_training_leaves_nothing_out(mlflow: Mlflow) -> None:

@@ -12,7 +12,13 @@ from typing import Any
 
 Point = tuple[str, float, int, int]
 """A metric's name, its value, its time in milliseconds since 1970, and its step."""
-PREFIXES = {"step": "train", "norms": "norms", "validation": "val", "checkpoint": "checkpoint"}
+PREFIXES = {
+    "step": "train",
+    "norms": "norms",
+    "validation": "val",
+    "scores": "scores",
+    "checkpoint": "checkpoint",
+}
 """Kind of a training event -> the first part of the names of its metrics."""
 CURVES = {
     "step": {"loss": "train/loss", "tokens_per_second": "train/tokens_per_second"},
@@ -60,7 +66,7 @@ def event_points(event: Mapping[str, Any]) -> list[Point]:
 
 def curve_points(step_name: str, event: Mapping[str, Any]) -> list[Point]:
     """A training event's points on the page of the whole run, over steps and over tokens; none between those drawn."""
-    fields = CURVES.get(event["event"], {})
+    fields = curves_of(event)
     if event["event"] == "step" and not is_drawn(event["step"]):
         return []
     stamp, prefix = int(event["time"] * 1000), "" if step_name == PLAIN else f"{step_name}/"
@@ -68,9 +74,17 @@ def curve_points(step_name: str, event: Mapping[str, Any]) -> list[Point]:
     for field, name in fields.items():
         if field in event and math.isfinite(event[field]):
             points.append((prefix + name, float(event[field]), stamp, event["step"]))
-            if name in OVER_TOKENS and "tokens" in event:
-                points.append((prefix + OVER_TOKENS[name], float(event[field]), stamp, event["tokens"]))
+            over_tokens = f"tokens/{name}" if event["event"] == "scores" else OVER_TOKENS.get(name)
+            if over_tokens and "tokens" in event:
+                points.append((prefix + over_tokens, float(event[field]), stamp, event["tokens"]))
     return points
+
+
+def curves_of(event: Mapping[str, Any]) -> Mapping[str, str]:
+    """A training event's fields that are drawn on the page of the whole run, and how they are called there."""
+    if event["event"] == "scores":  # whose fields go by the names of sets and tasks
+        return {field: f"scores/{field}" for field in event if "/" in field}
+    return CURVES.get(event["event"], {})
 
 
 def is_drawn(step: int) -> bool:

@@ -68,7 +68,7 @@ def refuse_same_names(sets: Iterable[SetConfig], tasks: Iterable[TaskConfig], ke
     Raises:
         ValueError: two have the same.
     """
-    names = [one.name for one in (*sets, *tasks)]
+    names = [*(one.name for one in sets), *(one.name for one in tasks)]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"two of {key}.sets and tasks are called {', '.join(sorted(twice))}")
 

@@ -347,3 +347,50 @@ OUTCOMES = {
     "first is better": "the run before is better than this run",
     "no difference shown": "no difference shown between the run before and this run",
 }
+
+
+def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
+    llmill: Llmill, runs: dict[tuple[str, str], Run], tmp_path: Path
+) -> None:
+    texts = json.loads((Path(__file__).parent / "ordinary_texts.json").read_text("utf-8")).values()
+    novels, quiz = tmp_path / "novels.jsonl", tmp_path / "quiz.jsonl"
+    modules = [path.read_text("utf-8")[:1500] for path in sorted(Path(json.__file__).parent.glob("*.py"))]
+    questions = [
+        {"query": line.strip(), "choices": ["return self", "नमस्ते 世界"], "gold": 0}
+        for line in "\n".join(modules).splitlines()
+        if line.strip()
+    ][:60]
+    for path, rows in ((novels, [{"text": text} for text in [*texts, *modules]]), (quiz, questions)):
+        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
+        path.write_text("".join(lines), "utf-8")
+    scored = [
+        *("--set", f"evaluate.sets=[{{name: novels, path: {novels}}}]"),
+        *("--set", f"evaluate.tasks=[{{name: quiz, path: {quiz}, kind: choice}}]"),
+    ]
+    llmill.run("--set", "pretrain.lr=0.003", *scored, "--only", "evaluate")
+    other_split = ("--set", "pretrain.lr=0.00001", "--set", "tokenize.seed=5")
+    llmill.run(*other_split, *scored, "--to", "evaluate")
+    good, bad = (one.fingerprint for one in Store(llmill.home).artifacts("evaluate")[-2:])
+
+    verdict = compared(llmill, bad, good)["verdict"]
+    assert "were evaluated on other documents" in verdict["refused"]
+    assert verdict["about_models"].startswith(
+        "held-out documents are not compared: A and B were evaluated on"
+    )
+    found = {(one["name"], one["metric"]): one for one in verdict["sets_and_tasks"]}
+    assert list(found) == [("novels", "bits_per_byte"), ("quiz", "accuracy"), ("quiz", "gold_bits_per_byte")]
+    for key in (("novels", "bits_per_byte"), ("quiz", "gold_bits_per_byte")):
+        assert found[key]["outcome"] == "second is better"
+        first, second = (one["value"] for one in found[key]["values"])
+        assert found[key]["difference"] == pytest.approx(second - first)
+    least = ("--least", "9", "--least-accuracy", "0.5", "--no-log")
+    assert (
+        "B is better than A, by less than matters"
+        in llmill("compare", bad, good, *least, COLUMNS="200").stdout
+    )
+    assert "finite" in llmill("compare", bad, good, "--least", "inf", code=2).stderr
+
+    before = runs["1e-05", "0"].data.tags["llmill.evaluate.fingerprint"]
+    said = compared(llmill, before, bad)["verdict"]
+    assert [one["why"] for one in said["sets_and_tasks"]] == ["only B was scored on it"] * 2
+    assert said["about_models"].endswith("llmill run RECIPE --only evaluate")

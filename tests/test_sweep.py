@@ -15,9 +15,10 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from data_pipeline.core.errors import UserError
+from flows.compare.claims import FIRST, NONE, Claim
 from flows.compare.members import read_grid, read_members
 from flows.compare.sweep import best_of, foresee
-from flows.compare.verdict import FIRST, NONE, Claim, Group, Verdict
+from flows.compare.verdict import Group, Verdict
 from flows.engine.store import Store
 
 PARENT = "mlflow.parentRunId"

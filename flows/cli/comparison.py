@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,11 +39,18 @@ def compare(
     html: Annotated[
         Path | None, typer.Option(help="Write the page with plots there.", metavar="FILE")
     ] = None,
+    least: Annotated[
+        float, typer.Option(min=0, help="Bits per byte below which a difference doesn't matter.")
+    ] = 0.0,
+    least_accuracy: Annotated[
+        float, typer.Option(min=0, max=1, help="The same of the share of a task's items that is right.")
+    ] = 0.0,
     log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
     """Show in what runs differ, and whether one's model or recipe is better than another's."""
     quiet_libraries()
+    from flows.compare.claims import Least
     from flows.compare.compare import compare as put_side_by_side
     from flows.compare.page import page
     from flows.compare.show import show
@@ -52,7 +60,9 @@ def compare(
     subjects = Finder(Store(home)).find(runs)
     if len(subjects) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")
-    comparison = put_side_by_side(subjects)
+    if not math.isfinite(least + least_accuracy):
+        raise UserError("--least and --least-accuracy are finite numbers")
+    comparison = put_side_by_side(subjects, Least(least, least_accuracy))
     terminal = Terminal(Screen(stderr=True) if as_json else None)
     if html:
         write_page(html, page(comparison))

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.core.text import duration
+from flows.compare.claims import Claim, p_text
 from flows.compare.compare import Comparison
 from flows.compare.curves import curve_rows
+from flows.compare.fixed import MEASURES, Answer
 from flows.compare.rows import ABSENT, Row, marked
-from flows.compare.verdict import Claim, Group, p_text
+from flows.compare.verdict import Group
 from flows.headline import quantity
 
 LONGEST = 40
@@ -61,7 +63,7 @@ def sections(comparison: Comparison) -> list[Section]:
         found.append(
             Section(heading=heading, header=["stage", "metric", *labels], rows=lines, empty=empty, fixed=2)
         )
-    return [*found, *claims(comparison)]
+    return [*found, *claims(comparison), *fixed(comparison)]
 
 
 def claims(comparison: Comparison) -> list[Section]:
@@ -92,6 +94,36 @@ def claims(comparison: Comparison) -> list[Section]:
             )
         )
     return found
+
+
+def fixed(comparison: Comparison) -> list[Section]:
+    """The models on sets and tasks, where there are any; of two runs without a column that names them."""
+    labels = [one.label for one in comparison.subjects]
+    first, second = labels if len(labels) == 2 else ("first", "second")
+    header = [
+        "set or task",
+        "metric",
+        first,
+        second,
+        f"{second} − {first} (95% interval)",
+        "adjusted p",
+        "outcome",
+    ]
+    rows = [answer_cells(answer) for answer in comparison.verdict.fixed]
+    if len(labels) > 2:
+        header.insert(0, "")
+        rows = [
+            [f"{one.claim.first}, {one.claim.second}", *row]
+            for one, row in zip(comparison.verdict.fixed, rows, strict=True)
+        ]
+    found = Section(heading="Sets and tasks", header=header, rows=rows, empty="", fixed=len(header))
+    return [found] if rows else []
+
+
+def answer_cells(answer: Answer) -> list[str]:
+    adjusted = p_text(answer.claim.adjusted) if answer.claim.adjusted is not None else ""
+    values = [answer.value_text(0), answer.value_text(1)]
+    return [answer.name, MEASURES[answer.metric], *values, answer.difference, adjusted, answer.outcome]
 
 
 def claim_cells(claim: Claim) -> list[str]:

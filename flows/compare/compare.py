@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from flows.compare.claims import ANY, Least
 from flows.compare.curves import Curves, read_curves, trained
-from flows.compare.rows import Row, data_rows, metric_rows, setting_rows
+from flows.compare.rows import Row, data_rows, held_out, metric_rows, setting_rows
 from flows.compare.subjects import Subject
 from flows.compare.verdict import Verdict, judge
 
@@ -50,15 +51,22 @@ class Comparison:
         }
 
 
-def compare(subjects: Sequence[Subject]) -> Comparison:
-    """Put runs side by side."""
+def compare(subjects: Sequence[Subject], least: Least = ANY) -> Comparison:
+    """Put runs side by side.
+
+    Args:
+        least: smaller differences don't matter, and are called so.
+    """
+    verdict, metrics = judge(subjects, least), metric_rows(subjects)
+    if verdict.refused:
+        metrics = [replace(row, comparable=row.comparable and not held_out(row)) for row in metrics]
     return Comparison(
         subjects=subjects,
         settings=setting_rows(subjects),
-        metrics=metric_rows(subjects),
+        metrics=metrics,
         data=data_rows(subjects),
         curves=[read_curves(one.made) for one in subjects] if all(map(trained, subjects)) else [],
-        verdict=judge(subjects),
+        verdict=verdict,
         warnings=other_tokenizers(subjects),
     )
 

@@ -44,4 +44,6 @@ def note(comparison: Comparison) -> str:
     for one in comparison.subjects:
         name = link(one.name, one.run.url) if one.run and one.run.url else plain(one.name)
         lines.append(f"- {one.label}: {name}" + (f" `{one.run.run_id}`" if one.run else ""))
+    if verdict.about_fixed and not verdict.refused:  # else it stands with the models
+        lines += ["", f"**Sets and tasks**: {plain(verdict.about_fixed)}"]
     return "\n".join([*lines, "", f"The whole comparison is in `{PAGE}`."])

@@ -51,7 +51,8 @@ def page(comparison: Comparison) -> str:
         *(table(section) for section in sections(comparison)),
         '<p class="quiet">Differences are to the first run. Fewer bits per byte are better. Models are compared with '
         "each other by a paired bootstrap over the held-out documents, recipes by Welch's test over seeds and "
-        "documents, adjusted by Holm's method where there are several: docs/compare.md.</p>",
+        "documents; on sets likewise, by accuracy with McNemar's test over items; by Holm's method where there are "
+        "several: docs/compare.md.</p>",
     ]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return (

@@ -16,6 +16,8 @@ from flows.stages import BY_NAME, STAGES
 MODEL_STAGES = tuple(stage.name for stage in STAGES if stage.makes not in ("scores", "folder"))
 """Those that decide the weights."""
 ABSENT = "—"
+OF_FIXED = r".*/(bits_per_byte|accuracy)|centred_mean"
+"""Metrics of sets and tasks, which need not be the same ones in all runs."""
 COUNTED = {
     "download": ("documents", "rejected/", "left_out/"),
     "clean": ("documents", "kept", "dropped/", "lines_removed/", "cut/", "masked/"),
@@ -86,13 +88,14 @@ def recipe_key(subject: Subject) -> str:
 
 
 def metric_rows(subjects: Sequence[Subject]) -> list[Row]:
-    """The headline metrics of each stage, and its seconds."""
+    """The headline metrics of each stage, and its seconds; those of sets and tasks have a table of their own."""
     rows = []
     for stage in BY_NAME.values():
         of_stage = [subject.artifacts.get(stage.name) for subject in subjects]
         rows += [
             Row(stage.name, name, [one.metrics.get(name) if one else None for one in of_stage])
             for name in dict.fromkeys(name for one in of_stage if one for name in stage.named(one.metrics))
+            if not (stage.name == "evaluate" and re.fullmatch(OF_FIXED, name))
         ]
         seconds = [one.manifest["seconds"] if one else None for one in of_stage]
         rows.append(Row(stage.name, "seconds", seconds))
@@ -108,6 +111,11 @@ def one_tokenizer(subjects: Sequence[Subject]) -> bool:
 def marked(row: Row) -> Row:
     """A row of runs with different tokenizers: what is a mean over tokens is not comparable."""
     return replace(row, comparable=not re.match(r"(val_)?loss|perplexity", row.name))
+
+
+def held_out(row: Row) -> bool:
+    """Whether it is a metric over held-out documents."""
+    return row.name.startswith("val_") or (row.stage == "evaluate" and row.name != "seconds")
 
 
 def data_rows(subjects: Sequence[Subject]) -> list[Row]:

@@ -14,12 +14,13 @@ from typing import Any
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import write_durably
 from data_pipeline.documents import count_rows
+from flows.compare.claims import FIRST, SECOND
 from flows.compare.compare import Comparison, compare
 from flows.compare.log import files, note
 from flows.compare.members import Ended, Member
 from flows.compare.standing import SeedGroups, Standing
 from flows.compare.subjects import Finder, Subject, label
-from flows.compare.verdict import FIRST, SECOND, Verdict
+from flows.compare.verdict import Verdict
 from flows.engine.continuation import read_record
 from flows.engine.naming import name_run
 from flows.engine.order import Order

@@ -1,7 +1,7 @@
 """Whether a model is better than another, and whether a recipe is: two claims, which are never mixed.
 
-A model is what one run made; it is compared with another on the held-out documents. A recipe is all settings but the
-seeds; whether one is better than another can only be decided from several seeds of each.
+A model is what one run made; it is compared with another on the held-out documents, and on sets and tasks. A recipe is
+all settings but the seeds; whether one is better than another can only be decided from several seeds of each.
 """
 
 from __future__ import annotations
@@ -16,15 +16,18 @@ from typing import Any
 
 import numpy as np
 
+from flows.compare.claims import ALIKE, ANY, SAME, SEEDS, UNKNOWN, Claim, Least, outcome
+from flows.compare.fixed import Answer, compare_fixed
 from flows.compare.rows import Row, recipe_key, recipe_rows
 from flows.compare.scores import NotComparable, Scores, read_scores
 from flows.compare.subjects import Subject
-from llm.score.statistics import LEVEL, Estimate, holm, paired_bootstrap, seeds_test
+from llm.score.statistics import Estimate, holm, paired_bootstrap, seeds_test
 
-SECOND, FIRST, NONE = "second is better", "first is better", "no difference shown"
-SAME, ALIKE, SEEDS, UNKNOWN = "same model", "same models", "seeds of one recipe", "not known"
-TOO_FEW = "; too few documents differ to bound it"
 MOST_IN_COMMAND = 3
+ADD_SETS = (
+    "or add evaluate.sets to both recipes, which are the same for all corpora (docs/evaluate.md), and score the models "
+    "on them, without training any again: llmill run RECIPE --only evaluate"
+)
 
 
 @dataclass(frozen=True)
@@ -62,59 +65,11 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Claim:
-    """A claim about two models, or two recipes."""
-
-    first: str
-    second: str
-    outcome: str
-    estimate: Estimate | None = None
-    adjusted: float | None = None
-    """The p-value, where several tests were made at once."""
-
-    def as_json(self) -> dict[str, Any]:
-        numbers = asdict(self.estimate) if self.estimate else {}
-        numbers = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
-        return {
-            "first": self.first,
-            "second": self.second,
-            "outcome": self.outcome,
-            **numbers,
-            "adjusted_p_value": self.adjusted,
-        }
-
-    def in_words(self, unit: str = "bits per byte") -> str:
-        """In words: ``B is better than A: ...``."""
-        a, b, found = self.first, self.second, self.estimate
-        heading = {
-            SECOND: f"{b} is better than {a}",
-            FIRST: f"{a} is better than {b}",
-            NONE: f"no difference shown between {a} and {b}",
-            SAME: f"{a} and {b} are the same model",
-            ALIKE: f"no difference: {a} and {b} make the same models",
-            SEEDS: f"{a} and {b} are two seeds of one recipe",
-            UNKNOWN: f"whether {a} or {b} is better is not known",
-        }[self.outcome]
-        if found is None:
-            return heading
-        several = self.adjusted is not None and self.adjusted != found.p_value
-        p = f"p {p_text(found.p_value)}" + (
-            f", {p_text(self.adjusted)} among all tests here" if several and self.adjusted is not None else ""
-        )
-        interval = f"{found.difference:+.4f} {unit} (95% interval {found.low:+.4f} to {found.high:+.4f}, {p})"
-        hint = ""
-        if self.outcome == NONE:
-            bounded = math.isfinite(found.smallest)
-            hint = f"; smaller than {found.smallest:.4f} would hardly be seen" if bounded else TOO_FEW
-        return f"{heading}: {b} − {a} = {interval}{hint}"
-
-
-@dataclass(frozen=True)
 class Verdict:
     """All that the tests show."""
 
     refused: str = ""
-    """Why nothing can be."""
+    """Why nothing can be, by held-out documents."""
     scores: Scores | None = None
     groups: list[Group] = field(default_factory=list)
     models: list[Claim] = field(default_factory=list)
@@ -123,13 +78,25 @@ class Verdict:
     """Each pair of recipes."""
     advice: str = ""
     """The command whose runs would show what these can't."""
+    fixed: list[Answer] = field(default_factory=list)
+    """Each later run against the first, on sets and tasks."""
+    least: Least = ANY
 
     @property
     def about_models(self) -> str:
-        """The first claim, in a line."""
+        """The first claim, in a line; by sets and tasks where held-out documents say nothing."""
+        if self.refused and self.about_fixed:
+            return (
+                f"held-out documents are not compared: {self.refused}; by sets and tasks: {self.about_fixed}"
+            )
         if self.refused:
-            return f"can't be decided: {self.refused}"
+            return "; ".join(filter(None, [f"can't be decided: {self.refused}", self.advice]))
         return "; ".join(claim.in_words() for claim in self.models)
+
+    @property
+    def about_fixed(self) -> str:
+        """Each later run against the first on all sets and tasks that both were scored on, in a line."""
+        return "; ".join(one.in_words() for one in self.fixed if one.compared)
 
     @property
     def about_recipes(self) -> str:
@@ -159,26 +126,36 @@ class Verdict:
             "recipes": [claim.as_json() for claim in self.recipes],
             "groups": [group.as_json() for group in self.groups],
             "advice": self.advice,
+            "about_sets_and_tasks": self.about_fixed,
+            "sets_and_tasks": [answer.as_json() for answer in self.fixed],
+            "least": asdict(self.least),
         }
 
 
-def judge(subjects: Sequence[Subject]) -> Verdict:
-    """Both claims about some runs."""
+def judge(subjects: Sequence[Subject], least: Least = ANY) -> Verdict:
+    """Both claims about some runs.
+
+    Args:
+        least: smaller differences don't matter, and are called so.
+    """
+    fixed = compare_fixed(subjects, least)
     try:
         scores = read_scores(subjects)
     except NotComparable as error:
-        return Verdict(refused=str(error))
+        shared = any(one.compared for one in fixed)
+        return Verdict(refused=str(error), advice="" if shared else ADD_SETS, fixed=fixed, least=least)
     groups = grouped(subjects, scores)
-    models = model_claims(subjects, scores, groups)
-    recipes = recipe_claims(subjects, scores, groups)
+    models = model_claims(subjects, scores, groups, least=least.bits_per_byte)
+    recipes = recipe_claims(subjects, scores, groups, least=least.bits_per_byte)
     unknown = any(claim.outcome == UNKNOWN for claim in recipes)
     return Verdict(
-        refused="",
         scores=scores,
         groups=groups,
         models=models,
         recipes=recipes,
         advice=advice(subjects) if unknown else "",
+        fixed=fixed,
+        least=least,
     )
 
 
@@ -203,7 +180,9 @@ def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
     return groups
 
 
-def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group]) -> list[Claim]:
+def model_claims(
+    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: float
+) -> list[Claim]:
     """Each later run against the first."""
     first, others = subjects[0], subjects[1:]
     tested = [place for place, other in enumerate(others, 1) if other.model != first.model]
@@ -221,7 +200,7 @@ def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[G
             Claim(
                 first=first.label,
                 second=other.label,
-                outcome=SEEDS if together else outcome(estimate, p),
+                outcome=SEEDS if together else outcome(estimate, p, least),
                 estimate=estimate,
                 adjusted=p,
             )
@@ -229,7 +208,9 @@ def model_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[G
     return claims
 
 
-def recipe_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group]) -> list[Claim]:
+def recipe_claims(
+    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: float
+) -> list[Claim]:
     """Each pair of recipes; of a recipe with a single seed, nothing is known, unless both make the same models."""
     pairs = list(combinations(groups, 2))
     makes = {group.label: {subjects[place].model for place in group.models} for group in groups}
@@ -249,7 +230,7 @@ def recipe_claims(subjects: Sequence[Subject], scores: Scores, groups: Sequence[
             Claim(
                 first=first.name,
                 second=second.name,
-                outcome=outcome(estimate, p),
+                outcome=outcome(estimate, p, least),
                 estimate=estimate,
                 adjusted=p,
             )
@@ -262,13 +243,6 @@ def over_seeds(scores: Scores, first: Group, second: Group) -> Estimate | None:
         return None
     more = scores.bits[second.models].mean(axis=0) - scores.bits[first.models].mean(axis=0)
     return seeds_test(np.array(first.bits_per_byte), np.array(second.bits_per_byte), more, scores.bytes)
-
-
-def outcome(estimate: Estimate, p_value: float) -> str:
-    """Which of two is better: fewer bits are."""
-    if p_value >= LEVEL:
-        return NONE
-    return SECOND if estimate.difference < 0 else FIRST
 
 
 def one_recipe(group: Group) -> str:
@@ -297,8 +271,3 @@ def values_text(row: Row) -> str:
         json.dumps(value, allow_nan=False) if not isinstance(value, str) else value for value in row.values
     )
     return ",".join(different)
-
-
-def p_text(p_value: float) -> str:
-    """``0.021``, ``< 0.001``."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from flows.compare.verdict import Claim
+from flows.compare.claims import Claim
 from llm.score.statistics import Estimate, Floats, holm, paired_bootstrap, seeds_test
 
 WORLDS = 500

@@ -1,0 +1,296 @@
+"""Models on the sets and tasks that both were scored on, whatever documents their own corpora hold out.
+
+A set is the same one where its file is (by its checksum) and all settings that change what is scored; so is a task.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from flows.compare.claims import ANY, NOT_COMPARED, SAME, SEEDS, Claim, Least, outcome
+from flows.compare.mcnemar import mcnemar
+from flows.compare.rows import ABSENT, recipe_key
+from flows.compare.subjects import Subject
+from llm.score.statistics import MIN_DOCUMENTS, RESAMPLES, Estimate, Floats, holm, paired_bootstrap
+
+BITS, GOLD, RIGHT = "bits_per_byte", "gold_bits_per_byte", "accuracy"
+MEASURES = {
+    BITS: "bits per byte",
+    RIGHT: "accuracy",
+    GOLD: "bits per byte of the answers",
+}
+"""Metric of a set or task -> its name on the screen."""
+KINDS = {"sets": ("set_documents.parquet", "set"), "tasks": ("items.parquet", "task")}
+"""Where the rows of sets and of tasks are, and the column that names them."""
+NOT_SCORED = frozenset({"stride"})
+"""Settings that change none of the metrics compared here."""
+DIGITS = 8
+"""Digits of a checksum that are shown."""
+DRAWN = 50_000_000
+"""Documents or items that are drawn for a test, at most: seconds, however many there are."""
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A metric of one model, with the ends of its 95% interval where there are any."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Two models on a set or a task, by one metric."""
+
+    name: str
+    """The name of the set or task."""
+    metric: str
+    values: tuple[Value | None, Value | None]
+    claim: Claim
+    why: str = ""
+    """Why they are not compared, or not on all items."""
+
+    @property
+    def compared(self) -> bool:
+        return self.claim.outcome != NOT_COMPARED
+
+    @property
+    def difference(self) -> str:
+        """``+0.0123 (+0.0021 to +0.0225)``, ``-4.0 points (-7.1 to -0.9)``; nothing where it is not known."""
+        if (found := self.claim.estimate) is None:
+            return ""
+        middle, low, high = (self.number(one, "+") for one in (found.difference, found.low, found.high))
+        return f"{middle}{' points' if self.metric == RIGHT else ''} ({low} to {high})"
+
+    @property
+    def outcome(self) -> str:
+        """Who is better, or why that is not known."""
+        if not self.compared:
+            return f"not compared: {self.why}"
+        missed = self.claim.missed
+        unseen = "" if missed is None else "; how large a one may be missed is not known"
+        if missed is not None and math.isfinite(missed):
+            points = " points" if self.metric == RIGHT else ""
+            unseen = f"; one of up to {self.number(missed)}{points} may be missed"
+        found = self.claim.heading if missed is None else self.claim.outcome
+        return found + unseen + (f" ({self.why})" if self.why else "")
+
+    def in_words(self) -> str:
+        """``novels (bits per byte): B is better than A: B − A = -0.0321 (-0.0400 to -0.0242)``."""
+        claim = self.claim
+        by = f": {claim.second} − {claim.first} = {self.difference}" if claim.estimate else ""
+        return f"{self.name} ({MEASURES[self.metric]}): {self.outcome}{by}"
+
+    def value_text(self, place: int) -> str:
+        """One model's metric, with its interval where there is one."""
+        value = self.values[place]
+        if value is None:
+            return ABSENT
+        unit = "%" if self.metric == RIGHT else ""
+        if value.low is None or value.high is None:
+            return self.number(value.value) + unit
+        return f"{self.number(value.value)}{unit} ({self.number(value.low)} to {self.number(value.high)})"
+
+    def number(self, value: float, sign: str = "") -> str:
+        """A value of the metric: a share in percent."""
+        return f"{100 * value:{sign}.1f}" if self.metric == RIGHT else f"{value:{sign}.4f}"
+
+    def as_json(self) -> dict[str, Any]:
+        own = {"name": self.name, "metric": self.metric, "why": self.why}
+        missed = self.claim.missed
+        open_to = {"missed": missed if missed is not None and math.isfinite(missed) else None}
+        values = [asdict(value) if value else None for value in self.values]
+        return own | {"values": values} | self.claim.as_json() | open_to
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two models on the same documents or items, of which a test is to be made."""
+
+    answer: Answer
+    """The answer, but for the test."""
+    more_bits: Floats
+    """Bits that the second model needs more for each document."""
+    bytes: Floats
+
+
+class Scored:
+    """The sets and tasks of one evaluation."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        config = subject.evaluation.manifest["config"]
+        self.configs = {
+            (kind, one["name"]): {key: value for key, value in one.items() if key not in NOT_SCORED}
+            for kind in KINDS
+            for one in config.get(kind, ())
+        }
+        """Kind and name -> the settings that decide what is scored, with the file's checksum as ``path``."""
+
+    @cached_property
+    def rows(self) -> dict[tuple[str, str], list[Row]]:
+        """Kind and name -> a row a document or item, in the order of the file."""
+        found = defaultdict(list)
+        for kind in {kind for kind, _ in self.configs}:
+            file, column = KINDS[kind]
+            for row in pq.read_table(self.subject.evaluation.path / file).to_pylist():
+                found[kind, row[column]].append(row)
+        return found
+
+    def value(self, name: str, metric: str) -> Value | None:
+        """Return a metric of a set or task, as the evaluation has it."""
+        metrics = self.subject.evaluation.metrics
+        found = [metrics.get(f"{name}/{metric}{end}") for end in ("", "_low", "_high")]
+        return None if found[0] is None else Value(found[0], *found[1:])
+
+
+def compare_fixed(subjects: Sequence[Subject], least: Least = ANY) -> list[Answer]:
+    """Compare each later model with the first on each set and task, with p-values adjusted for all that is asked."""
+    first, *others = map(Scored, subjects)
+    asked = [one for other in others for one in ask(first, other)]
+    tested = tests([one for one in asked if isinstance(one, Question)])
+    answers = [one if isinstance(one, Answer) else next(tested) for one in asked]
+    adjusted = iter(holm([one.claim.estimate.p_value for one in answers if one.claim.estimate]))
+    seeds = {one.label for one in subjects[1:] if recipe_key(one) == recipe_key(subjects[0])}
+    return [
+        replace(one, claim=judged(one, one.claim.estimate, next(adjusted), least=least, seeds=seeds))
+        if one.claim.estimate
+        else one
+        for one in answers
+    ]
+
+
+def ask(first: Scored, other: Scored) -> Iterator[Question | Answer]:
+    """Yield what can be asked of two models, and answers where nothing has to be or can be."""
+    claim = Claim(first.subject.label, other.subject.label, NOT_COMPARED)
+    for key in {**first.configs, **other.configs}:
+        kind, name = key
+        metrics = [BITS] if kind == "sets" else [RIGHT, GOLD]
+        answers = [
+            Answer(name, metric, (first.value(name, metric), other.value(name, metric)), claim)
+            for metric in metrics
+        ]
+        if why := unlike(first, other, key):
+            yield from (replace(one, why=why) for one in answers[:1])
+        elif first.subject.model == other.subject.model:
+            yield from (replace(one, claim=replace(claim, outcome=SAME)) for one in answers)
+        elif kind == "sets":
+            yield by_document(answers[0], first.rows[key], other.rows[key])
+        else:
+            yield by_item(answers[0], first.rows[key], other.rows[key])
+            yield by_gold(answers[1], first.rows[key], other.rows[key])
+
+
+def unlike(first: Scored, other: Scored, key: tuple[str, str]) -> str:
+    """Say in what a set or task of two evaluations is not the same; nothing where it is."""
+    labels = f"{first.subject.label} and {other.subject.label}"
+    configs = [one.configs.get(key) for one in (first, other)]
+    if None in configs:
+        return f"only {(other if configs[0] is None else first).subject.label} was scored on it"
+    a, b = (one or {} for one in configs)
+    if a["path"] != b["path"]:
+        files = " and ".join(str(one["path"])[:DIGITS] for one in (a, b))
+        return f"{labels} were scored on different files of this name (sha256 {files})"
+    differ = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    settings = ", ".join(f"{name} {shown(a.get(name))} and {shown(b.get(name))}" for name in differ)
+    return f"{labels} were scored with different settings: {settings}" if differ else ""
+
+
+def shown(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)
+
+
+def by_document(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Question | Answer:
+    """Pair a set's documents, in the order of its file, for ids need not be unique."""
+    known, others = ([(row["id"], row["bytes"]) for row in rows] for rows in (first, other))
+    if known != others:
+        return replace(answer, why="their documents differ: another version of llmill read the file")
+    nats = [[row["text_nats"] for row in rows] for rows in (first, other)]
+    return question(answer, np.array(nats), np.array([size for _, size in known], np.float64), "documents")
+
+
+def by_item(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Answer:
+    """Test the shares of a task's items that are right, item by item."""
+    right, others = ({row["item"]: row["right"] for row in rows} for rows in (first, other))
+    if right.keys() != others.keys():
+        return replace(answer, why="their items differ: another version of llmill read the file")
+    only_first = sum(right[item] and not others[item] for item in right)
+    only_second = sum(others[item] and not right[item] for item in right)
+    return tested(answer, mcnemar(only_first, only_second, len(right)))
+
+
+def by_gold(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Question | Answer:
+    """Pair the right answers of a task's items, where both models were scored on the same bytes of them.
+
+    Options are scored from where their tokens differ, which depends on the tokenizer.
+    """
+    found, others = (
+        {row["item"]: (row["bytes"][row["gold"]], row["nats"][row["gold"]]) for row in rows}
+        for rows in (first, other)
+    )
+    items = [item for item in found if item in others and found[item][0] == others[item][0] > 0]
+    if len(items) < len(found):
+        part = f"over {len(items):,} of {len(found):,} items, whose answers the tokenizers cut alike"
+        answer = replace(answer, why=part)
+    sizes = np.array([found[item][0] for item in items], np.float64)
+    nats = np.array([[one[item][1] for item in items] for one in (found, others)])
+    return question(answer, nats, sizes, "answers")
+
+
+def question(answer: Answer, nats: Floats, sizes: Floats, of: str) -> Question | Answer:
+    """Return what is to be tested, from the nats ``(2, D)`` and bytes of documents; an answer where they are few."""
+    if len(sizes) < MIN_DOCUMENTS:
+        why = f"{len(sizes)} {of} are too few to compare, {MIN_DOCUMENTS} are needed"
+        return replace(answer, why=why)
+    bits = nats / math.log(2)
+    if answer.metric == GOLD:
+        first, second = (Value(float(total)) for total in bits.sum(axis=1) / sizes.sum())
+        answer = replace(answer, values=(first, second))
+    return Question(answer, bits[1] - bits[0], sizes)
+
+
+def tests(questions: Sequence[Question]) -> Iterator[Answer]:
+    """Yield an answer to each question; those about the same documents share the draws."""
+    alike = defaultdict(list)
+    for place, one in enumerate(questions):
+        alike[one.bytes.tobytes()].append(place)
+    found: dict[int, Estimate] = {}
+    for places in alike.values():
+        sizes = questions[places[0]].bytes
+        resamples = min(RESAMPLES, max(2000, DRAWN // len(sizes)))
+        more = np.array([questions[place].more_bits for place in places])
+        found |= dict(zip(places, paired_bootstrap(more, sizes, resamples), strict=True))
+    for place, one in enumerate(questions):
+        yield tested(one.answer, found[place])
+
+
+def tested(answer: Answer, estimate: Estimate) -> Answer:
+    return replace(answer, claim=replace(answer.claim, estimate=estimate))
+
+
+def judged(
+    answer: Answer, estimate: Estimate, adjusted: float, *, least: Least, seeds: Collection[str]
+) -> Claim:
+    """Say which model is better; of two seeds of one recipe, none.
+
+    Args:
+        seeds: labels of the models of the first one's recipe.
+    """
+    if answer.claim.second in seeds:
+        return replace(answer.claim, adjusted=adjusted, outcome=SEEDS)
+    right = answer.metric == RIGHT
+    smallest = least.accuracy if right else least.bits_per_byte
+    found = outcome(estimate, adjusted, smallest, more_is_better=right)
+    return replace(answer.claim, adjusted=adjusted, outcome=found)

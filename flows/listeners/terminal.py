@@ -67,6 +67,8 @@ class Terminal:
         self._live: Live | None = None
         self._began: dict[str, float] = {}
         """Step at work -> when it began."""
+        self._counting: dict[str, tuple[str, float]] = {}
+        """Step at work -> what it counts, and since when: it may count one thing after another."""
         self._lines: dict[str, Text] = {}
         """Step at work -> the line that is redrawn."""
         self._shown: dict[str, float] = {}
@@ -84,7 +86,11 @@ class Terminal:
 
     def progress(self, step: str, done: float, total: float | None, unit: str) -> None:
         """The step has done ``done`` of ``total`` ``unit``."""
-        seconds = time.monotonic() - self._began.get(step, time.monotonic())
+        now = time.monotonic()
+        before = self._counting.get(step)
+        if before is None or before[0] != unit:
+            self._counting[step] = (unit, now if before else self._began.get(step, now))
+        seconds = now - self._counting[step][1]
         parts = [
             f"{quantity(done, unit)} of {quantity(total, unit)}" if total else quantity(done, unit),
             unit,
@@ -122,6 +128,7 @@ class Terminal:
         self._redraw()
         self._shown.pop(step, None)
         began = self._began.pop(step, None)
+        self._counting.pop(step, None)
         took = f"  {duration(time.monotonic() - began)}" if began is not None else ""
         self.console.print(line(mark, step, text, took=took, style=style))
 

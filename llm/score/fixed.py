@@ -83,7 +83,9 @@ def score_fixed(
 
     sets, tasks = {}, {}
     for one, file in zip(config.sets, config.set_files, strict=True):
-        read = partial(run_set, model, tokenizer, one, file=file, sizes=sizes, progress=progress("tokens"))
+        read = partial(
+            run_set, model, tokenizer, one, file=file, sizes=sizes, progress=progress(f"tokens of {one.name}")
+        )
         sets[one.name] = kept(scratch / "sets" / f"{one.name}.parquet", DOCUMENTS, read)
         if changed := sum(not row["as_it_is"] for row in sets[one.name]):
             context.note(f"{one.name}: the tokenizer changes {changed:,} of its texts", warning=True)
@@ -96,7 +98,7 @@ def score_fixed(
             file=file,
             first=first,
             sizes=sizes,
-            progress=progress("items"),
+            progress=progress(f"items of {task.name}"),
         )
         tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, answer)
         if cut := sum(row["cut"] > 0 for row in tasks[task.name]):

@@ -177,7 +177,7 @@ def test_of_a_long_training_a_whole_run_has_what_a_chart_needs():
     for steps in (100, 1_000, 30_000, 1_000_000):
         drawn = [step for step in range(1, steps + 1) if is_drawn(step)]
         assert len(drawn) <= 2_000
-        assert all(after - before <= max(1, after // 128) for before, after in pairwise(drawn))
+        assert all(after - before <= max(1, after // 64) for before, after in pairwise(drawn))
 
 
 def test_the_digest_of_a_dataset_input_is_the_fingerprint_of_the_artifact(children, manifests):

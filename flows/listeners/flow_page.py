@@ -41,7 +41,7 @@ from flows.listeners.mlflow.description import links
 GATHER_SECONDS = 0.5
 """From news to its sending: a step's end is shown with the start of the next one, and not while Prefect
 reports that to its server."""
-SEND_SECONDS = 10.0
+SEND_SECONDS = 15.0
 """Between sends, and tries: on one machine, Prefect's server takes for them what training wants."""
 IDLE_SECONDS = 4.0
 """For which a connection is kept. The server closes it after five, and a request that meets that is late by two."""

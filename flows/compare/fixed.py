@@ -179,7 +179,12 @@ def ask(first: Scored, other: Scored) -> Iterator[Question | Answer]:
         kind, name = key
         metrics = [BITS] if kind == "sets" else [RIGHT, GOLD]
         answers = [
-            Answer(name, metric, (first.value(name, metric), other.value(name, metric)), claim)
+            Answer(
+                name=name,
+                metric=metric,
+                values=(first.value(name, metric), other.value(name, metric)),
+                claim=claim,
+            )
             for metric in metrics
         ]
         if why := unlike(first, other, key):

@@ -17,6 +17,7 @@ from operator_api import until
 
 from flows.engine.store import Store
 from flows.listeners.mlflow.model_metrics import measured
+from flows.listeners.mlflow.points import event_points
 from flows.stages import DEFAULT
 
 pytestmark = pytest.mark.timeout(1200)  # what the undisturbed run takes counts for the first test
@@ -72,16 +73,9 @@ def expected_points(llmill: Llmill) -> dict[str, set[tuple]]:
             sealed |= {**found.trained, **found.evaluated}
         points[artifact.stage] = {(name, 0, float(value), stamp) for name, value in sealed.items()}
         events = artifact.path / "logs" / "events.jsonl"
-        kinds = {"step": "train", "validation": "val", "checkpoint": "checkpoint", "norms": "norms"}
         for line in events.read_text().splitlines() if events.exists() else []:
-            event = json.loads(line)
-            points[artifact.stage] |= {
-                (f"{kinds[event['event']]}/{name}", event["step"], float(value), int(event["time"] * 1000))
-                for name, value in event.items()
-                if event["event"] in kinds
-                and name not in ("event", "step", "time")
-                and isinstance(value, int | float)
-            }
+            drawn = event_points(json.loads(line))
+            points[artifact.stage] |= {(name, step, value, at) for name, value, at, step in drawn}
     return points
 
 

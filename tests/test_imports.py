@@ -129,3 +129,16 @@ def test_an_import_inside_a_function_spares_a_library() -> None:
 def test_a_circle_is_found() -> None:
     graph: dict[str, set[str]] = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": set()}
     assert list(circles(graph)) == [["a", "b", "c"]]
+
+
+def test_matplotlib_is_imported_in_one_place() -> None:
+    """By two threads at once, it is given half to one of them: `flows.drawing`."""
+    drawing = {
+        name
+        for name, path in modules().items()
+        if not name.startswith("benchmarks")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if (isinstance(node, ast.Import) and any(one.name.startswith("matplotlib") for one in node.names))
+        or (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("matplotlib"))
+    }
+    assert drawing == {"flows.drawing"}

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
-from matplotlib.ticker import MaxNLocator
-
 from data_pipeline.core.text import duration
+from flows.drawing import MaxNLocator
 
 WIDTH, HEIGHT = 520, 300
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 40

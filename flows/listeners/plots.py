@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pyarrow.parquet as pq
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
+from flows.drawing import Axes, Figure
 from flows.engine.store import Artifact
 from llm.pretrain.config import tokens_at
 

@@ -186,6 +186,13 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise UserError(f"{path}: {error}") from None
 
 
+def first_mistake(error: ValidationError, name: str) -> UserError:
+    """Describe the first thing that a config refuses which no file describes; ``name`` stands where no key does."""
+    mistake = error.errors()[0]
+    key = ".".join(map(str, mistake["loc"])) or name
+    return UserError(f"{key}: {mistake['msg'].removeprefix('Value error, ')}")
+
+
 class Mistaken(Exception):
     """A recipe that its model refuses."""
 

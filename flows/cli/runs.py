@@ -98,17 +98,7 @@ def run(
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
             with pipeline_of(order, listeners(terminal, as_json)) as pipeline:
-                pipeline.prepare()
-                server.wait()
-                if server.absent:
-                    instead = "to a server of its own" if server.there else "to nobody, for it builds nothing"
-                    warning = f"Prefect at {server.absent} does not answer; this run is reported {instead}"
-                    pipeline.log.warn(warning)
-                if server.there:
-                    with pipeline.flow(parameters_of(recipe, set_ or (), chosen, home)) as begin:
-                        begin()
-                else:
-                    pipeline.run()
+                carry_out(pipeline, server, parameters_of(recipe, set_ or (), chosen, home))
             if not as_json:
                 report(pipeline, terminal, home)
 
@@ -118,6 +108,20 @@ def pipeline_of(order: Order, shown: Mapping[str, Listener]) -> Pipeline:
     from flows.prefect.pipeline import Pipeline
 
     return Pipeline(order, shown)
+
+
+def carry_out(pipeline: Pipeline, server: PrefectServer, parameters: Mapping[str, Any]) -> None:
+    """Carry a run out, as a flow of Prefect's where there is a server."""
+    pipeline.prepare()
+    server.wait()
+    if server.absent:
+        instead = "to a server of its own" if server.there else "to nobody, for it builds nothing"
+        pipeline.log.warn(f"Prefect at {server.absent} does not answer; this run is reported {instead}")
+    if server.there:
+        with pipeline.flow(parameters) as begin:
+            begin()
+    else:
+        pipeline.run()
 
 
 def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:
@@ -141,6 +145,18 @@ def parameters_of(
     }
 
 
+def warn_of_mlflow(pipeline: Pipeline, terminal: Terminal, home: Path) -> bool:
+    """Warn where MLflow has not all of a run that is over, and return whether that is so."""
+    mlflow = pipeline.mlflow
+    if mlflow.failure:
+        terminal.note(
+            f"not all metrics reached MLflow at {mlflow.place} ({mlflow.failure}); they are kept, and sent by the "
+            f"next run or: llmill sync{at_home(home)}",
+            warning=True,
+        )
+    return bool(mlflow.failure)
+
+
 def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
     """Print the end of a run: the table, what it cost, and where to look."""
 
@@ -155,13 +171,7 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
     for artifact in exported:
         console.print(f"model   {artifact.path}")
     option = at_home(home)
-    if mlflow.failure:
-        terminal.note(
-            f"not all metrics reached MLflow at {mlflow.place} ({mlflow.failure}); they are kept, and sent by the "
-            f"next run or: llmill sync{option}",
-            warning=True,
-        )
-    else:
+    if not warn_of_mlflow(pipeline, terminal, home):
         console.print(f"MLflow  run “{executor.order.name}” of experiment {executor.order.recipe.name}")
         if mlflow.table:
             console.print(f"        beside the others: {mlflow.table}", soft_wrap=True)

@@ -16,7 +16,7 @@ from flows.compare.models import Model
 from flows.engine.plan import Planned, Selection, plan_step
 from flows.engine.store import Store
 from flows.engine.uses import Uses
-from flows.recipe import Loader, Recipe
+from flows.recipe import Loader, Recipe, first_mistake
 from flows.stages import BY_NAME
 from flows.steps import RecipeStep
 from llm.score.config import ScoreConfig
@@ -54,9 +54,7 @@ def scoring_config(sets: Sequence[Path], tasks: Sequence[Path], most: int | None
     try:
         return ScoreConfig.model_validate(listed).resolve()
     except ValidationError as error:
-        mistake = error.errors()[0]
-        where = ".".join(map(str, mistake["loc"])) or "score"
-        raise UserError(f"{where}: {mistake['msg'].removeprefix('Value error, ')}") from None
+        raise first_mistake(error, RECIPE) from None
 
 
 def suite(path: Path) -> Mapping[str, list[Any]]:

@@ -16,7 +16,7 @@ from flows.engine.manifest import describe_making
 from flows.engine.plan import Step, plan_step
 from flows.engine.store import Artifact, Store, begin_attempt, now
 from flows.engine.uses import Uses
-from flows.recipe import Recipe
+from flows.recipe import Recipe, first_mistake
 from flows.stages import BY_NAME
 from flows.steps import RecipeStep
 from llm.adopt.config import AdoptConfig
@@ -64,9 +64,7 @@ def config_of(name: str, values: Mapping[str, Any]) -> AdoptConfig:
         Recipe(name=name)
         return AdoptConfig.model_validate(values)
     except ValidationError as error:
-        mistake = error.errors()[0]
-        key = ".".join(map(str, mistake["loc"])) or name
-        raise UserError(f"{key}: {mistake['msg'].removeprefix('Value error, ')}") from None
+        raise first_mistake(error, name) from None
 
 
 def recipe_lines(name: str, config: AdoptConfig) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,8 +98,11 @@ def run(
         terminal.title(f"{loaded.name}  ·  {recipe}  ·  {home}  ·  run “{order.name}”")
         # A run that builds nothing needs no server of our own.
         with PrefectServer(home, wanted=planned.builds or bool(loaded.runtime.notify)) as server:
-            with pipeline_of(order, listeners(terminal, as_json)) as pipeline:
-                carry_out(pipeline, server, parameters_of(recipe, set_ or (), chosen, home))
+            with (
+                pipeline_of(order, listeners(terminal, as_json)) as pipeline,
+                ready(pipeline, server, parameters_of(recipe, set_ or (), chosen, home)) as begin,
+            ):
+                begin()
             if not as_json:
                 report(pipeline, terminal, home)
 
@@ -110,8 +114,11 @@ def pipeline_of(order: Order, shown: Mapping[str, Listener]) -> Pipeline:
     return Pipeline(order, shown)
 
 
-def carry_out(pipeline: Pipeline, server: PrefectServer, parameters: Mapping[str, Any]) -> None:
-    """Carry a run out, as a flow of Prefect's where there is a server."""
+@contextmanager
+def ready(
+    pipeline: Pipeline, server: PrefectServer, parameters: Mapping[str, Any]
+) -> Iterator[Callable[[], Any]]:
+    """Give what to call to carry a run out, as a flow of Prefect's where there is a server."""
     pipeline.prepare()
     server.wait()
     if server.absent:
@@ -119,9 +126,9 @@ def carry_out(pipeline: Pipeline, server: PrefectServer, parameters: Mapping[str
         pipeline.log.warn(f"Prefect at {server.absent} does not answer; this run is reported {instead}")
     if server.there:
         with pipeline.flow(parameters) as begin:
-            begin()
+            yield begin
     else:
-        pipeline.run()
+        yield pipeline.run
 
 
 def listeners(terminal: Any, as_json: bool) -> dict[str, Listener]:

@@ -11,7 +11,7 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from flows.cli.options import HOME, AsJson, Home, announce, stoppable, typed, writable
-from flows.cli.runs import carry_out, listeners, pipeline_of, warn_of_mlflow
+from flows.cli.runs import listeners, pipeline_of, ready, warn_of_mlflow
 from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Artifact, Store
 from flows.prefect.servers import PrefectServer
@@ -81,8 +81,11 @@ def run_all(planned: Sequence[tuple[str, Any]], home: Path, terminal: Any) -> li
                 continue
             order = Order(planned=plan, name=dated(name), command=typed())
             terminal.title(f"{name}  ·  run “{order.name}” of {plan.recipe.name}")
-            with pipeline_of(order, listeners(terminal, as_json=False)) as pipeline:
-                carry_out(pipeline, server, {"models": [name]})
+            with (
+                pipeline_of(order, listeners(terminal, as_json=False)) as pipeline,
+                ready(pipeline, server, {"models": [name]}) as begin,
+            ):
+                begin()
             warn_of_mlflow(pipeline, terminal, home)
             if "score" not in pipeline.executor.results:
                 raise UserError(

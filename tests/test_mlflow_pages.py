@@ -171,9 +171,22 @@ def test_the_machine_is_shown_below_and_charts_without_figures_are_not(
 def test_the_table_is_one_click_away_and_its_columns_are_filled(page: Page, server: Server, experiment: str):
     page.goto(table_url(server.url, experiment))
     page.locator("label").filter(has=page.locator("input[value=TABLE]")).click()
-    filled = ("1.5", "3", "500000", "61.5", "0.003", "163840", "4096", "1", "1.5 bits per byte")
-    best = page.get_by_role("row").filter(has=page.get_by_role("gridcell", name=filled[-1], exact=True))
-    expect(best.get_by_role("gridcell")).to_have_text(filled)
+    filled = {
+        "metrics.`evaluate/bits_per_byte`": "1.5",
+        "metrics.`pretrain/loss`": "3",
+        "metrics.`tokenize/train_tokens`": "500000",
+        "metrics.`seconds`": "61.5",
+        "params.`pretrain.lr`": "0.003",
+        "params.`pretrain.tokens`": "163840",
+        "params.`pretrain.batch_tokens`": "4096",
+        "params.`pretrain.seed`": "1",
+        "attributes.`Description`": "1.5 bits per byte",
+    }
+    note = page.get_by_role("gridcell", name=filled["attributes.`Description`"], exact=True)
+    cells = page.get_by_role("row").filter(has=note).get_by_role("gridcell")
+    expect(cells).to_have_count(len(filled))
+    for column, text in filled.items():  # the order of columns is by how they came
+        expect(cells.and_(page.locator(f'[col-id="{column}"]'))).to_have_text(text)
 
 
 def test_the_servers_list_of_experiments_leads_to_the_runs(page: Page, server: Server, experiment: str):

@@ -355,14 +355,21 @@ def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_r
 
 
 def test_a_run_that_a_worker_had_taken_and_not_begun_waits_for_the_next_worker(site: Site):
-    run = site.prefect.start("small", settings=LONG)
+    """That of the run before may still be there."""
     worker = psutil.Process(read_services(site.llmill.home).alive("worker llmill").pid)
-    taken = until(lambda: site.prefect.run(run)["state_type"] == "PENDING" and worker.children(), bool, 60)
+    earlier = set(worker.children())
+    run = site.prefect.start("small", settings=LONG)
+    until(
+        lambda: site.prefect.run(run)["state_type"] == "PENDING" and set(worker.children()) - earlier,
+        bool,
+        60,
+    )
+    children = worker.children()
     worker.terminate()
-    gone([worker, *taken])
+    gone([worker, *children])
     waiting = site.prefect.run(run)
-    assert waiting["state_type"] == "SCHEDULED", waiting["state"]
     site.up()
+    assert waiting["state_type"] == "SCHEDULED", waiting["state"]
     until(lambda: site.prefect.run(run)["state_type"], lambda state: state == "RUNNING", 120)
     site.prefect.cancel(run)
     assert site.prefect.ended(run, 60)["state_type"] == "CANCELLED"

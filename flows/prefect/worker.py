@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import anyio
 import psutil
@@ -39,7 +40,8 @@ class Worker(ProcessWorker):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        self._processes: list[Process] = []
+        self.at_work: dict[UUID, Process] = {}
+        """By flow run, those that are at work."""
 
     @classmethod
     def __dispatch_key__(cls) -> str:
@@ -62,7 +64,7 @@ class Worker(ProcessWorker):
             stdout=None,
             stderr=None,
         )
-        self._processes.append(process)
+        self.at_work[flow_run.id] = process
         if task_status:
             task_status.started(process.pid)
         try:
@@ -73,21 +75,35 @@ class Worker(ProcessWorker):
                 await self._give_back(flow_run)
             raise
         finally:
-            self._processes.remove(process)
+            del self.at_work[flow_run.id]
         assert process.returncode is not None
         return ProcessWorkerResult(status_code=process.returncode, identifier=str(process.pid))
 
+    async def _submit_run(self, flow_run: FlowRun) -> None:
+        """Take a flow run; when we are to end before its process is there, give it back."""
+        try:
+            await super()._submit_run(flow_run)
+        except asyncio.CancelledError:
+            if flow_run.id not in self.at_work:  # else `run` sees to it
+                with anyio.CancelScope(shield=True):
+                    await self._give_back(flow_run)
+            raise
+
     async def _give_back(self, flow_run: FlowRun) -> None:
         """Have a run that had not yet begun wait for the next worker."""
-        with suppress(Exception):  # Prefect may be away, too
+        try:
             now = await self.client.read_flow_run(flow_run.id)
             if now.state_type == StateType.PENDING:
                 waits: State = Scheduled(message="its worker ended before it began")
                 await self.client.set_flow_run_state(flow_run.id, waits, force=True)
+        except Exception as error:  # Prefect may be away, too
+            self._logger.warning(
+                "flow run “%s” may stay pending: Prefect can't be told: %s", flow_run.name, error
+            )
 
     def kill_runs(self) -> None:
         """End what is at work at once."""
-        for process in self._processes:
+        for process in self.at_work.values():
             kill_tree(process.pid)
 
 

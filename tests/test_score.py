@@ -117,6 +117,22 @@ def test_ours_and_theirs_are_rows_of_one_table_and_nothing_is_scored_twice(
     assert logged["score/fruit/accuracy"] == rows[1]["metrics"]["fruit/accuracy"]
 
 
+def test_models_made_anywhere_are_compared_once_they_are_scored(
+    llmill: Llmill, theirs: Path, options: list[str]
+) -> None:
+    assert "is not evaluated" in llmill("compare", "latest", str(theirs), code=2).stderr
+    first = json.loads(llmill("compare", "latest", str(theirs), *options, "--json").stdout)
+    assert {one["name"] for one in first["verdict"]["sets_and_tasks"]} == {"texts", *ITEMS}
+    assert first["verdict"]["refused"] == "B is scored on sets and tasks only"
+    assert first["runs"][1]["name"] == "their model"
+    assert len(Store(llmill.home).artifacts("score")) == 2
+    out = llmill("compare", "latest", str(theirs)).stdout
+    assert "fruit (accuracy)" in " ".join(out.split())
+    [mine, other] = (one.fingerprint for one in Store(llmill.home).artifacts("score"))
+    by_scores = json.loads(llmill("compare", mine, other, "--json").stdout)["verdict"]
+    assert by_scores["sets_and_tasks"] == first["verdict"]["sets_and_tasks"]
+
+
 def test_a_scoring_that_is_killed_is_resumed_to_the_same_bytes(
     llmill: Llmill, options: list[str], copy_finished: Callable[[Path], Llmill], tmp_path: Path
 ) -> None:

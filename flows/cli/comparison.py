@@ -22,6 +22,7 @@ from flows.cli.options import (
     typed,
     writable,
 )
+from flows.cli.score import Most, SetFiles, TaskFiles, score_all
 from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Store
 from flows.prefect.servers import PrefectServer
@@ -31,11 +32,15 @@ def compare(
     runs: Annotated[
         list[str],
         typer.Argument(
-            help="A run's name or id in MLflow, a fingerprint, models:/NAME/VERSION, latest or latest~1.",
+            help="A run's name or id in MLflow, a fingerprint, models:/NAME/VERSION, latest or latest~1; or any other "
+            "model that llmill score takes.",
             metavar="RUN RUN [...]",
         ),
     ],
     as_json: AsJson = False,
+    sets: SetFiles = None,
+    tasks: TaskFiles = None,
+    most: Most = None,
     html: Annotated[
         Path | None, typer.Option(help="Write the page with plots there.", metavar="FILE")
     ] = None,
@@ -48,22 +53,27 @@ def compare(
     log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
-    """Show in what runs differ, and whether one's model or recipe is better than another's."""
+    """Show in what runs differ, and whether one's model or recipe is better than another's.
+
+    With sets or tasks, all models are scored on these first.
+    """
     quiet_libraries()
     from flows.compare.claims import Least
     from flows.compare.compare import compare as put_side_by_side
+    from flows.compare.models import find_subjects
     from flows.compare.page import page
     from flows.compare.show import show
-    from flows.compare.subjects import Finder
     from flows.listeners.terminal import Screen, Terminal
 
-    subjects = Finder(Store(home)).find(runs)
-    if len(subjects) < 2:
-        raise UserError("name two runs at least: llmill compare latest~1 latest")
     if not math.isfinite(least + least_accuracy):
         raise UserError("--least and --least-accuracy are finite numbers")
-    comparison = put_side_by_side(subjects, Least(least, least_accuracy))
     terminal = Terminal(Screen(stderr=True) if as_json else None)
+    if sets or tasks:
+        score_all(runs, sets, tasks, most=most, home=home, terminal=terminal)
+    subjects = find_subjects(runs, Store(home))
+    if len(subjects) < 2:
+        raise UserError("name two runs at least: llmill compare latest~1 latest")
+    comparison = put_side_by_side(subjects, Least(least, least_accuracy))
     if html:
         write_page(html, page(comparison))
     if as_json:

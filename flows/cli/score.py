@@ -16,6 +16,19 @@ from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Artifact, Store
 from flows.prefect.servers import PrefectServer
 
+SetFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--sets", help="A file of texts, or YAML that lists sets and tasks.", metavar="FILE"),
+]
+TaskFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--tasks", help="A file of items, or YAML that lists sets and tasks.", metavar="FILE"),
+]
+Most = Annotated[
+    int | None,
+    typer.Option("--most", min=1, help="At most so many documents of a set and items of a task."),
+]
+
 
 def score(
     models: Annotated[
@@ -25,17 +38,9 @@ def score(
             metavar="MODEL [...]",
         ),
     ],
-    sets: Annotated[
-        list[Path] | None,
-        typer.Option(help="A file of texts, or YAML that lists sets and tasks.", metavar="FILE"),
-    ] = None,
-    tasks: Annotated[
-        list[Path] | None,
-        typer.Option(help="A file of items, or YAML that lists sets and tasks.", metavar="FILE"),
-    ] = None,
-    most: Annotated[
-        int | None, typer.Option(min=1, help="At most so many documents of a set and items of a task.")
-    ] = None,
+    sets: SetFiles = None,
+    tasks: TaskFiles = None,
+    most: Most = None,
     home: Home = HOME,
     as_json: AsJson = False,
 ) -> None:
@@ -43,15 +48,37 @@ def score(
     if not as_json:
         announce(f"reading {', '.join(models)}")
     quiet_libraries()
-    from flows.compare.models import find_models
     from flows.compare.scores_table import as_rows, show_scores
-    from flows.compare.scoring import plan_scoring, scoring_config
     from flows.listeners.terminal import Screen, Terminal
+
+    terminal = Terminal(Screen(stderr=True) if as_json else None)
+    scored = score_all(models, sets, tasks, most=most, home=home, terminal=terminal)
+    if as_json:
+        print(json.dumps(as_rows(scored), indent=1, ensure_ascii=False, allow_nan=False))
+    else:
+        show_scores(scored, terminal.console)
+
+
+def score_all(
+    models: Sequence[str],
+    sets: Sequence[Path] | None,
+    tasks: Sequence[Path] | None,
+    *,
+    most: int | None,
+    home: Path,
+    terminal: Any,
+) -> list[tuple[str, Artifact]]:
+    """Score what a person names, each in a run of its own; return names and scores.
+
+    Raises:
+        UserError: something named is not there, can't be scored, or was not.
+    """
+    from flows.compare.models import find_models
+    from flows.compare.scoring import plan_scoring, scoring_config
 
     config = scoring_config(sets or (), tasks or (), most)
     writable(home)
     store = Store(home)
-    terminal = Terminal(Screen(stderr=True) if as_json else None)
     with stoppable(f"stopped; the same command resumes it: {typed()}"):
         save_when_asked()
         planned = [
@@ -59,11 +86,7 @@ def score(
             for text in models
             for model in find_models(text, store)
         ]
-        scored = run_all(planned, home, terminal)
-    if as_json:
-        print(json.dumps(as_rows(scored), indent=1, ensure_ascii=False, allow_nan=False))
-    else:
-        show_scores(scored, terminal.console)
+        return run_all(planned, home, terminal)
 
 
 def run_all(planned: Sequence[tuple[str, Any]], home: Path, terminal: Any) -> list[tuple[str, Artifact]]:

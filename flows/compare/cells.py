@@ -183,7 +183,7 @@ def runs_table(comparison: Comparison) -> Section:
         recipe = one.recipe
         run = one.run.run_id[:8] if one.run else ABSENT
         rows.append([one.label, one.name, recipe, run, one.evaluation.fingerprint])
-    header = ["", "run", "recipe", "MLflow", "evaluate"]
+    header = ["", "run", "recipe", "MLflow", "scores"]
     return Section(heading="Runs", header=header, rows=rows, empty="", fixed=len(header))
 
 

@@ -20,6 +20,7 @@ from flows.compare.claims import ANY, NOT_COMPARED, SAME, SEEDS, Claim, Least, o
 from flows.compare.mcnemar import mcnemar
 from flows.compare.rows import ABSENT, recipe_key
 from flows.compare.subjects import Subject
+from flows.engine.store import Artifact
 from llm.score.statistics import MIN_DOCUMENTS, RESAMPLES, Estimate, Floats, holm, paired_bootstrap
 
 BITS, GOLD, RIGHT = "bits_per_byte", "gold_bits_per_byte", "accuracy"
@@ -39,6 +40,8 @@ DRAWN = 50_000_000
 """Documents or items that are drawn for a test, at most: seconds, however many there are."""
 
 Row = Mapping[str, Any]
+Key = tuple[str, str]
+"""Kind and name of a set or task."""
 
 
 @dataclass(frozen=True)
@@ -126,40 +129,54 @@ class Question:
     bytes: Floats
 
 
-class Scored:
-    """The sets and tasks of one evaluation."""
+@dataclass(frozen=True)
+class Scoring:
+    """A model on one set or task."""
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        config = subject.evaluation.manifest["config"]
-        self.configs = {
-            (kind, one["name"]): {key: value for key, value in one.items() if key not in NOT_SCORED}
-            for kind in KINDS
-            for one in config.get(kind, ())
-        }
-        """Kind and name -> the settings that decide what is scored, with the file's checksum as ``path``."""
+    artifact: Artifact
+    kind: str
+    name: str
+    config: Mapping[str, Any]
+    """The settings that decide what is scored, with the file's checksum as ``path``."""
 
     @cached_property
-    def rows(self) -> dict[tuple[str, str], list[Row]]:
-        """Kind and name -> a row a document or item, in the order of the file."""
-        found = defaultdict(list)
-        for kind in {kind for kind, _ in self.configs}:
-            file, column = KINDS[kind]
-            for row in pq.read_table(self.subject.evaluation.path / file).to_pylist():
-                found[kind, row[column]].append(row)
+    def rows(self) -> list[Row]:
+        """A row a document or item, in the order of the file."""
+        file, column = KINDS[self.kind]
+        found: list[Row] = pq.read_table(
+            self.artifact.path / file, filters=[(column, "==", self.name)]
+        ).to_pylist()
         return found
 
-    def value(self, name: str, metric: str) -> Value | None:
-        """Return a metric of a set or task, as the evaluation has it."""
-        metrics = self.subject.evaluation.metrics
-        found = [metrics.get(f"{name}/{metric}{end}") for end in ("", "_low", "_high")]
+    def value(self, metric: str) -> Value | None:
+        """Return a metric, with its interval where it has one."""
+        metrics = self.artifact.metrics
+        found = [metrics.get(f"{self.name}/{metric}{end}") for end in ("", "_low", "_high")]
         return None if found[0] is None else Value(found[0], *found[1:])
+
+
+def scorings(subject: Subject) -> dict[Key, list[Scoring]]:
+    """Kind and name of each set and task -> what was made of it; that of its own evaluation comes first."""
+    found = defaultdict(list)
+    for artifact in (subject.evaluation, *subject.scorings):
+        for kind in KINDS:
+            for one in artifact.manifest["config"].get(kind, ()):
+                config = {key: value for key, value in one.items() if key not in NOT_SCORED}
+                found[kind, one["name"]].append(
+                    Scoring(artifact=artifact, kind=kind, name=one["name"], config=config)
+                )
+    return found
+
+
+def matched(first: Sequence[Scoring], other: Sequence[Scoring]) -> tuple[Scoring | None, Scoring | None]:
+    """The two that scored the same, where there are such; else the first of each."""
+    alike = ((a, b) for a in first for b in other if a.config == b.config)
+    return next(alike, (next(iter(first), None), next(iter(other), None)))
 
 
 def compare_fixed(subjects: Sequence[Subject], least: Least = ANY) -> list[Answer]:
     """Compare each later model with the first on each set and task, with p-values adjusted for all that is asked."""
-    first, *others = map(Scored, subjects)
-    asked = [one for other in others for one in ask(first, other)]
+    asked = [one for other in subjects[1:] for one in ask(subjects[0], other)]
     tested = tests([one for one in asked if isinstance(one, Question)])
     answers = [one if isinstance(one, Answer) else next(tested) for one in asked]
     adjusted = iter(holm([one.claim.estimate.p_value for one in answers if one.claim.estimate]))
@@ -172,39 +189,41 @@ def compare_fixed(subjects: Sequence[Subject], least: Least = ANY) -> list[Answe
     ]
 
 
-def ask(first: Scored, other: Scored) -> Iterator[Question | Answer]:
+def ask(first: Subject, other: Subject) -> Iterator[Question | Answer]:
     """Yield what can be asked of two models, and answers where nothing has to be or can be."""
-    claim = Claim(first.subject.label, other.subject.label, NOT_COMPARED)
-    for key in {**first.configs, **other.configs}:
-        kind, name = key
+    claim, made = Claim(first.label, other.label, NOT_COMPARED), (scorings(first), scorings(other))
+    for kind, name in {**made[0], **made[1]}:
+        pair = matched(*(one.get((kind, name), []) for one in made))
         metrics = [BITS] if kind == "sets" else [RIGHT, GOLD]
         answers = [
             Answer(
                 name=name,
                 metric=metric,
-                values=(first.value(name, metric), other.value(name, metric)),
+                values=(value(pair[0], metric), value(pair[1], metric)),
                 claim=claim,
             )
             for metric in metrics
         ]
-        if why := unlike(first, other, key):
-            yield from (replace(one, why=why) for one in answers[:1])
-        elif first.subject.model == other.subject.model:
+        if pair[0] is None or pair[1] is None:
+            only = (other if pair[0] is None else first).label
+            yield replace(answers[0], why=f"only {only} was scored on it")
+        elif why := unlike(pair[0].config, pair[1].config, f"{first.label} and {other.label}"):
+            yield replace(answers[0], why=why)
+        elif first.model == other.model:
             yield from (replace(one, claim=replace(claim, outcome=SAME)) for one in answers)
         elif kind == "sets":
-            yield by_document(answers[0], first.rows[key], other.rows[key])
+            yield by_document(answers[0], pair[0].rows, pair[1].rows)
         else:
-            yield by_item(answers[0], first.rows[key], other.rows[key])
-            yield by_gold(answers[1], first.rows[key], other.rows[key])
+            yield by_item(answers[0], pair[0].rows, pair[1].rows)
+            yield by_gold(answers[1], pair[0].rows, pair[1].rows)
 
 
-def unlike(first: Scored, other: Scored, key: tuple[str, str]) -> str:
-    """Say in what a set or task of two evaluations is not the same; nothing where it is."""
-    labels = f"{first.subject.label} and {other.subject.label}"
-    configs = [one.configs.get(key) for one in (first, other)]
-    if None in configs:
-        return f"only {(other if configs[0] is None else first).subject.label} was scored on it"
-    a, b = (one or {} for one in configs)
+def value(scoring: Scoring | None, metric: str) -> Value | None:
+    return scoring.value(metric) if scoring else None
+
+
+def unlike(a: Mapping[str, Any], b: Mapping[str, Any], labels: str) -> str:
+    """Say in what two configs of a set or task differ; nothing where they don't."""
     if a["path"] != b["path"]:
         files = " and ".join(str(one["path"])[:DIGITS] for one in (a, b))
         return f"{labels} were scored on different files of this name (sha256 {files})"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
-from flows.compare.subjects import MODELS, Finder, sealed
+from flows.compare.subjects import MODELS, Finder, Subject, labelled, sealed
 from flows.engine.adoption import config_of
 from flows.engine.plan import Step, plan_step
 from flows.engine.store import Artifact, Store
@@ -50,6 +50,30 @@ def find_models(text: str, store: Store) -> list[Model]:
             raise
         return [of_elsewhere(text, store, hub=text)]
     return [of_artifact(one.evaluation, one.name, store) for one in found]
+
+
+def find_subjects(texts: Sequence[str], store: Store) -> list[Subject]:
+    """Return the scored model of each thing that `find_models` takes; for a run, each model that it scored.
+
+    Raises:
+        UserError: one names nothing, or several things, or a model that was not scored.
+    """
+    finder = Finder(store)
+    return labelled([subject for text in texts for subject in subjects_of(text, finder)])
+
+
+def subjects_of(text: str, finder: Finder) -> list[Subject]:
+    if not Path(text).is_dir():
+        try:
+            return finder.find([text])
+        except UserError:
+            if not HUB.fullmatch(text):
+                raise
+    found = []
+    for model in find_models(text, finder.store):
+        step = model.steps[model.sources["model"]]
+        found.append(finder.of_model((step.stage.name, str(step.fingerprint)), "", model.name))
+    return found
 
 
 def of_folder(folder: Path, store: Store) -> Model:

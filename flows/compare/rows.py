@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flows.compare.subjects import Subject
+from flows.compare.subjects import SCORES, Subject
 from flows.engine.store import Artifact
 from flows.recipe import flatten
 from flows.stages import BY_NAME, STAGES
@@ -95,7 +95,7 @@ def metric_rows(subjects: Sequence[Subject]) -> list[Row]:
         rows += [
             Row(stage.name, name, [one.metrics.get(name) if one else None for one in of_stage])
             for name in dict.fromkeys(name for one in of_stage if one for name in stage.named(one.metrics))
-            if not (stage.name == "evaluate" and re.fullmatch(OF_FIXED, name))
+            if not (stage.name in SCORES and re.fullmatch(OF_FIXED, name))
         ]
         seconds = [one.manifest["seconds"] if one else None for one in of_stage]
         rows.append(Row(stage.name, "seconds", seconds))

@@ -40,6 +40,9 @@ def read_scores(subjects: Sequence[Subject]) -> Scores:
     Raises:
         NotComparable: they are not the same ones, or too few.
     """
+    if only := [one.label for one in subjects if one.evaluation.stage != "evaluate"]:
+        are = "is" if len(only) == 1 else "are"
+        raise NotComparable(f"{' and '.join(only)} {are} scored on sets and tasks only")
     tables = [read_documents(subject) for subject in subjects]
     first, ids = tables[0], sorted(tables[0])
     for subject, other in zip(subjects, tables, strict=True):

@@ -22,7 +22,9 @@ MOST_NAMED = 5
 LATEST = re.compile(r"latest(~(?P<before>\d+))?")
 MODELS = tuple(stage.name for stage in STAGES if stage.makes in ("model", ""))
 """Stages that may have made a model."""
-ENDS = ("evaluate", *MODELS, "export")
+SCORES = ("evaluate", "score")
+"""Stages that score a model: the first has held-out documents of its corpus, too."""
+ENDS = (*SCORES, *MODELS, "export")
 """Stages whose fingerprint names a model."""
 OF_STEP = re.compile(r"(?P<run>.+)/(?P<step>[A-Za-z0-9_.-]+)")
 
@@ -38,11 +40,13 @@ class Subject:
     """Artifacts by stage, in the order of the pipeline."""
     run: PipelineRun | None = None
     """In MLflow; None where it was named by a fingerprint or as a registered model."""
+    scorings: Sequence[Artifact] = ()
+    """Other scores of the same model by `llmill score`, the newest first."""
 
     @property
     def evaluation(self) -> Artifact:
-        """Its scores."""
-        return self.artifacts["evaluate"]
+        """Its scores: by an evaluation of its recipe, or by `llmill score` where that is all there is."""
+        return next(self.artifacts[stage] for stage in SCORES if stage in self.artifacts)
 
     @property
     def made(self) -> Artifact:
@@ -88,24 +92,22 @@ class Finder:
         Raises:
             UserError: one names nothing, or several things; or what it names is not evaluated, or not in the store.
         """
-        found = [subject for text in texts for subject in self._find(text)]
-        return [replace(subject, label=label(place)) for place, subject in enumerate(found)]
+        return labelled([subject for text in texts for subject in self._find(text)])
 
     def of_run(self, run: PipelineRun, step: str = "") -> list[Subject]:
         """The models that a run of a recipe evaluated, or the one that a step of it evaluated."""
-        evaluations = {name: one for name, (stage, one) in run.artifacts.items() if stage == "evaluate"}
+        evaluations = {name: (stage, one) for name, (stage, one) in run.artifacts.items() if stage in SCORES}
         if not evaluations:
             raise UserError(f"run “{run.name}” ({run.run_id}) evaluated no model: it did not come so far")
         if step and step not in evaluations:
             raise UserError(f"run “{run.name}” has no evaluation {step}; it has {', '.join(evaluations)}")
         exports = {one for stage, one in run.artifacts.values() if stage == "export"}
         return [
-            Subject(
-                label="",
-                name=run.name if len(evaluations) == 1 else f"{run.name} {name}",
-                artifacts=sealed_line(
-                    self.store, sealed(self.store, "evaluate", one, f"run “{run.name}”"), exports
-                ),
+            self._of_scores(
+                sealed(self.store, *one, f"run “{run.name}”"),
+                name="",
+                called=run.name if len(evaluations) == 1 else f"{run.name} {name}",
+                exports=exports,
                 run=run,
             )
             for name, one in sorted(evaluations.items())
@@ -127,7 +129,7 @@ class Finder:
             run = self._runs.of_key(key) if self._runs else None
         except NotAsked as error:
             self.why_not = str(error)
-        return Subject(label=name, name=called, artifacts=sealed_line(self.store, evaluation), run=run)
+        return self._of_scores(evaluation, name=name, called=called, run=run)
 
     def _find(self, text: str) -> list[Subject]:
         if text.startswith("models:/"):
@@ -200,20 +202,48 @@ class Finder:
         return f", and {self.why_not or 'MLflow knows of no evaluated run'}"
 
     def _of_artifact(self, artifact: Artifact, name: str, called: str) -> Subject:
-        evaluation, exports = artifact, set[str]()
-        if artifact.stage == "export":
-            exports = {artifact.fingerprint}
-            scores = artifact.inputs.get("scores")
-            if scores is None:
-                raise UserError(f"{called} is not evaluated: its recipe has no evaluation of it")
-            evaluation = sealed(self.store, *scores.key, called)
-        elif artifact.stage != "evaluate":
-            key = (artifact.stage, artifact.fingerprint)
-            made = [one for one in self.store.artifacts("evaluate") if one.inputs["model"].key == key]
-            if not made:
-                raise UserError(f"{called} is not evaluated: run its recipe to the end")
-            evaluation = made[-1]
-        return Subject(name, called, sealed_line(self.store, evaluation, exports))
+        if artifact.stage in SCORES:
+            return self._of_scores(artifact, name=name, called=called)
+        exports = {artifact.fingerprint} if artifact.stage == "export" else set[str]()
+        if "scores" in artifact.inputs:
+            scores = sealed(self.store, *artifact.inputs["scores"].key, called)
+            return self._of_scores(scores, name=name, called=called, exports=exports)
+        model = artifact.inputs["model"].key if exports else (artifact.stage, artifact.fingerprint)
+        return self.of_model(model, name, called, exports)
+
+    def of_model(
+        self, model: tuple[str, str], name: str, called: str, exports: Collection[str] = ()
+    ) -> Subject:
+        """The model with this stage and fingerprint, by its newest evaluation, or else by what `llmill score` made.
+
+        Raises:
+            UserError: there is neither.
+        """
+        for stage in SCORES:
+            made = [one for one in self.store.artifacts(stage) if one.inputs["model"].key == model]
+            if made:
+                return self._of_scores(made[-1], name=name, called=called, exports=exports)
+        raise UserError(
+            f"{called} is not evaluated: run its recipe to the end, or score it: llmill score MODEL --sets FILE"
+        )
+
+    def _of_scores(
+        self,
+        scores: Artifact,
+        *,
+        name: str,
+        called: str,
+        exports: Collection[str] = (),
+        run: PipelineRun | None = None,
+    ) -> Subject:
+        of = [scores.inputs[type_].key for type_ in ("model", "tokenizer")]
+        scorings = [
+            one
+            for one in reversed(self.store.artifacts("score"))
+            if [one.inputs[type_].key for type_ in ("model", "tokenizer")] == of and one.path != scores.path
+        ]
+        line = sealed_line(self.store, scores, exports)
+        return Subject(label=name, name=called, artifacts=line, run=run, scorings=scorings)
 
 
 def sealed_line(store: Store, evaluation: Artifact, exports: Collection[str] = ()) -> dict[str, Artifact]:
@@ -222,8 +252,8 @@ def sealed_line(store: Store, evaluation: Artifact, exports: Collection[str] = (
     Raises:
         UserError: one of them is not in the store.
     """
-    found = {"evaluate": evaluation}
-    of = f"evaluate {evaluation.fingerprint}"
+    found = {evaluation.stage: evaluation}
+    of = f"{evaluation.stage} {evaluation.fingerprint}"
     model = evaluation.inputs["model"]
     others = [one for name, one in evaluation.inputs.items() if name != "model"]
     waiting = deque([model])  # what the model was made from comes first: it may be evaluated on other texts
@@ -250,6 +280,10 @@ def sealed(store: Store, stage: str, fingerprint: str, of: str) -> Artifact:
     if artifact is None:
         raise UserError(f"{of}: its {stage} {fingerprint} is not in {store.root}: removed, or made elsewhere")
     return artifact
+
+
+def labelled(subjects: Sequence[Subject]) -> list[Subject]:
+    return [replace(one, label=label(place)) for place, one in enumerate(subjects)]
 
 
 def label(place: int) -> str:

@@ -25,8 +25,8 @@ from llm.score.statistics import Estimate, holm, paired_bootstrap, seeds_test
 
 MOST_IN_COMMAND = 3
 ADD_SETS = (
-    "or add evaluate.sets to both recipes, which are the same for all corpora (docs/evaluate.md), and score the models "
-    "on them, without training any again: llmill run RECIPE --only evaluate"
+    "score both on one set or task, without training any again: llmill compare RUN RUN --sets FILE --tasks FILE "
+    "(docs/evaluate.md)"
 )
 
 
@@ -96,7 +96,9 @@ class Verdict:
     @property
     def about_fixed(self) -> str:
         """Each later run against the first on all sets and tasks that both were scored on, in a line."""
-        return "; ".join(one.in_words() for one in self.fixed if one.compared)
+        compared = [one for one in self.fixed if one.compared]
+        said = (one.claim.in_words() if one.claim.outcome == SAME else one.in_words() for one in compared)
+        return "; ".join(dict.fromkeys(said))
 
     @property
     def about_recipes(self) -> str:

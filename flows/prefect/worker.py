@@ -41,7 +41,7 @@ class Worker(ProcessWorker):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
         self.at_work: dict[UUID, Process] = {}
-        """By flow run, those that are at work."""
+        """Flow run -> the process that carries it out."""
 
     @classmethod
     def __dispatch_key__(cls) -> str:

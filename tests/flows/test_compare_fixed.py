@@ -37,11 +37,11 @@ from flows.compare.log import note
 from flows.compare.mcnemar import mcnemar
 from flows.compare.page import page
 from flows.compare.show import show
-from flows.compare.subjects import Subject, label, sealed_line
+from flows.compare.subjects import Finder, Subject, label
 from flows.engine.store import Artifact, Store
 from flows.listeners.terminal import Screen
 from llm.evaluate.config import EvaluateConfig
-from llm.score.config import TaskConfig
+from llm.score.config import FixedConfig, ScoreConfig, TaskConfig
 from llm.score.fixed import Fixed
 from llm.score.statistics import Estimate, holm
 
@@ -101,6 +101,8 @@ def score(tmp_path: Path) -> Score:
         *,
         sets: dict[str, dict[str, Any]] | None = None,
         tasks: dict[str, dict[str, Any]] | None = None,
+        scored: dict[str, dict[str, dict[str, Any]]] | None = None,
+        evaluation: bool = True,
         more: float = 0.0,
         right: float = 0.5,
         sizes: int = 7,
@@ -119,24 +121,37 @@ def score(tmp_path: Path) -> Score:
             store, "pretrain", number, {"model.safetensors": bytes([own]), "model.json": b"{}"}, inputs=dict(sealed),
             config={"lr": lr or number, "seed": number},
         )  # fmt: skip
-        config = EvaluateConfig.model_validate(
-            {kind: [{"name": name, **one} for name, one in (given or {}).items()]
-             for kind, given in (("sets", sets), ("tasks", tasks))}
-        ).resolve()  # fmt: skip
-        found = Fixed(
-            {one.name: documents(one.name, one.path, more, own) for one in config.sets},
-            {one.name: items(one, right, more, size=sizes, seed=own) for one in config.tasks},
-        )
         rows = [{"id": f"{held_out}/{place}", "bytes": 100, "text_nats": 70.0 + own} for place in range(12)]
-        evaluation = seal(
-            store, "evaluate", number,
-            {"fixed": found.write, "documents": lambda folder: pq.write_table(
-                pa.Table.from_pylist(rows), folder / "documents.parquet")},
-            inputs=sealed, config=config.identity(), metrics={"bits_per_byte": 1.0} | found.metrics(),
-        )  # fmt: skip
-        return Subject(label(number - 1), f"run {number}", sealed_line(store, evaluation))
+        held_out_rows = {"documents": lambda folder: pq.write_table(
+            pa.Table.from_pylist(rows), folder / "documents.parquet")}  # fmt: skip
+
+        def scores(config: FixedConfig, files: dict[str, Any], **metrics: float) -> Artifact:
+            config = config.resolve()
+            found = Fixed(
+                {one.name: documents(one.name, one.path, more, own) for one in config.sets},
+                {one.name: items(one, right, more, size=sizes, seed=own) for one in config.tasks},
+            )
+            return seal(
+                store, config.stage, number, {"fixed": found.write, **files},
+                inputs=sealed, config=config.identity(), metrics=metrics | found.metrics(),
+            )  # fmt: skip
+
+        if scored:
+            scores(ScoreConfig.model_validate(listed(**scored)), {})
+        if evaluation:
+            config = EvaluateConfig.model_validate(listed(sets or {}, tasks or {}))
+            scores(config, held_out_rows, bits_per_byte=1.0)
+        key = sealed["model"].stage, sealed["model"].fingerprint
+        return Finder(store).of_model(key, label(number - 1), f"run {number}")
 
     return evaluated
+
+
+def listed(
+    sets: dict[str, dict[str, Any]], tasks: dict[str, dict[str, Any]]
+) -> dict[str, list[dict[str, Any]]]:
+    named = {"sets": sets, "tasks": tasks}
+    return {kind: [{"name": name, **one} for name, one in given.items()] for kind, given in named.items()}
 
 
 def documents(name: str, path: Path, more: float, seed: int) -> list[dict[str, Any]]:
@@ -313,8 +328,30 @@ def test_other_held_out_documents_leave_sets_and_tasks_to_decide(
         assert "B is better than A" in " ".join(shown.split())
     nothing = compare([first, score(held_out="b")]).verdict
     assert nothing.about_models.startswith("can't be decided: A and C were evaluated on other documents")
-    assert "add evaluate.sets to both recipes" in nothing.about_models
-    assert nothing.about_models.endswith("llmill run RECIPE --only evaluate")
+    assert "score both on one set or task" in nothing.about_models
+    assert "llmill compare RUN RUN --sets FILE --tasks FILE" in nothing.about_models
+
+
+def test_what_only_score_made_is_compared_with_what_evaluations_made(
+    score: Score, files: dict[str, Path]
+) -> None:
+    """And of several scores of a set, those of one kind; the screen says who has no held-out documents."""
+    sets, few = (
+        {"novels": {"path": files["novels"]}},
+        {"novels": {"path": files["novels"], "max_documents": 50}},
+    )
+    first = score(sets=sets, tasks=quiz(files))
+    second = score(sets=few, more=-0.1, scored={"sets": sets, "tasks": quiz(files)})
+    third = score(evaluation=False, more=0.1, scored={"sets": sets, "tasks": quiz(files)})
+    found = answers(first, second, third)
+    assert [one.claim.outcome for one in compare([first, second]).verdict.fixed] == [SECOND, NONE, SECOND]
+    assert {metric for _, metric in found} == {BITS, RIGHT, GOLD}
+    said = compare([first, third]).verdict
+    assert said.refused == "C is scored on sets and tasks only"
+    assert "novels (bits per byte): A is better than C" in said.about_models
+    assert "C is scored on sets and tasks only" in printed(compare([first, third]))
+    alone = compare([third, third]).verdict
+    assert alone.about_fixed == "C and C are the same model"
 
 
 def printed(comparison: Any, columns: int = 200) -> str:

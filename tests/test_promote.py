@@ -155,14 +155,14 @@ def test_a_champion_that_can_not_be_tested_against_is_not_replaced(swept):
     finder = Finder(Store(swept.home))
     candidate = finder.of_export(exported(swept, GOOD), "candidate", "it")
     for fingerprint, why in (("", "has no tag llmill.fingerprint"), ("0123456789abcdef", "is not in ")):
-        gate = quality(
+        (gate,) = quality(
             finder,
             candidate,
             ModelVersion(name=NAME, version="1", fingerprint=fingerprint, aliases=("champion",)),
         )
         assert not gate.holds
         assert why in gate.says
-    own = quality(
+    (own,) = quality(
         finder,
         candidate,
         ModelVersion(name=NAME, version="1", fingerprint=exported(swept, GOOD), aliases=("champion",)),

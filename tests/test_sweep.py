@@ -16,9 +16,11 @@ from mlflow.entities import Run
 
 from data_pipeline.core.errors import UserError
 from flows.compare.claims import FIRST, NONE, Claim
+from flows.compare.fixed_recipes import Ranking
+from flows.compare.groups import Group
 from flows.compare.members import read_grid, read_members
 from flows.compare.sweep import best_of, foresee
-from flows.compare.verdict import Group, Verdict
+from flows.compare.verdict import Verdict
 from flows.engine.store import Store
 
 PARENT = "mlflow.parentRunId"
@@ -193,6 +195,13 @@ def test_what_the_comparison_will_not_be_able_to_say_is_said_before_it_runs(tmp_
     assert same == "lr 1e-3, seed 0 and lr 0.001, seed 0 make the same model"
     (held_out,) = planned(tmp_path, ["clean.min_chars=1,2"], 2)
     assert "which documents are held out" in held_out
+    text = tmp_path / "novels.txt"
+    text.write_text("Once upon a time.")
+    fixed = f'evaluate.sets=[{{"name": "novels", "path": "{text}"}}]'
+    assert planned(tmp_path, ["clean.min_chars=1,2"], 2, fixed) == [
+        held_out.split(":")[0] + ": novels decides"
+    ]
+    assert planned(tmp_path, ["pretrain.lr=1e-3,1e-4"], 2, fixed, "evaluate.max_documents=9") == []
     with pytest.raises(UserError, match="max_documents is 9, and 10 are needed"):
         planned(tmp_path, ["evaluate.max_documents=100,9"])
 
@@ -233,14 +242,17 @@ def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_i
         Group(label="1", settings={"lr": 1}, runs=["A", "B"], models=[0, 1], bits_per_byte=[2.0, 1.8]),
         Group(label="2", settings={"lr": 2}, runs=["C", "D"], models=[2, 3], bits_per_byte=[1.7, 3.0]),
     ]
-    scores = SimpleNamespace(bits_per_byte=np.array([2.0, 1.8, 1.7, 3.0]))
+    ranking = Ranking("held-out documents", [2.0, 1.8, 1.7, 3.0])
     one, two = (group.name for group in groups)
     for outcome, said in (
         (FIRST, "shown to be better than every other"),
         (NONE, f"not shown to be better than {two}"),
     ):
         best, why = best_of(
-            Verdict(scores=scores, groups=groups, recipes=[Claim(one, two, outcome)]), members
+            Verdict(
+                scores=SimpleNamespace(), ranking=ranking, groups=groups, recipes=[Claim(one, two, outcome)]
+            ),
+            members,
         )
         assert best is members[1]
         assert "1.8000 bits per byte" in why

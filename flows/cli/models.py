@@ -157,6 +157,10 @@ def promote(
         str | None, typer.Argument(help="A registered model; else the one that has a candidate.")
     ] = None,
     version: Annotated[str | None, typer.Option(help="Of it; else its candidate.")] = None,
+    on: Annotated[
+        list[str] | None,
+        typer.Option(help="A set or task that decides, in place of the held-out documents.", metavar="NAME"),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only show what would be decided.")] = False,
     home: Home = HOME,
     as_json: AsJson = False,
@@ -173,7 +177,7 @@ def promote(
     try:
         registry = Registry(home)
         found = find_version(registry, model, version)
-        decision = decide(Store(home), found, registry.champion(found.name))
+        decision = decide(Store(home), found, registry.champion(found.name), on or ())
         where = "" if dry_run else carry_out(registry, home, decision)
     except NotAsked as error:
         raise UserError(str(error)) from None

@@ -12,8 +12,8 @@ from flows.compare.claims import Claim, p_text
 from flows.compare.compare import Comparison
 from flows.compare.curves import curve_rows
 from flows.compare.fixed import MEASURES, Answer
+from flows.compare.groups import Group
 from flows.compare.rows import ABSENT, Row, marked
-from flows.compare.verdict import Group
 from flows.headline import quantity
 
 LONGEST = 40
@@ -80,7 +80,8 @@ def claims(comparison: Comparison) -> list[Section]:
         )
     if any(len(group.models) > 1 for group in verdict.groups):
         rows = [group_cells(group) for group in verdict.groups]
-        header = ["recipe", "runs", "seeds", "mean bits per byte", "standard deviation"]
+        on = f" on {verdict.ranking.name}" if verdict.ranking and verdict.refused else ""
+        header = ["recipe", "runs", "seeds", f"mean bits per byte{on}", "standard deviation"]
         found.append(Section(heading="Recipes", header=header, rows=rows, empty="", fixed=len(header)))
     if len(verdict.recipes) > 1:
         rows = [claim_cells(claim) for claim in verdict.recipes]
@@ -97,8 +98,19 @@ def claims(comparison: Comparison) -> list[Section]:
 
 
 def fixed(comparison: Comparison) -> list[Section]:
-    """The models on sets and tasks, where there are any; of two runs without a column that names them."""
+    """The models on sets and tasks, and the recipes over seeds, where there are any."""
     labels = [one.label for one in comparison.subjects]
+    verdict = comparison.verdict
+    recipes = [group.name for group in verdict.groups if len(group.models) > 1]
+    tables = (
+        answers("Sets and tasks", verdict.fixed, labels),
+        answers("Recipes on sets and tasks, over seeds", verdict.fixed_recipes, recipes),
+    )
+    return [one for one in tables if one.rows]
+
+
+def answers(heading: str, found: Sequence[Answer], labels: Sequence[str]) -> Section:
+    """A table of answers; of two runs or recipes without a column that names them."""
     first, second = labels if len(labels) == 2 else ("first", "second")
     header = [
         "set or task",
@@ -109,15 +121,13 @@ def fixed(comparison: Comparison) -> list[Section]:
         "adjusted p",
         "outcome",
     ]
-    rows = [answer_cells(answer) for answer in comparison.verdict.fixed]
+    rows = [answer_cells(answer) for answer in found]
     if len(labels) > 2:
         header.insert(0, "")
         rows = [
-            [f"{one.claim.first}, {one.claim.second}", *row]
-            for one, row in zip(comparison.verdict.fixed, rows, strict=True)
+            [f"{one.claim.first}, {one.claim.second}", *row] for one, row in zip(found, rows, strict=True)
         ]
-    found = Section(heading="Sets and tasks", header=header, rows=rows, empty="", fixed=len(header))
-    return [found] if rows else []
+    return Section(heading=heading, header=header, rows=rows, empty="", fixed=len(header))
 
 
 def answer_cells(answer: Answer) -> list[str]:

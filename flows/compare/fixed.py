@@ -30,6 +30,8 @@ MEASURES = {
     GOLD: "bits per byte of the answers",
 }
 """Metric of a set or task -> its name on the screen."""
+METRICS = {"sets": (BITS,), "tasks": (RIGHT, GOLD)}
+"""Kind -> the metrics that are compared; by bits, the last one, runs can be ranked."""
 KINDS = {"sets": ("set_documents.parquet", "set"), "tasks": ("items.parquet", "task")}
 """Where the rows of sets and of tasks are, and the column that names them."""
 NOT_SCORED = frozenset({"stride"})
@@ -194,7 +196,6 @@ def ask(first: Subject, other: Subject) -> Iterator[Question | Answer]:
     claim, made = Claim(first.label, other.label, NOT_COMPARED), (scorings(first), scorings(other))
     for kind, name in {**made[0], **made[1]}:
         pair = matched(*(one.get((kind, name), []) for one in made))
-        metrics = [BITS] if kind == "sets" else [RIGHT, GOLD]
         answers = [
             Answer(
                 name=name,
@@ -202,7 +203,7 @@ def ask(first: Subject, other: Subject) -> Iterator[Question | Answer]:
                 values=(value(pair[0], metric), value(pair[1], metric)),
                 claim=claim,
             )
-            for metric in metrics
+            for metric in METRICS[kind]
         ]
         if pair[0] is None or pair[1] is None:
             only = (other if pair[0] is None else first).label
@@ -314,6 +315,11 @@ def judged(
     """
     if answer.claim.second in seeds:
         return replace(answer.claim, adjusted=adjusted, outcome=SEEDS)
+    return decided(answer, estimate, adjusted, least)
+
+
+def decided(answer: Answer, estimate: Estimate, adjusted: float, least: Least) -> Claim:
+    """Say which is better by the answer's metric."""
     right = answer.metric == RIGHT
     smallest = least.accuracy if right else least.bits_per_byte
     found = outcome(estimate, adjusted, smallest, more_is_better=right)

@@ -12,6 +12,7 @@ from typing import Any
 from data_pipeline.core.errors import UserError
 from flows.engine.plan import Step, make_plan
 from flows.engine.store import Store
+from flows.headline import BITS
 from flows.listeners.mlflow.translate import Operation, candidate
 from flows.recipe import Recipe, load_recipe, shown
 
@@ -62,6 +63,19 @@ class Member:
         return self.step(stage).config
 
     @property
+    def scored_on(self) -> str:
+        """The first set, or else task, of its evaluation: it decides where other documents are held out."""
+        evaluated = self.config("evaluate")
+        return next((one.name for one in (*evaluated.sets, *evaluated.tasks)), "")
+
+    @property
+    def held_out_by(self) -> tuple[Any, ...]:
+        """All that decides which documents it holds out and evaluates."""
+        split, evaluated = self.config("tokenize"), self.config("evaluate")
+        documents = self.step("tokenize").inputs["documents"]
+        return documents, split.val_fraction, split.seed, evaluated.max_documents
+
+    @property
     def candidate(self) -> list[Operation]:
         """The operations that make its export the candidate."""
         exported = [
@@ -87,6 +101,14 @@ class Ended:
     key: str = ""
     """The key by which its run is found in MLflow."""
     failure: str = ""
+
+
+def ranking_metrics(members: Sequence[Member]) -> list[str]:
+    """Return the metrics of an evaluation by which a sweep's runs are ranked: the first that there is."""
+    first = members[0]
+    if len({one.held_out_by for one in members}) == 1 or not first.scored_on:
+        return [BITS]
+    return [f"{first.scored_on}/{BITS}", f"{first.scored_on}/gold_{BITS}"]
 
 
 def in_words(settings: Sequence[str]) -> str:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
+from flows.compare.claims import Claim
+from flows.compare.fixed import RIGHT, scorings
 from flows.compare.subjects import Finder, Subject
-from flows.compare.verdict import judge
+from flows.compare.verdict import Verdict, judge
 from flows.engine.store import Artifact, Store, now
 from flows.lineage.graph import Graph
 from flows.listeners.markdown import plain
@@ -22,6 +24,8 @@ from llm.export.stage import TOLERANCE
 EVIDENCE = "decision.json"
 MARGIN = 0.002
 """Bits per byte by which a candidate may be worse, at the unfavourable end of the interval."""
+MARGIN_RIGHT = 0.02
+"""The same of a task's items, as a share."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +100,13 @@ def find_version(registry: Registry, name: str | None, number: str | None) -> Mo
     return found[0]
 
 
-def decide(store: Store, version: ModelVersion, champion: ModelVersion | None) -> Decision:
+def decide(
+    store: Store, version: ModelVersion, champion: ModelVersion | None, on: Sequence[str] = ()
+) -> Decision:
     """Look at every gate, whether an earlier one holds or not.
+
+    Args:
+        on: names of sets and tasks that decide; without any, the held-out documents do.
 
     Raises:
         UserError: the candidate's artifacts are not in the store.
@@ -106,7 +115,7 @@ def decide(store: Store, version: ModelVersion, champion: ModelVersion | None) -
     candidate = finder.of_export(version.fingerprint, "candidate", version.uri)
     export = candidate.artifacts["export"]
     gates = [
-        quality(finder, candidate, champion),
+        *quality(finder, candidate, champion, on),
         parity(export),
         checksums(store, export),
         decontamination(Graph(store), export),
@@ -116,40 +125,69 @@ def decide(store: Store, version: ModelVersion, champion: ModelVersion | None) -
     )
 
 
-def quality(finder: Finder, candidate: Subject, champion: ModelVersion | None) -> Gate:
-    """No worse than the champion: the whole 95% interval of the difference lies below `MARGIN`."""
-    name = "bits per byte"
+def quality(
+    finder: Finder, candidate: Subject, champion: ModelVersion | None, on: Sequence[str] = ()
+) -> list[Gate]:
+    """No worse than the champion, on each set and task named, or on held-out documents."""
+    names = [*on] or ["bits per byte"]
     if champion is None:
-        return Gate(name=name, holds=True, says="there is no champion yet to be worse than", evidence={})
+        scored = {name for _, name in scorings(candidate)}
+        return [without_champion(name, name not in scored and name in on) for name in names]
     try:
         if not champion.fingerprint:
             raise UserError(f"{champion.uri} has no tag llmill.fingerprint: what it is can't be known")
         other = finder.of_export(champion.fingerprint, "champion", champion.uri)
     except UserError as error:
-        return Gate(name=name, holds=False, says=f"can't be compared with the champion: {error}", evidence={})
+        return [untested(name, str(error)) for name in names]
     verdict = judge([other, candidate])
+    found = [by_name(verdict, name) for name in on] if on else [held_out(verdict)]
+    return [
+        replace(gate, evidence={**gate.evidence, "champion": champion.fingerprint}) if gate.evidence else gate
+        for gate in found
+    ]
+
+
+def without_champion(name: str, unscored: bool) -> Gate:
+    says = "it was not scored on it" if unscored else "there is no champion yet to be worse than"
+    return Gate(name=name, holds=not unscored, says=says, evidence={})
+
+
+def untested(name: str, why: str) -> Gate:
+    return Gate(name=name, holds=False, says=f"can't be compared with the champion: {why}", evidence={})
+
+
+def held_out(verdict: Verdict) -> Gate:
+    """The whole 95% interval of the difference in bits per byte lies below `MARGIN`."""
     if verdict.refused:
-        return Gate(
-            name=name,
-            holds=False,
-            says=f"can't be compared with the champion: {verdict.refused}",
-            evidence={},
-        )
-    (claim,) = verdict.models
-    evidence = {**claim.as_json(), "margin": MARGIN, "champion": champion.fingerprint}
+        return untested("bits per byte", f"{verdict.refused}; --on NAME goes by a set or task")
+    return no_worse("bits per byte", verdict.models[0], accuracy=False)
+
+
+def by_name(verdict: Verdict, name: str) -> Gate:
+    """The same on a set; on a task, the whole interval of the share that is right lies above minus `MARGIN_RIGHT`."""
+    found = next((one for one in verdict.fixed if one.name == name), None)
+    if found is None:
+        return untested(name, "neither was scored on it")
+    if not found.compared:
+        return untested(name, found.why)
+    return no_worse(name, found.claim, accuracy=found.metric == RIGHT)
+
+
+def no_worse(name: str, claim: Claim, *, accuracy: bool) -> Gate:
+    margin = -MARGIN_RIGHT if accuracy else MARGIN
+    evidence = {**claim.as_json(), "margin": margin}
     if claim.estimate is None:
-        return Gate(
-            name=name,
-            holds=True,
-            says="it is the champion's own model, exported once more",
-            evidence=evidence,
+        says = "it is the champion's own model, exported once more"
+        return Gate(name=name, holds=True, says=says, evidence=evidence)
+    difference, low, high = claim.estimate.difference, claim.estimate.low, claim.estimate.high
+    if accuracy:
+        says = (
+            f"{100 * difference:+.1f} points right against the champion, at worst {100 * low:+.1f} (95% interval); "
+            f"{100 * margin:+.1f} is allowed"
         )
-    found = claim.estimate
-    says = (
-        f"{found.difference:+.4f} against the champion, at worst {found.high:+.4f} (95% interval); "
-        f"{MARGIN:+.4f} is allowed"
-    )
-    return Gate(name=name, holds=found.high < MARGIN, says=says, evidence=evidence)
+        return Gate(name=name, holds=low > margin, says=says, evidence=evidence)
+    says = f"{difference:+.4f} against the champion, at worst {high:+.4f} (95% interval); {margin:+.4f} is allowed"
+    return Gate(name=name, holds=high < margin, says=says, evidence=evidence)
 
 
 def parity(export: Artifact) -> Gate:

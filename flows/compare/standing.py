@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.core.text import table
-from flows.compare.members import Ended, Member
+from flows.compare.members import Ended, Member, ranking_metrics
 from flows.engine.store import Artifact, Store
 from flows.headline import BITS
 from flows.listeners.markdown import plain
@@ -28,15 +28,15 @@ class Standing:
         self._members, self._ended = members, ended
         self._made: dict[int, Artifact] = {}
         """Place among the members -> the evaluation, of those that have a finite score."""
+        self.scores: dict[int, float] = {}
+        """Place of a member -> bits per byte, in the order in which they ran."""
+        names = ranking_metrics(members)
         for one in ended:
             made = None if one.failure else store.get("evaluate", one.evaluation)
-            if made and math.isfinite(made.metrics.get(BITS, math.nan)):
-                self._made[members.index(one.member)] = made
-
-    @property
-    def scores(self) -> dict[int, float]:
-        """Place of a member -> bits per byte, in the order in which they ran."""
-        return {place: made.metrics[BITS] for place, made in self._made.items()}
+            found = [made.metrics[name] for name in names if made and name in made.metrics]
+            if made and found and math.isfinite(found[0]):
+                place = members.index(one.member)
+                self._made[place], self.scores[place] = made, found[0]
 
     @property
     def note(self) -> str:

@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import write_durably
 from data_pipeline.documents import count_rows
-from flows.compare.claims import FIRST, SECOND
+from flows.compare.claims import FIRST, SECOND, Claim
 from flows.compare.compare import Comparison, compare
+from flows.compare.fixed import RIGHT
 from flows.compare.log import files, note
 from flows.compare.members import Ended, Member
 from flows.compare.standing import SeedGroups, Standing
@@ -71,6 +72,8 @@ def foresee(members: Sequence[Member]) -> list[str]:
     """
     for member in members:
         most = member.config("evaluate").max_documents
+        if member.scored_on:
+            continue
         if most is not None and most < MIN_DOCUMENTS:
             raise NoVerdict(
                 f"evaluate.max_documents is {most}, and {MIN_DOCUMENTS} are needed to compare models:\nraise it"
@@ -84,10 +87,11 @@ def foresee(members: Sequence[Member]) -> list[str]:
         made = str(member.step("pretrain").fingerprint)
         models.setdefault(made, []).append(member.name)
     warnings += [f"{' and '.join(names)} make the same model" for names in models.values() if len(names) > 1]
-    if len({held_out_by(member) for member in members}) > 1:
+    if len({member.held_out_by for member in members}) > 1:
+        on = members[0].scored_on
         warnings.append(
-            "the runs differ in settings that decide which documents are held out: models can be compared only where "
-            "these come out the same"
+            "the runs differ in settings that decide which documents are held out: "
+            + (f"{on} decides" if on else "models can be compared only where these come out the same")
         )
     settings = {tuple(member.grid) for member in members}
     if len(settings) == len(members):
@@ -97,36 +101,35 @@ def foresee(members: Sequence[Member]) -> list[str]:
     return warnings
 
 
-def held_out_by(member: Member) -> tuple[Any, ...]:
-    """Return what decides which documents a run holds out and evaluates."""
-    split, evaluated = member.step("tokenize"), member.config("evaluate")
-    documents, split = split.inputs["documents"], member.config("tokenize")
-    return documents, split.val_fraction, split.seed, evaluated.max_documents
-
-
 def best_of(verdict: Verdict, members: Sequence[Member]) -> tuple[Member | None, str]:
     """The member that should be the candidate, and what the tests say of it; None where nothing can be decided.
 
     It is the best seed of the recipe with the least bits per byte, and not for being the last that was made.
     """
-    if verdict.refused or verdict.scores is None:
+    ranking = verdict.ranking
+    if ranking is None:
         return None, f"no candidate is named, for which is best can't be decided: {verdict.refused}"
     group = min(verdict.groups, key=lambda one: one.mean)
-    place = min(group.models, key=lambda one: float(verdict.scores.bits_per_byte[one]))  # type: ignore[union-attr]
-    unsure = [
-        claim.second if claim.first == group.name else claim.first
-        for claim in verdict.recipes
-        if group.name in (claim.first, claim.second)
-        and (claim.outcome, group.name) not in ((FIRST, claim.first), (SECOND, claim.second))
-    ]
+    place = min(group.models, key=lambda one: ranking.bits_per_byte[one])
+    claims = verdict.recipes if verdict.scores else claims_on(ranking.name, verdict)
+    beaten = {claim.second for claim in claims if (claim.first, claim.outcome) == (group.name, FIRST)}
+    beaten |= {claim.first for claim in claims if (claim.second, claim.outcome) == (group.name, SECOND)}
+    unsure = [one.name for one in verdict.groups if one is not group and one.name not in beaten]
     if unsure:
         why = f"it has the least, but is not shown to be better than {', '.join(unsure)}"
     elif len(verdict.groups) > 1:
         why = "its recipe is shown to be better than every other"
     else:
         why = "the least among seeds of one recipe, which is chance"
-    bits = float(verdict.scores.bits_per_byte[place])
-    return members[place], f"candidate: {members[place].name}, {bits:.4f} bits per byte: {why}"
+    bits = f"{ranking.bits_per_byte[place]:.4f} bits per byte" + (
+        "" if verdict.scores else f" on {ranking.name}"
+    )
+    return members[place], f"candidate: {members[place].name}, {bits}: {why}"
+
+
+def claims_on(name: str, verdict: Verdict) -> list[Claim]:
+    """Return the claims about recipes by bits per byte on a set or task."""
+    return [one.claim for one in verdict.fixed_recipes if one.name == name and one.metric != RIGHT]
 
 
 class Sweep:
@@ -238,8 +241,9 @@ class Sweep:
             name=name_run(planned, member.chosen),
             command=self.command,
             sweep=self._groups.parent_of(member),
-            look=require_documents,
         )
+        if not member.scored_on:
+            order = replace(order, look=require_documents)
         parameters = {
             "recipe": str(recipe.resolve()),
             "settings": [shown(setting) for setting in member.settings],

@@ -7,10 +7,9 @@ all settings but the seeds; whether one is better than another can only be decid
 from __future__ import annotations
 
 import json
-import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -18,50 +17,19 @@ import numpy as np
 
 from flows.compare.claims import ALIKE, ANY, SAME, SEEDS, UNKNOWN, Claim, Least, outcome
 from flows.compare.fixed import Answer, compare_fixed
-from flows.compare.rows import Row, recipe_key, recipe_rows
+from flows.compare.fixed_recipes import Ranking, compare_recipes, ranked_on_fixed
+from flows.compare.groups import Group, grouped
+from flows.compare.rows import Row, recipe_rows
 from flows.compare.scores import NotComparable, Scores, read_scores
 from flows.compare.subjects import Subject
 from llm.score.statistics import Estimate, holm, paired_bootstrap, seeds_test
 
+HELD_OUT = "held-out documents"
 MOST_IN_COMMAND = 3
 ADD_SETS = (
     "score both on one set or task, without training any again: llmill compare RUN RUN --sets FILE --tasks FILE "
     "(docs/evaluate.md)"
 )
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs of one recipe."""
-
-    label: str
-    """``1``, ``2`` ..."""
-    settings: dict[str, Any]
-    """Settings in which it differs from the other recipes here."""
-    runs: list[str]
-    models: list[int]
-    """Places of the runs with different models: its seeds."""
-    bits_per_byte: list[float]
-    """Bits per byte of each of these models."""
-
-    @property
-    def mean(self) -> float:
-        return math.fsum(self.bits_per_byte) / len(self.bits_per_byte)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation over the seeds; None where there is one only."""
-        return float(np.std(self.bits_per_byte, ddof=1)) if len(self.bits_per_byte) > 1 else None
-
-    @property
-    def name(self) -> str:
-        """``recipe 1 (lr 0.003)``."""
-        parts = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in self.settings.items())
-        return f"recipe {self.label}" + (f" ({parts})" if parts else "")
-
-    def as_json(self) -> dict[str, Any]:
-        own = {"label": self.label, "settings": self.settings, "runs": self.runs, "seeds": len(self.models)}
-        return own | {"bits_per_byte": self.bits_per_byte, "mean": self.mean, "spread": self.spread}
 
 
 @dataclass(frozen=True)
@@ -71,6 +39,8 @@ class Verdict:
     refused: str = ""
     """Why nothing can be, by held-out documents."""
     scores: Scores | None = None
+    ranking: Ranking | None = None
+    """The measure that puts the runs in an order; None where they have none in common."""
     groups: list[Group] = field(default_factory=list)
     models: list[Claim] = field(default_factory=list)
     """Each later run against the first."""
@@ -80,6 +50,8 @@ class Verdict:
     """The command whose runs would show what these can't."""
     fixed: list[Answer] = field(default_factory=list)
     """Each later run against the first, on sets and tasks."""
+    fixed_recipes: list[Answer] = field(default_factory=list)
+    """Each pair of recipes of several seeds, on sets and tasks."""
     least: Least = ANY
 
     @property
@@ -103,17 +75,18 @@ class Verdict:
     @property
     def about_recipes(self) -> str:
         """The second claim, in a line."""
-        if self.refused:
+        if self.ranking is None:
             return f"can't be decided: {self.refused}"
         if len(self.groups) == 1:
-            return one_recipe(self.groups[0])
+            return one_recipe(self.groups[0], self.ranking)
         parts = [claim.in_words() for claim in self.recipes if claim.outcome != UNKNOWN]
-        if len(parts) < len(self.recipes):
+        if any(len(group.models) < 2 for group in self.groups) and self.advice:
             parts.append(
                 "whether a setting is better can't be decided from one seed of each: another seed of the same recipe "
                 f"may differ as much; {self.advice}"
             )
-        return "; ".join(parts)
+        parts += [one.in_words() for one in self.fixed_recipes]
+        return "; ".join(parts) or "nothing is said of recipes, for not all models were trained here"
 
     def as_json(self) -> dict[str, Any]:
         held_out = (
@@ -130,6 +103,8 @@ class Verdict:
             "advice": self.advice,
             "about_sets_and_tasks": self.about_fixed,
             "sets_and_tasks": [answer.as_json() for answer in self.fixed],
+            "recipes_on_sets_and_tasks": [answer.as_json() for answer in self.fixed_recipes],
+            "ranked_by": self.ranking.name if self.ranking else "",
             "least": asdict(self.least),
         }
 
@@ -140,46 +115,32 @@ def judge(subjects: Sequence[Subject], least: Least = ANY) -> Verdict:
     Args:
         least: smaller differences don't matter, and are called so.
     """
-    fixed = compare_fixed(subjects, least)
+    verdict = Verdict(fixed=compare_fixed(subjects, least), least=least)
     try:
         scores = read_scores(subjects)
+        ranking: Ranking | None = Ranking(HELD_OUT, scores.bits_per_byte.tolist())
     except NotComparable as error:
-        shared = any(one.compared for one in fixed)
-        return Verdict(refused=str(error), advice="" if shared else ADD_SETS, fixed=fixed, least=least)
-    groups = grouped(subjects, scores)
-    models = model_claims(subjects, scores, groups, least=least.bits_per_byte)
-    recipes = recipe_claims(subjects, scores, groups, least=least.bits_per_byte)
-    unknown = any(claim.outcome == UNKNOWN for claim in recipes)
-    return Verdict(
-        scores=scores,
-        groups=groups,
-        models=models,
-        recipes=recipes,
-        advice=advice(subjects) if unknown else "",
-        fixed=fixed,
-        least=least,
+        scores, ranking = None, ranked_on_fixed(subjects)
+        shared = any(one.compared for one in verdict.fixed)
+        verdict = replace(verdict, refused=str(error), advice="" if shared else ADD_SETS)
+    if ranking is None:
+        return verdict
+    groups = grouped(subjects, ranking.bits_per_byte)
+    verdict = replace(
+        verdict, ranking=ranking, groups=groups, fixed_recipes=compare_recipes(subjects, groups, least)
     )
-
-
-def grouped(subjects: Sequence[Subject], scores: Scores) -> list[Group]:
-    """The runs by recipe, in the order in which recipes first appear."""
-    by_key: dict[str, list[int]] = {}
-    for place, subject in enumerate(subjects):
-        by_key.setdefault(recipe_key(subject), []).append(place)
-    telling, bits_per_byte = recipe_rows(subjects), scores.bits_per_byte.tolist()
-    groups = []
-    for number, places in enumerate(by_key.values(), 1):
-        models = list({subjects[place].model: place for place in reversed(places)}.values())[::-1]
-        groups.append(
-            Group(
-                label=str(number),
-                settings={f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
-                runs=[subjects[place].label for place in places],
-                models=models,
-                bits_per_byte=[bits_per_byte[place] for place in models],
-            )
-        )
-    return groups
+    if scores is None:
+        one_seed = len(groups) > 1 and any(len(group.models) < 2 for group in groups)
+        needed = one_seed and all(one.made.stage != "adopt" for one in subjects)
+        return replace(verdict, advice=advice(subjects)) if needed else verdict
+    recipes = recipe_claims(subjects, scores, groups, least=least.bits_per_byte)
+    return replace(
+        verdict,
+        scores=scores,
+        models=model_claims(subjects, scores, groups, least=least.bits_per_byte),
+        recipes=recipes,
+        advice=advice(subjects) if any(claim.outcome == UNKNOWN for claim in recipes) else "",
+    )
 
 
 def model_claims(
@@ -247,14 +208,15 @@ def over_seeds(scores: Scores, first: Group, second: Group) -> Estimate | None:
     return seeds_test(np.array(first.bits_per_byte), np.array(second.bits_per_byte), more, scores.bytes)
 
 
-def one_recipe(group: Group) -> str:
+def one_recipe(group: Group, ranking: Ranking) -> str:
     """Describe several runs of one recipe, between which there is no difference to claim."""
     if group.spread is None:
         return "no difference: they are the same model"
     low, high = min(group.bits_per_byte), max(group.bits_per_byte)
+    on = f" on {ranking.name}" if ranking.name != HELD_OUT else ""
     return (
         f"no difference: these are seeds of one recipe ({len(group.models)} models, {low:.4f} to {high:.4f} bits per "
-        f"byte, standard deviation {group.spread:.4f})"
+        f"byte{on}, standard deviation {group.spread:.4f})"
     )
 
 

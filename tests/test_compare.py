@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -350,7 +351,7 @@ OUTCOMES = {
 
 
 def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
-    llmill: Llmill, runs: dict[tuple[str, str], Run], tmp_path: Path
+    llmill: Llmill, client: MlflowClient, runs: dict[tuple[str, str], Run], tmp_path: Path
 ) -> None:
     texts = json.loads((Path(__file__).parent / "ordinary_texts.json").read_text("utf-8")).values()
     novels, quiz = tmp_path / "novels.jsonl", tmp_path / "quiz.jsonl"
@@ -369,8 +370,11 @@ def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
     ]
     llmill.run("--set", "pretrain.lr=0.003", *scored, "--only", "evaluate")
     other_split = ("--set", "pretrain.lr=0.00001", "--set", "tokenize.seed=5")
-    llmill.run(*other_split, *scored, "--to", "evaluate")
+    llmill.run(*other_split, *scored)
     good, bad = (one.fingerprint for one in Store(llmill.home).artifacts("evaluate")[-2:])
+    registered_with_scores(
+        client, Store(llmill.home).artifacts("export")[-1], {"novels": novels, "quiz": quiz}
+    )
 
     verdict = compared(llmill, bad, good)["verdict"]
     assert "were evaluated on other documents" in verdict["refused"]
@@ -393,4 +397,27 @@ def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
     before = runs["1e-05", "0"].data.tags["llmill.evaluate.fingerprint"]
     said = compared(llmill, before, bad)["verdict"]
     assert [one["why"] for one in said["sets_and_tasks"]] == ["only B was scored on it"] * 2
-    assert said["about_models"].endswith("llmill run RECIPE --only evaluate")
+    assert "llmill compare RUN RUN --sets FILE --tasks FILE" in said["about_models"]
+
+
+def registered_with_scores(client: MlflowClient, export: Artifact, files: dict[str, Path]) -> None:
+    """See an exported model's scores on sets and tasks in the registry, tied to the files that they are of."""
+    known = f"llmill.fingerprint` = '{export.fingerprint}'"
+    (version,) = client.search_model_versions(f"tags.`{known}")
+    (model,) = client.search_logged_models(
+        [client.get_experiment_by_name("small").experiment_id], f"tags.`{known}"
+    )
+    logged = {metric.key: metric for metric in model.metrics}
+    [scores] = [
+        one
+        for one in Store(export.path.parents[2]).artifacts("evaluate")
+        if one.fingerprint == export.inputs["scores"].fingerprint
+    ]
+    for name, metric in (("novels", "bits_per_byte"), ("quiz", "accuracy"), ("quiz", "gold_bits_per_byte")):
+        found = logged[f"{name}/{metric}"]
+        assert found.value == scores.metrics[f"{name}/{metric}"]
+        assert found.dataset_name == name
+        assert hashlib.sha256(files[name].read_bytes()).hexdigest().startswith(found.dataset_digest)
+    low, high = (scores.metrics[f"quiz/accuracy_{end}"] for end in ("low", "high"))
+    assert version.tags["quiz"] == f"{scores.metrics['quiz/accuracy']:.1%} ({low:.1%} to {high:.1%})"
+    assert version.tags["novels"] in version.description

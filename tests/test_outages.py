@@ -70,7 +70,9 @@ def expected_points(llmill: Llmill) -> dict[str, set[tuple]]:
         stamp = round(datetime.fromisoformat(artifact.manifest["finished"]).timestamp() * 1000)
         if artifact.stage == "export":  # and how good the exported model is
             found = measured(artifact)
-            sealed |= {**found.trained, **found.evaluated}
+            sealed |= found.trained
+            for one in found.evaluated:
+                sealed |= one.metrics
         points[artifact.stage] = {(name, 0, float(value), stamp) for name, value in sealed.items()}
         events = artifact.path / "logs" / "events.jsonl"
         for line in events.read_text().splitlines() if events.exists() else []:

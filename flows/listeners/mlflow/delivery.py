@@ -21,8 +21,8 @@ from flows.engine.log import LogFile, logs, runs, take_outbox
 from flows.engine.store import Store, shared_lock
 from flows.engine.training import EVENTS, read_lines
 from flows.listeners.mlflow.links import HOME, target, without_user
-from flows.listeners.mlflow.operations import ENTRIES, LOG, METRICS, Away, Gone, Mlflow
-from flows.listeners.mlflow.points import Point, curve_points, event_points
+from flows.listeners.mlflow.operations import ENTRIES, LOG, Away, Gone, Mlflow
+from flows.listeners.mlflow.points import METRICS, Point, curve_points, event_points
 from flows.listeners.mlflow.samples import SAMPLES, is_sample, samples_table
 from flows.listeners.mlflow.translate import Operation, measured, operations
 from flows.listeners.mlflow.uploads import Refused

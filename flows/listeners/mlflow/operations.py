@@ -36,7 +36,7 @@ from flows.listeners.mlflow.links import (
 )
 from flows.listeners.mlflow.models import name_candidate
 from flows.listeners.mlflow.moved import follow_home
-from flows.listeners.mlflow.points import event_points
+from flows.listeners.mlflow.points import METRICS, event_points
 from flows.listeners.mlflow.samples import TABLES, tables_of, tables_tag
 from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
@@ -45,7 +45,8 @@ from flows.listeners.mlflow.view import COLOR, missing_tags, next_color
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are reported by whoever sends
 
-METRICS, ENTRIES = 800, 100  # a request: MLflow takes 100 params, 100 tags, and 1000 of all
+ENTRIES = 100
+"""Params, or tags, of a request: MLflow takes no more."""
 LISTED = 50  # models of an artifact: a training logs twenty at most
 LOG = "log"  # neighbouring params, tags and metrics of one run, sent together
 REFUSALS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}

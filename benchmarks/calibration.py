@@ -35,7 +35,7 @@ from llm.score.statistics import LEVEL, Floats, paired_bootstrap, seeds_test
 SHUFFLED = 0.2
 """Share of the words that are shuffled, in the corpus that is worse."""
 CHARACTERS = 2_000
-"""Of a document, about; it ends with a paragraph."""
+"""Characters of a document, about; it ends with a paragraph."""
 CONTEXT, BATCH = 128, 16
 LR, WARMUP = 4e-3, 0.1
 

@@ -30,6 +30,7 @@ from data_pipeline.core.text import first_line
 from data_pipeline.core.words import words_of
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
+NGRAM = 13
 
 
 class EvaluationSet(Config):
@@ -53,7 +54,7 @@ class Decontamination(Config):
 
     sets: dict[str, EvaluationSet] = Field(min_length=1)
     """Sets by name, under which matches are counted; of several that match, the first in alphabet is the reason."""
-    ngram: int = Field(default=13, ge=1)
+    ngram: int = Field(default=NGRAM, ge=1)
     """Words of an item that are looked for together."""
     min_matches: int = Field(default=1, ge=1)
     """A document is dropped if at least so many of its n-grams stand in one set."""

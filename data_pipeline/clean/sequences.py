@@ -47,13 +47,20 @@ class Sequences:
     Args:
         items: the texts that hold them.
         ngram: every window of so many words is sought; None: each item as a whole.
+        shortest: an item of fewer words than ``ngram``, but of so many, is sought as a whole; None: it is not.
         joined: punctuation inside a word is removed (``don't`` is ``dont``), but for dashes, as for evaluation sets;
             else it separates words, as for phrases. For words otherwise see `data_pipeline.core.words`.
         groups: to which group each item belongs, where a window is sought in each group; None: all to one.
     """
 
     def __init__(
-        self, items: Sequence[str], *, ngram: int | None, joined: bool, groups: Sequence[int] | None = None
+        self,
+        items: Sequence[str],
+        *,
+        ngram: int | None,
+        shortest: int | None = None,
+        joined: bool,
+        groups: Sequence[int] | None = None,
     ) -> None:
         self._joined = joined
         self._groups = [0] * len(items) if groups is None else groups
@@ -62,20 +69,38 @@ class Sequences:
         counts = np.zeros(len(items), np.int64)
         count_words(data, offsets, *word_tables(), joined, counts)
         widths = counts if ngram is None else np.full(len(items), ngram)
+        if ngram is not None and shortest is not None:
+            widths = np.where((counts >= shortest) & (counts < ngram), counts, widths)
         self.windows = np.where(widths > 0, np.maximum(0, counts - widths + 1), 0)
-        """How many windows each item has; none where it has fewer words than ``ngram``."""
+        """How many windows each item has; none where it has too few words."""
         hashes = np.empty(self.windows.sum(), np.uint64)
         hash_items(data, offsets, *word_tables(), joined, widths, counts.max(initial=0), hashes)
         item = np.repeat(np.arange(len(items)), self.windows)
         at = np.arange(len(hashes)) - np.repeat(np.cumsum(self.windows) - self.windows, self.windows)
         order = np.argsort(hashes, kind="stable")
-        self._hashes, self._item, self._at = hashes[order], item[order], at[order]
+        self._hashes, self._at = hashes[order], at[order]
+        self.items = item[order]
+        """The item of each window."""
         self._widths = np.unique(widths[self.windows > 0])
         self._table, self._bits = room_for(len(hashes))
         fill_table(self._hashes, self._table, self._bits)
 
     def find(self, texts: pa.Array) -> Iterator[Match]:
         """Every window of the texts that stands in an item, once for each group of items, by row and position."""
+        for row, window, same in self._windows(texts):
+            for item in self._items_with(window, same):
+                yield Match(row, item, " ".join(window))
+
+    def mark(self, texts: pa.Array, seen: NDArray[np.bool_]) -> None:
+        """Set ``seen``, shape (windows,) and in the order of `items`, for each window that stands in a text."""
+        for _, window, same in self._windows(texts, seen):
+            for entry in range(same.start, same.stop):
+                seen[entry] |= self._has(entry, window)
+
+    def _windows(
+        self, texts: pa.Array, seen: NDArray[np.bool_] | None = None
+    ) -> Iterator[tuple[int, list[str], slice]]:
+        """Yield (row, words, the items' windows of the same hash), but where these are all ``seen``."""
         hits = np.zeros(len(texts), np.int64)
         none = np.empty((0, 3), np.int64)
         self._look_up(texts, hits, none, np.empty(0, np.uint64))
@@ -85,13 +110,14 @@ class Sequences:
         some = texts.take(pa.array(rows))
         found, hashes = np.empty((hits.sum(), 3), np.int64), np.empty(hits.sum(), np.uint64)
         self._look_up(some, np.zeros(len(rows), np.int64), found, hashes)
+        firsts, ends = (np.searchsorted(self._hashes, hashes, side).tolist() for side in ("left", "right"))
         last, words = -1, []
-        for (row, at, width), key in zip(found.tolist(), hashes, strict=True):
+        for (row, at, width), first, end in zip(found.tolist(), firsts, ends, strict=True):
+            if seen is not None and seen[first:end].all():
+                continue
             if row != last:
                 last, words = row, words_of(some[row].as_py(), self._joined)
-            window = words[at : at + width]
-            for item in self._items_with(window, key):
-                yield Match(int(rows[row]), item, " ".join(window))
+            yield int(rows[row]), words[at : at + width], slice(first, end)
 
     def _look_up(
         self, texts: pa.Array, hits: NDArray[np.int64], found: NDArray[np.int64], hashes: NDArray[np.uint64]
@@ -103,15 +129,20 @@ class Sequences:
             hits, found, hashes,
         )  # fmt: skip
 
-    def _items_with(self, window: list[str], key: np.uint64) -> list[int]:
-        """Return the first item of each group that has this window, compared word by word."""
+    def _items_with(self, window: list[str], same: slice) -> list[int]:
+        """Return the first item of each group that has this window."""
         items: dict[int, int] = {}
-        first, last = np.searchsorted(self._hashes, key, "left"), np.searchsorted(self._hashes, key, "right")
-        for item, at in zip(self._item[first:last].tolist(), self._at[first:last].tolist(), strict=True):
+        for entry in range(same.start, same.stop):
+            item = int(self.items[entry])
             group = self._groups[item]
-            if group not in items and self._words(item)[at : at + len(window)] == window:
+            if group not in items and self._has(entry, window):
                 items[group] = item
         return [*items.values()]
+
+    def _has(self, entry: int, window: list[str]) -> bool:
+        """Compare a window of an item with another, word by word."""
+        at = self._at[entry]
+        return self._words(int(self.items[entry]))[at : at + len(window)] == window
 
 
 @cache

@@ -79,9 +79,9 @@ def test_a_collision_of_hashes_is_no_match() -> None:
     """One phrase's hash is made that of another: what the table finds by it is compared and refused."""
     phrases = Sequences(["red herring", "blue whale"], ngram=None, joined=False)
     other = Sequences(["green door"], ngram=None, joined=False)
-    at = phrases._item.tolist().index(0)
+    at = phrases.items.tolist().index(0)
     phrases._hashes[at] = other._hashes[0]
-    phrases._item = phrases._item[np.argsort(phrases._hashes)]
+    phrases.items = phrases.items[np.argsort(phrases._hashes)]
     phrases._hashes.sort()
     fill_table(other._hashes, phrases._table, phrases._bits)
     hits = np.zeros(2, np.int64)

@@ -72,6 +72,18 @@ class StageConfig(Config):
         """
         return
 
+    def kept_out(self) -> frozenset[str] | None:
+        """Return the SHA-256 of the files whose texts this stage keeps out of documents; None where it never does."""
+        return None
+
+    def foresee(self, lineage: Mapping[str, Sequence[StageConfig]]) -> list[str]:
+        """Return warnings for a person, when planned, of what the inputs were made by; often none.
+
+        Args:
+            lineage: type of an input -> resolved configs of the step that makes it and of all before that.
+        """
+        return []
+
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Return lines for a person on what a run of this stage will need (memory, disk, time) and find; often none.
 

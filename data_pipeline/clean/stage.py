@@ -121,6 +121,9 @@ class CleanConfig(StageConfig):
         )
         return pinned
 
+    def kept_out(self) -> frozenset[str]:
+        return frozenset(file.sha256 for file in self.files.sets)
+
     def identity(self) -> dict[str, Any]:
         """Thresholds as they are, files by the hash of their content."""
         values = super().identity()

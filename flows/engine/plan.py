@@ -195,7 +195,18 @@ def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step
     source = steps[next(iter(step.sources.values()))] if step.sources else None
     known = source.artifact.metrics if source and source.action == "reuse" and source.artifact else {}
     left_out = describe(step.config.left_out() or {}, most=None)
-    return replace(step, predicted=[*step.config.predict(known, workers), *left_out])
+    lines = [*step.config.predict(known, workers), *left_out, *step.config.foresee(lineage(step, steps))]
+    return replace(step, predicted=lines)
+
+
+def lineage(step: Step, steps: Mapping[str, Step]) -> dict[str, list[StageConfig]]:
+    """Type of a step's input -> configs of the step that makes it and of all before that, where they are resolved."""
+    found = {}
+    for type_, source in step.sources.items():
+        names = {source, *ancestors([*steps.values()], [source])}
+        configs = (one.config for name, one in steps.items() if name in names)
+        found[type_] = [config for config in configs if config]
+    return found
 
 
 def plan_step(of_recipe: RecipeStep, steps: Mapping[str, Step], store: Store, *, forced: bool) -> Step:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -116,6 +116,19 @@ class FixedConfig(StageConfig):
                 )
         pinned._files = (*sets, *pin([task.path for task in self.tasks], f"{self.stage}.tasks"))
         return pinned
+
+    def foresee(self, lineage: Mapping[str, Sequence[StageConfig]]) -> list[str]:
+        """Warn of sets and tasks that no step keeps out of the documents that the model is trained on."""
+        known = [one for config in lineage["model"] if (one := config.kept_out()) is not None]
+        scored = [*(one.name for one in self.sets), *(task.name for task in self.tasks)]
+        files = zip(scored, [*self.set_files, *self.task_files], strict=True)
+        names = [name for name, file in files if file.sha256 not in frozenset().union(*known)]
+        if not (known and names):
+            return []
+        return [
+            f"{', '.join(names)}: not among clean.decontamination.sets, so training documents may hold "
+            f"{'it' if len(names) == 1 else 'them'}"
+        ]
 
     def identity(self) -> dict[str, Any]:
         """Settings as they are, files by the hash of their content."""

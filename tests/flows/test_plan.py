@@ -1,7 +1,9 @@
 """What a plan says when something can't be known from here."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -118,3 +120,33 @@ pretrain: {{tokens: 1024, batch_tokens: 1024, precision: fp32}}
 """)
     steps = make_plan(load_recipe(path), Store(tmp_path / "home"))
     assert {step.stage.name: step.fingerprint for step in steps} == GOLDEN
+
+
+def test_a_plan_names_what_is_scored_and_not_kept_out_of_training(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": f"Once upon a time {name}."}))
+    (tmp_path / "copy.jsonl").write_bytes((tmp_path / "a.jsonl").read_bytes())
+
+    def foreseen(**steps: Any) -> list[str]:
+        source = {"name": "a", "kind": "local", "path": str(tmp_path / "b.jsonl")}
+        sets = [{"name": name, "path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b", "c")]
+        recipe = {
+            "name": "small",
+            "download": {"sources": [source]},
+            "clean": {"decontamination": {"sets": {"one": {"path": str(tmp_path / "copy.jsonl")}}}},
+            "pretrain": {"tokens": 1024, "batch_tokens": 1024, "precision": "fp32"},
+            "evaluate": {"sets": sets},
+            **steps,
+        }
+        plan = make_plan(build_recipe(recipe), Store(tmp_path / "home"))
+        assert not [
+            step.name for step in plan if step.name != "evaluate" and "not among" in str(step.predicted)
+        ]
+        return [line for step in plan if step.name == "evaluate" for line in step.predicted]
+
+    warning = "not among clean.decontamination.sets, so training documents may hold"
+    assert foreseen() == [f"b, c: {warning} them"]
+    every = {name: {"path": str(tmp_path / f"{name}.jsonl")} for name in ("a", "b")}
+    assert foreseen(clean={"decontamination": {"sets": every}}) == [f"c: {warning} it"]
+    assert foreseen(clean={}) == [f"a, b, c: {warning} them"]
+    assert foreseen(evaluate={}) == []

@@ -15,6 +15,8 @@ class EvaluateConfig(FixedConfig):
 
     max_documents: int | None = Field(default=1000, ge=1)
     """At most so many held-out documents, chosen by hash of their id: the same ones for every tokenizer."""
+    contamination: bool = True
+    """Look in the training documents for what `sets` and `tasks` hold, and score also without what is found."""
     prompts: Prompts = ("", "The ", "In the beginning")
     """A sample is written for each; "" lets the model begin."""
     max_new_tokens: int = Field(default=128, ge=1)

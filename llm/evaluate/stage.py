@@ -10,7 +10,9 @@ import hashlib
 import heapq
 import json
 import math
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +22,21 @@ import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
+from data_pipeline.core.text import duration, human_bytes
 from data_pipeline.documents import count_rows
+from data_pipeline.overlap import find_overlap
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.tokenize.shards import TokenShards
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.evaluate.config import EvaluateConfig
 from llm.evaluate.report import report
+from llm.evaluate.trained_on import trained_on
 from llm.model.generate import generate
 from llm.model.transformer import load_model
 from llm.score.documents import Document, score_documents
 from llm.score.fixed import Fixed, score_fixed, tables
+from llm.score.seen import NOT_HERE, described, mark_seen, not_sought, scored_texts
 from llm.score.statistics import interval
 
 
@@ -68,8 +74,34 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
     unread = sum(map(count_rows, held_out.paths)) - len(documents)
     fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    fixed = look_for(fixed, config, inputs, out / "scratch" / "seen", context)
     left_out = {"left_out/max_documents": float(unread)} if unread else {}
     return write(rows, samples, fixed, out=out) | left_out
+
+
+def look_for(
+    fixed: Fixed, config: EvaluateConfig, inputs: Mapping[str, Path], scratch: Path, context: StageContext
+) -> Fixed:
+    """Look for what was scored in the documents that the model was trained on; its rows then know what was seen."""
+    if not (fixed.sets or fixed.tasks):
+        return fixed
+    corpora, complete = trained_on(inputs["model"], inputs)
+    off = "evaluate.contamination is false"
+    if unsought := off if not config.contamination else NOT_HERE if not corpora else "":
+        context.note(not_sought(unsought))
+        return replace(fixed, unsought=unsought)
+    if not complete:
+        context.note("some of what the model was trained on is not here, and was not looked at", warning=True)
+    clock = time.monotonic()
+    rows, texts = zip(*scored_texts(config, fixed.sets, fixed.tasks), strict=True)
+    overlap = find_overlap(texts, corpora, scratch, context)
+    mark_seen(rows, overlap)
+    seconds = time.monotonic() - clock
+    context.note(f"looked through {human_bytes(overlap.size)} of training documents in {duration(seconds)}")
+    fixed = replace(fixed, unsought="", searched=overlap.size)
+    for name, metrics in {**fixed.metrics_of_sets, **fixed.metrics_of_tasks}.items():
+        context.note(described(name, metrics))
+    return fixed
 
 
 def read(shards: TokenShards) -> Iterator[Document]:

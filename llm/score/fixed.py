@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
 from llm.score.config import FixedConfig
 from llm.score.report import sets_table, tasks_table
+from llm.score.seen import NOT_HERE, of_seen, seen_table
 from llm.score.sets import DOCUMENTS, run_set
 from llm.score.statistics import interval
 from llm.score.task import ITEMS, first_token, run_task, summarise
@@ -33,26 +34,36 @@ class Fixed:
 
     sets: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    unsought: str = NOT_HERE
+    """Why it was not looked for in the training documents; empty where it was."""
+    searched: int = 0
+    """Bytes of the training documents in which it was looked for."""
 
+    @cached_property  # intervals take a second each
     def metrics_of_sets(self) -> dict[str, Metrics]:
         """Set -> its metrics."""
-        return {name: summarise_set(rows) for name, rows in self.sets.items()}
+        return {name: self._metrics(rows, summarise_set) for name, rows in self.sets.items()}
 
+    @cached_property
     def metrics_of_tasks(self) -> dict[str, Metrics]:
         """Task -> its metrics."""
-        return {name: summarise(rows) for name, rows in self.tasks.items()}
+        return {name: self._metrics(rows, summarise) for name, rows in self.tasks.items()}
+
+    def _metrics(self, rows: Sequence[Row], summarised: Callable[[Sequence[Row]], Metrics]) -> Metrics:
+        metrics = summarised(rows)
+        return metrics if self.unsought else metrics | of_seen(rows, metrics, summarised)
 
     def metrics(self) -> Metrics:
         """All metrics, each under the name of its set or task; with the mean over tasks where there are several."""
-        tasks = self.metrics_of_tasks()
+        tasks = self.metrics_of_tasks
         found = {
             f"{name}/{metric}": value
-            for name, one in {**self.metrics_of_sets(), **tasks}.items()
+            for name, one in {**self.metrics_of_sets, **tasks}.items()
             for metric, value in one.items()
         }
         if len(tasks) > 1:
             found["centred_mean"] = math.fsum(one["centred"] for one in tasks.values()) / len(tasks)
-        return found
+        return found if self.unsought else found | {"searched_bytes": float(self.searched)}
 
     def write(self, out: Path) -> None:
         """Write ``set_documents.parquet`` and ``items.parquet``, where there are any."""
@@ -108,8 +119,9 @@ def score_fixed(
 
 def tables(fixed: Fixed) -> list[str]:
     """Make the tables of a report, in Markdown; none of what there is nothing of."""
-    made = sets_table(fixed.metrics_of_sets()), tasks_table(fixed.metrics_of_tasks())
-    return [*filter(None, made)]
+    sets, tasks = fixed.metrics_of_sets, fixed.metrics_of_tasks
+    made = sets_table(sets), tasks_table(tasks), seen_table({**sets, **tasks}, fixed.unsought)
+    return [*filter(None, made)] if sets or tasks else []
 
 
 def kept(path: Path, schema: pa.Schema, make: Callable[[], list[Row]]) -> list[Row]:

@@ -33,10 +33,12 @@ DOCUMENTS = pa.schema(
         ("bits_per_byte", pa.float64()),
         ("sliding_nats", pa.float64()),
         ("as_it_is", pa.bool_()),
+        ("seen", pa.float64()),
     ]
 )
 """Columns of a document's row: ``sliding_nats`` by windows that overlap, where a stride is set; ``as_it_is``: whether
-its tokens stand for just its bytes."""
+its tokens stand for just its bytes; ``seen``: share of its n-grams that stand in the training documents, null where
+that was not looked for."""
 Text = tuple[str, str]
 """Id and text."""
 

@@ -13,6 +13,7 @@ from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
 from llm.model.transformer import load_model
 from llm.score.config import ScoreConfig
 from llm.score.fixed import score_fixed, tables
+from llm.score.seen import not_sought
 
 
 def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -25,6 +26,7 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: S
     model = load_model(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(inputs["tokenizer"])
     fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    context.note(not_sought(fixed.unsought))
     fixed.write(out)
     with atomic_path(out / "report.md") as path:
         path.write_text("\n".join(["# Scores on sets and tasks\n", *tables(fixed)]), encoding="utf-8")

@@ -41,9 +41,11 @@ ITEMS = pa.schema(
         ("tokens", pa.list_(pa.int32())),
         ("bytes", pa.list_(pa.int32())),
         ("cut", pa.int32()),
+        ("seen", pa.float64()),
     ]
 )
-"""Columns of an item's row; the lists have a value for each option, and ``cut`` is how many tokens had no room."""
+"""Columns of an item's row; the lists have a value for each option, and ``cut`` is how many tokens had no room.
+``seen`` is as a set's documents have it (`llm.score.sets.DOCUMENTS`)."""
 
 
 def run_task(

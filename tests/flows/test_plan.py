@@ -23,8 +23,8 @@ GOLDEN = {
     "train_tokenizer": "5e3957bb1a6d6494",
     "tokenize": "47ae3941112cbd26",
     "pretrain": "b5a86e2f81761cd1",
-    "evaluate": "d4fdb025cd9522b5",
-    "export": "6a3d79117b77c8c2",
+    "evaluate": "fd2b31e8af257ec5",
+    "export": "f83b9af86cb403e3",
 }
 
 

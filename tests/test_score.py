@@ -13,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from command_line import Llmill, kill_tree
+from corpora import prose, read_documents
 from mlflow import MlflowClient
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.tokenize.shards import TokenShards
 from flows.compare.scores_table import cell, questions
 from flows.compare.scoring import kind_of, scoring_config
 from flows.engine.store import Store
@@ -205,3 +207,25 @@ def test_a_share_stands_with_its_interval_and_the_mean_comes_last() -> None:
     assert cell(metrics, "a", "accuracy") == "50.0% [25.0%, 75.0%]"
     assert cell(metrics, "b", "bits_per_byte") == "1.0000"
     assert cell({}, "b", "bits_per_byte") == ""
+
+
+def test_an_evaluation_finds_what_its_model_was_trained_on(llmill: Llmill, tmp_path: Path) -> None:
+    [documents], [tokens] = (Store(llmill.home).artifacts(stage) for stage in ("dedup", "tokenize"))
+    texts = read_documents(documents.path)
+    splits = ("train", "val")
+    names = [[name for batch in TokenShards(tokens.path, one) for name in batch.ids][:3] for one in splits]
+    queries = [*(texts[name][500:1500] for chosen in names for name in chosen), prose(5)]
+    items = [{"query": text, "choices": ["a", "b"], "gold": 0} for text in queries]
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    task = f"evaluate.tasks=[{{name: quiz, path: {tmp_path / 'quiz.jsonl'}, kind: choice}}]"
+    planned = llmill("plan", str(llmill.recipe), "--set", task).stdout
+    assert planned.count("quiz: not among clean.decontamination.sets") == 1
+    shown = llmill("run", str(llmill.recipe), "--set", task)
+    evaluation = Store(llmill.home).artifacts("evaluate")[-1]
+    rows = pq.read_table(evaluation.path / "items.parquet").to_pylist()
+    assert [row["seen"] > 0.5 for row in rows] == [True] * len(names[0]) + [False] * (len(names[1]) + 1)
+    metrics, unseen = evaluation.metrics, [row for row in rows if not row["seen"]]
+    assert metrics["quiz/seen"] == len(rows) - len(unseen) < len(rows)
+    assert metrics["quiz/accuracy_unseen"] == sum(row["right"] for row in unseen) / len(unseen)
+    said = f"quiz: {len(rows) - len(unseen)} of {len(rows)} items occur in the training documents"
+    assert said in " ".join((shown.stdout + shown.stderr).split())

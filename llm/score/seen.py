@@ -11,7 +11,7 @@ from data_pipeline.core.text import table
 from data_pipeline.stage import Metrics
 from llm.score.config import FixedConfig
 from llm.score.items import read_items
-from llm.score.prompts import render
+from llm.score.prompts import Kind, render
 from llm.score.sets import first_texts
 
 if TYPE_CHECKING:
@@ -21,6 +21,8 @@ Row = dict[str, Any]
 Rows = Mapping[str, Sequence[Row]]
 SEEN_SHARE = 0.5
 """A set's document is seen where at least this share of its n-grams is; of a task's item, any is enough."""
+ASKED: dict[Kind, str] = {"choice": "query", "schema": "context_options", "continuation": "context"}
+"""Kind -> the field with what is asked, which is sought alone, too: it may stand before other answers."""
 NOT_HERE = "the corpus is not here"
 WITHOUT = {
     one: one.replace(name, f"{name}_unseen")
@@ -31,13 +33,15 @@ WITHOUT = {
 
 
 def scored_texts(config: FixedConfig, sets: Rows, tasks: Rows) -> Iterator[tuple[Row, str]]:
-    """Yield (row, text) of all that was scored; an item has a text for each option, without shots."""
+    """Yield (row, text) of all that was scored; an item has what is asked and, behind that, each option; no shots."""
     for one, file in zip(config.sets, config.set_files, strict=True):
         for row, (_, text) in zip(sets[one.name], first_texts(one, file), strict=True):
             yield row, text
     for task, file in zip(config.tasks, config.task_files, strict=True):
         for row, item in zip(tasks[task.name], read_items(task, file), strict=False):
-            yield from ((row, text) for text in render(task.kind, item, (), task.delimiter).texts)
+            asked = item[ASKED[task.kind]] if task.kind in ASKED else []
+            alone = [asked] if isinstance(asked, str) else asked
+            yield from ((row, text) for text in [*alone, *render(task.kind, item, (), task.delimiter).texts])
 
 
 def mark_seen(rows: Sequence[Row], overlap: Overlap) -> None:

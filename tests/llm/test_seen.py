@@ -91,8 +91,8 @@ def test_what_was_trained_on_is_found_and_scores_are_given_without_it(
     out, context = tmp_path / "out", LocalContext()
     metrics = evaluate(config, inputs, out, context)
     items = pq.read_table(out / "items.parquet").to_pylist()
-    # 17 words of a document and one of each option: 6 n-grams, of which 5 stand in the document.
-    assert [row["seen"] for row in items[:-1]] == [0 if n % 3 else 5 / 6 for n in range(14)]
+    # 17 words of a document, alone and before each option: 5 + 6 + 6 n-grams, of which 15 stand in the document.
+    assert [row["seen"] for row in items[:-1]] == [0 if n % 3 else 15 / 17 for n in range(14)]
     assert items[-1]["seen"] is None
     assert (metrics["quiz/seen"], metrics["quiz/too_short"]) == (5, 1)
     unseen = [row for n, row in enumerate(items) if n % 3]
@@ -187,3 +187,23 @@ def test_a_model_was_trained_on_what_it_and_the_model_before_it_were(inputs: Inp
     assert not trained_on(inputs["model"], inputs)[1]
     describe(inputs["model"], "pretrain", {"tokens": "adopt"}, {})
     assert trained_on(inputs["model"], inputs) == ([], False)
+
+
+def test_a_short_question_is_found_before_another_answer(inputs: Inputs, tmp_path: Path) -> None:
+    asked = texts_of(inputs, "train")[0].split()
+    items = {
+        "choice": {"query": " ".join(asked[4:13]), "choices": ["a", "b"], "gold": 0},
+        "schema": {"context_options": [" ".join(asked[4:13]), "no"], "continuation": "x", "gold": 0},
+        "continuation": {"context": " ".join(asked[4:13]), "continuation": "x"},
+        "pairs": {"sentence_good": " ".join(asked[4:13]), "sentence_bad": "x"},
+    }
+    tasks = []
+    for kind, item in items.items():
+        (tmp_path / f"{kind}.jsonl").write_text(json.dumps(item))
+        tasks.append({"name": kind, "path": tmp_path / f"{kind}.jsonl", "kind": kind})
+    asked_config = EvaluateConfig.model_validate({"max_documents": 1, "prompts": (), "tasks": tasks})
+    context = LocalContext()
+    metrics = evaluate(asked_config, inputs, tmp_path / "out", context)
+    assert [metrics[f"{kind}/seen"] for kind in items] == [1] * 4
+    assert not [name for name in metrics if "_unseen" in name]
+    assert sum(note.endswith("no others are left") for note in context.notes) == 4

@@ -124,6 +124,7 @@ OURS: tuple[Stage, ...] = (
         version=2,
         headline=("*/bits_per_byte", "*/accuracy", "centred_mean"),
         trains=True,
+        texts=True,
     ),
     Stage(
         name="export",

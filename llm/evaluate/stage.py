@@ -44,8 +44,8 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     """Evaluate the model of ``inputs["model"]`` on the held-out split of ``inputs["tokens"]``.
 
     Leaves ``documents.parquet`` (id, source, tokens, bytes, nats, text_nats, bits_per_byte; in order of id),
-    ``sources.json``, ``samples.jsonl``, ``report.md`` and, where sets and tasks are scored, ``set_documents.parquet``
-    and ``items.parquet`` (`llm.score.sets.DOCUMENTS`, `llm.score.task.ITEMS`).
+    ``sources.json``, ``samples.jsonl``, ``report.md`` and, where sets and tasks are scored, ``set_documents.parquet``,
+    ``set_tokens.parquet`` and ``items.parquet`` (`llm.score.sets.DOCUMENTS`, `TOKENS`, `llm.score.task.ITEMS`).
     """
     config = config.resolve()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -33,6 +33,8 @@ class Window:
     tokens: NDArray[np.int64]
     counted: int
     """How many of the last tokens are scored."""
+    first: int
+    """Place of the first of these in the document."""
 
 
 def score_documents(
@@ -51,31 +53,48 @@ def score_documents(
         end: the token that stands before each document.
         progress: called with the tokens scored and those there are.
     """
-    windows = cut(documents, end, model.config.context, stride)
-    losses, text_losses = np.zeros(len(documents)), np.zeros(len(documents))
-    total, done = sum(len(tokens) for _, tokens in documents), 0
-    for batch in batched(windows):
-        owners = np.array([window.owner for window in batch])
-        window_loss, targets = window_losses(model, batch)
-        np.add.at(losses, owners, window_loss.sum(axis=1))
-        np.add.at(text_losses, owners, np.where(sizes[targets] > 0, window_loss, 0.0).sum(axis=1))
-        done += sum(window.counted for window in batch)
-        progress(done, total)
+    found = token_nats(model, documents, end=end, stride=stride, progress=progress)
     rows = []
-    for (name, tokens), loss, text_loss in zip(documents, losses.tolist(), text_losses.tolist(), strict=True):
-        size = int(sizes[tokens].sum())
+    for (name, tokens), nats in zip(documents, found, strict=True):
+        size, text_loss = int(sizes[tokens].sum()), text_nats(nats, sizes[tokens])
         rows.append(
             {
                 "id": name,
                 "source": name.split("/", 1)[0],
                 "tokens": len(tokens),
                 "bytes": size,
-                "nats": loss,
+                "nats": float(nats.sum(dtype=np.float64)),
                 "text_nats": text_loss,
                 "bits_per_byte": bits_per_byte(text_loss, size) if size else None,
             }
         )
     return rows
+
+
+def token_nats(
+    model: Transformer,
+    documents: Sequence[Document],
+    *,
+    end: int,
+    stride: int | None = None,
+    progress: Callable[[int, int], None],
+) -> list[NDArray[np.float32]]:
+    """Return the loss of each document's tokens, in nats, as the model has it; arguments as of `score_documents`."""
+    found = [np.zeros(len(tokens), np.float32) for _, tokens in documents]
+    total, done = sum(map(len, found)), 0
+    for batch in batched(cut(documents, end, model.config.context, stride)):
+        for window, losses in zip(batch, window_losses(model, batch), strict=True):
+            last = len(window.tokens) - 1
+            until = window.first + window.counted
+            found[window.owner][window.first : until] = losses[last - window.counted : last]
+        done += sum(window.counted for window in batch)
+        progress(done, total)
+    return found
+
+
+def text_nats(nats: NDArray[np.float32], sizes: NDArray[np.int32]) -> float:
+    """Sum the loss of the tokens that are text: those that stand for bytes."""
+    return float(nats[sizes > 0].sum(dtype=np.float64))
 
 
 def cut(documents: Sequence[Document], end: int, context: int, stride: int | None = None) -> list[Window]:
@@ -91,7 +110,7 @@ def cut(documents: Sequence[Document], end: int, context: int, stride: int | Non
         while done < len(sequence):
             until = min(len(sequence), done + (context if done == 1 else stride or context))
             start = max(0, until - context - 1) if stride else done - 1
-            windows.append(Window(index, sequence[start:until], until - done))
+            windows.append(Window(index, sequence[start:until], until - done, done - 1))
             done = until
     return sorted(windows, key=lambda window: -len(window.tokens))
 
@@ -106,21 +125,15 @@ def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
 
 
 @torch.inference_mode()
-def window_losses(
-    model: Transformer, windows: Sequence[Window]
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return losses, in nats, and targets ``(B, T)`` of windows, the longest first; what is not scored has loss 0.
+def window_losses(model: Transformer, windows: Sequence[Window]) -> NDArray[np.float32]:
+    """Return the losses ``(B, T)``, in nats, of the windows' tokens but the first of each; the longest window first.
 
-    Padding stands behind a window's tokens, where causal attention does not look.
+    Padding stands behind a window's tokens, where causal attention does not look; its losses mean nothing.
     """
-    lengths = np.array([len(window.tokens) - 1 for window in windows])
-    counted = np.array([window.counted for window in windows])
-    rows = np.zeros((len(windows), int(lengths[0]) + 1), np.int64)
+    rows = np.zeros((len(windows), len(windows[0].tokens)), np.int64)
     for row, window in zip(rows, windows, strict=True):
         row[: len(window.tokens)] = window.tokens
     device = next(model.parameters()).device
     tokens_BT, targets_BT = (torch.from_numpy(ids).to(device) for ids in (rows[:, :-1], rows[:, 1:]))
-    losses = model(tokens_BT, targets_BT, reduction="none").double().cpu().numpy()
-    places = np.arange(rows.shape[1] - 1)
-    scored = (places < lengths[:, None]) & (places >= (lengths - counted)[:, None])
-    return np.where(scored, losses, 0.0), rows[:, 1:]
+    losses: NDArray[np.float32] = model(tokens_BT, targets_BT, reduction="none").float().cpu().numpy()
+    return losses

@@ -21,11 +21,13 @@ from llm.model.transformer import Transformer
 from llm.score.config import FixedConfig
 from llm.score.report import sets_table, tasks_table
 from llm.score.seen import NOT_HERE, of_seen, seen_table
-from llm.score.sets import DOCUMENTS, run_set
+from llm.score.sets import DOCUMENTS, TOKENS, run_set
 from llm.score.statistics import interval
 from llm.score.task import ITEMS, first_token, run_task, summarise
 
 Row = dict[str, Any]
+SET = pa.unify_schemas([DOCUMENTS, TOKENS])
+"""Columns of a set's scores until they are done."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Fixed:
 
     sets: Mapping[str, Sequence[Row]] = field(default_factory=dict)
     tasks: Mapping[str, Sequence[Row]] = field(default_factory=dict)
+    tokens: Sequence[pa.Table] = ()
+    """The documents of each set token by token (`llm.score.sets.TOKENS`)."""
     unsought: str = NOT_HERE
     """Why it was not looked for in the training documents; empty where it was."""
     searched: int = 0
@@ -66,15 +70,17 @@ class Fixed:
         return found if self.unsought else found | {"searched_bytes": float(self.searched)}
 
     def write(self, out: Path) -> None:
-        """Write ``set_documents.parquet`` and ``items.parquet``, where there are any."""
+        """Write ``set_documents.parquet``, ``set_tokens.parquet`` and ``items.parquet``, where there are any."""
+        tables = {"set_tokens.parquet": pa.concat_tables(self.tokens)} if self.tokens else {}
         for name, schema, rows in (
             ("set_documents.parquet", DOCUMENTS, self.sets),
             ("items.parquet", ITEMS, self.tasks),
         ):
             if rows:
-                with atomic_path(out / name) as path:
-                    table = pa.Table.from_pylist([row for one in rows.values() for row in one], schema)
-                    pq.write_table(table, path, compression="zstd")
+                tables[name] = pa.Table.from_pylist([row for one in rows.values() for row in one], schema)
+        for name, table in tables.items():
+            with atomic_path(out / name) as path:
+                pq.write_table(table, path, compression="zstd")
 
 
 def score_fixed(
@@ -92,12 +98,14 @@ def score_fixed(
     def progress(unit: str) -> Callable[[int, int], None]:
         return lambda done, total: context.progress(done, total, unit)
 
-    sets, tasks = {}, {}
+    sets, tasks, tokens = {}, {}, []
     for one, file in zip(config.sets, config.set_files, strict=True):
         read = partial(
             run_set, model, tokenizer, one, file=file, sizes=sizes, progress=progress(f"tokens of {one.name}")
         )
-        sets[one.name] = kept(scratch / "sets" / f"{one.name}.parquet", DOCUMENTS, read)
+        table = kept(scratch / "sets" / f"{one.name}.parquet", SET, read)
+        tokens.append(table.select(TOKENS.names))
+        sets[one.name] = table.select(DOCUMENTS.names).to_pylist()
         if changed := sum(not row["as_it_is"] for row in sets[one.name]):
             context.note(f"{one.name}: the tokenizer changes {changed:,} of its texts", warning=True)
     for task, file in zip(config.tasks, config.task_files, strict=True):
@@ -111,10 +119,10 @@ def score_fixed(
             sizes=sizes,
             progress=progress(f"items of {task.name}"),
         )
-        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, answer)
+        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, answer).to_pylist()
         if cut := sum(row["cut"] > 0 for row in tasks[task.name]):
             context.note(f"{task.name}: {cut:,} items are longer than the context, and cut at the left")
-    return Fixed(sets, tasks)
+    return Fixed(sets, tasks, tokens=tokens)
 
 
 def tables(fixed: Fixed) -> list[str]:
@@ -124,15 +132,14 @@ def tables(fixed: Fixed) -> list[str]:
     return [*filter(None, made)] if sets or tasks else []
 
 
-def kept(path: Path, schema: pa.Schema, make: Callable[[], list[Row]]) -> list[Row]:
-    """Return the rows in a file, which is made where an earlier attempt has not made it."""
+def kept(path: Path, schema: pa.Schema, make: Callable[[], list[Row]]) -> pa.Table:
+    """Return the table in a file, which is made where an earlier attempt has not made it."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         rows = make()
         with atomic_path(path) as temporary:
             pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    found: list[Row] = pq.read_table(path).to_pylist()
-    return found
+    return pq.read_table(path)
 
 
 def summarise_set(rows: Sequence[Mapping[str, Any]]) -> Metrics:

@@ -76,6 +76,17 @@ def solved(kind: Kind, item: Item, delimiter: str) -> str:
     return f"{item['context'].strip()}{delimiter}{item['continuation']}"
 
 
+def asked(kind: Kind, item: Item) -> tuple[str, list[str]]:
+    """Return an item's question and its options, as people read them: without what is put around them."""
+    if kind == "pairs":
+        return "", [item["sentence_good"], item["sentence_bad"]]
+    if kind == "choice":
+        return item["query"], item["choices"]
+    if kind == "schema":
+        return f"… {item['continuation']}", item["context_options"]
+    return item["context"], [item["continuation"]]
+
+
 def draw_shots(items: Sequence[Item], place: int, count: int, seed: int) -> list[Item]:
     """Draw the solved items that stand before the one at ``place``: others of the same file, by Python's ``random``
     seeded with ``seed + place``, as nanochat draws them."""

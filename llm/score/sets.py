@@ -21,7 +21,7 @@ from data_pipeline.train_tokenizer.tokenizer import end_of_text
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
 from llm.score.config import SetConfig
-from llm.score.documents import Document, score_documents
+from llm.score.documents import Document, text_nats, token_nats
 
 DOCUMENTS = pa.schema(
     [
@@ -39,6 +39,17 @@ DOCUMENTS = pa.schema(
 """Columns of a document's row: ``sliding_nats`` by windows that overlap, where a stride is set; ``as_it_is``: whether
 its tokens stand for just its bytes; ``seen``: share of its n-grams that stand in the training documents, null where
 that was not looked for."""
+TOKENS = pa.schema(
+    [
+        ("set", pa.string()),
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("token_bytes", pa.list_(pa.int32())),
+        ("token_nats", pa.list_(pa.float32())),
+    ]
+)
+"""Columns of a document token by token, so that where in a text a model is good can be seen: the bytes of the text that
+each stands for, and its loss by windows that don't overlap. Null where the tokenizer changes the text."""
 Text = tuple[str, str]
 """Id and text."""
 
@@ -52,7 +63,8 @@ def run_set(
     sizes: NDArray[np.int32],
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
-    """Score a model on a set; return a row a document, in the order of its file.
+    """Score a model on a set; return a row a document, in the order of its file, with the columns of `DOCUMENTS` and
+    `TOKENS`.
 
     Bytes are those of the text itself, whatever a tokenizer makes of it: so they are the same for every model.
 
@@ -69,29 +81,31 @@ def run_set(
         (name, np.array(encoding.ids, np.int64)) for (name, _), encoding in zip(texts, encodings, strict=True)
     ]
 
-    def scores(stride: int | None) -> list[dict[str, Any]]:
-        return score_documents(
-            model, documents, sizes=sizes, end=end_of_text(tokenizer), stride=stride, progress=progress
-        )
+    def nats(stride: int | None) -> list[NDArray[np.float32]]:
+        return token_nats(model, documents, end=end_of_text(tokenizer), stride=stride, progress=progress)
 
-    rows = scores(None)
-    sliding = [row["text_nats"] for row in scores(chosen.stride)] if chosen.stride else [None] * len(rows)
-    found = []
-    for (name, text), row, other in zip(texts, rows, sliding, strict=True):
-        size = len(text.encode())
-        found.append(
+    scored = nats(None)
+    sliding = nats(chosen.stride) if chosen.stride else [None] * len(documents)
+    rows = []
+    for (name, text), (_, tokens), losses, other in zip(texts, documents, scored, sliding, strict=True):
+        size, parts = len(text.encode()), sizes[tokens]
+        as_it_is, loss = int(parts.sum()) == size, text_nats(losses, parts)
+        rows.append(
             {
                 "set": chosen.name,
                 "id": name,
                 "bytes": size,
-                "tokens": row["tokens"],
-                "text_nats": row["text_nats"],
-                "bits_per_byte": bits_per_byte(row["text_nats"], size),
-                "sliding_nats": other,
-                "as_it_is": row["bytes"] == size,
+                "tokens": len(tokens),
+                "text_nats": loss,
+                "bits_per_byte": bits_per_byte(loss, size),
+                "sliding_nats": None if other is None else text_nats(other, parts),
+                "as_it_is": as_it_is,
+                "text": text,
+                "token_bytes": parts if as_it_is else None,
+                "token_nats": losses if as_it_is else None,
             }
         )
-    return found
+    return rows
 
 
 def first_texts(chosen: SetConfig, file: PinnedFile) -> list[Text]:

@@ -19,8 +19,8 @@ from llm.score.seen import not_sought
 def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Score the model of ``inputs["model"]`` with the tokenizer of ``inputs["tokenizer"]``.
 
-    Leaves ``report.md``, ``set_documents.parquet`` (`llm.score.sets.DOCUMENTS`) where there are sets, and
-    ``items.parquet`` (`llm.score.task.ITEMS`) where there are tasks.
+    Leaves ``report.md``, ``set_documents.parquet`` and ``set_tokens.parquet`` (`llm.score.sets.DOCUMENTS`, `TOKENS`)
+    where there are sets, and ``items.parquet`` (`llm.score.task.ITEMS`) where there are tasks.
     """
     config = config.resolve()
     model = load_model(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")

@@ -20,7 +20,7 @@ from llm.model.transformer import Transformer
 from llm.score.config import TaskConfig
 from llm.score.encode import Option, encode
 from llm.score.items import read_items
-from llm.score.prompts import Kind, Prompt, draw_shots, render
+from llm.score.prompts import Kind, Prompt, asked, draw_shots, render
 from llm.score.scorer import Scored, score
 
 RULES = ("mean", "sum", "bytes")
@@ -41,6 +41,8 @@ ITEMS = pa.schema(
         ("tokens", pa.list_(pa.int32())),
         ("bytes", pa.list_(pa.int32())),
         ("cut", pa.int32()),
+        ("question", pa.string()),
+        ("options", pa.list_(pa.string())),
         ("seen", pa.float64()),
     ]
 )
@@ -74,7 +76,9 @@ def run_task(
     encoded = [encode(prompt, tokenizer, first, model.config.context) for prompt in prompts]
     rows: list[Row] = [{}] * count
     for done, (place, scored) in enumerate(score(model, encoded), 1):
-        rows[place] = row_of(task, place, prompts[place], options=encoded[place], scored=scored, sizes=sizes)
+        row = row_of(task, place, prompts[place], options=encoded[place], scored=scored, sizes=sizes)
+        question, options = asked(task.kind, items[place])
+        rows[place] = row | {"question": question, "options": options}
         progress(done, count)
     return rows
 

@@ -70,20 +70,29 @@ def test_each_text_has_the_bits_that_a_token_at_a_time_gives_over_its_own_bytes(
     model, tokenizer = load_model(inputs["model"]), load_tokenizer(inputs["tokenizer"])
     sizes = token_bytes(inputs["tokenizer"])
     assert [int(sizes[tokenizer.encode(text).ids].sum()) for text in TEXTS] == [row["bytes"] for row in rows]
+    by_token = pq.read_table(tmp_path / "out" / "set_tokens.parquet").to_pylist()
+    assert [(row["set"], row["id"], row["text"]) for row in by_token] == [
+        (row["set"], row["id"], text) for row, text in zip(rows, TEXTS, strict=True)
+    ]
     total = 0.0
-    for row, text in zip(rows, TEXTS, strict=True):
+    for document, row, text in zip(by_token, rows, TEXTS, strict=True):
         sequence, nats = [end_of_text(tokenizer), *tokenizer.encode(text).ids], 0.0
         for place in range(1, len(sequence)):
             start = (place - 1) // 48 * 48
             with torch.inference_mode():
                 logits = model(torch.tensor([sequence[start:place]]))[0, -1].double()
             nats -= logits.log_softmax(-1)[sequence[place]].item()
+            assert sum(document["token_nats"][:place]) == pytest.approx(nats, rel=1e-4)
         assert row["text_nats"] == pytest.approx(nats, rel=1e-5)
         assert row["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(text.encode()), rel=1e-5)
         short = len(sequence) <= 49
         assert (row["sliding_nats"] == pytest.approx(nats, rel=1e-5)) is short
         total += nats
     size = sum(len(text.encode()) for text in TEXTS)
+    for document, row in zip(by_token, rows, strict=True):
+        assert document["token_bytes"] == sizes[tokenizer.encode(document["text"]).ids].tolist()
+        assert len(document["token_nats"]) == row["tokens"]
+        assert math.fsum(document["token_nats"]) == pytest.approx(row["text_nats"], rel=1e-12)
     assert metrics["fixed/bits_per_byte"] == pytest.approx(total / math.log(2) / size, rel=1e-5)
     assert (
         metrics["fixed/bits_per_byte_low"]
@@ -108,6 +117,7 @@ def test_a_tokenizer_that_changes_texts_is_said_and_the_bytes_stay_those_of_the_
         folder=folder, out=tmp_path / "out", context=context,
     )  # fmt: skip
     assert [(row["bytes"], row["as_it_is"]) for row in fixed.sets["fixed"]] == [(5, True), (3, False)]
+    assert [one is None for one in fixed.tokens[0]["token_nats"].to_pylist()] == [False, True]
     assert context.notes == ["fixed: the tokenizer changes 1 of its texts"]
 
 

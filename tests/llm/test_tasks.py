@@ -64,6 +64,9 @@ def test_each_item_has_a_row_and_each_task_its_metrics(
     assert [(row["task"], row["item"]) for row in rows] == [
         *(("choices", place) for place in range(8)), ("words", 0), ("words", 1),
     ]  # fmt: skip
+    assert [(row["question"], row["options"]) for row in rows] == [
+        *((item["query"], item["choices"]) for item in CHOICES[:8]), ("def f(", ["self):"]), ("भारत", ["में"]),
+    ]  # fmt: skip
 
     model, tokenizer = load_model(inputs["model"]), load_tokenizer(inputs["tokenizer"])
     right = 0

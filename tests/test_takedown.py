@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import json
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from moto.server import ThreadedMotoServer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.documents import write_shard
+from flows.compare.heat import span
 from flows.engine.context import training_started
 from flows.engine.events import (
     Event,
@@ -368,6 +370,9 @@ def test_a_text_is_found_however_it_was_packed_or_escaped(name: str, tmp_path: P
     (home / "ascii.json").write_text(json.dumps({"text": text}))
     (home / "twice.jsonl").write_text(json.dumps({"why": json.dumps({"text": text}, ensure_ascii=False)}))
     (home / "page.html").write_text(text.replace("&", "&amp;").replace("<", "&lt;").replace("'", "&#x27;"))
+    coloured = "".join(span((-1) ** place, html.escape(one)) for place, one in enumerate(text))
+    (home / "coloured.html").write_text(coloured)
+    (home / "coloured.json").write_text(json.dumps({"html": coloured}))
     (home / "packed.gz").write_bytes(gzip.compress(text.encode()))
     nested = pa.array([[{"a": ["else"], "b": text}]])
     pq.write_table(pa.table({"n": [1], "deep": nested}), home / "nested.parquet", compression="zstd")

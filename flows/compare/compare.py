@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from data_pipeline.core.text import finite
 from flows.compare.claims import ANY, Least
 from flows.compare.curves import Curves, read_curves, trained
+from flows.compare.find_where import find_where
 from flows.compare.rows import Row, data_rows, held_out, metric_rows, setting_rows
 from flows.compare.subjects import Subject
 from flows.compare.verdict import Verdict, judge
+from flows.compare.where import OnSet, OnTask
 
 SCHEMA = 1
 """Version of the JSON; raised when something in it changes its meaning or goes."""
@@ -29,11 +32,21 @@ class Comparison:
     verdict: Verdict
     warnings: list[str]
     """Why some metrics can't be compared."""
+    where: list[OnSet | OnTask]
+    """Where the second of two models differs from the first; empty of more than two."""
 
     @property
     def title(self) -> str:
         """``A “small 2026-11-26 19:11:59” vs B ...``."""
         return " vs ".join(f"{one.label} “{one.name}”" for one in self.subjects)
+
+    @property
+    def for_mlflow(self) -> Comparison:
+        """The same as it may be uploaded: without texts where a recipe withholds them."""
+        recipes = [one.evaluation.manifest.get("recipe_runtime", {}) for one in self.subjects]
+        if all(one.get("upload_texts", True) for one in recipes):
+            return self
+        return replace(self, where=[one.without_texts() for one in self.where])
 
     def as_json(self) -> dict[str, Any]:
         """As docs/compare.md describes it."""
@@ -45,6 +58,10 @@ class Comparison:
             "data": [row.as_json() for row in self.data],
             "warnings": self.warnings,
             "verdict": self.verdict.as_json(),
+            "where": {
+                "sets": [finite(one.as_json()) for one in self.where if isinstance(one, OnSet)],
+                "tasks": [one.as_json() for one in self.where if isinstance(one, OnTask)],
+            },
             "curves": {
                 one.label: curves.as_json() for one, curves in zip(self.subjects, self.curves, strict=False)
             },
@@ -68,6 +85,7 @@ def compare(subjects: Sequence[Subject], least: Least = ANY) -> Comparison:
         curves=[read_curves(one.made) for one in subjects] if all(map(trained, subjects)) else [],
         verdict=verdict,
         warnings=other_tokenizers(subjects),
+        where=find_where(subjects),
     )
 
 

@@ -28,7 +28,8 @@ def log(comparison: Comparison, home: Path) -> tuple[str, str]:
 
 
 def files(comparison: Comparison) -> Mapping[str, str]:
-    return {PAGE: page(comparison), DATA: json.dumps(comparison.as_json(), indent=1, allow_nan=False)}
+    told = comparison.for_mlflow
+    return {PAGE: page(told), DATA: json.dumps(told.as_json(), indent=1, allow_nan=False)}
 
 
 def note(comparison: Comparison) -> str:

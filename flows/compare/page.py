@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
+from flows.compare import heat
 from flows.compare.cells import Section, runs_table, sections
 from flows.compare.compare import Comparison
 from flows.compare.curves import AXES, Curve
 from flows.compare.svg import Line, plot, style
 
-STYLE = """
+STYLE = (
+    """
 :root { color-scheme: light dark; --text: #1d2328; --quiet: #5b6670; --page: #ffffff; --rule: #d9dfe4;
   --c0: #1f6fb4; --c1: #c4501b; --c2: #2a8a4a; --c3: #8a4fae; --c4: #a07a00; --c5: #0f8a8a;
   --c6: #b8336a; --c7: #6b6b6b }
@@ -31,8 +33,11 @@ figure { margin: 0 } figcaption, .quiet { color: var(--quiet); font-size: .9rem 
 svg { width: 100%; height: auto } svg text { font-size: 11px; fill: var(--quiet) }
 .grid { stroke: var(--rule); stroke-width: 1 } .line { fill: none; stroke-width: 1.6 } .dashed { stroke-dasharray: 5 3 }
 .key { display: inline-block; width: 1.4em; border-top: 3px solid; vertical-align: middle; margin: 0 .4em 0 .8em }
-""" + "".join(
-    f".c{place} {{ stroke: var(--c{place}); border-color: var(--c{place}) }} " for place in range(8)
+"""
+    + heat.STYLE
+    + "".join(
+        f".c{place} {{ stroke: var(--c{place}); border-color: var(--c{place}) }} " for place in range(8)
+    )
 )
 
 
@@ -49,6 +54,7 @@ def page(comparison: Comparison) -> str:
         table(runs_table(comparison), links(comparison)),
         *plots(comparison),
         *(table(section) for section in sections(comparison)),
+        *where(comparison),
         '<p class="quiet">Differences are to the first run. Fewer bits per byte are better. Models are compared with '
         "each other by a paired bootstrap over the held-out documents, recipes by Welch's test over seeds and "
         "documents; on sets likewise, by accuracy with McNemar's test over items; by Holm's method where there are "
@@ -60,6 +66,16 @@ def page(comparison: Comparison) -> str:
         + "\n".join(body)
         + "</body></html>\n"
     )
+
+
+def where(comparison: Comparison) -> list[str]:
+    """Where one of two is better; nothing where that is not asked."""
+    parts = [f'<p class="quiet">{escape(heat.DESCRIBED)} {heat.KEY}</p>'] if comparison.where else []
+    for one in comparison.where:
+        names = comparison.subjects[0].label, comparison.subjects[1].label
+        parts += [table(section) for section in heat.tables(one, names)]
+        parts += heat.html(one, names)
+    return parts
 
 
 def table(section: Section, addresses: Sequence[str] = ()) -> str:

@@ -57,5 +57,5 @@ def compared(
         before=names[0],
         verdict=comparison.verdict.about_models,
         page=PAGE if step in BY_NAME else f"{step}/{PAGE}",
-        html=page(comparison),
+        html=page(comparison.for_mlflow),
     )

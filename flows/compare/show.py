@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from flows.compare import heat
 from flows.compare.cells import Section, runs_table, sections, split
 from flows.compare.compare import Comparison
 
@@ -20,12 +21,25 @@ def show(comparison: Comparison, console: Console) -> None:
     for section in sections(comparison):
         for part in split(section, most):
             print_section(part, console)
+    show_where(comparison, console)
     verdict = comparison.verdict
     console.print()
     for warning in comparison.warnings:
         console.print(Text.assemble(("Warning  ", "bold yellow"), warning), soft_wrap=False)
     for name, text in (("Models", verdict.about_models), ("Recipes", verdict.about_recipes)):
         console.print(Text.assemble((f"{name:<9}", "bold"), text), soft_wrap=False)
+
+
+def show_where(comparison: Comparison, console: Console) -> None:
+    """Print where one of two is better, shortly: the page has all of it."""
+    for one in comparison.where:
+        names = comparison.subjects[0].label, comparison.subjects[1].label
+        for table in heat.tables(one, names):
+            print_section(table, console)
+        heat.show(one, names, console)
+    if comparison.where:
+        console.print()
+        console.print(Text(heat.DESCRIBED, "dim"), soft_wrap=False)
 
 
 def print_section(section: Section, console: Console) -> None:

@@ -53,6 +53,8 @@ ENTITIES = {
     for name in ("&lt;", "&gt;", "&quot;", "&#x27;", "&#39;", "&#34;", "&amp;")
 }
 ESCAPE = re.compile(rb"(?:\\u[0-9a-fA-F]{4})+|\\x[0-9a-fA-F]{2}|\\[nrtbfva\\]")
+COLOURED = re.compile(rb'<b class=\\*"[vw]\d\\*">([^<]*)</b>')
+"""A piece of a text that a comparison's page colours (`flows.compare.heat`)."""
 SIGNS = {b"\\": b"\\"}
 
 
@@ -97,7 +99,10 @@ class Needle:
 
     def _is_in(self, data: bytes) -> bool:
         folded = data.translate(None, PASSED_OVER)
-        return any(piece in folded for piece in self._pieces)
+        if any(piece in folded for piece in self._pieces):
+            return True
+        plain = COLOURED.sub(rb"\1", data)
+        return plain != data and self._is_in(plain)
 
 
 def pieces_of(text: str) -> Iterator[bytes]:

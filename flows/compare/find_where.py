@@ -69,8 +69,8 @@ def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, s
         label for label, one in zip(labels, artifacts, strict=True) if not (one.path / TOKENS).exists()
     ]:
         note = (
-            f"by class of bytes and within documents: not known, for {' and '.join(lacking)} was scored by an earlier "
-            "version of llmill, which did not keep the bits of each token"
+            f"by class of bytes and within documents: not known, for the scores of {' and '.join(lacking)} were made "
+            "by an earlier version of llmill, which did not keep the bits of each token"
         )
         return OnSet(name, [], lengths, documents, [note])
     tokens = ByToken(artifacts, name)

@@ -61,7 +61,7 @@ def tables(one: OnSet | OnTask, names: Names) -> list[Section]:
         )
         for what, columns, rows in (
             ("by class of bytes", ["class", "bytes", *header], [part_cells(part) for part in one.classes]),
-            ("by length", ["bytes", "documents", *header], [part_cells(part) for part in one.lengths]),
+            ("by length", ["length", "documents", *header], [part_cells(part) for part in one.lengths]),
             ("documents that differ most", by_document, [document_cells(doc) for doc in one.documents]),
         )
     ]

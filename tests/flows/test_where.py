@@ -292,7 +292,7 @@ def test_scores_of_an_earlier_version_are_compared_and_what_is_not_known_is_said
     assert not found.classes
     assert found.lengths
     assert [one.whole for one in found.documents] == [None] * MOST_DOCUMENTS
-    assert "not known, for A was scored by an earlier version of llmill" in found.notes[0]
+    assert "not known, for the scores of A were made by an earlier version" in found.notes[0]
     assert on_task(comparison).items[0].question == QUIZ[0]["query"], "the other one kept it"
     older = compare([old, model(cuts_of(3), lambda number: number > 0, kept=False)])
     assert "which did not keep them" in on_task(older).notes[0]

@@ -62,7 +62,7 @@ def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, s
     sizes = np.array([row["bytes"] for row in first])
     lengths = by_length(sizes, bits)
     documents = [
-        Document(place + 1, first[place]["id"], int(sizes[place]), pair_of(bits[:, place]))
+        Document(place + 1, first[place]["id"], bytes=int(sizes[place]), bits=pair_of(bits[:, place]))
         for place in np.argsort(-np.abs(bits[1] - bits[0]), kind="stable")[:MOST_DOCUMENTS].tolist()
     ]
     if lacking := [
@@ -72,12 +72,12 @@ def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, s
             f"by class of bytes and within documents: not known, for the scores of {' and '.join(lacking)} were made "
             "by an earlier version of llmill, which did not keep the bits of each token"
         )
-        return OnSet(name, [], lengths, documents, [note])
+        return OnSet(name, lengths=lengths, documents=documents, notes=[note])
     tokens = ByToken(artifacts, name)
     classes, left_out = by_class(tokens)
     documents = [replace(one, whole=tokens.whole(one.number - 1)) for one in documents]
     note = f"{left_out:,} of {len(sizes):,} documents are in no class: a tokenizer changes their text"
-    return OnSet(name, classes, lengths, documents, [note] if left_out else [])
+    return OnSet(name, classes, lengths, documents=documents, notes=[note] if left_out else [])
 
 
 class ByToken:
@@ -110,7 +110,7 @@ class ByToken:
     def whole(self, place: int) -> Place | None:
         """Return a text with the bits that the second model needs more for each character."""
         text, bits = self.text(place), self.bits(place)
-        return None if bits is None else Place(text, bits[1] - bits[0], 0, len(text))
+        return None if bits is None else Place(text, bits[1] - bits[0], start=0, of=len(text))
 
 
 def spread(counts: NDArray[np.int32], nats: NDArray[np.float32]) -> Floats:
@@ -132,7 +132,7 @@ def by_class(tokens: ByToken) -> tuple[list[Part], int]:
         bits += [np.bincount(classes, one, len(CLASSES)) for one in found]
         np.add.at(sizes, classes, character_bytes(text))
     parts = [
-        Part(name, int(size), pair_of(pair), int(sizes.sum()))
+        Part(name, int(size), pair_of(pair), of=int(sizes.sum()))
         for name, size, pair in zip(CLASSES, sizes, bits.T, strict=True)
         if size
     ]
@@ -149,7 +149,7 @@ def by_length(sizes: NDArray[np.int64], bits: Floats) -> list[Part]:
         low, high = sizes[those].min(), sizes[those].max()
         name = f"{low:,} to {high:,} bytes" if low < high else f"{low:,} bytes"
         pair, size = pair_of(bits[:, those].sum(axis=1)), int(sizes[those].sum())
-        parts.append(Part(name, size, pair, int(sizes.sum()), int(those.sum())))
+        parts.append(Part(name, size, pair, of=int(sizes.sum()), documents=int(those.sum())))
     return parts
 
 
@@ -172,7 +172,7 @@ def on_task(
     if any(item.question is None for item in items):
         was = f"{' and '.join(labels)} were scored by an earlier version of llmill"
         notes.append(f"texts are not known, for {was}, which did not keep them")
-    return OnTask(name, only_first, len(differ) - only_first, items, notes)
+    return OnTask(name, only_first, len(differ) - only_first, items=items, notes=notes)
 
 
 def item_of(kind: Kind, first: Row, second: Row) -> Item:

@@ -163,4 +163,4 @@ def most_of(whole: Place, width: int, sign: int) -> Place:
     while start and class_of(whole.text[start]) == FOLLOWS:
         start -= 1
     end = start + width
-    return Place(whole.text[start:end], whole.more[start:end], start, whole.of)
+    return Place(whole.text[start:end], whole.more[start:end], start=start, of=whole.of)

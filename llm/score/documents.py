@@ -110,7 +110,7 @@ def cut(documents: Sequence[Document], end: int, context: int, stride: int | Non
         while done < len(sequence):
             until = min(len(sequence), done + (context if done == 1 else stride or context))
             start = max(0, until - context - 1) if stride else done - 1
-            windows.append(Window(index, sequence[start:until], until - done, done - 1))
+            windows.append(Window(index, sequence[start:until], counted=until - done, first=done - 1))
             done = until
     return sorted(windows, key=lambda window: -len(window.tokens))
 

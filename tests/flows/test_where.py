@@ -264,10 +264,10 @@ def test_the_place_that_differs_most_begins_at_no_mark() -> None:
     more = np.zeros(len(text))
     more[22] = 5.0
     more[21] = -1.0
-    found = most_of(Place(text, more, 0, len(text)), 4, 1)
+    found = most_of(Place(text, more, start=0, of=len(text)), 4, 1)
     assert (found.start, found.text[:3]) == (20, "e\u0301\u0301")
-    assert most_of(Place(text, more, 0, len(text)), 4, -1).more.min() == -1
-    assert most_of(Place(text, more, 0, len(text)), 99, 1).text == text
+    assert most_of(Place(text, more, start=0, of=len(text)), 4, -1).more.min() == -1
+    assert most_of(Place(text, more, start=0, of=len(text)), 99, 1).text == text
 
 
 def test_texts_that_a_tokenizer_changes_are_in_no_class_and_that_is_said(model: Make) -> None:

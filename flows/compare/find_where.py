@@ -178,6 +178,15 @@ def on_task(
 def item_of(kind: Kind, first: Row, second: Row) -> Item:
     rule = f"chosen_by_{OWN_RULE.get(kind, 'sum')}"
     kept = first if first.get("question") is not None else second
+    if kind == "generation" and None not in (first["answer"], second["answer"]):
+        return Item(  # of answers that were written, one is right
+            number=first["item"],
+            right=(first["right"], second["right"]),
+            chosen=(0, 1),
+            gold=0 if first["right"] else 1,
+            question=kept.get("question"),
+            options=[first["answer"], second["answer"]],
+        )
     return Item(
         number=first["item"],
         right=(first["right"], second["right"]),

@@ -11,8 +11,8 @@ from data_pipeline.core.pinned_files import PinnedFile
 from llm.score.config import TaskConfig
 from llm.score.prompts import FIELDS, Item
 
-OPTIONS = {"choice": "choices", "schema": "context_options"}
-"""Kind -> the field that lists an item's options."""
+OPTIONS = {"choice": ("choices", 2), "schema": ("context_options", 2), "generation": ("answers", 1)}
+"""Kind -> the field that lists an item's options or right answers, and the least number of them."""
 
 
 def read_items(task: TaskConfig, file: PinnedFile) -> list[Item]:
@@ -49,11 +49,11 @@ def misfit(task: TaskConfig, item: Any) -> str:
         return "it is no JSON object"
     if missing := [field for field in FIELDS[task.kind] if field not in item]:
         return f"it lacks {', '.join(missing)}"
-    listed = OPTIONS.get(task.kind)
+    listed, least = OPTIONS.get(task.kind, ("", 0))
     options = item[listed] if listed else []
     texts = [item[field] for field in FIELDS[task.kind] if field not in ("gold", listed)]
-    if listed and (not isinstance(options, list) or len(options) < 2):
-        return f"{listed} must list two options at least"
+    if listed and (not isinstance(options, list) or len(options) < least):
+        return f"{listed} must list {'two options' if least == 2 else 'an answer'} at least"
     if not all(isinstance(text, str) for text in [*texts, *options]):
         return "its texts must be strings"
     if not all(text.strip() for text in options) or not str(item.get("continuation", "-")).strip():

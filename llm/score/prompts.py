@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["choice", "schema", "continuation", "pairs"]
+Kind = Literal["choice", "schema", "continuation", "pairs", "generation"]
 Item = Mapping[str, Any]
 """An item as its task's file has it."""
 FIELDS: dict[Kind, tuple[str, ...]] = {
@@ -19,6 +19,7 @@ FIELDS: dict[Kind, tuple[str, ...]] = {
     "schema": ("context_options", "continuation", "gold"),
     "continuation": ("context", "continuation"),
     "pairs": ("sentence_good", "sentence_bad"),
+    "generation": ("question", "answers"),
 }
 """Kind -> the fields that an item has."""
 Counts = Literal["after the common beginning", "the common end", "after the context", "all"]
@@ -28,6 +29,7 @@ COUNTED: dict[Kind, Counts] = {
     "schema": "the common end",
     "continuation": "after the context",
     "pairs": "all",
+    "generation": "after the context",
 }
 
 
@@ -59,7 +61,8 @@ def render(kind: Kind, item: Item, shots: Sequence[Item] = (), delimiter: str = 
         texts, gold = [f"{context}{delimiter}{end}" for context in contexts], item["gold"]
     else:
         # A tokenizer may join a space at the end of a context with what follows, so none is left there.
-        context = f"{before}{item['context'].strip()}{delimiter}".strip()
+        field = "question" if kind == "generation" else "context"
+        context = f"{before}{item[field].strip()}{delimiter}".strip()
         whole = f"{before}{solved(kind, item, delimiter)}"
         return Prompt(texts=(whole,), gold=0, counts=COUNTED[kind], context=context)
     return Prompt(tuple(f"{before}{text}" for text in texts), gold, COUNTED[kind])
@@ -73,6 +76,8 @@ def solved(kind: Kind, item: Item, delimiter: str) -> str:
         return f"{item['query']}{delimiter}{item['choices'][item['gold']]}"
     if kind == "schema":
         return f"{item['context_options'][item['gold']]}{delimiter}{item['continuation']}"
+    if kind == "generation":
+        return f"{item['question'].strip()}{delimiter}{item['answers'][0]}"
     return f"{item['context'].strip()}{delimiter}{item['continuation']}"
 
 
@@ -84,6 +89,8 @@ def asked(kind: Kind, item: Item) -> tuple[str, list[str]]:
         return item["query"], item["choices"]
     if kind == "schema":
         return f"… {item['continuation']}", item["context_options"]
+    if kind == "generation":
+        return item["question"], item["answers"]
     return item["context"], [item["continuation"]]
 
 

@@ -21,7 +21,12 @@ Row = dict[str, Any]
 Rows = Mapping[str, Sequence[Row]]
 SEEN_SHARE = 0.5
 """A set's document is seen where at least this share of its n-grams is; of a task's item, any is enough."""
-ASKED: dict[Kind, str] = {"choice": "query", "schema": "context_options", "continuation": "context"}
+ASKED: dict[Kind, str] = {
+    "choice": "query",
+    "schema": "context_options",
+    "continuation": "context",
+    "generation": "question",
+}
 """Kind -> the field with what is asked, which is sought alone, too: it may stand before other answers."""
 NOT_HERE = "the corpus is not here"
 WITHOUT = {

@@ -17,6 +17,7 @@ from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.train_tokenizer.tokenizer import CONFIG, content_of, end_of_text, read_object
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
+from llm.score.answers import matches, write_answers
 from llm.score.config import TaskConfig
 from llm.score.encode import Option, encode
 from llm.score.items import read_items
@@ -28,6 +29,9 @@ RULES = ("mean", "sum", "bytes")
 its sum, and by its sum over their bytes (``acc_norm`` of Gao's lm-evaluation-harness, which counts characters)."""
 OWN_RULE: dict[Kind, str] = {"choice": "mean", "schema": "mean", "pairs": "sum"}
 """Kind -> the rule of a task's accuracy. A continuation is right where each of its tokens is the likeliest."""
+
+MOST_TOKENS, STOPS = 32, ("\n",)
+"""Tokens of an answer that is generated, and what it ends before, unless a task says otherwise."""
 
 Row = dict[str, Any]
 ITEMS = pa.schema(
@@ -43,11 +47,13 @@ ITEMS = pa.schema(
         ("cut", pa.int32()),
         ("question", pa.string()),
         ("options", pa.list_(pa.string())),
+        ("answer", pa.string()),
         ("seen", pa.float64()),
     ]
 )
 """Columns of an item's row; the lists have a value for each option, and ``cut`` is how many tokens had no room.
-``seen`` is as a set's documents have it (`llm.score.sets.DOCUMENTS`)."""
+``answer`` is what a model wrote, where it has to; ``seen`` is as a set's documents have it
+(`llm.score.sets.DOCUMENTS`)."""
 
 
 def run_task(
@@ -75,11 +81,24 @@ def run_task(
     ]
     encoded = [encode(prompt, tokenizer, first, model.config.context) for prompt in prompts]
     rows: list[Row] = [{}] * count
+    generates = task.kind == "generation"
+    total = 2 * count if generates else count
     for done, (place, scored) in enumerate(score(model, encoded), 1):
         row = row_of(task, place, prompts[place], options=encoded[place], scored=scored, sizes=sizes)
         question, options = asked(task.kind, items[place])
         rows[place] = row | {"question": question, "options": options}
-        progress(done, count)
+        progress(done, total)
+    if generates:
+        answers = write_answers(
+            model,
+            tokenizer,
+            [options[0] for options in encoded],
+            most=task.max_new_tokens or MOST_TOKENS,
+            stops=STOPS if task.stop is None else task.stop,
+            progress=lambda done: progress(count + done, total),
+        )
+        for row, answer in zip(rows, answers, strict=True):
+            row |= {"answer": answer, "right": matches(answer, row["options"])}
     return rows
 
 

@@ -25,6 +25,7 @@ DESCRIBED = (
     "Where one is better: figures are bits per byte of these texts, and nothing of it is tested. What the parts add "
     "sums to the whole difference. A token's bits are spread evenly over its bytes."
 )
+OF_TWO = "Where one is better, by kind of text, document and item, is shown of two runs at a time."
 STEPS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Parts of the largest difference in a text from which on a character has the next deeper colour."""
 KEY = (

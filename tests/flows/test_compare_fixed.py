@@ -377,7 +377,10 @@ def test_all_questions_of_all_runs_are_adjusted_together(score: Score, files: di
         score(**fields, right=0.52),
         score(tasks=quiz(files)),
     ]
-    found = compare(subjects).verdict.fixed
+    comparison = compare(subjects)
+    found = comparison.verdict.fixed
+    for shown in (printed(comparison), page(comparison)):
+        assert "is shown of two runs at a time" in " ".join(shown.split())
     assert [f"{one.claim.second} {one.metric} {one.compared}" for one in found] == [
         *(f"{other} {metric} True" for other in "BC" for metric in (BITS, RIGHT, GOLD)),
         f"D {BITS} False", f"D {RIGHT} True", f"D {GOLD} True",

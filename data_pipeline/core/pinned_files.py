@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
+import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,3 +71,19 @@ def pin(paths: Iterable[Path], key: str) -> tuple[PinnedFile, ...]:
         except OSError as error:
             raise UserError(f"{key}: {path} can't be read: {error.strerror}") from None
     return tuple(pinned)
+
+
+def content_sha256(files: Mapping[str, Path]) -> str:
+    """Hash the names (the keys) and contents of files, wherever they lie.
+
+    Raises:
+        UserError: one can't be read.
+    """
+    names = sorted(files)
+    try:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
+            hashes = list(pool.map(lambda name: file_sha256(files[name]), names))
+    except OSError as error:
+        raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
+    described = json.dumps(list(zip(names, hashes, strict=True)), allow_nan=False)
+    return hashlib.sha256(described.encode()).hexdigest()

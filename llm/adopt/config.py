@@ -9,8 +9,9 @@ from typing import Any, Self
 from pydantic import Field, model_validator
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import content_sha256
 from data_pipeline.stage import StageConfig
-from llm.adopt.files import Kind, content_sha256, find_files
+from llm.adopt.files import Kind, find_files
 from llm.adopt.hub import COMMIT, find_commit
 
 

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.files import file_sha256
 from llm.model.files import ARCHITECTURES, read_type, weight_files
 
 Kind = Literal["tokenizer", "model", "documents", "tokens"]
@@ -130,19 +126,3 @@ def shard_files(folder: Path, kind: Kind) -> Files:
             )
         found |= {path.name: path for path in paths}
     return found
-
-
-def content_sha256(files: Files) -> str:
-    """Hash the names and contents of files, wherever they lie.
-
-    Raises:
-        UserError: one can't be read.
-    """
-    names = sorted(files)
-    try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib releases the GIL
-            hashes = list(pool.map(lambda name: file_sha256(files[name]), names))
-    except OSError as error:
-        raise UserError(f"{error.filename} can't be read: {error.strerror}") from None
-    described = json.dumps(list(zip(names, hashes, strict=True)), allow_nan=False)
-    return hashlib.sha256(described.encode()).hexdigest()

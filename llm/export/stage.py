@@ -46,26 +46,8 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
     model = load_model(inputs["model"])
-    layout_of(model.config)
-    with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
-        for parameter in model.parameters():
-            parameter.copy_(parameter.to(getattr(torch, config.dtype)))
-    tokenizer_folder = inputs["tokenizer"]
-    tokenizer = load_tokenizer(tokenizer_folder)
-    end = end_of_text(tokenizer)
-    its = write_tokenizer(tokenizer_folder, out, model.config.context)
-    write_json(out / "config.json", transformers_config(model.config, end, config.dtype))
-    ends: dict[str, Any] = {
-        "bos_token_id": end,
-        "eos_token_id": end,
-        "pad_token_id": tokenizer.token_to_id(its["pad_token"]),
-    }
-    if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
-        ends["eos_token_id"] = [turn, end]
-    write_json(out / "generation_config.json", {**ends, "do_sample": True})
-    with atomic_path(out / "model.safetensors") as path:
-        save_file(exported_weights(model, getattr(torch, config.dtype)), path, metadata={"format": "pt"})
-        path.chmod(0o644)  # safetensors makes it readable by its owner only
+    tokenizer = load_tokenizer(inputs["tokenizer"])
+    its = write_loadable(model, inputs["tokenizer"], out, config.dtype)
     difference = logits_difference(model, out)
     allowed = TOLERANCE if difference <= TOLERANCE else TOLERANCE * max(1.0, logits_scale(model))
     if not difference <= allowed:
@@ -79,6 +61,37 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     )
     write_text(out / "report.md", report(config, model.config, (difference, allowed), out))
     return metrics
+
+
+def write_loadable(model: Transformer, tokenizer_folder: Path, out: Path, dtype: str) -> dict[str, Any]:
+    """Write the folder that `transformers` loads: tokenizer, configs and weights; the model's are rounded to ``dtype``.
+
+    Returns:
+        The ``tokenizer_config.json``.
+
+    Raises:
+        UserError: `transformers` has no layout for the model.
+    """
+    layout_of(model.config)
+    with torch.no_grad():  # what is stored is what is compared; the rotary tables stay fp32
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(getattr(torch, dtype)))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    end = end_of_text(tokenizer)
+    its = write_tokenizer(tokenizer_folder, out, model.config.context)
+    write_json(out / "config.json", transformers_config(model.config, end, dtype))
+    ends: dict[str, Any] = {
+        "bos_token_id": end,
+        "eos_token_id": end,
+        "pad_token_id": tokenizer.token_to_id(its["pad_token"]),
+    }
+    if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
+        ends["eos_token_id"] = [turn, end]
+    write_json(out / "generation_config.json", {**ends, "do_sample": True})
+    with atomic_path(out / "model.safetensors") as path:
+        save_file(exported_weights(model, getattr(torch, dtype)), path, metadata={"format": "pt"})
+        path.chmod(0o644)  # safetensors makes it readable by its owner only
+    return its
 
 
 def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:

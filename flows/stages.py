@@ -122,7 +122,7 @@ OURS: tuple[Stage, ...] = (
         takes=("model", "tokenizer"),
         makes="table",
         version=2,
-        headline=("*/bits_per_byte", "*/accuracy", "centred_mean"),
+        headline=("*/bits_per_byte", "*/accuracy", "harness/*/acc", "centred_mean"),
         trains=True,
         texts=True,
     ),

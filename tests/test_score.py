@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,37 @@ def test_a_scoring_that_is_killed_is_resumed_to_the_same_bytes(
     assert pq.read_table(one.path / "items.parquet").num_rows == sum(map(len, ITEMS.values()))
 
 
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-evaluation-harness is not installed")
+def test_tasks_of_the_harness_stand_in_the_same_table(llmill: Llmill, theirs: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    data = folder / "fruit.jsonl"
+    data.write_text("".join(json.dumps(item) + "\n" for item in ITEMS["fruit"]))
+    described = {
+        "task": "their_fruit", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(data)}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{query}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }  # fmt: skip
+    (folder / "fruit.yaml").write_text(json.dumps(described))
+    named = ["--harness", "their_fruit", "--harness-tasks", str(folder)]
+    out = llmill("score", "latest", str(theirs), "--tasks", str(data), *named)
+    assert "their_fruit" in out.stdout
+    assert "acc (harness)" in out.stdout
+    assert "it/s]" not in out.stdout + out.stderr, "no bars of others"
+    rows = json.loads(llmill("score", "latest", str(theirs), "--tasks", str(data), *named, "--json").stdout)
+    found = [row["metrics"] for row in rows]
+    assert all(one["harness/their_fruit/acc_low"] <= one["harness/their_fruit/acc"] for one in found)
+    assert all(one["harness/their_fruit/items"] == one["fruit/items"] == 8 for one in found)
+    assert len(Store(llmill.home).artifacts("score")) == 2
+    client = MlflowClient(f"sqlite:///{llmill.home}/mlflow.db")
+    logged = client.search_runs([client.get_experiment_by_name("score").experiment_id])
+    values = [run.data.metrics.get("score/harness/their_fruit/acc") for run in logged]
+    assert {one["harness/their_fruit/acc"] for one in found} <= {*values}
+    said = llmill("score", "latest", "--harness-tasks", str(folder), code=2).stderr
+    assert "name those that are to be run with --harness" in said
+    assert "no task nobody" in llmill("score", "latest", "--harness", "nobody", code=2).stderr
+
+
 def test_mistakes_are_said_before_anything_runs(llmill: Llmill, options: list[str], tmp_path: Path) -> None:
     assert "name a set or a task at least" in llmill("score", "latest", code=2).stderr
     assert "no run is called nobody" in llmill("score", "nobody", *options, code=2).stderr
@@ -203,6 +235,14 @@ def test_a_share_stands_with_its_interval_and_the_mean_comes_last() -> None:
         "b/bits_per_byte": 1.0,
         "centred_mean": 0.1,
     }
+    theirs = {
+        "harness/a/acc": 0.5,
+        "harness/a/acc_low": 0.25,
+        "harness/a/acc_high": 0.75,
+        "harness/a/items": 9.0,
+    }
+    assert questions([metrics | theirs])[2:] == [("harness/a", "acc"), ("all tasks", "centred_mean")]
+    assert cell(theirs, "harness/a", "acc") == "0.5000 [0.2500, 0.7500]"
     assert questions([metrics]) == [("a", "accuracy"), ("b", "bits_per_byte"), ("all tasks", "centred_mean")]
     assert cell(metrics, "a", "accuracy") == "50.0% [25.0%, 75.0%]"
     assert cell(metrics, "b", "bits_per_byte") == "1.0000"

@@ -62,6 +62,7 @@ def compare(
     from flows.compare.compare import compare as put_side_by_side
     from flows.compare.models import find_subjects
     from flows.compare.page import page
+    from flows.compare.scoring import scoring_config
     from flows.compare.show import show
     from flows.listeners.terminal import Screen, Terminal
 
@@ -69,7 +70,7 @@ def compare(
         raise UserError("--least and --least-accuracy are finite numbers")
     terminal = Terminal(Screen(stderr=True) if as_json else None)
     if sets or tasks:
-        score_all(runs, sets, tasks, most=most, home=home, terminal=terminal)
+        score_all(runs, scoring_config(sets or (), tasks or (), most), home=home, terminal=terminal)
     subjects = find_subjects(runs, Store(home))
     if len(subjects) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")

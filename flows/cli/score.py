@@ -24,6 +24,16 @@ TaskFiles = Annotated[
     list[Path] | None,
     typer.Option("--tasks", help="A file of items, or YAML that lists sets and tasks.", metavar="FILE"),
 ]
+HarnessTasks = Annotated[
+    str | None,
+    typer.Option(
+        "--harness", help="Tasks of lm-evaluation-harness, with commas between.", metavar="TASK[,TASK]"
+    ),
+]
+HarnessFolder = Annotated[
+    Path | None,
+    typer.Option("--harness-tasks", help="A folder of more tasks in the harness's YAML.", metavar="FOLDER"),
+]
 Most = Annotated[
     int | None,
     typer.Option("--most", min=1, help="At most so many documents of a set and items of a task."),
@@ -40,6 +50,8 @@ def score(
     ],
     sets: SetFiles = None,
     tasks: TaskFiles = None,
+    harness: HarnessTasks = None,
+    harness_tasks: HarnessFolder = None,
     most: Most = None,
     home: Home = HOME,
     as_json: AsJson = False,
@@ -49,34 +61,27 @@ def score(
         announce(f"reading {', '.join(models)}")
     quiet_libraries()
     from flows.compare.scores_table import as_rows, show_scores
+    from flows.compare.scoring import scoring_config
     from flows.listeners.terminal import Screen, Terminal
 
     terminal = Terminal(Screen(stderr=True) if as_json else None)
-    scored = score_all(models, sets, tasks, most=most, home=home, terminal=terminal)
+    config = scoring_config(sets or (), tasks or (), most, harness=harness, harness_tasks=harness_tasks)
+    scored = score_all(models, config, home=home, terminal=terminal)
     if as_json:
         print(json.dumps(as_rows(scored), indent=1, ensure_ascii=False, allow_nan=False))
     else:
         show_scores(scored, terminal.console)
 
 
-def score_all(
-    models: Sequence[str],
-    sets: Sequence[Path] | None,
-    tasks: Sequence[Path] | None,
-    *,
-    most: int | None,
-    home: Path,
-    terminal: Any,
-) -> list[tuple[str, Artifact]]:
-    """Score what a person names, each in a run of its own; return names and scores.
+def score_all(models: Sequence[str], config: Any, *, home: Path, terminal: Any) -> list[tuple[str, Artifact]]:
+    """Score what a person names by a `ScoreConfig`, each in a run of its own; return names and scores.
 
     Raises:
         UserError: something named is not there, can't be scored, or was not.
     """
     from flows.compare.models import find_models
-    from flows.compare.scoring import plan_scoring, scoring_config
+    from flows.compare.scoring import plan_scoring
 
-    config = scoring_config(sets or (), tasks or (), most)
     writable(home)
     store = Store(home)
     with stoppable(f"stopped; the same command resumes it: {typed()}"):

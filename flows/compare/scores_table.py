@@ -36,7 +36,10 @@ def show_scores(scored: Scored, console: Console) -> None:
     for name, _ in scored:
         table.add_column(name, justify="right", overflow="fold")
     for name, what in questions([artifact.metrics for _, artifact in scored]):
-        table.add_row(name, WORDS[what], *(cell(artifact.metrics, name, what) for _, artifact in scored))
+        words = f"{what} (harness)" if name.startswith(HARNESS) else WORDS[what]
+        table.add_row(
+            name.removeprefix(HARNESS), words, *(cell(artifact.metrics, name, what) for _, artifact in scored)
+        )
     console.print()
     console.print(table, soft_wrap=False)
     console.print("\nin brackets: 95% intervals, over documents and over items", style="dim")
@@ -51,6 +54,8 @@ WORDS = {
     "centred_mean": "above chance",
 }
 """Metrics that a person is shown -> what they are called."""
+HARNESS, INNER = "harness/", ("_low", "_high", "items")
+"""Beginning of the names of metrics by lm-evaluation-harness, and ends of those that are not shown by themselves."""
 
 
 def questions(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
@@ -59,7 +64,7 @@ def questions(metrics: Sequence[Mapping[str, float]]) -> list[tuple[str, str]]:
         (name, what)
         for key in dict.fromkeys(key for one in metrics for key in one)
         for name, _, what in [key.rpartition("/")]
-        if name and what in WORDS
+        if name and (what in WORDS or (name.startswith(HARNESS) and not what.endswith(INNER)))
     ]
     return [
         *rows,

@@ -28,16 +28,27 @@ SUITES = (".yaml", ".yml")
 ENDINGS = (".gz", ".jsonl", ".json", ".parquet", ".txt")
 
 
-def scoring_config(sets: Sequence[Path], tasks: Sequence[Path], most: int | None) -> ScoreConfig:
+def scoring_config(
+    sets: Sequence[Path],
+    tasks: Sequence[Path],
+    most: int | None,
+    *,
+    harness: str | None = None,
+    harness_tasks: Path | None = None,
+) -> ScoreConfig:
     """Make the config of what is named: files of texts and of items, and YAML that lists some as a recipe does.
 
     Args:
         most: at most so many documents of each set and items of each task; None: as many as the files say.
+        harness: names of tasks of lm-evaluation-harness, with commas between.
+        harness_tasks: a folder of more tasks of its kind.
 
     Raises:
         UserError: one can't be read, or is not what it should be.
     """
-    listed: dict[str, list[Any]] = {"sets": [], "tasks": []}
+    if harness_tasks and harness is None:
+        raise UserError(f"--harness-tasks {harness_tasks}: name those that are to be run with --harness")
+    listed: dict[str, Any] = {"sets": [], "tasks": []}
     for path in dict.fromkeys([*sets, *tasks]):
         if path.suffix in SUITES:
             for kind, more in suite(path).items():
@@ -51,6 +62,10 @@ def scoring_config(sets: Sequence[Path], tasks: Sequence[Path], most: int | None
     if most is not None:
         for kind, key in (("sets", "max_documents"), ("tasks", "max_items")):
             listed[kind] = [{**one, key: min(most, one.get(key) or most)} for one in listed[kind]]
+    if harness is not None:
+        names = [*dict.fromkeys(filter(None, map(str.strip, harness.split(","))))]
+        include = harness_tasks and harness_tasks.absolute()
+        listed["harness"] = {"tasks": names, "include": include, "max_items": most}
     try:
         return ScoreConfig.model_validate(listed).resolve()
     except ValidationError as error:

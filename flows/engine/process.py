@@ -39,6 +39,7 @@ def quiet_libraries() -> None:
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
         "TOKENIZERS_PARALLELISM": "true",
         "PYTHONWARNINGS": "ignore",
     }.items():

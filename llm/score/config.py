@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -10,7 +11,7 @@ from pydantic import Field, PrivateAttr, model_validator
 
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
-from data_pipeline.core.pinned_files import PinnedFile, pin
+from data_pipeline.core.pinned_files import PinnedFile, content_sha256, pin
 from data_pipeline.stage import Runtime, StageConfig
 from llm.score.prompts import Kind
 
@@ -155,17 +156,68 @@ class FixedConfig(StageConfig):
         return values
 
 
+class HarnessConfig(Config):
+    """Tasks of EleutherAI's lm-evaluation-harness, which `pip install 'llmill[harness]'` brings."""
+
+    tasks: tuple[Annotated[str, Field(min_length=1)], ...] = Field(min_length=1)
+    """Names of its tasks, groups or tags, as ``lm_eval ls tasks`` lists them, and of those in `include`."""
+    include: Path | None = None
+    """A folder of more tasks, in the harness's YAML; data that they read from files lie in it too."""
+    max_items: int | None = Field(default=None, ge=1)
+    """At most so many items of each task, the first ones; ``--limit`` of the harness."""
+
+    def pinned(self) -> dict[str, str | None]:
+        """Return what is installed and what `include` holds, which are identity.
+
+        Raises:
+            UserError: the harness is not installed, or the folder can't be read.
+        """
+        try:
+            installed = version("lm_eval")
+        except PackageNotFoundError:
+            raise UserError(
+                "score.harness needs lm-evaluation-harness, which is not installed: pip install 'llmill[harness]'"
+            ) from None
+        if self.include is None:
+            return {"version": installed, "include": None}
+        if not self.include.is_dir():
+            raise UserError(f"score.harness.include: {self.include} is no folder")
+        paths = [
+            path for path in self.include.rglob("*") if path.is_file() and "__pycache__" not in path.parts
+        ]
+        files = {path.relative_to(self.include).as_posix(): path for path in paths}
+        return {"version": installed, "include": content_sha256(files)}
+
+
 class ScoreConfig(FixedConfig):
     """Settings of scoring any model on sets and tasks."""
 
     stage = "score"
 
+    harness: HarnessConfig | None = None
+    """Tasks that lm-evaluation-harness scores the model on, beside `tasks`: see docs/evaluate.md."""
+
+    _harness: dict[str, str | None] | None = PrivateAttr(default=None)
+
     def resolve(self) -> Self:
-        if not (self.sets or self.tasks):
+        if not (self.sets or self.tasks or self.harness):
             raise UserError(
                 "there is nothing to score: name a set or a task at least (score.sets, score.tasks)"
             )
-        return super().resolve()
+        pinned = super().resolve()
+        if self.harness and pinned._harness is None:
+            pinned._harness = self.harness.pinned()
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """As of sets and tasks; the harness by its version, and its folder by what is in it."""
+        values = super().identity()
+        if self.harness is None:  # as it was before there was one
+            del values["harness"]
+        else:
+            assert self._harness is not None, "resolve() the config first"
+            values["harness"] |= self._harness
+        return values
 
 
 class ValidateOn(Config):

@@ -20,14 +20,23 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: S
     """Score the model of ``inputs["model"]`` with the tokenizer of ``inputs["tokenizer"]``.
 
     Leaves ``report.md``, ``set_documents.parquet`` and ``set_tokens.parquet`` (`llm.score.sets.DOCUMENTS`, `TOKENS`)
-    where there are sets, and ``items.parquet`` (`llm.score.task.ITEMS`) where there are tasks.
+    where there are sets, ``items.parquet`` (`llm.score.task.ITEMS`) where there are tasks, and ``harness.json``
+    (`llm.score.harness.Result`) where there are tasks of lm-evaluation-harness.
     """
     config = config.resolve()
     model = load_model(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(inputs["tokenizer"])
+    by_harness: Metrics = {}
+    report = ["# Scores on sets and tasks\n"]
+    if config.harness:
+        from llm.score.harness import run_harness  # lm-evaluation-harness, an extra
+
+        found = run_harness(config.harness, model, inputs["tokenizer"], out=out, context=context)
+        by_harness, report = found.metrics(), [*report, found.table()]
     fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
-    context.note(not_sought(fixed.unsought))
+    if config.sets or config.tasks:
+        context.note(not_sought(fixed.unsought))
     fixed.write(out)
     with atomic_path(out / "report.md") as path:
-        path.write_text("\n".join(["# Scores on sets and tasks\n", *tables(fixed)]), encoding="utf-8")
-    return fixed.metrics()
+        path.write_text("\n".join([*report, *tables(fixed)]), encoding="utf-8")
+    return fixed.metrics() | by_harness

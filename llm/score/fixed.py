@@ -14,16 +14,17 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from data_pipeline.core.files import atomic_path
+from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.stage import Metrics, StageContext
-from data_pipeline.train_tokenizer.tokenizer import token_bytes
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
-from llm.score.config import FixedConfig
+from llm.score.config import FixedConfig, SetConfig, TaskConfig
 from llm.score.report import sets_table, tasks_table
 from llm.score.seen import NOT_HERE, of_seen, seen_table
-from llm.score.sets import DOCUMENTS, TOKENS, run_set
+from llm.score.sets import DOCUMENTS, TOKENS, PreparedSet, run_set
 from llm.score.statistics import interval
-from llm.score.task import ITEMS, first_token, run_task, summarise
+from llm.score.task import ITEMS, PreparedTask, first_token, run_task, summarise
 
 Row = dict[str, Any]
 SET = pa.unify_schemas([DOCUMENTS, TOKENS])
@@ -93,33 +94,30 @@ def score_fixed(
     context: StageContext,
 ) -> Fixed:
     """Score the model on the sets and tasks of a resolved config; ``folder`` is the tokenizer's."""
-    sizes, first, scratch = token_bytes(folder), first_token(tokenizer, folder), out / "scratch"
+    sizes, scratch = token_bytes(folder), out / "scratch"
+    end, first = end_of_text(tokenizer), first_token(tokenizer, folder)
 
     def progress(unit: str) -> Callable[[int, int], None]:
         return lambda done, total: context.progress(done, total, unit)
 
+    def of_set(one: SetConfig, file: PinnedFile) -> list[Row]:
+        prepared = PreparedSet.of(one, file, tokenizer)
+        return run_set(model, prepared, end=end, sizes=sizes, progress=progress(f"tokens of {one.name}"))
+
+    def of_task(task: TaskConfig, file: PinnedFile) -> list[Row]:
+        prepared = PreparedTask.of(task, file, tokenizer, first=first, room=model.config.context)
+        return run_task(model, tokenizer, prepared, sizes=sizes, progress=progress(f"items of {task.name}"))
+
     sets, tasks, tokens = {}, {}, []
     for one, file in zip(config.sets, config.set_files, strict=True):
-        read = partial(
-            run_set, model, tokenizer, one, file=file, sizes=sizes, progress=progress(f"tokens of {one.name}")
-        )
-        table = kept(scratch / "sets" / f"{one.name}.parquet", SET, read)
+        table = kept(scratch / "sets" / f"{one.name}.parquet", SET, partial(of_set, one, file))
         tokens.append(table.select(TOKENS.names))
         sets[one.name] = table.select(DOCUMENTS.names).to_pylist()
         if changed := sum(not row["as_it_is"] for row in sets[one.name]):
             context.note(f"{one.name}: the tokenizer changes {changed:,} of its texts", warning=True)
     for task, file in zip(config.tasks, config.task_files, strict=True):
-        answer = partial(
-            run_task,
-            model,
-            tokenizer,
-            task,
-            file=file,
-            first=first,
-            sizes=sizes,
-            progress=progress(f"items of {task.name}"),
-        )
-        tasks[task.name] = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, answer).to_pylist()
+        table = kept(scratch / "tasks" / f"{task.name}.parquet", ITEMS, partial(of_task, task, file))
+        tasks[task.name] = table.to_pylist()
         if cut := sum(row["cut"] > 0 for row in tasks[task.name]):
             context.note(f"{task.name}: {cut:,} items are longer than the context, and cut at the left")
     return Fixed(sets, tasks, tokens=tokens)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -17,7 +18,6 @@ from tokenizers import Tokenizer
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.core.text import first_line
-from data_pipeline.train_tokenizer.tokenizer import end_of_text
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
 from llm.score.config import SetConfig
@@ -54,12 +54,35 @@ Text = tuple[str, str]
 """Id and text."""
 
 
+@dataclass(frozen=True)
+class PreparedSet:
+    """The texts of a set that are scored, and their tokens."""
+
+    chosen: SetConfig
+    texts: Sequence[Text]
+    documents: Sequence[Document]
+
+    @classmethod
+    def of(cls, chosen: SetConfig, file: PinnedFile, tokenizer: Tokenizer) -> PreparedSet:
+        """Read and tokenize the texts.
+
+        Raises:
+            UserError: the file can't be read, or has no text.
+        """
+        texts = first_texts(chosen, file)
+        encodings = tokenizer.encode_batch([text for _, text in texts])
+        documents = [
+            (name, np.array(encoding.ids, np.int64))
+            for (name, _), encoding in zip(texts, encodings, strict=True)
+        ]
+        return cls(chosen, texts, documents)
+
+
 def run_set(
     model: Transformer,
-    tokenizer: Tokenizer,
-    chosen: SetConfig,
+    prepared: PreparedSet,
     *,
-    file: PinnedFile,
+    end: int,
     sizes: NDArray[np.int32],
     progress: Callable[[int, int], None],
 ) -> list[dict[str, Any]]:
@@ -69,20 +92,14 @@ def run_set(
     Bytes are those of the text itself, whatever a tokenizer makes of it: so they are the same for every model.
 
     Args:
+        end: the token that stands before each document.
         sizes: bytes that each token stands for.
         progress: called with the tokens scored and those there are.
-
-    Raises:
-        UserError: the file can't be read, or has no text.
     """
-    texts = first_texts(chosen, file)
-    encodings = tokenizer.encode_batch([text for _, text in texts])
-    documents: list[Document] = [
-        (name, np.array(encoding.ids, np.int64)) for (name, _), encoding in zip(texts, encodings, strict=True)
-    ]
+    chosen, texts, documents = prepared.chosen, prepared.texts, prepared.documents
 
     def nats(stride: int | None) -> list[NDArray[np.float32]]:
-        return token_nats(model, documents, end=end_of_text(tokenizer), stride=stride, progress=progress)
+        return token_nats(model, documents, end=end, stride=stride, progress=progress)
 
     scored = nats(None)
     sliding = nats(chosen.stride) if chosen.stride else [None] * len(documents)

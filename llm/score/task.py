@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from llm.score.answers import matches, write_answers
 from llm.score.config import TaskConfig
 from llm.score.encode import Option, encode
 from llm.score.items import read_items
-from llm.score.prompts import Kind, Prompt, asked, draw_shots, render
+from llm.score.prompts import Item, Kind, Prompt, asked, draw_shots, render
 from llm.score.scorer import Scored, score
 
 RULES = ("mean", "sum", "bytes")
@@ -56,35 +57,60 @@ ITEMS = pa.schema(
 (`llm.score.sets.DOCUMENTS`)."""
 
 
+@dataclass(frozen=True)
+class PreparedTask:
+    """The items of a task that are scored, and their prompts, as texts and as tokens."""
+
+    task: TaskConfig
+    items: Sequence[Item]
+    prompts: Sequence[Prompt]
+    encoded: Sequence[Sequence[Option]]
+
+    @classmethod
+    def of(
+        cls, task: TaskConfig, file: PinnedFile, tokenizer: Tokenizer, *, first: int, room: int
+    ) -> PreparedTask:
+        """Read the items; render and encode their prompts.
+
+        Args:
+            first: the token that stands before every text.
+            room: tokens that a prompt has room for: the model's context.
+
+        Raises:
+            UserError: the file can't be read, or a line of it is no item.
+        """
+        items = read_items(task, file)
+        count = min(len(items), task.max_items or len(items))
+        prompts = [
+            render(task.kind, items[place], draw_shots(items, place, task.shots, task.seed), task.delimiter)
+            for place in range(count)
+        ]
+        encoded = [encode(prompt, tokenizer, first, room) for prompt in prompts]
+        return cls(task, items[:count], prompts, encoded)
+
+
 def run_task(
     model: Transformer,
     tokenizer: Tokenizer,
-    task: TaskConfig,
+    prepared: PreparedTask,
     *,
-    file: PinnedFile,
-    first: int,
     sizes: NDArray[np.int32],
     progress: Callable[[int, int], None],
 ) -> list[Row]:
     """Score a model on a task; return a row an item, in the order of its file.
 
     Args:
-        first: the token that stands before every text.
+        tokenizer: for answers that the model writes.
         sizes: bytes that each token stands for.
         progress: called with the items done and those there are.
     """
-    items = read_items(task, file)
-    count = min(len(items), task.max_items or len(items))
-    prompts = [
-        render(task.kind, items[place], draw_shots(items, place, task.shots, task.seed), task.delimiter)
-        for place in range(count)
-    ]
-    encoded = [encode(prompt, tokenizer, first, model.config.context) for prompt in prompts]
+    task, items, encoded = prepared.task, prepared.items, prepared.encoded
+    count = len(items)
     rows: list[Row] = [{}] * count
     generates = task.kind == "generation"
     total = 2 * count if generates else count
     for done, (place, scored) in enumerate(score(model, encoded), 1):
-        row = row_of(task, place, prompts[place], options=encoded[place], scored=scored, sizes=sizes)
+        row = row_of(task, place, prepared.prompts[place], options=encoded[place], scored=scored, sizes=sizes)
         question, options = asked(task.kind, items[place])
         rows[place] = row | {"question": question, "options": options}
         progress(done, total)

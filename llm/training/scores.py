@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile, pin
-from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
+from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer, token_bytes
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
 from llm.score.config import SetConfig, TaskConfig, ValidateOn
 from llm.score.items import read_items
-from llm.score.sets import first_texts, run_set
-from llm.score.task import first_token, run_task, summarise
+from llm.score.sets import PreparedSet, first_texts, run_set
+from llm.score.task import PreparedTask, first_token, run_task, summarise
 
 KEY = "pretrain.runtime.validate_on"
 LOGGED = ("gold_bits_per_byte", "accuracy")
@@ -61,34 +62,42 @@ def checked(wanted: ValidateOn) -> ValidateOn:
 class Scorer:
     """Sets and tasks, and the tokenizer in a folder, by which models are scored again and again."""
 
-    def __init__(self, wanted: ValidateOn, folder: Path) -> None:
-        self.chosen = Chosen(wanted)
+    def __init__(self, wanted: ValidateOn, folder: Path, context: int) -> None:
+        self.chosen, self.context = Chosen(wanted), context
         self.tokenizer = load_tokenizer(folder)
         self.sizes, self.first = token_bytes(folder), first_token(self.tokenizer, folder)
+
+    @cached_property
+    def sets(self) -> list[PreparedSet]:
+        """The sets, read and tokenized once.
+
+        Raises:
+            UserError: a file is no longer what it was.
+        """
+        return [PreparedSet.of(one, file, self.tokenizer) for one, file in self.chosen.sets]
+
+    @cached_property
+    def tasks(self) -> list[PreparedTask]:
+        """The tasks, read and encoded once; errors as of `sets`."""
+        return [
+            PreparedTask.of(task, file, self.tokenizer, first=self.first, room=self.context)
+            for task, file in self.chosen.tasks
+        ]
 
     def scores(self, model: Transformer) -> dict[str, float]:
         """Return ``SET/bits_per_byte`` of each set, ``TASK/gold_bits_per_byte`` and ``TASK/accuracy`` of each task.
 
         Raises:
-            UserError: a file is no longer what it was.
+            UserError: a file was no longer what it was when it was to be read.
         """
-        found = {}
-        for one, file in self.chosen.sets:
-            rows = run_set(model, self.tokenizer, one, file=file, sizes=self.sizes, progress=ignore)
+        found, end = {}, end_of_text(self.tokenizer)
+        for one in self.sets:
+            rows = run_set(model, one, end=end, sizes=self.sizes, progress=ignore)
             nats, size = math.fsum(row["text_nats"] for row in rows), sum(row["bytes"] for row in rows)
-            found[f"{one.name}/bits_per_byte"] = bits_per_byte(nats, size)
-        for task, file in self.chosen.tasks:
-            items = run_task(
-                model,
-                self.tokenizer,
-                task,
-                file=file,
-                first=self.first,
-                sizes=self.sizes,
-                progress=ignore,
-            )
-            metrics = summarise(items)
-            found |= {f"{task.name}/{name}": metrics[name] for name in LOGGED}
+            found[f"{one.chosen.name}/bits_per_byte"] = bits_per_byte(nats, size)
+        for task in self.tasks:
+            metrics = summarise(run_task(model, self.tokenizer, task, sizes=self.sizes, progress=ignore))
+            found |= {f"{task.task.name}/{name}": metrics[name] for name in LOGGED}
         return found
 
 

@@ -77,8 +77,8 @@ class Trainer:
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(job.tokenizer)).to(self.engine.device)
         self.events = EventLog(job.events) if rank == 0 else None
-        scores = rank == 0 and self.config.scores_every
-        self.scorer = Scorer(self.config.runtime.validate_on, job.tokenizer) if scores else None
+        wanted = self.config.runtime.validate_on if rank == 0 and self.config.scores_every else None
+        self.scorer = Scorer(wanted, job.tokenizer, job.model.context) if wanted else None
         self.saver = Saver(
             job.checkpoints,
             rank=rank,

@@ -17,10 +17,13 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.stage import LocalContext
 from llm.evaluate.config import EvaluateConfig
 from llm.evaluate.stage import evaluate
+from llm.model.transformer import load_model
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import pretrain
 from llm.pretrain.summary import describe_scoring
+from llm.score.config import ValidateOn
 from llm.training.events import read_events
+from llm.training.scores import Scorer
 
 STEPS, BATCH_TOKENS, ITEMS = 10, 8 * 64, 3
 SPREAD = {"1 rank": {}, "2 ranks, ZeRO 3": {"ranks": 2, "zero_stage": 3}}
@@ -177,6 +180,23 @@ def test_a_file_that_is_spoilt_while_a_model_is_trained_gives_warnings_and_the_m
     why = f"{path}, row 1: it has no text in the field words"
     assert warnings == [f"no scores after step {step}: {why}" for step in (4, 8, STEPS)]
     assert checksums(tmp_path / "out") == checksums(scored["1 rank"])
+
+
+def test_files_are_read_once_in_a_training(
+    corpus: dict[str, Path], wanted: dict[str, Any], scored: Runs, tmp_path: Path
+) -> None:
+    copies = {}
+    for kind in ("sets", "tasks"):
+        path = tmp_path / f"{kind}.jsonl"
+        path.write_bytes(Path(wanted[kind][0]["path"]).read_bytes())
+        copies[kind] = [{**wanted[kind][0], "path": str(path)}]
+    model = load_model(scored["1 rank"])
+    scorer = Scorer(ValidateOn.model_validate(copies), corpus["tokenizer"], model.config.context)
+    first = scorer.scores(model)
+    for path in tmp_path.iterdir():
+        path.unlink()
+    assert scorer.scores(model) == first
+    assert len(first) == 3
 
 
 def must_not_start(*_: object, **__: object) -> None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from browser import SECONDS, open_browser
@@ -15,17 +16,18 @@ from playwright.sync_api import Locator, Page, expect
 
 from flows.listeners.mlflow.links import OWN_PAGES, run_url, table_url
 from flows.listeners.mlflow.operations import Mlflow
-from flows.listeners.mlflow.points import Point
+from flows.listeners.mlflow.points import Point, curve_points
 from flows.listeners.mlflow.reader import PipelineRuns
 from flows.listeners.mlflow.samples import COLUMNS, SAMPLES
 from flows.listeners.mlflow.translate import Operation, beginning, description, measured
-from flows.listeners.mlflow.view import OTHER_TAGS, SPEED, TAG, VERSION
+from flows.listeners.mlflow.view import OTHER_TAGS, SCORES, SPEED, TAG, VERSION
 
 RECIPE = "small"
 BEGAN = 1_700_000_000_000
 RUNS = {"lr=1e-3 · 10:36": (1.75, 1e-3), "lr=3e-3 · 10:48": (1.5, 3e-3)}
 """Name -> bits per byte and rate; the second is the better one."""
 STEPS, BATCH_TOKENS = 40, 4096
+SCORED = ("novels/bits_per_byte", "arc_easy/gold_bits_per_byte", "arc_easy/accuracy")
 WRITTEN = "<b>日本</b>\nكتب & \ufffd"
 expect.set_options(timeout=SECONDS * 1000)
 
@@ -73,6 +75,8 @@ def reported(key: str, name: str, began: int) -> Iterator[Operation]:
         ]
         yield {"op": "table", "run": run, "name": SAMPLES, "columns": list(COLUMNS), "data": rows}
     yield measured(key, [point for number in range(1, STEPS + 1) for point in points(bits, number, began)])
+    scores = [scored(bits, number, began) for number in range(5, STEPS + 1, 5)]
+    yield measured(key, [point for event in scores for point in curve_points("pretrain", event)])
     ended = began + (STEPS + 1) * 500
     headline = {
         "evaluate/bits_per_byte": bits,
@@ -84,6 +88,13 @@ def reported(key: str, name: str, began: int) -> Iterator[Operation]:
         key, [(metric, value, ended, 0) for metric, value in (headline | {"clean/documents": 476.0}).items()]
     )
     yield from ({"op": "end", "run": one, "status": "FINISHED", "time": ended} for one in (step, key))
+
+
+def scored(bits: float, step: int, began: int) -> dict[str, Any]:
+    """The event of scores after one step of a training."""
+    values = (bits + 2 / step, bits + 3 / step, 0.4 - bits / 10 - 0.2 / step)
+    about = {"event": "scores", "step": step, "tokens": step * BATCH_TOKENS, "time": began / 1000 + step / 2}
+    return {**about, **dict(zip(SCORED, values, strict=True)), "seconds": 0.5}
 
 
 def points(bits: float, step: int, began: int) -> Iterator[Point]:
@@ -154,6 +165,38 @@ def test_the_view_shows_which_run_is_best_what_was_different_and_how_the_loss_we
     expect(page.get_by_text("pretrain.seed")).to_have_count(0)
     colors = page.get_by_test_id("experiment-view-table-run-color").locator("input")
     assert colors.nth(0).input_value() != colors.nth(1).input_value()
+
+
+def test_scores_while_training_are_two_lines_of_two_runs_in_one_chart_each(
+    page: Page, server: Server, experiment: str
+):
+    page.goto(table_url(server.url, experiment))
+    page.get_by_text(SCORES).scroll_into_view_if_needed()
+    for metric in (f"tokens/scores/{name}" for name in SCORED):
+        expect(card(page, metric)).to_have_count(1)
+        card(page, metric).scroll_into_view_if_needed()
+        for name in RUNS:
+            expect(card(page, metric)).to_contain_text(f"{name} ({metric})")
+        page.wait_for_function(TWO_LINES, arg=card(page, metric).element_handle())
+
+
+def test_scores_have_no_charts_where_there_are_none_and_are_drawn_once(server: Server, tmp_path: Path):
+    mlflow, key = Mlflow(tmp_path, server.url), "f" * 16
+    mlflow.report("unscored", {"op": "begin", **beginning(key, "a run", BEGAN)})
+    mlflow.report("unscored", measured(key, list(points(1.5, 1, BEGAN))))
+    place = mlflow.experiments["unscored"]
+
+    def view() -> str:
+        return str(server.client.get_experiment(place).tags[TAG])
+
+    assert SCORES not in view()
+    curves = measured(key, curve_points("pretrain", scored(1.5, 1, BEGAN)))
+    mlflow.report("unscored", curves)
+    once = view()
+    assert all(once.count(f"LINEtokens/scores/{name}") == 1 for name in SCORED)
+    for sender in (mlflow, Mlflow(tmp_path, server.url)):
+        sender.report("unscored", curves)
+        assert view() == once
 
 
 def test_the_machine_is_shown_below_and_charts_without_figures_are_not(

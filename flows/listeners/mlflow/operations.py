@@ -36,11 +36,11 @@ from flows.listeners.mlflow.links import (
 )
 from flows.listeners.mlflow.models import name_candidate
 from flows.listeners.mlflow.moved import follow_home
-from flows.listeners.mlflow.points import METRICS, event_points
+from flows.listeners.mlflow.points import METRICS, SCORED, event_points
 from flows.listeners.mlflow.samples import TABLES, tables_of, tables_tag
 from flows.listeners.mlflow.translate import Operation
 from flows.listeners.mlflow.uploads import FILES, UPLOADS, Refused
-from flows.listeners.mlflow.view import COLOR, missing_tags, next_color
+from flows.listeners.mlflow.view import COLOR, TAG, is_older, missing_tags, next_color, with_scores
 
 logging.getLogger("alembic").setLevel(logging.WARNING)
 logging.getLogger("mlflow").setLevel(logging.CRITICAL)  # its failures are reported by whoever sends
@@ -75,6 +75,8 @@ class Mlflow:
         self.fresh: set[str] = set()
         """Keys that this process has just made up: MLflow can have no run of theirs yet, and is not asked for one."""
         self.uploading = False
+        self.drawn: set[tuple[str, str]] = set()
+        """Experiments and scores of theirs that this process has seen to be drawn."""
         self._connected: MlflowClient | None = None
         self._unsure: set[str] = set()
 
@@ -277,6 +279,21 @@ class Mlflow:
             [RunTag(*tag) for tag in {**operation.get("tags", {}), **links}.items()],
             [Metric(name, float(value), *when) for name, value, *when in operation.get("points", [])],
         )
+
+        self._draw_scores(experiment, [name for name, *_ in operation.get("points", []) if SCORED in name])
+
+    def _draw_scores(self, experiment: str, metrics: Sequence[str]) -> None:
+        """See that the experiment's view has a chart of each of these metrics."""
+        new = {(experiment, name) for name in metrics} - self.drawn
+        if not new:
+            return
+        place = self._experiment(experiment)
+        with self._alone():
+            value = self._client.get_experiment(place).tags.get(TAG, "")
+            drawn = value if is_older(value) else with_scores(value, [name for _, name in new])
+            if drawn != value:
+                self._client.set_experiment_tag(place, TAG, drawn)
+        self.drawn |= new
 
     def _untag(self, experiment: str, operation: Operation) -> None:
         run_id = self._run(experiment, operation["run"])

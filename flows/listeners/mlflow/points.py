@@ -27,6 +27,8 @@ CURVES = {
 """Kind of a training event -> its fields that are drawn on the page of the whole run, and how they are called there."""
 OVER_TOKENS = {"train/loss": "tokens/train_loss", "val/bits_per_byte": "tokens/val_bits_per_byte"}
 """Curve over steps -> the same over tokens."""
+SCORED = "tokens/scores/"
+"""In the names of scores over tokens."""
 METRICS = 800
 """Points of a request: MLflow takes 1,000 metrics, params and tags in all."""
 SYSTEM = (

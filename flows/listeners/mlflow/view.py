@@ -7,7 +7,7 @@ source of its pages (`ExperimentPageUIState.tsx`, `runs-charts.types.ts`), so a 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from flows.listeners.mlflow.links import VIEW
@@ -52,6 +52,7 @@ WIDTHS["attributes.`Description`"] = 400
 RUNS = "tags.`llmill.stage` IS NULL"
 """The filter that leaves out the runs of steps: MLflow folds them under their run only where it sorts by time."""
 QUALITY, SPEED = "Loss and bits per byte, over tokens and over steps", "Speed and machine"
+SCORES = "Sets and tasks, scored while training, over tokens"
 TIME = "time-relative"
 
 Chart = dict[str, Any]
@@ -129,9 +130,30 @@ def state() -> dict[str, Any]:
 def saved_view(now: int) -> str:
     """The value of `TAG`, made at ``now`` (milliseconds of the epoch)."""
     view = {"name": VIEW, "version": VERSION, "createdAt": now, "updatedAt": now}
-    return json.dumps(
-        view | {"state": json.dumps(state(), allow_nan=False, separators=(",", ":"))}, allow_nan=False
-    )
+    return in_json(view, state())
+
+
+def in_json(view: Mapping[str, Any], state: Mapping[str, Any]) -> str:
+    """A view with its state, as MLflow keeps them: JSON within JSON."""
+    compact = json.dumps(state, allow_nan=False, separators=(",", ":"))
+    return json.dumps({**view, "state": compact}, allow_nan=False)
+
+
+def with_scores(value: str, metrics: Iterable[str]) -> str:
+    """Return a value of `TAG` with a curve of each metric, in a section of their own; ``value`` where it has them all.
+
+    They go by the names of sets and tasks, which a view that is made before any training does not know.
+    """
+    view = json.loads(value)
+    state = json.loads(view["state"])
+    known = {one["uuid"] for one in state["compareRunCharts"]}
+    new = [one for name in sorted(metrics) if (one := curve(SCORES, name))["uuid"] not in known]
+    if not new:
+        return value
+    state["compareRunCharts"] += new
+    if all(one["uuid"] != SCORES for one in state["compareRunSections"]):
+        state["compareRunSections"].insert(1, section(SCORES))
+    return in_json(view, state)
 
 
 def missing_tags(tags: Mapping[str, str], now: int) -> dict[str, str]:

@@ -23,7 +23,7 @@ from llm.kernels.names import BackEnd, Library
 from llm.machine.hardware import require_ranks
 from llm.machine.slurm import SlurmJob
 from llm.model.config import ModelConfig, ModelShape
-from llm.pretrain import presets
+from llm.pretrain import presets, scoring
 from llm.score.config import ValidateOn
 from llm.training.recovery import Recovery
 from llm.training.resolved import OptimizerSettings, Wanted
@@ -231,6 +231,8 @@ class PretrainConfig(StageConfig):
     runtime: PretrainRuntime = PretrainRuntime()
 
     _init_sha256: str | None = None
+    _scored_tokens: int = 0
+    """Tokens that are scored at once, about."""
 
     @model_validator(mode="before")
     @classmethod
@@ -312,11 +314,17 @@ class PretrainConfig(StageConfig):
         return self
 
     def with_read_sets(self) -> Self:
-        """Return a copy that names the files of `runtime.validate_on` wherever it is read, after a look into each."""
+        """Return a copy that names the files of `runtime.validate_on` wherever it is read, after a look into each, and
+        says how often they are scored."""
         from llm.training.scores import checked
 
-        runtime = self.runtime.model_copy(update={"validate_on": checked(self.runtime.validate_on)})
-        return self.model_copy(update={"runtime": runtime})
+        found, tokens = checked(self.runtime.validate_on)
+        pinned = self.model_copy()
+        pinned._scored_tokens = tokens
+        checks = self.runtime.validation.every
+        every = found.every or scoring.affordable(self.steps, checks, pinned.scoring_cost)
+        runtime = {"validate_on": found.model_copy(update={"every": every})}
+        return pinned.model_copy(update={"runtime": self.runtime.model_copy(update=runtime)})
 
     def with_start(self, folder: Path) -> Self:
         """Return a copy that knows what ``folder`` holds, to start from."""
@@ -365,8 +373,12 @@ class PretrainConfig(StageConfig):
         require_start(model, self.init_from, specials, made.get("tokenizer"))
 
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
-        """Return what follows from `depth`."""
-        return presets.describe(self.model_dump())
+        """Return what follows from `depth`, and what scoring in the loop will cost."""
+        lines = presets.describe(self.model_dump())
+        if self._scored_tokens:
+            every, cost = self.scores_every, self.scoring_cost
+            lines.append(scoring.describe(self.steps, every, self._scored_tokens, cost))
+        return lines
 
     @property
     def wanted(self) -> Wanted:
@@ -421,9 +433,17 @@ class PretrainConfig(StageConfig):
 
     @property
     def scores_every(self) -> int:
-        """Steps between scores on `runtime.validate_on`; 0: none."""
+        """Steps between scores on `runtime.validate_on`, of a resolved config; 0: none."""
         chosen = self.runtime.validate_on
-        return (chosen.every or self.runtime.validation.every) if chosen.paths else 0
+        if not chosen.paths:
+            return 0
+        assert chosen.every is not None, "resolve() the config first"
+        return chosen.every
+
+    @property
+    def scoring_cost(self) -> float:
+        """Tokens scored at once, on all ranks, as a share of those that are trained on."""
+        return self._scored_tokens * self.runtime.ranks / self.tokens_after(self.steps)
 
     @property
     def mix(self) -> Mixture | None:

@@ -15,13 +15,10 @@ from data_pipeline.core.text import duration, table
 from data_pipeline.stage import Metrics
 from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
+from llm.pretrain.scoring import MOST_SCORING
 
 if TYPE_CHECKING:
     from llm.pretrain.config import PretrainConfig
-
-
-MOST_SCORING = 0.02
-"""Share of a training's time that scores in its loop may take before a warning."""
 
 
 def summarise(config: PretrainConfig, out: Path) -> Metrics:

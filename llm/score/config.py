@@ -228,7 +228,8 @@ class ValidateOn(Config):
     tasks: tuple[TaskConfig, ...] = ()
     """Tasks, as `evaluate.tasks` has them."""
     every: int | None = Field(default=None, ge=1)
-    """Steps between scores, with some after the last one; None: as `validation.every`."""
+    """Steps between scores, with some after the last one; None: as `validation.every`, or the multiple of it by which
+    all of them together read at most 2% as many tokens as are trained on, on each rank."""
     items: int = Field(default=200, ge=1)
     """At most so many documents of each set and items of each task, the first ones."""
 

@@ -49,7 +49,7 @@ def starts_of(prompt: Prompt, sequences: Sequence[list[int]], tokenizer: Tokeniz
 
 
 def common(sequences: Sequence[Sequence[int]]) -> int:
-    """Count the tokens with which all sequences begin."""
+    """Count the tokens, or bytes, with which all sequences begin."""
     return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False)))
 
 

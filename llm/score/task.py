@@ -80,13 +80,17 @@ class PreparedTask:
             UserError: the file can't be read, or a line of it is no item.
         """
         items = read_items(task, file)
-        count = min(len(items), task.max_items or len(items))
-        prompts = [
-            render(task.kind, items[place], draw_shots(items, place, task.shots, task.seed), task.delimiter)
-            for place in range(count)
-        ]
+        prompts = prompts_of(task, items)
         encoded = [encode(prompt, tokenizer, first, room) for prompt in prompts]
-        return cls(task, items[:count], prompts, encoded)
+        return cls(task, items[: len(prompts)], prompts, encoded)
+
+
+def prompts_of(task: TaskConfig, items: Sequence[Item]) -> list[Prompt]:
+    """Render those of a task's items that are scored."""
+    return [
+        render(task.kind, item, draw_shots(items, place, task.shots, task.seed), task.delimiter)
+        for place, item in enumerate(items[: task.max_items])
+    ]
 
 
 def run_task(

@@ -12,11 +12,15 @@ from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer,
 from llm.data.bits import bits_per_byte
 from llm.model.transformer import Transformer
 from llm.score.config import SetConfig, TaskConfig, ValidateOn
+from llm.score.encode import common
 from llm.score.items import read_items
+from llm.score.prompts import Prompt
 from llm.score.sets import PreparedSet, first_texts, run_set
-from llm.score.task import PreparedTask, first_token, run_task, summarise
+from llm.score.task import PreparedTask, first_token, prompts_of, run_task, summarise
 
 KEY = "pretrain.runtime.validate_on"
+BYTES_A_TOKEN = 3
+"""English has 3.4 under a vocabulary of 4,096 and more under larger ones; few scripts have less than 2."""
 LOGGED = ("gold_bits_per_byte", "accuracy")
 """Metrics of a task that are logged."""
 
@@ -44,19 +48,27 @@ class Chosen:
             self.tasks.append((task.model_copy(update=cut), file))
 
 
-def checked(wanted: ValidateOn) -> ValidateOn:
-    """Read all that is to be scored; return it with absolute paths, for ranks that start in another folder.
+def checked(wanted: ValidateOn) -> tuple[ValidateOn, int]:
+    """Read all that is to be scored; return it with absolute paths, for ranks that start in another folder, and about
+    how many tokens it has, whatever tokenizer will be there.
 
     Raises:
         UserError: a file can't be read, has another checksum than it must, no texts, or what is no item of its task.
     """
-    chosen = Chosen(wanted)
+    chosen, size = Chosen(wanted), 0
     for one, file in chosen.sets:
-        first_texts(one, file)
+        size += sum(len(text.encode()) for _, text in first_texts(one, file))
     for task, file in chosen.tasks:
-        read_items(task, file)
+        size += sum(map(bytes_read, prompts_of(task, read_items(task, file))))
     sets, tasks = (tuple(one for one, _ in found) for found in (chosen.sets, chosen.tasks))
-    return wanted.model_copy(update={"sets": sets, "tasks": tasks})
+    return wanted.model_copy(update={"sets": sets, "tasks": tasks}), math.ceil(size / BYTES_A_TOKEN)
+
+
+def bytes_read(prompt: Prompt) -> int:
+    """Count the bytes of a prompt, those that its texts begin with in common once, as they are scored."""
+    texts = [text.encode() for text in prompt.texts]
+    shared = common(texts)
+    return shared + sum(len(text) - shared for text in texts)
 
 
 class Scorer:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
 
 import forks
+import hypothesis
 import pytest
 from disturbed import Stage
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from data_pipeline.core.errors import UserError
@@ -19,6 +22,7 @@ from llm.evaluate.config import EvaluateConfig
 from llm.evaluate.stage import evaluate
 from llm.model.transformer import load_model
 from llm.pretrain.config import PretrainConfig
+from llm.pretrain.scoring import MOST_SCORING, affordable
 from llm.pretrain.stage import pretrain
 from llm.pretrain.summary import describe_scoring
 from llm.score.config import ValidateOn
@@ -67,6 +71,7 @@ def wanted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "sets": [{"name": "code", "path": str(folder / "set.jsonl"), "text": "words"}],
         "tasks": [{"name": "order", "path": str(folder / "task.jsonl"), "kind": "pairs"}],
         "items": ITEMS,
+        "every": 4,
     }
 
 
@@ -173,7 +178,7 @@ def test_a_file_that_is_spoilt_while_a_model_is_trained_gives_warnings_and_the_m
         path.write_text("{}")
         forks.launch(*given, **named)
 
-    given = config({"sets": [{**wanted["sets"][0], "path": str(path)}]})
+    given = config({"sets": [{**wanted["sets"][0], "path": str(path)}], "every": 4})
     pretrain(given, corpus, tmp_path / "out", LocalContext(launcher=spoil_and_launch))
     found = read_events(tmp_path / "out" / "logs" / "events.jsonl")
     warnings = [event["message"] for event in found if event["event"] == "warning"]
@@ -247,8 +252,37 @@ def test_scores_are_no_part_of_the_identity_and_files_are_found_from_any_folder(
     given = config({**wanted, "sets": [{**wanted["sets"][0], "path": path.name}]}).resolve()
     assert given.runtime.validate_on.paths[0] == path
     assert given.identity() == config().resolve().identity()
-    assert (given.scores_every, config().scores_every, config({**wanted, "every": 3}).scores_every) == (
-        4,
-        0,
-        3,
-    )
+    assert (given.scores_every, config().scores_every) == (4, 0)
+
+
+@hypothesis.given(st.integers(1, 100_000), st.integers(1, 1000), st.floats(1e-7, 10))
+def test_scores_cost_little_where_it_is_left_open_how_often_they_come(
+    steps: int, checks: int, cost: float
+) -> None:
+    """With a validation, and no seldomer than they must; once at least, after the last step."""
+    every = affordable(steps, checks, cost)
+    most = max(1, int(MOST_SCORING / cost))
+    assert every % checks == 0
+    assert math.ceil(steps / every) <= most
+    assert every == checks or math.ceil(steps / (every - checks)) > most
+
+
+def test_how_often_follows_from_tokens_and_stands_in_the_plan(wanted: dict[str, Any]) -> None:
+    """A scoring reads 144 bytes, which count as 48 tokens."""
+    left_open = {name: value for name, value in wanted.items() if name != "every"}
+
+    def planned(steps: int, chosen: dict[str, Any] = left_open, **runtime: Any) -> PretrainConfig:
+        return config(chosen, **runtime).model_copy(update={"tokens": steps * BATCH_TOKENS}).resolve()
+
+    few, many, spread, often = planned(8), planned(1000), planned(1000, ranks=2), planned(1000, wanted)
+    found = [one.scores_every for one in (few, many, many.resolve(), spread, often)]
+    assert found == [8, 8, 8, 12, 4]
+    head, read = "sets and tasks are scored", "about 48 tokens each time, in all"
+    assert [one.predict({}, 1) for one in (few, many, often)] == [
+        [f"{head} once, after the last step: {read} 1.17% of as many as are trained on"],
+        [f"{head} 125 times, each 8 steps: {read} 1.17% of as many as are trained on"],
+        [
+            f"{head} 250 times, each 4 steps: {read} 2.34% of as many as are trained on, more than 2%: raise "
+            "pretrain.runtime.validate_on.every, or lower its items"
+        ],
+    ]

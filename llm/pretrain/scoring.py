@@ -37,5 +37,5 @@ def describe(steps: int, every: int, tokens: int, cost: float) -> str:
     dear = f", more than {MOST_SCORING:.0%}: {advice}" if share > MOST_SCORING else ""
     return (
         f"sets and tasks are scored {when}: about {tokens:,} tokens each time, "
-        f"in all {share:.2%} of as many as are trained on{dear}"
+        f"in all {share:.2%} of the training's tokens{dear}"
     )

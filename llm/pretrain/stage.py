@@ -19,7 +19,6 @@ from llm.data import order as batches
 from llm.machine.environment import remark
 from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
-from llm.pretrain import presets
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.summary import describe_reading, describe_scoring, summarise
 from llm.training import checkpoint
@@ -39,7 +38,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         UserError: the corpus is smaller than one batch; more ranks than fit; a checkpoint of another precision.
     """
     config = config.resolve()
-    for line in presets.describe(config.model_dump()):
+    for line in config.predict({}, 1):
         context.note(line)
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)

@@ -279,10 +279,10 @@ def test_how_often_follows_from_tokens_and_stands_in_the_plan(wanted: dict[str, 
     assert found == [8, 8, 8, 12, 4]
     head, read = "sets and tasks are scored", "about 48 tokens each time, in all"
     assert [one.predict({}, 1) for one in (few, many, often)] == [
-        [f"{head} once, after the last step: {read} 1.17% of as many as are trained on"],
-        [f"{head} 125 times, each 8 steps: {read} 1.17% of as many as are trained on"],
+        [f"{head} once, after the last step: {read} 1.17% of the training's tokens"],
+        [f"{head} 125 times, each 8 steps: {read} 1.17% of the training's tokens"],
         [
-            f"{head} 250 times, each 4 steps: {read} 2.34% of as many as are trained on, more than 2%: raise "
+            f"{head} 250 times, each 4 steps: {read} 2.34% of the training's tokens, more than 2%: raise "
             "pretrain.runtime.validate_on.every, or lower its items"
         ],
     ]

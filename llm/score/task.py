@@ -82,7 +82,7 @@ class PreparedTask:
         items = read_items(task, file)
         prompts = prompts_of(task, items)
         encoded = [encode(prompt, tokenizer, first, room) for prompt in prompts]
-        return cls(task, items[: len(prompts)], prompts, encoded)
+        return cls(task, items[: len(prompts)], prompts=prompts, encoded=encoded)
 
 
 def prompts_of(task: TaskConfig, items: Sequence[Item]) -> list[Prompt]:

@@ -75,7 +75,7 @@ def test_a_hub_that_cannot_be_reached_leaves_a_source_unresolved_soon(
     start = time.monotonic()
     with pytest.raises(Unresolved, match="can't be asked for the revision of nobody/nothing"):
         hugging_face("nobody/nothing").resolve()
-    assert time.monotonic() - start < 10
+    assert time.monotonic() - start < 60
 
 
 def test_a_full_commit_is_resolved_without_network() -> None:

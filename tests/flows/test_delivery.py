@@ -172,7 +172,7 @@ def test_what_a_deleted_experiment_is_to_be_told_waits_and_arrives_when_it_is_th
     assert len(said) == 1
     assert "experiment small was deleted in MLflow" in said[0]
     assert not other.path.exists(), "another experiment's figures do not wait for it"
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 100
     client.restore_experiment(experiment)
     assert list(send_left(mlflow.home, mlflow)) == []
     assert_there_once(mlflow)

@@ -91,7 +91,15 @@ def test_all_models_of_a_run_are_compared_or_those_that_are_named(two: Llmill) -
     made = {step["step"]: step["fingerprint"] for step in plan}
     assert compared("latest") == [made[name] for name in ("evaluate", "evaluate_few", "evaluate_small")]
     assert compared("latest/evaluate_small", "latest/evaluate") == [made["evaluate_small"], made["evaluate"]]
-    assert "no evaluation nothing" in two("compare", "latest/nothing", "latest", code=2).stderr
+    quiz = two.home.parent / "quiz.jsonl"
+    quiz.write_text(
+        json.dumps({"query": "one and one are", "choices": ["two", "three"], "gold": 0}, allow_nan=False)
+    )
+    for command in (
+        ("compare", "latest/nothing", "latest"),
+        ("score", "latest/nothing", "--tasks", str(quiz)),
+    ):
+        assert "no evaluation nothing" in two(*command, code=2).stderr, "and no hub is asked"
 
 
 def test_a_step_of_another_name_is_traced_and_built_again_alone(two: Llmill) -> None:

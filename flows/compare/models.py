@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
-from flows.compare.subjects import MODELS, Finder, Subject, labelled, sealed
+from flows.compare.subjects import MODELS, Finder, Subject, Unknown, labelled, sealed
 from flows.engine.adoption import config_of
 from flows.engine.plan import Step, plan_step
 from flows.engine.store import Artifact, Store
@@ -45,7 +45,7 @@ def find_models(text: str, store: Store) -> list[Model]:
         return [of_artifact(node.artifact, f"{node.stage} {node.fingerprint[:8]}", store)]
     try:
         found = Finder(store).find([text])
-    except UserError:
+    except Unknown:
         if not HUB.fullmatch(text):
             raise
         return [of_elsewhere(text, store, hub=text)]
@@ -66,7 +66,7 @@ def subjects_of(text: str, finder: Finder) -> list[Subject]:
     if not Path(text).is_dir():
         try:
             return finder.find([text])
-        except UserError:
+        except Unknown:
             if not HUB.fullmatch(text):
                 raise
     found = []

@@ -70,6 +70,10 @@ class Subject:
         return behaviour_sha256(self.artifacts[self.evaluation.inputs["tokenizer"].stage].path)
 
 
+class Unknown(UserError):
+    """A name that no run, artifact or registered model has."""
+
+
 class Finder:
     """Looks up what a person names."""
 
@@ -151,7 +155,7 @@ class Finder:
         if artifacts:
             called = f"{artifacts[0].stage} {artifacts[0].fingerprint[:8]}"
             return [self._of_artifact(artifacts[0], "", called)]
-        raise UserError(f"no run is called {text}{self._candidates(text)}")
+        raise Unknown(f"no run is called {text}{self._candidates(text)}")
 
     def _registered(self, text: str, name: str) -> Subject:
         from flows.lineage.graph import Graph

@@ -492,7 +492,8 @@ def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(
     ours, trainer = site.processes(), site.processes(GPU_POOL)
     assert not any("llm.training.trainer" in " ".join(process.cmdline()) for process in ours)
     assert any("llm.training.trainer" in " ".join(process.cmdline()) for process in trainer)
-    prefect.cancel(run)
+    with held_until_asked(trainer):
+        prefect.cancel(run)
     gone([*ours, *trainer], 120)
     assert prefect.ended(run, 60)["state_type"] == "CANCELLED"
     [stopped] = until(

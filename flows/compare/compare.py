@@ -48,6 +48,11 @@ class Comparison:
             return self
         return replace(self, where=[one.without_texts() for one in self.where])
 
+    @property
+    def is_where_left_out(self) -> bool:
+        """Whether there are scores that only a comparison of two runs is taken apart by."""
+        return len(self.subjects) > 2 and any(one.compared for one in self.verdict.fixed)
+
     def as_json(self) -> dict[str, Any]:
         """As docs/compare.md describes it."""
         return {

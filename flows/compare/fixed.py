@@ -57,7 +57,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Answer:
-    """Two models on a set or a task, by one metric."""
+    """Two models, or two recipes, on a set or a task by one metric."""
 
     name: str
     """The name of the set or task."""

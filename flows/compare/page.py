@@ -71,7 +71,7 @@ def page(comparison: Comparison) -> str:
 def where(comparison: Comparison) -> list[str]:
     """Where one of two is better; nothing where that is not asked."""
     parts = [f'<p class="quiet">{escape(heat.DESCRIBED)} {heat.KEY}</p>'] if comparison.where else []
-    if len(comparison.subjects) > 2 and any(one.compared for one in comparison.verdict.fixed):
+    if comparison.is_where_left_out:
         parts.append(f'<p class="quiet">{escape(heat.OF_TWO)}</p>')
     for one in comparison.where:
         names = comparison.subjects[0].label, comparison.subjects[1].label

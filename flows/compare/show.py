@@ -37,7 +37,7 @@ def show_where(comparison: Comparison, console: Console) -> None:
         for table in heat.tables(one, names):
             print_section(table, console)
         heat.show(one, names, console)
-    if len(comparison.subjects) > 2 and any(one.compared for one in comparison.verdict.fixed):
+    if comparison.is_where_left_out:
         console.print(Text(heat.OF_TWO, "dim"), soft_wrap=False)
     if comparison.where:
         console.print()

@@ -44,6 +44,8 @@ DRAWN = 50_000_000
 Row = Mapping[str, Any]
 Key = tuple[str, str]
 """Kind and name of a set or task."""
+Unit = tuple[float, float]
+"""Bits and bytes of a document or answer; for accuracy whether an item is right, and 1."""
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,10 @@ def ask(first: Subject, other: Subject) -> Iterator[Question | Answer]:
         elif first.model == other.model:
             yield from (replace(one, claim=replace(claim, outcome=SAME)) for one in answers)
         elif kind == "sets":
-            yield by_document(answers[0], pair[0].rows, pair[1].rows)
+            yield by_document(answers[0], pair[0], pair[1])
         else:
-            yield by_item(answers[0], pair[0].rows, pair[1].rows)
-            yield by_gold(answers[1], pair[0].rows, pair[1].rows)
+            yield by_item(answers[0], pair[0], pair[1])
+            yield by_gold(answers[1], pair[0], pair[1])
 
 
 def value(scoring: Scoring | None, metric: str) -> Value | None:
@@ -237,18 +239,17 @@ def shown(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, allow_nan=False)
 
 
-def by_document(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Question | Answer:
+def by_document(answer: Answer, first: Scoring, other: Scoring) -> Question | Answer:
     """Pair a set's documents, in the order of its file, for ids need not be unique."""
-    known, others = ([(row["id"], row["bytes"]) for row in rows] for rows in (first, other))
+    known, others = ([(row["id"], row["bytes"]) for row in one.rows] for one in (first, other))
     if known != others:
         return replace(answer, why="their documents differ: another version of llmill read the file")
-    nats = [[row["text_nats"] for row in rows] for rows in (first, other)]
-    return question(answer, np.array(nats), np.array([size for _, size in known], np.float64), "documents")
+    return question(answer, paired([units_of(one, BITS) for one in (first, other)]), "documents")
 
 
-def by_item(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Answer:
+def by_item(answer: Answer, first: Scoring, other: Scoring) -> Answer:
     """Test the shares of a task's items that are right, item by item."""
-    right, others = ({row["item"]: row["right"] for row in rows} for rows in (first, other))
+    right, others = ({row["item"]: row["right"] for row in one.rows} for one in (first, other))
     if right.keys() != others.keys():
         return replace(answer, why="their items differ: another version of llmill read the file")
     only_first = sum(right[item] and not others[item] for item in right)
@@ -256,30 +257,50 @@ def by_item(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Answe
     return tested(answer, mcnemar(only_first, only_second, len(right)))
 
 
-def by_gold(answer: Answer, first: Sequence[Row], other: Sequence[Row]) -> Question | Answer:
+def by_gold(answer: Answer, first: Scoring, other: Scoring) -> Question | Answer:
     """Pair the right answers of a task's items, where both models were scored on the same bytes of them.
 
     Options are scored from where their tokens differ, which depends on the tokenizer.
     """
-    found, others = (
-        {row["item"]: (row["bytes"][row["gold"]], row["nats"][row["gold"]]) for row in rows}
-        for rows in (first, other)
-    )
-    items = [item for item in found if item in others and found[item][0] == others[item][0] > 0]
-    if len(items) < len(found):
-        part = f"over {len(items):,} of {len(found):,} items, whose answers the tokenizers cut alike"
+    units = paired([units_of(one, GOLD) for one in (first, other)])
+    if len(units) < len(first.rows):
+        part = f"over {len(units):,} of {len(first.rows):,} items, whose answers the tokenizers cut alike"
         answer = replace(answer, why=part)
-    sizes = np.array([found[item][0] for item in items], np.float64)
-    nats = np.array([[one[item][1] for item in items] for one in (found, others)])
-    return question(answer, nats, sizes, "answers")
+    return question(answer, units, "answers")
 
 
-def question(answer: Answer, nats: Floats, sizes: Floats, of: str) -> Question | Answer:
-    """Return what is to be tested, from the nats ``(2, D)`` and bytes of documents; an answer where they are few."""
-    if len(sizes) < MIN_DOCUMENTS:
-        why = f"{len(sizes)} {of} are too few to compare, {MIN_DOCUMENTS} are needed"
+def units_of(scoring: Scoring, metric: str) -> dict[int, Unit]:
+    """Number of a document or item -> what is summed over them."""
+    found = {}
+    for place, row in enumerate(scoring.rows):
+        if metric == BITS:
+            found[place] = row["text_nats"] / math.log(2), float(row["bytes"])
+        elif metric == RIGHT:
+            found[row["item"]] = float(row["right"]), 1.0
+        else:
+            gold = row["gold"]
+            found[row["item"]] = row["nats"][gold] / math.log(2), float(row["bytes"][gold])
+    return found
+
+
+def paired(runs: Sequence[Mapping[int, Unit]]) -> list[list[Unit]]:
+    """Return ``(D, runs)``: each unit that has the same size above 0 in all runs."""
+    return [
+        units
+        for place in runs[0]
+        if all(place in run for run in runs)
+        for units in [[run[place] for run in runs]]
+        if len({size for _, size in units}) == 1 and units[0][1] > 0
+    ]
+
+
+def question(answer: Answer, units: Sequence[Sequence[Unit]], of: str) -> Question | Answer:
+    """Return what is to be tested, of two models' documents; an answer where they are few."""
+    if len(units) < MIN_DOCUMENTS:
+        why = f"{len(units)} {of} are too few to compare, {MIN_DOCUMENTS} are needed"
         return replace(answer, why=why)
-    bits = nats / math.log(2)
+    units_D22 = np.array(units)
+    bits, sizes = units_D22[:, :, 0].T, units_D22[:, 0, 1]
     if answer.metric == GOLD:
         first, second = (Value(float(total)) for total in bits.sum(axis=1) / sizes.sum())
         answer = replace(answer, values=(first, second))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -10,13 +9,21 @@ from itertools import combinations
 import numpy as np
 
 from flows.compare.claims import NOT_COMPARED, Claim, Least
-from flows.compare.fixed import BITS, METRICS, RIGHT, Answer, Key, Scoring, Value, decided, scorings
+from flows.compare.fixed import (
+    METRICS,
+    RIGHT,
+    Answer,
+    Key,
+    Scoring,
+    Value,
+    decided,
+    paired,
+    scorings,
+    units_of,
+)
 from flows.compare.groups import Group
 from flows.compare.subjects import Subject
 from llm.score.statistics import MIN_DOCUMENTS, Floats, holm, seeds_test
-
-Unit = tuple[float, float]
-"""Bits and bytes of a document or answer; for accuracy whether an item is right, and 1."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +80,6 @@ def shared(made: Sequence[Mapping[Key, list[Scoring]]], key: Key) -> list[Scorin
         if all(found):
             return [scoring for scoring in found if scoring]
     return []
-
-
-def units_of(scoring: Scoring, metric: str) -> dict[int, Unit]:
-    """Number of a document or item -> what is summed over them."""
-    found = {}
-    for place, row in enumerate(scoring.rows):
-        if metric == BITS:
-            found[place] = row["text_nats"] / math.log(2), float(row["bytes"])
-        elif metric == RIGHT:
-            found[row["item"]] = float(row["right"]), 1.0
-        else:
-            gold = row["gold"]
-            found[row["item"]] = row["nats"][gold] / math.log(2), float(row["bytes"][gold])
-    return found
-
-
-def paired(runs: Sequence[Mapping[int, Unit]]) -> list[list[Unit]]:
-    """Return ``(D, runs)``: each unit that has the same size above 0 in all runs."""
-    return [
-        units
-        for place in runs[0]
-        if all(place in run for run in runs)
-        for units in [[run[place] for run in runs]]
-        if len({size for _, size in units}) == 1 and units[0][1] > 0
-    ]
 
 
 def tested(name: str, metric: str, units_DR2: Floats, *, groups: tuple[Group, Group]) -> Answer:

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from flows.compare.fixed import matched, scorings, unlike
+from flows.compare.fixed import Row, Scoring, matched, scorings, unlike
 from flows.compare.subjects import Subject
 from flows.compare.where import Document, Item, OnSet, OnTask, Pair, Part, Place
-from flows.engine.store import Artifact
 from llm.score.classes import CLASSES, character_bytes, character_classes
 from llm.score.prompts import Kind
 from llm.score.statistics import Floats
@@ -25,7 +22,6 @@ MOST_DOCUMENTS, MOST_ITEMS = 10, 50
 """Documents of a set and items of a task that are listed, at most: those that differ most."""
 TOKENS = "set_tokens.parquet"
 QUARTILES = (0.25, 0.5, 0.75)
-Row = Mapping[str, Any]
 
 
 def find_where(subjects: Sequence[Subject]) -> list[OnSet | OnTask]:
@@ -35,27 +31,23 @@ def find_where(subjects: Sequence[Subject]) -> list[OnSet | OnTask]:
     first, second = subjects
     labels = first.label, second.label
     return [
-        on_set(config["name"], artifacts, labels)
-        if kind == "sets"
-        else on_task(config["name"], config["kind"], artifacts, labels=labels)
-        for kind, config, artifacts in scored_alike(first, second)
+        on_set(pair, labels) if pair[0].kind == "sets" else on_task(pair, labels)
+        for pair in scored_alike(first, second)
     ]
 
 
-def scored_alike(
-    first: Subject, second: Subject
-) -> Iterator[tuple[str, Mapping[str, Any], tuple[Artifact, Artifact]]]:
-    """Yield the kind and the settings of each set and task that both were scored on, and where the scores are."""
+def scored_alike(first: Subject, second: Subject) -> Iterator[tuple[Scoring, Scoring]]:
+    """Yield the scores of both on each set and task that both were scored on."""
     made = scorings(first), scorings(second)
     for key in made[0]:
         one, other = matched(*(found.get(key, []) for found in made))
         if one and other and not unlike(one.config, other.config, ""):
-            yield one.kind, one.config, (one.artifact, other.artifact)
+            yield one, other
 
 
-def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, str]) -> OnSet:
+def on_set(pair: tuple[Scoring, Scoring], labels: tuple[str, str]) -> OnSet:
     """Put two models side by side on a set."""
-    first, second = (rows_of(one, "set_documents.parquet", "set", name).to_pylist() for one in artifacts)
+    name, (first, second) = pair[0].name, (one.rows for one in pair)
     if [(row["id"], row["bytes"]) for row in first] != [(row["id"], row["bytes"]) for row in second]:
         return OnSet(name, notes=["their documents differ: another version of llmill read the file"])
     bits = np.array([[row["text_nats"] for row in rows] for rows in (first, second)]) / math.log(2)
@@ -66,14 +58,14 @@ def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, s
         for place in np.argsort(-np.abs(bits[1] - bits[0]), kind="stable")[:MOST_DOCUMENTS].tolist()
     ]
     if lacking := [
-        label for label, one in zip(labels, artifacts, strict=True) if not (one.path / TOKENS).exists()
+        label for label, one in zip(labels, pair, strict=True) if not (one.artifact.path / TOKENS).exists()
     ]:
         note = (
             f"by class of bytes and within documents: not known, for the scores of {' and '.join(lacking)} were made "
             "by an earlier version of llmill, which did not keep the bits of each token"
         )
         return OnSet(name, lengths=lengths, documents=documents, notes=[note])
-    tokens = ByToken(artifacts, name)
+    tokens = ByToken(pair)
     classes, left_out = by_class(tokens)
     documents = [replace(one, whole=tokens.whole(one.number - 1)) for one in documents]
     note = f"{left_out:,} of {len(sizes):,} documents are in no class: a tokenizer changes their text"
@@ -83,8 +75,11 @@ def on_set(name: str, artifacts: tuple[Artifact, Artifact], labels: tuple[str, s
 class ByToken:
     """The documents of a set under both models, token by token."""
 
-    def __init__(self, artifacts: tuple[Artifact, Artifact], name: str) -> None:
-        tables = [rows_of(one, TOKENS, "set", name).combine_chunks() for one in artifacts]
+    def __init__(self, pair: tuple[Scoring, Scoring]) -> None:
+        tables = [
+            pq.read_table(one.artifact.path / TOKENS, filters=[("set", "==", one.name)]).combine_chunks()
+            for one in pair
+        ]
         self._texts = tables[0]["text"]
         self._tokens = [[table[column] for column in ("token_bytes", "token_nats")] for table in tables]
 
@@ -153,14 +148,10 @@ def by_length(sizes: NDArray[np.int64], bits: Floats) -> list[Part]:
     return parts
 
 
-def on_task(
-    name: str, kind: Kind, artifacts: tuple[Artifact, Artifact], *, labels: tuple[str, str]
-) -> OnTask:
+def on_task(pair: tuple[Scoring, Scoring], labels: tuple[str, str]) -> OnTask:
     """Find the items of a task that only one of two models got right."""
-    first, second = (
-        {row["item"]: row for row in rows_of(one, "items.parquet", "task", name).to_pylist()}
-        for one in artifacts
-    )
+    kind: Kind = pair[0].config["kind"]
+    first, second = ({row["item"]: row for row in one.rows} for one in pair)
     pairs = [(row, second[number]) for number, row in first.items() if number in second]
     differ = [pair for pair in pairs if pair[0]["right"] != pair[1]["right"]]
     differ.sort(key=lambda pair: -abs(gold_nats(pair[1]) - gold_nats(pair[0])))
@@ -172,7 +163,7 @@ def on_task(
     if any(item.question is None for item in items):
         was = f"{' and '.join(labels)} were scored by an earlier version of llmill"
         notes.append(f"texts are not known, for {was}, which did not keep them")
-    return OnTask(name, only_first, len(differ) - only_first, items=items, notes=notes)
+    return OnTask(pair[0].name, only_first, len(differ) - only_first, items=items, notes=notes)
 
 
 def item_of(kind: Kind, first: Row, second: Row) -> Item:
@@ -200,11 +191,6 @@ def item_of(kind: Kind, first: Row, second: Row) -> Item:
 def gold_nats(row: Row) -> float:
     found: float = row["nats"][row["gold"]]
     return found
-
-
-def rows_of(artifact: Artifact, file: str, column: str, name: str) -> pa.Table:
-    """Read the rows of a set or task, in their order."""
-    return pq.read_table(artifact.path / file, filters=[(column, "==", name)])
 
 
 def pair_of(numbers: Floats) -> Pair:

@@ -16,7 +16,7 @@ import torch
 from command_line import Llmill, kill_tree
 from corpora import prose, read_documents
 from mlflow import MlflowClient
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.tokenize.shards import TokenShards
@@ -134,6 +134,21 @@ def test_models_made_anywhere_are_compared_once_they_are_scored(
     [mine, other] = (one.fingerprint for one in Store(llmill.home).artifacts("score"))
     by_scores = json.loads(llmill("compare", mine, other, "--json").stdout)["verdict"]
     assert by_scores["sets_and_tasks"] == first["verdict"]["sets_and_tasks"]
+
+
+def test_a_model_of_an_architecture_that_we_have_not_is_scored_and_compared(
+    llmill: Llmill, theirs: Path, options: list[str], tmp_path: Path
+) -> None:
+    shape = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    foreign = shutil.copytree(theirs, tmp_path / "a pythia")
+    GPTNeoXForCausalLM(GPTNeoXConfig(vocab_size=512, max_position_embeddings=64, **shape)).save_pretrained(
+        foreign
+    )
+    said = llmill("score", str(foreign), *options)
+    assert "so transformers computes it; it can be scored, and nothing else" in " ".join(said.stdout.split())
+    found = json.loads(llmill("compare", str(theirs), str(foreign), *options, "--json").stdout)
+    assert {one["name"] for one in found["verdict"]["sets_and_tasks"]} == {"texts", *ITEMS}
+    assert [run["name"] for run in found["runs"]] == ["their model", "a pythia"]
 
 
 def test_a_scoring_that_is_killed_is_resumed_to_the_same_bytes(

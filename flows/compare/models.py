@@ -18,6 +18,8 @@ from flows.stages import BY_NAME
 from flows.steps import RecipeStep
 
 FINGERPRINT = re.compile(r"[0-9a-f]{6,16}")
+HOLDS_A_MODEL = ("model.json", "config.json")
+"""Files of which a model has one: of ours, or of one that only `transformers` computes."""
 HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -87,7 +89,7 @@ def of_folder(folder: Path, store: Store) -> Model:
 
 def of_elsewhere(name: str, store: Store, **place: str | Path) -> Model:
     """A model that was made elsewhere; its content is what it is known by."""
-    config = config_of("adopt", {"type": "model", **place})
+    config = config_of("adopt", {"type": "model", "any_architecture": True, **place})
     step = plan_step(RecipeStep("adopt", BY_NAME["adopt"], config), {}, store, forced=False)
     if step.config is None:
         raise UserError("; ".join(step.why))
@@ -99,7 +101,7 @@ def of_artifact(artifact: Artifact | None, name: str, store: Store) -> Model:
     if artifact is None:
         raise UserError(f"{name} is not finished: run its recipe to the end")
     inputs = artifact.inputs
-    if artifact.stage in MODELS and (artifact.path / "model.safetensors").exists():
+    if artifact.stage in MODELS and any((artifact.path / name).exists() for name in HOLDS_A_MODEL):
         model = artifact
         tokenizer = sealed(store, *inputs["tokenizer"].key, name) if "tokenizer" in inputs else artifact
     elif {"model", "tokenizer"} <= inputs.keys():

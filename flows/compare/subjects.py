@@ -26,6 +26,8 @@ SCORES = ("evaluate", "score")
 """Stages that score a model: the first has held-out documents of its corpus, too."""
 ENDS = (*SCORES, *MODELS, "export")
 """Stages whose fingerprint names a model."""
+WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+"""Names of files of weights."""
 OF_STEP = re.compile(r"(?P<run>.+)/(?P<step>[A-Za-z0-9_.-]+)")
 
 
@@ -62,7 +64,9 @@ class Subject:
     def model(self) -> str:
         """Identity of what the model computes: weights, shape and tokenizer, whatever settings made them."""
         files = {entry["path"]: entry["sha256"] for entry in self.made.manifest["files"]}
-        return " ".join([files["model.safetensors"], files["model.json"], self.tokenizer])
+        weights = [sha256 for path, sha256 in sorted(files.items()) if WEIGHTS.fullmatch(path)]
+        shape = files["model.json" if "model.json" in files else "config.json"]
+        return " ".join([*weights, shape, self.tokenizer])
 
     @cached_property
     def tokenizer(self) -> str:

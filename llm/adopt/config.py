@@ -34,6 +34,10 @@ class AdoptConfig(StageConfig):
     end_of_text: str | None = Field(default=None, min_length=1)
     """Token of a tokenizer that ends documents. None: found in what lies beside it."""
 
+    any_architecture: bool = False
+    """Whether to adopt a model too that only `transformers` computes: it can be scored, and nothing else. Changes
+    nothing of what is made."""
+
     _content: str | None = None
 
     @model_validator(mode="after")
@@ -60,7 +64,7 @@ class AdoptConfig(StageConfig):
             return self.model_copy(update={"revision": commit})
         assert self.path is not None
         path = self.path.expanduser().absolute()
-        files = find_files(path, self.type)
+        files = find_files(path, self.type, any_architecture=self.any_architecture)
         if "tokenizer" in self.makes():
             from llm.adopt.tokenizer import examine  # Only a plan that adopts one reads tokenizers
 
@@ -75,6 +79,7 @@ class AdoptConfig(StageConfig):
     def identity(self) -> dict[str, Any]:
         """As for any stage, with the hash of what `path` holds in place of where it lies."""
         identity = super().identity()
+        del identity["any_architecture"]
         if identity.pop("path") is not None:
             assert self._content is not None, "resolve() the config first"
             identity["content_sha256"] = self._content

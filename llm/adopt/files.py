@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from data_pipeline.core.errors import UserError
-from llm.model.files import ARCHITECTURES, read_type, weight_files
+from llm.model.files import ARCHITECTURES, Unsupported, read_type, weight_files
 
 Kind = Literal["tokenizer", "model", "documents", "tokens"]
 Files = Mapping[str, Path]
@@ -35,15 +35,18 @@ PATTERNS: dict[Kind, tuple[str, ...]] = {
 """Names of the files of each type."""
 
 
-def find_files(path: Path, kind: Kind) -> Files:
+def find_files(path: Path, kind: Kind, *, any_architecture: bool = False) -> Files:
     """Find the files of a thing of this type.
+
+    Args:
+        any_architecture: whether a model may be one that ours does not compute.
 
     Raises:
         UserError: one that it needs is missing or empty, or what is there is of another kind.
     """
     if not os.path.exists(path):  # unlike the path's method, for names that are too long as well
         raise UserError(f"there is nothing at {path}:\nname the folder of the {kind} with adopt.path")
-    files = of_file(path, kind) if path.is_file() else of_folder(path, kind)
+    files = of_file(path, kind) if path.is_file() else of_folder(path, kind, any_architecture)
     for one in files.values():
         if not one.is_file():
             raise UserError(f"{one} is no file")
@@ -62,10 +65,10 @@ def of_file(path: Path, kind: Kind) -> Files:
     return {name: path}
 
 
-def of_folder(folder: Path, kind: Kind) -> Files:
+def of_folder(folder: Path, kind: Kind, any_architecture: bool) -> Files:
     """Find the files of a type in a folder."""
     if kind == "model":
-        return {**model_files(folder), **tokenizer_files(folder)}
+        return {**model_files(folder, any_architecture), **tokenizer_files(folder)}
     return tokenizer_files(folder) if kind == "tokenizer" else shard_files(folder, kind)
 
 
@@ -86,11 +89,12 @@ def tokenizer_files(folder: Path) -> Files:
     return {name: folder / name for name in (*names, *BESIDE) if (folder / name).exists()}
 
 
-def model_files(folder: Path) -> Files:
+def model_files(folder: Path, any_architecture: bool) -> Files:
     """Find the config and the weights of a model.
 
     Raises:
-        UserError: they are missing, damaged, or of a model that ours is not.
+        Unsupported: they are of a model that ours is not, and may not be.
+        UserError: they are missing or damaged.
     """
     config = folder / "config.json"
     if not config.is_file():
@@ -99,10 +103,10 @@ def model_files(folder: Path) -> Files:
             "it is one that llmill made: name its export" if ours else "name a folder that transformers loads"
         )
         raise UserError(f"{folder} holds no model: it has no config.json;\n{hint}")
-    if (kind := read_type(config)) not in ARCHITECTURES:
-        raise UserError(
+    if (kind := read_type(config)) not in ARCHITECTURES and not any_architecture:
+        raise Unsupported(
             f"{folder} holds a model of type {kind!r}, which llmill does not compute:\n"
-            f"there are {', '.join(ARCHITECTURES)}"
+            f"there are {', '.join(ARCHITECTURES)}; adopt.any_architecture lets it be scored by transformers"
         )
     paths = [config, *weight_files(folder)]
     paths += [folder / INDEX] if (folder / INDEX).exists() else []

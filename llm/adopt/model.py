@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from data_pipeline.core.errors import UserError
+from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
+from llm.adopt.files import INDEX, Files
 from llm.model.config import ModelConfig
 from llm.model.files import weight_files
+from llm.model.foreign import load_foreign, require_causal, require_context
 from llm.model.layouts import load_weights, read_config
 from llm.model.transformer import Transformer, save_model
 
@@ -38,6 +42,24 @@ def adopt_model(folder: Path, out: Path, context: StageContext) -> Metrics:
     )
     save_model(config, parameters, out)
     return {"parameters": float(model.parameter_count()), "context": float(config.context)}
+
+
+def adopt_foreign(folder: Path, files: Files, out: Path) -> Metrics:
+    """Copy the files of a model that only `transformers` computes, as `load_foreign` reads them.
+
+    Raises:
+        UserError: `transformers` does not compute it either, or it is damaged.
+    """
+    model = load_foreign(folder)
+    require_causal(model)
+    require_context(model)
+    require_finite(dict(model.named_parameters()), folder)
+    for name, path in files.items():
+        if name in ("config.json", INDEX) or name.endswith(".safetensors"):
+            with atomic_path(out / name) as temporary:
+                shutil.copyfile(path, temporary)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    return {"parameters": float(count), "context": float(model.config.context)}
 
 
 def require_types(folder: Path) -> list[str]:

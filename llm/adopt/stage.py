@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from data_pipeline.core.files import atomic_path
-from data_pipeline.core.text import table
+from data_pipeline.core.text import first_line, table
 from data_pipeline.stage import Metrics, StageContext
 from llm.adopt.config import AdoptConfig
 from llm.adopt.files import Files, Kind, find_files
 from llm.adopt.hub import download
 from llm.adopt.shards import adopt_documents, adopt_tokens
 from llm.adopt.tokenizer import examine, special_tokens, write
+from llm.model.files import Unsupported
 
 Work = Callable[[AdoptConfig, Files, Path, Path, StageContext], Metrics]
 
@@ -28,7 +29,7 @@ def adopt(config: AdoptConfig, inputs: Mapping[str, Path], out: Path, context: S
     """
     config = config.resolve()
     path = config.path or fetched(config, out / "scratch" / "hub")
-    files = find_files(path, config.type)
+    files = find_files(path, config.type, any_architecture=config.any_architecture)
     metrics = WORK[config.type](config, files, path, out, context)
     with atomic_path(out / "report.md") as temporary:
         temporary.write_text(report(config, metrics), encoding="utf-8")
@@ -55,11 +56,22 @@ def tokenizer(config: AdoptConfig, files: Files, path: Path, out: Path, context:
 
 def model(config: AdoptConfig, files: Files, path: Path, out: Path, context: StageContext) -> Metrics:
     """Adopt a model, with the tokenizer beside it."""
-    from llm.adopt.model import adopt_model, read_sealed  # torch, which the other types need not wait for
+    from llm.adopt.model import (
+        adopt_foreign,
+        adopt_model,
+        read_sealed,
+    )  # torch, which other types need not wait for
 
     metrics = tokenizer(config, files, path, out, context)
-    written = (out / "model.safetensors").exists()  # the last file
-    return {**(read_sealed(out) if written else adopt_model(path, out, context)), **metrics}
+    if (out / "model.json").exists() and (out / "model.safetensors").exists():  # the last file
+        return {**read_sealed(out), **metrics}
+    try:
+        return {**adopt_model(path, out, context), **metrics}
+    except Unsupported as error:
+        if not config.any_architecture:
+            raise
+        context.note(f"{first_line(error)}\nso transformers computes it; it can be scored, and nothing else")
+    return {**adopt_foreign(path, files, out), **metrics}
 
 
 def documents(config: AdoptConfig, files: Files, path: Path, out: Path, context: StageContext) -> Metrics:

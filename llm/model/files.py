@@ -17,6 +17,10 @@ ARCHITECTURES: dict[Layout, str] = {
 }
 
 
+class Unsupported(UserError):
+    """A model that ours does not compute, though `transformers` may."""
+
+
 def read_type(path: Path) -> str | None:
     """Read from a ``config.json`` which type the model is of; None where it has none.
 

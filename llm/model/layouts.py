@@ -18,7 +18,7 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256, special_tokens
 from llm.model.config import ModelConfig, ModelShape
-from llm.model.files import ARCHITECTURES, Layout, read_type, weight_files
+from llm.model.files import ARCHITECTURES, Layout, Unsupported, read_type, weight_files
 from llm.model.transformer import Transformer
 
 GPT2_NAMES = {
@@ -157,13 +157,14 @@ def read_config(folder: Path) -> ModelConfig:
     """Return our config of the model in a folder of one of the three layouts.
 
     Raises:
-        UserError: there is none, or it computes what our model does not.
+        Unsupported: it computes what our model does not.
+        UserError: there is none.
     """
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} holds no model: it has no config.json")
     kind = read_type(folder / "config.json")
     if kind not in ARCHITECTURES:
-        raise UserError(f"{folder} holds a model of type {kind!r}; we have {', '.join(ARCHITECTURES)}")
+        raise Unsupported(f"{folder} holds a model of type {kind!r}; we have {', '.join(ARCHITECTURES)}")
     from transformers import AutoConfig
 
     try:
@@ -176,7 +177,7 @@ def read_config(folder: Path) -> ModelConfig:
     try:
         return our_config(theirs)
     except (ValidationError, TypeError) as error:
-        raise UserError(
+        raise Unsupported(
             f"{folder / 'config.json'} asks for what our model does not compute: {' '.join(str(error).split())}"
         ) from None
 
@@ -216,7 +217,7 @@ def require_supported(theirs: Any, folder: Path) -> None:
     """Refuse a config that asks for what our model does not compute.
 
     Raises:
-        UserError: it does; all that is wrong is named.
+        Unsupported: it does; all that is wrong is named.
     """
     if theirs.model_type == "gpt2":
         wrong = {
@@ -237,7 +238,7 @@ def require_supported(theirs: Any, folder: Path) -> None:
         }
     if names := [name for name, is_wrong in wrong.items() if is_wrong]:
         unsupported = ", ".join(f"{name} = {getattr(theirs, name)}" for name in names)
-        raise UserError(f"{folder / 'config.json'} asks for what our model does not compute: {unsupported}")
+        raise Unsupported(f"{folder / 'config.json'} asks for what our model does not compute: {unsupported}")
 
 
 def read_weights(folder: Path, layout: Layout) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from llm.kernels.attention import Attend, Documents, attention
 from llm.kernels.cpu_norm import Rotate, ScaleByRMS
@@ -278,9 +279,12 @@ def load_model(folder: Path) -> Transformer:
 
     Raises:
         FileNotFoundError: ``folder`` holds no ``model.json`` and ``model.safetensors``.
+        UserError: it holds a model of an architecture that only `transformers` computes.
     """
     from safetensors.torch import load_file
 
+    if not (folder / "model.json").exists() and (folder / "config.json").exists():
+        raise UserError(f"{folder} holds a model that only transformers computes: it can be scored, no more")
     config = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
     return model_of(config, load_file(folder / "model.safetensors"))
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from tokenizers import Tokenizer
 
 from data_pipeline.train_tokenizer.tokenizer import end_of_text
+from llm.model.foreign import ForeignModel, Scorable
 from llm.model.generate import draw
-from llm.model.transformer import Transformer
 from llm.score.encode import Option
 
 AT_ONCE = 16
@@ -22,7 +22,7 @@ AROUND = "\"'.,;:!?¿¡…·。、，；：！？｡､،؛؟।॥۔"
 
 
 def write_answers(
-    model: Transformer,
+    model: Scorable,
     tokenizer: Tokenizer,
     questions: Sequence[Option],
     *,
@@ -43,7 +43,7 @@ def write_answers(
         asked = [questions[number].tokens[: questions[number].start] for number in numbers]
         room = max(1, model.config.context - most)
         drawn = draw(
-            model,
+            model.next_logits if isinstance(model, ForeignModel) else model,
             [tokens[-room:] for tokens in asked],
             most=most,
             end=end_of_text(tokenizer),

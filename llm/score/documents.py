@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from llm.data.bits import bits_per_byte
-from llm.model.transformer import Transformer
+from llm.model.foreign import Scorable
 
 BATCH_TOKENS = 8192
 """Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
@@ -38,7 +38,7 @@ class Window:
 
 
 def score_documents(
-    model: Transformer,
+    model: Scorable,
     documents: Sequence[Document],
     *,
     sizes: NDArray[np.int32],
@@ -72,7 +72,7 @@ def score_documents(
 
 
 def token_nats(
-    model: Transformer,
+    model: Scorable,
     documents: Sequence[Document],
     *,
     end: int,
@@ -125,7 +125,7 @@ def batched(windows: Sequence[Window]) -> Iterator[Sequence[Window]]:
 
 
 @torch.inference_mode()
-def window_losses(model: Transformer, windows: Sequence[Window]) -> NDArray[np.float32]:
+def window_losses(model: Scorable, windows: Sequence[Window]) -> NDArray[np.float32]:
     """Return the losses ``(B, T)``, in nats, of the windows' tokens but the first of each; the longest window first.
 
     Padding stands behind a window's tokens, where causal attention does not look; its losses mean nothing.

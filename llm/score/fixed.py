@@ -18,7 +18,7 @@ from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, token_bytes
 from llm.data.bits import bits_per_byte
-from llm.model.transformer import Transformer
+from llm.model.foreign import Scorable
 from llm.score.config import FixedConfig, SetConfig, TaskConfig
 from llm.score.report import sets_table, tasks_table
 from llm.score.seen import NOT_HERE, of_seen, seen_table
@@ -85,7 +85,7 @@ class Fixed:
 
 
 def score_fixed(
-    model: Transformer,
+    model: Scorable,
     tokenizer: Tokenizer,
     config: FixedConfig,
     *,

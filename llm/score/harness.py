@@ -29,7 +29,7 @@ from data_pipeline.core.files import atomic_path, once
 from data_pipeline.core.text import first_line
 from data_pipeline.stage import Metrics, StageContext
 from llm.export.stage import write_loadable
-from llm.model.transformer import Transformer
+from llm.model.foreign import ForeignModel, Scorable
 from llm.score.config import HarnessConfig
 from llm.score.report import section
 
@@ -200,7 +200,7 @@ def rows_of(result: Result) -> Iterator[tuple[str, ...]]:
 
 
 def run_harness(
-    config: HarnessConfig, model: Transformer, tokenizer: Path, *, out: Path, context: StageContext
+    config: HarnessConfig, model: Scorable, tokenizer: Path, *, out: Path, context: StageContext
 ) -> Harnessed:
     """Score a model on the harness's tasks; leave ``harness.json`` in ``out``.
 
@@ -223,15 +223,13 @@ def run_harness(
 
 
 def run_tasks(
-    config: HarnessConfig, model: Transformer, tokenizer: Path, *, scratch: Path, context: StageContext
+    config: HarnessConfig, model: Scorable, tokenizer: Path, *, scratch: Path, context: StageContext
 ) -> list[Result]:
     """Run one task after the other; those whose results are in ``scratch`` already are not run again."""
-    (scratch / "model").mkdir(parents=True, exist_ok=True)
     tasks = Tasks(config.include)
     for name in config.tasks:  # before the first is run
         tasks.load([name])
-    write_loadable(model, tokenizer, scratch / "model", "float32")
-    loaded = Model(scratch / "model", context)
+    loaded = Model(loadable(model, tokenizer, scratch / "model"), context)
 
     def run(name: str) -> Result:
         loaded.task, limit = name, config.max_items
@@ -240,6 +238,15 @@ def run_tasks(
         )
 
     return [once(scratch / f"{number}.json", partial(run, name)) for number, name in enumerate(config.tasks)]
+
+
+def loadable(model: Scorable, tokenizer: Path, scratch: Path) -> Path:
+    """Return a folder with a model that `transformers` loads: the model's own, or one that is written."""
+    if isinstance(model, ForeignModel):
+        return model.folder
+    scratch.mkdir(parents=True, exist_ok=True)
+    write_loadable(model, tokenizer, scratch, "float32")
+    return scratch
 
 
 def summary(found: Mapping[str, Any]) -> Result:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llm.kernels.attention import Attend, Documents
+from llm.model.foreign import ForeignModel, Scorable
 from llm.model.transformer import Transformer
 from llm.score.encode import Option, common
 
@@ -59,8 +60,11 @@ class Row:
 
 
 @torch.inference_mode()
-def score(model: Transformer, items: Sequence[Sequence[Option]]) -> Iterator[tuple[int, list[Scored]]]:
+def score(model: Scorable, items: Sequence[Sequence[Option]]) -> Iterator[tuple[int, list[Scored]]]:
     """Yield each item's number and its options' scores, the longest items first."""
+    if isinstance(model, ForeignModel):
+        yield from ((number, score_apart(model, options)) for number, options in enumerate(items))
+        return
     rows = [Row(options) for options in items]
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
     start = 0
@@ -101,6 +105,19 @@ def score_rows(model: Transformer, rows: Sequence[Row]) -> list[list[Scored]]:
             scored.append(Scored(nats_N[start : start + size], bool(right_N[start : start + size].all())))
             start += size
         found.append(scored)
+    return found
+
+
+def score_apart(model: ForeignModel, options: Sequence[Option]) -> list[Scored]:
+    """Score the options of an item, each whole and by itself."""
+    device = next(model.parameters()).device
+    found = []
+    for option in options:
+        logits_TV = model.logits(torch.tensor([option.tokens], device=device))[0, option.start - 1 : -1]
+        targets_T = torch.tensor(option.tokens[option.start :], device=device)
+        nats_T = F.cross_entropy(logits_TV, targets_T, reduction="none").double()
+        greedy = bool((logits_TV.argmax(dim=-1) == targets_T).all())
+        found.append(Scored(nats_T.cpu().numpy(), greedy))
     return found
 
 

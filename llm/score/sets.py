@@ -19,7 +19,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.core.text import first_line
 from llm.data.bits import bits_per_byte
-from llm.model.transformer import Transformer
+from llm.model.foreign import Scorable
 from llm.score.config import SetConfig
 from llm.score.documents import Document, text_nats, token_nats
 
@@ -79,7 +79,7 @@ class PreparedSet:
 
 
 def run_set(
-    model: Transformer,
+    model: Scorable,
     prepared: PreparedSet,
     *,
     end: int,

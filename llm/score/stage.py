@@ -10,7 +10,7 @@ import torch
 from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
-from llm.model.transformer import load_model
+from llm.model.foreign import load_scorable
 from llm.score.config import ScoreConfig
 from llm.score.fixed import score_fixed, tables
 from llm.score.seen import not_sought
@@ -24,7 +24,7 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: S
     (`llm.score.harness.Result`) where there are tasks of lm-evaluation-harness.
     """
     config = config.resolve()
-    model = load_model(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_scorable(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(inputs["tokenizer"])
     by_harness: Metrics = {}
     report = ["# Scores on sets and tasks\n"]

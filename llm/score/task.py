@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.train_tokenizer.tokenizer import CONFIG, content_of, end_of_text, read_object
 from llm.data.bits import bits_per_byte
-from llm.model.transformer import Transformer
+from llm.model.foreign import Scorable
 from llm.score.answers import matches, write_answers
 from llm.score.config import TaskConfig
 from llm.score.encode import Option, encode
@@ -94,7 +94,7 @@ def prompts_of(task: TaskConfig, items: Sequence[Item]) -> list[Prompt]:
 
 
 def run_task(
-    model: Transformer,
+    model: Scorable,
     tokenizer: Tokenizer,
     prepared: PreparedTask,
     *,

@@ -2,13 +2,14 @@
 
     python -m benchmarks.score --model FOLDER --tasks FOLDER
 
-MODEL is a folder that `transformers` loads; TASKS holds arc_easy.jsonl.gz, copa.jsonl.gz and winograd_wsc.jsonl.gz in
-the form of CORE's bundle.
+MODEL is a folder that `transformers` loads; TASKS holds arc_easy.jsonl.gz, piqa.jsonl.gz, copa.jsonl.gz and
+winograd_wsc.jsonl.gz in the form of CORE's bundle.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,12 +18,15 @@ from benchmarks.report import Report, arguments
 from benchmarks.scorers import ours, plain_loop
 from llm.score.prompts import Kind
 
-TASKS: dict[str, tuple[Kind, str]] = {
-    "arc_easy": ("choice", "\nAnswer: "),
-    "copa": ("choice", " "),
-    "winograd_wsc": ("schema", " "),
-}
-"""File -> its kind, and what stands between question and answer."""
+ANSWER = "\nAnswer: "
+TASKS: tuple[tuple[str, Kind, str, int], ...] = (
+    ("arc_easy", "choice", ANSWER, 10),
+    ("piqa", "choice", ANSWER, 10),
+    ("copa", "choice", " ", 0),
+    ("winograd_wsc", "schema", " ", 0),
+    ("arc_easy", "choice", ANSWER, 0),
+)
+"""File, its kind, what stands between question and answer, shots: as CORE's bundle has them, and one without shots."""
 
 
 def main() -> None:
@@ -33,17 +37,28 @@ def main() -> None:
     options = parser.parse_args()
     report = Report("score", "Score tasks", {"items": options.items})
     report.text(
-        f"The first {options.items} items of each task without shots, in fp32 on {options.cores} cores. The plain loop "
+        f"The first {options.items} items of each task, in fp32 on {options.cores} cores. The plain loop "
         "takes one item at a time: its options padded to one batch of `transformers`' own forward pass, whose logits "
         "give the log-probabilities. The model's load is not counted. Medians of the runs, which took turns."
     )
     rows = []
-    for name, (kind, delimiter) in TASKS.items():
+    for name, kind, delimiter, shots in TASKS:
         path = options.tasks / f"{name}.jsonl.gz"
-        job = {"model": str(options.model), "path": str(path), "kind": kind, "delimiter": delimiter}
-        job["count"] = options.items
+        job: dict[str, Any] = {
+            "model": str(options.model),
+            "path": str(path),
+            "kind": kind,
+            "delimiter": delimiter,
+        }
+        job |= {"shots": shots, "count": options.items}
         contestants = [
-            Contestant(name=f"{what}, {name}", prepare=prepare, job=job, text_bytes=0, cores=options.cores)
+            Contestant(
+                name=f"{what}, {name}, {shots} shots",
+                prepare=prepare,
+                job=job,
+                text_bytes=0,
+                cores=options.cores,
+            )
             for what, prepare in (("llmill", ours), ("transformers", plain_loop))
         ]
         mine, theirs = alternate(contestants, options.repeats, options.work.resolve() / "score" / "logs")
@@ -55,9 +70,10 @@ def main() -> None:
             for (nats, count), (other, _) in zip(*options_of, strict=True)
         )
         rates = [len(pairs) / runs.median for runs in (mine, theirs)]
-        rows.append([name, len(pairs), *rates, theirs.median / mine.median, alike, apart])
+        rows.append([name, shots, len(pairs), *rates, theirs.median / mine.median, alike, apart])
     header = (
         "task",
+        "shots",
         "items",
         "llmill, items/s",
         "plain loop, items/s",

@@ -8,15 +8,22 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.measure import Work
-from llm.score.prompts import COUNTED, Item, Kind, render
+from llm.score.prompts import COUNTED, Kind, Prompt, draw_shots, render
+
+SEED = 1234
+"""Seed of the shots, as nanochat's."""
 
 
-def items_of(path: str, count: int) -> list[Item]:
+def prompts_of(path: str, kind: Kind, delimiter: str, *, shots: int, count: int) -> list[Prompt]:
+    """Render the first ``count`` items of a file."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file][:count]
+        items = [json.loads(line) for line in file]
+    return [
+        render(kind, items[place], draw_shots(items, place, shots, SEED), delimiter) for place in range(count)
+    ]
 
 
-def ours(model: str, path: str, kind: Kind, delimiter: str, count: int) -> Work:
+def ours(*, model: str, path: str, kind: Kind, delimiter: str, shots: int, count: int) -> Work:
     """llmill's scorer."""
     from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
     from llm.model.layouts import load_folder
@@ -25,36 +32,35 @@ def ours(model: str, path: str, kind: Kind, delimiter: str, count: int) -> Work:
     from llm.score.task import first_token
 
     loaded, tokenizer = load_folder(Path(model)), load_tokenizer(Path(model))
-    first, items = first_token(tokenizer, Path(model)), items_of(path, count)
+    first = first_token(tokenizer, Path(model))
+    prompts = prompts_of(path, kind, delimiter, shots=shots, count=count)
 
     def work() -> list[list[tuple[float, int]]]:
-        prompts = [render(kind, item, (), delimiter) for item in items]
         encoded = [encode(prompt, tokenizer, first, loaded.config.context) for prompt in prompts]
         found = dict(score(loaded, encoded))
         return [
-            [(float(one.nats.sum()), len(one.nats)) for one in found[place]] for place in range(len(items))
+            [(float(one.nats.sum()), len(one.nats)) for one in found[place]] for place in range(len(prompts))
         ]
 
     return work
 
 
-def plain_loop(model: str, path: str, kind: Kind, delimiter: str, count: int) -> Work:
+def plain_loop(*, model: str, path: str, kind: Kind, delimiter: str, shots: int, count: int) -> Work:
     """One item after the other through `transformers`."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    items = items_of(path, count)
+    prompts = prompts_of(path, kind, delimiter, shots=shots, count=count)
 
     @torch.inference_mode()
     def work() -> list[list[tuple[float, int]]]:
         found = []
-        for item in items:
-            texts = render(kind, item, (), delimiter).texts
+        for prompt in prompts:
             rows = [
                 [tokenizer.bos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]
-                for text in texts
+                for text in prompt.texts
             ]
             starts = starts_of(rows, at_the_end=COUNTED[kind] == "the common end")
             longest = max(map(len, rows))

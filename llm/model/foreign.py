@@ -27,7 +27,7 @@ MAX_LOGITS = 1 << 28
 
 @dataclass(frozen=True)
 class Sizes:
-    """What scoring needs to know of a model."""
+    """The numbers of a model that scoring needs."""
 
     context: int
     """Tokens that it reads at once, at most."""

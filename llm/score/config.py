@@ -25,7 +25,7 @@ class SetConfig(Config):
     """Name in tables and metrics."""
     path: Path
     """JSON lines or Parquet with a text a row, or a text file that is one document; ``.gz`` at the end where it is
-    compressed."""
+    compressed; on the hub ``hf://datasets/OWNER/NAME@REVISION/FILE``."""
     text: str = "text"
     """The field, or column, that holds a document's text."""
     sha256: str | None = Field(default=None, pattern="^[0-9a-f]{64}$")
@@ -43,7 +43,8 @@ class TaskConfig(Config):
     name: str = Field(pattern=NAME)
     """Name in tables and metrics."""
     path: Path
-    """JSON lines, with ``.gz`` at the end where they are compressed; the fields of an item go by its kind."""
+    """JSON lines, with ``.gz`` at the end where they are compressed, here or on the hub; an item's fields go by its
+    kind."""
     kind: Kind
     """``choice``: query, choices, gold. ``schema``: context_options, continuation, gold. ``continuation``: context,
     continuation. ``pairs``: sentence_good, sentence_bad. ``generation``: question, answers."""

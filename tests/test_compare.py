@@ -394,10 +394,41 @@ def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
     )
     assert "finite" in llmill("compare", bad, good, "--least", "inf", code=2).stderr
 
+    budget_is_paid_by_looks(llmill, (bad, good), (runs["1e-05", "0"], runs["0.003", "0"]))
+
     before = runs["1e-05", "0"].data.tags["llmill.evaluate.fingerprint"]
     said = compared(llmill, before, bad)["verdict"]
     assert [one["why"] for one in said["sets_and_tasks"]] == ["only B was scored on it"] * 2
     assert "llmill compare RUN RUN --sets FILE --tasks FILE" in said["about_models"]
+
+
+def budget_is_paid_by_looks(llmill: Llmill, pair: tuple[str, str], others: tuple[Run, Run]) -> None:
+    """The same comparison is one look, another is a stricter one, and a budget is not changed between looks."""
+    bad, good = pair
+    alone = compared(llmill, bad, good)
+    first, again = (compared(llmill, bad, good, "--budget", "0.1") for _ in range(2))
+    assert first == again
+    assert first["budget"].startswith(
+        "look 1 of a home that allows 0.1 of what is found to be false (the first)"
+    )
+    second = compared(llmill, good, bad, "--budget", "0.1")
+    assert second["budget"] == first["budget"], "whichever is named first"
+    for free, paid in zip(*(one["verdict"]["sets_and_tasks"] for one in (alone, first)), strict=True):
+        assert paid["adjusted_p_value"] > free["adjusted_p_value"]
+    assert alone["budget"] == ""
+    other = compared(llmill, *others, "--budget", "0.1")["budget"]
+    assert other.startswith("look 2 ")
+    assert "(1 of the looks before it found something)" in other
+    shown = llmill("compare", bad, good, "--budget", "0.1", "--no-log", COLUMNS="200").stdout
+    assert "Budget" in shown
+    record = llmill.home / "findings.json"
+    assert len(json.loads(record.read_text())["looks"]) == 2
+    said = llmill("compare", bad, good, "--budget", "0.2", code=2).stderr
+    assert "has a budget of 0.1, of which 2 looks are paid" in said
+    assert "between 0 and 1" in llmill("compare", bad, good, "--budget", "1", code=2).stderr
+    record.write_text("{")
+    assert "can't be read, so no budget" in llmill("compare", bad, good, "--budget", "0.1", code=2).stderr
+    record.unlink()
 
 
 def registered_with_scores(client: MlflowClient, export: Artifact, files: dict[str, Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,13 @@ from flows.cli.score import Most, SetFiles, TaskFiles, score_all
 from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Store
 from flows.prefect.servers import PrefectServer
+
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        min=0, max=1, help="Share of false findings among those found, over all comparisons of this home."
+    ),
+]
 
 
 def compare(
@@ -50,6 +58,7 @@ def compare(
     least_accuracy: Annotated[
         float, typer.Option(min=0, max=1, help="The same of the share of a task's items that is right.")
     ] = 0.0,
+    budget: Budget = None,
     log: Annotated[bool, typer.Option(help="Keep page and JSON in MLflow, as a run.")] = True,
     home: Home = HOME,
 ) -> None:
@@ -59,7 +68,6 @@ def compare(
     """
     quiet_libraries()
     from flows.compare.claims import Least
-    from flows.compare.compare import compare as put_side_by_side
     from flows.compare.models import find_subjects
     from flows.compare.page import page
     from flows.compare.scoring import scoring_config
@@ -68,13 +76,15 @@ def compare(
 
     if not math.isfinite(least + least_accuracy):
         raise UserError("--least and --least-accuracy are finite numbers")
+    if budget is not None and not 0 < budget < 1:
+        raise UserError("--budget is a share between 0 and 1, as 0.1")
     terminal = Terminal(Screen(stderr=True) if as_json else None)
     if sets or tasks:
         score_all(runs, scoring_config(sets or (), tasks or (), most), home=home, terminal=terminal)
     subjects = find_subjects(runs, Store(home))
     if len(subjects) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")
-    comparison = put_side_by_side(subjects, Least(least, least_accuracy))
+    comparison = compared(subjects, Least(least, least_accuracy), budget, home)
     if html:
         write_page(html, page(comparison))
     if as_json:
@@ -83,6 +93,20 @@ def compare(
         show(comparison, terminal.console)
     if log:
         keep(comparison, home, terminal)
+
+
+def compared(subjects: Any, least: Any, budget: float | None, home: Path) -> Any:
+    """Put runs side by side, paid from a budget of false findings where there is one."""
+    from flows.compare.budget import look, pay
+    from flows.compare.compare import compare
+
+    if budget is None:
+        return compare(subjects, least)
+    writable(home)
+    paid = look(home, subjects, budget)
+    comparison = compare(subjects, replace(least, correction=paid.correction))
+    pay(home, paid, comparison.verdict, [one.name for one in subjects])
+    return replace(comparison, budget=paid.in_words())
 
 
 def write_page(path: Path, text: str) -> None:

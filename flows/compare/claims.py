@@ -18,11 +18,13 @@ TOO_FEW = "; too few documents differ to bound it"
 
 @dataclass(frozen=True)
 class Least:
-    """The smallest differences that matter; 0: all do."""
+    """The least that is called a difference: the smallest ones that matter (0: all do), and the strictness of tests."""
 
     bits_per_byte: float = 0.0
     accuracy: float = 0.0
     """A share of the items."""
+    correction: float = 1.0
+    """Factor of all p-values, for looks before this one: see `flows.compare.budget`."""
 
 
 ANY = Least()

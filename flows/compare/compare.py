@@ -34,6 +34,8 @@ class Comparison:
     """Why some metrics can't be compared."""
     where: list[OnSet | OnTask]
     """Where the second of two models differs from the first; empty of more than two."""
+    budget: str = ""
+    """The budget of false findings that it is paid from, in words."""
 
     @property
     def title(self) -> str:
@@ -63,6 +65,7 @@ class Comparison:
             "data": [row.as_json() for row in self.data],
             "warnings": self.warnings,
             "verdict": self.verdict.as_json(),
+            "budget": self.budget,
             "where": {
                 "sets": [finite(one.as_json()) for one in self.where if isinstance(one, OnSet)],
                 "tasks": [one.as_json() for one in self.where if isinstance(one, OnTask)],

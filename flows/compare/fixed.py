@@ -183,7 +183,9 @@ def compare_fixed(subjects: Sequence[Subject], least: Least = ANY) -> list[Answe
     asked = [one for other in subjects[1:] for one in ask(subjects[0], other)]
     tested = tests([one for one in asked if isinstance(one, Question)])
     answers = [one if isinstance(one, Answer) else next(tested) for one in asked]
-    adjusted = iter(holm([one.claim.estimate.p_value for one in answers if one.claim.estimate]))
+    adjusted = iter(
+        holm([one.claim.estimate.p_value for one in answers if one.claim.estimate], least.correction)
+    )
     seeds = {one.label for one in subjects[1:] if recipe_key(one) == recipe_key(subjects[0])}
     return [
         replace(one, claim=judged(one, one.claim.estimate, next(adjusted), least=least, seeds=seeds))

@@ -53,7 +53,7 @@ def compare_recipes(subjects: Sequence[Subject], groups: Sequence[Group], least:
     made = [scorings(one) for one in subjects]
     several = [group for group in groups if len(group.models) > 1]
     found = [answer for pair in combinations(several, 2) for answer in ask(made, *pair)]
-    adjusted = holm([one.claim.estimate.p_value for one in found if one.claim.estimate])
+    adjusted = holm([one.claim.estimate.p_value for one in found if one.claim.estimate], least.correction)
     return [
         replace(one, claim=decided(one, one.claim.estimate, p, least))
         for one, p in zip(found, adjusted, strict=True)

@@ -26,7 +26,14 @@ def show(comparison: Comparison, console: Console) -> None:
     console.print()
     for warning in comparison.warnings:
         console.print(Text.assemble(("Warning  ", "bold yellow"), warning), soft_wrap=False)
-    for name, text in (("Models", verdict.about_models), ("Recipes", verdict.about_recipes)):
+    said = (
+        ("Models", verdict.about_models),
+        ("Recipes", verdict.about_recipes),
+        ("Budget", comparison.budget),
+    )
+    for name, text in said:
+        if not text:
+            continue
         console.print(Text.assemble((f"{name:<9}", "bold"), text), soft_wrap=False)
 
 

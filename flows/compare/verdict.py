@@ -133,25 +133,25 @@ def judge(subjects: Sequence[Subject], least: Least = ANY) -> Verdict:
         one_seed = len(groups) > 1 and any(len(group.models) < 2 for group in groups)
         needed = one_seed and all(one.made.stage != "adopt" for one in subjects)
         return replace(verdict, advice=advice(subjects)) if needed else verdict
-    recipes = recipe_claims(subjects, scores, groups, least=least.bits_per_byte)
+    recipes = recipe_claims(subjects, scores, groups, least=least)
     return replace(
         verdict,
         scores=scores,
-        models=model_claims(subjects, scores, groups, least=least.bits_per_byte),
+        models=model_claims(subjects, scores, groups, least=least),
         recipes=recipes,
         advice=advice(subjects) if any(claim.outcome == UNKNOWN for claim in recipes) else "",
     )
 
 
 def model_claims(
-    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: float
+    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: Least
 ) -> list[Claim]:
     """Each later run against the first."""
     first, others = subjects[0], subjects[1:]
     tested = [place for place, other in enumerate(others, 1) if other.model != first.model]
     estimates = iter(paired_bootstrap(scores.bits[tested] - scores.bits[0], scores.bytes) if tested else ())
     found = [next(estimates) if place in tested else None for place in range(1, len(subjects))]
-    adjusted = iter(holm([one.p_value for one in found if one]))
+    adjusted = iter(holm([one.p_value for one in found if one], least.correction))
     claims = []
     for other, estimate in zip(others, found, strict=True):
         if estimate is None:
@@ -163,7 +163,7 @@ def model_claims(
             Claim(
                 first=first.label,
                 second=other.label,
-                outcome=SEEDS if together else outcome(estimate, p, least),
+                outcome=SEEDS if together else outcome(estimate, p, least.bits_per_byte),
                 estimate=estimate,
                 adjusted=p,
             )
@@ -172,14 +172,14 @@ def model_claims(
 
 
 def recipe_claims(
-    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: float
+    subjects: Sequence[Subject], scores: Scores, groups: Sequence[Group], *, least: Least
 ) -> list[Claim]:
     """Each pair of recipes; of a recipe with a single seed, nothing is known, unless both make the same models."""
     pairs = list(combinations(groups, 2))
     makes = {group.label: {subjects[place].model for place in group.models} for group in groups}
     alike = [makes[first.label] == makes[second.label] for first, second in pairs]
     found = [None if same else over_seeds(scores, *pair) for pair, same in zip(pairs, alike, strict=True)]
-    adjusted = iter(holm([one.p_value for one in found if one]))
+    adjusted = iter(holm([one.p_value for one in found if one], least.correction))
     claims = []
     for (first, second), same, estimate in zip(pairs, alike, found, strict=True):
         if same:
@@ -193,7 +193,7 @@ def recipe_claims(
             Claim(
                 first=first.name,
                 second=second.name,
-                outcome=outcome(estimate, p, least),
+                outcome=outcome(estimate, p, least.bits_per_byte),
                 estimate=estimate,
                 adjusted=p,
             )

@@ -129,11 +129,15 @@ def seeds_test(first: Floats, second: Floats, more_bits_D: Floats, bytes_D: Floa
     return estimate(difference, reach, error, p_value, degrees)
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values of several tests made at once, adjusted so that any false alarm keeps its level (Holm 1979)."""
+def holm(p_values: Sequence[float], correction: float = 1.0) -> list[float]:
+    """The p-values of several tests made at once, adjusted so that any false alarm keeps its level (Holm 1979).
+
+    Args:
+        correction: factor of each of them beforehand.
+    """
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=lambda place: p_values[place])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[place]))
+        highest = max(highest, min(1.0, (len(p_values) - rank) * correction * p_values[place]))
         adjusted[place] = highest
     return adjusted
 

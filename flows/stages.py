@@ -102,6 +102,18 @@ OURS: tuple[Stage, ...] = (
         trains=True,
     ),
     Stage(
+        name="finetune",
+        body_at="llm.finetune.stage:finetune",
+        config_at="llm.finetune.config:FinetuneConfig",
+        takes=("model", "tokenizer"),
+        makes="model",
+        version=1,
+        headline=("val_loss", "val_loss_before", "conversations", "padding"),
+        main=("epochs", "lr", "context", "batch_rows", "packing", "runtime.ranks"),
+        trains=True,
+        texts=True,
+    ),
+    Stage(
         name="evaluate",
         body_at="llm.evaluate.stage:evaluate",
         config_at="llm.evaluate.config:EvaluateConfig",

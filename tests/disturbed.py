@@ -13,15 +13,18 @@ from typing import Any
 import psutil
 from forks import Forked
 
-from llm.pretrain.config import PretrainConfig
+from data_pipeline.stage import StageConfig
 from llm.training.events import read_events
 
 
 class Stage:
     """The stage in a process of its own, to be disturbed."""
 
-    def __init__(self, config: PretrainConfig, corpus: dict[str, Path], out: Path) -> None:
+    def __init__(
+        self, config: StageConfig, corpus: dict[str, Path], out: Path, stage: str = "pretrain"
+    ) -> None:
         job = {
+            "stage": stage,
             "config": config.model_dump(mode="json"),
             "inputs": {name: str(folder) for name, folder in corpus.items()},
             "out": str(out),

@@ -14,6 +14,7 @@ from typing import Any, Self
 import numpy as np
 
 from llm.data.order import Indices, rank_slice
+from llm.data.packed import PackedRows
 from llm.data.sequences import Batch, Sequences
 
 ORDER_BLOCK = 1 << 14
@@ -45,7 +46,7 @@ class Loader:
 
     def __init__(
         self,
-        sequences: Sequences,
+        sequences: Sequences | PackedRows,
         order: Callable[[int, int], Indices],
         samples: Callable[[int], tuple[int, int]],
         mine: RankSlice,
@@ -97,14 +98,15 @@ class Loader:
         self._prepared.append((step, self._thread.submit(self._make, step, turn)))
 
     def _make(self, step: int, turn: int) -> list[Batch]:
-        first, count = self.samples(step)
-        sequences = rank_slice(self._sequences_of(first, count), self.mine.rank, self.mine.ranks)
+        everyone = self._sequences_of(*self.samples(step))
+        sequences = rank_slice(everyone, self.mine.rank, self.mine.ranks)
         buffer = self._buffers[turn]
         if buffer is None or len(buffer.tokens_BT) < len(sequences):
             buffer = self._buffers[turn] = self.sequences.empty(len(sequences), self.pinned)
         batch = self.sequences.take(sequences, buffer)
         starts = range(0, len(sequences), self.mine.micro_batch)
-        return [batch.slice(start, start + self.mine.micro_batch) for start in starts]
+        batches = [batch.slice(start, start + self.mine.micro_batch) for start in starts]
+        return self.sequences.weighed(batches, sequences, everyone)
 
     def _sequences_of(self, first: int, count: int) -> Indices:
         """Return the sequences of a range of samples, worked out a block at a time."""

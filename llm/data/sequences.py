@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.tokenize.flat import Stream
+from llm.data.order import Indices
 
 
 class Batch(NamedTuple):
@@ -26,6 +27,13 @@ class Batch(NamedTuple):
     """int64: what follows each token. After a document's last token that is the first of the next."""
     documents_BT: Tensor | None = None
     """int32: the number, within its sequence, of the document that each token belongs to."""
+    positions_BT: Tensor | None = None
+    """int64: the position of each token; None: as it lies in its sequence."""
+    counted_BT: Tensor | None = None
+    """bool: whether a target counts in the loss; None: all do."""
+    weight: float = 1.0
+    """Factor of the batch's mean loss in that of its step: other than 1 where batches have unlike many targets that
+    count."""
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on ``device``; from pinned memory without waiting for the copy."""
@@ -36,8 +44,10 @@ class Batch(NamedTuple):
         return self._each(lambda tensor: tensor[first:end])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        documents_BT = None if self.documents_BT is None else change(self.documents_BT)
-        return Batch(change(self.tokens_BT), change(self.targets_BT), documents_BT)
+        changed: dict[str, Any] = {
+            name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)
+        }
+        return self._replace(**changed)
 
 
 class Sequences:
@@ -76,6 +86,10 @@ class Sequences:
             documents[:, 0] = 0
             np.cumsum(rows[:, :-2] == self.end, axis=1, dtype=np.int32, out=documents[:, 1:])
         return batch
+
+    def weighed(self, batches: Sequence[Batch], mine: Indices, everyone: Indices) -> list[Batch]:
+        """Return a rank's micro-batches with the weight of each in the step's loss: alike, as all targets count."""
+        return list(batches)
 
     def _gather(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
         """Return tokens of shape ``(len(indices), context + 1)``."""

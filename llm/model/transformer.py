@@ -80,22 +80,36 @@ class Transformer(nn.Module):
         targets_BT: Tensor | None = None,
         reduction: Reduction = "mean",
         documents_BT: Tensor | None = None,
+        *,
+        positions_BT: Tensor | None = None,
+        counted_BT: Tensor | None = None,
     ) -> Tensor:
         """Return logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
 
         ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). ``documents_BT`` numbers the
-        document of each position in its sequence; with it no position sees another document. Logits of ids that only
+        document of each position in its sequence; with it no position sees another document. ``positions_BT`` are
+        those of the tokens, if not as they lie. Of the targets only those of ``counted_BT`` count: the mean is over
+        these, the loss of the others 0. Logits of ids that only
         pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
         loss in training mode only.
         """
         documents = None if documents_BT is None else Documents(documents_BT)
         first, count = self.first_position, tokens_BT.shape[1]
-        x_BTD, rope = self.embed(tokens_BT, torch.arange(first, first + count, device=tokens_BT.device))
+        positions = positions_BT
+        if positions is None:
+            positions = torch.arange(first, first + count, device=tokens_BT.device)
+        x_BTD, rope = self.embed(tokens_BT, positions)
         forget = self.checkpointing and torch.is_grad_enabled()
         for layer in self.layers:
             inputs = (x_BTD, rope, self.attend, documents)
             x_BTD = checkpoint(layer, *inputs, use_reentrant=False) if forget else layer(*inputs)
-        return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
+        if counted_BT is None:
+            return self.lm_head(self.norm(x_BTD), targets_BT, reduction)
+        assert targets_BT is not None
+        losses = self.lm_head(self.norm(x_BTD[counted_BT]), targets_BT[counted_BT], reduction)
+        if reduction == "mean":
+            return losses
+        return losses.new_zeros(targets_BT.shape).masked_scatter(counted_BT, losses)
 
     def embed(self, tokens_BT: Tensor, positions: Tensor) -> tuple[Tensor, Rope | None]:
         """Return what enters the layers, ``(B, T, D)``, and how far they turn their heads.

@@ -188,27 +188,9 @@ class PretrainRuntime(Runtime):
         return self.ranks // (self.sequence_parallel * self.tensor_parallel)
 
 
-class PretrainConfig(StageConfig):
-    """Settings of a training: what is trained, on how much, and how."""
+class TrainingConfig(StageConfig):
+    """Settings that every training has: how parameters move, and how it is executed."""
 
-    moved: ClassVar[Mapping[str, str]] = MOVED
-    depth: int | None = Field(default=None, ge=1)
-    """One dial for what follows and is not set: see `llm.pretrain.presets`. Its consequences are identity, it is
-    not."""
-    model: ModelShape = ModelShape()
-    init_from: Path | None = None
-    """A folder with a model in a layout of `transformers` (an exported one, say) whose weights training starts from;
-    None: weights are drawn from `seed`. What the folder holds is identity, where it lies is not."""
-    tokens: int = Field(ge=1)
-    """Tokens to train on; more than the corpus has means to read it again, in another order."""
-    batch_tokens: int = Field(default=524_288, ge=2)
-    """Tokens a step, over all ranks: a multiple of the context."""
-    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
-    """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
-    text as often as any other."""
-    mask_documents: bool = False
-    """Let no position see another document of its sequence. The end of a document still has the next one's first token
-    for its target."""
     lr: float = Field(default=6e-4, gt=0)
     """Peak learning rate."""
     schedule: Schedule = Schedule()
@@ -230,6 +212,47 @@ class PretrainConfig(StageConfig):
     recovery: Recovery = Recovery()
     runtime: PretrainRuntime = PretrainRuntime()
 
+    @field_validator("betas")
+    @classmethod
+    def _below_one(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas must lie in [0, 1), not {betas}")
+        return betas
+
+    @property
+    def optimizer_settings(self) -> OptimizerSettings:
+        """Settings of how parameters move, from here and from `optimizer`."""
+        return OptimizerSettings(
+            **self.optimizer.model_dump(),
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            grad_clip=self.grad_clip,
+        )
+
+
+class PretrainConfig(TrainingConfig):
+    """Settings of a training: what is trained, on how much, and how."""
+
+    moved: ClassVar[Mapping[str, str]] = MOVED
+    depth: int | None = Field(default=None, ge=1)
+    """One dial for what follows and is not set: see `llm.pretrain.presets`. Its consequences are identity, it is
+    not."""
+    model: ModelShape = ModelShape()
+    init_from: Path | None = None
+    """A folder with a model in a layout of `transformers` (an exported one, say) whose weights training starts from;
+    None: weights are drawn from `seed`. What the folder holds is identity, where it lies is not."""
+    tokens: int = Field(ge=1)
+    """Tokens to train on; more than the corpus has means to read it again, in another order."""
+    batch_tokens: int = Field(default=524_288, ge=2)
+    """Tokens a step, over all ranks: a multiple of the context."""
+    mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
+    """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
+    text as often as any other."""
+    mask_documents: bool = False
+    """Let no position see another document of its sequence. The end of a document still has the next one's first token
+    for its target."""
     _init_sha256: str | None = None
     _scored_tokens: int = 0
     """Tokens that are scored at once, about."""
@@ -238,13 +261,6 @@ class PretrainConfig(StageConfig):
     @classmethod
     def _from_depth(cls, values: Any) -> Any:
         return presets.fill(values) if isinstance(values, dict) else values
-
-    @field_validator("betas")
-    @classmethod
-    def _below_one(cls, betas: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas must lie in [0, 1), not {betas}")
-        return betas
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -401,18 +417,6 @@ class PretrainConfig(StageConfig):
             attention=runtime.attention,
             matmul=runtime.matmul,
             micro_batch=runtime.micro_batch,
-        )
-
-    @property
-    def optimizer_settings(self) -> OptimizerSettings:
-        """Settings of how parameters move, from here and from `optimizer`."""
-        return OptimizerSettings(
-            **self.optimizer.model_dump(),
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            grad_clip=self.grad_clip,
         )
 
     @property

@@ -21,10 +21,8 @@ from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.summary import describe_reading, describe_scoring, summarise
-from llm.training import checkpoint
 from llm.training.events import read_events
-from llm.training.job import Job
-from llm.training.resolved import Resolved
+from llm.training.job import Job, as_begun, describe_resolved
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -61,16 +59,6 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     return summarise(config, out)
 
 
-def describe_resolved(resolved: Resolved) -> list[str]:
-    """Return lines for a person: what the ranks compute with, and why."""
-    lines = [
-        f"precision {resolved.precision}: {resolved.precision_reason}",
-        f"attention {resolved.attention}: {resolved.attention_reason}",
-    ]
-    products = f"matrix products by {resolved.matmul}: {resolved.matmul_reason}"
-    return [*lines, products] if resolved.device == "cpu" else lines
-
-
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and write down what will be read."""
     train, held_out = FlatTokens(inputs["tokens"], "train"), FlatTokens(inputs["tokens"], "val")
@@ -101,26 +89,4 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     if left_out:
         named = ", ".join(f"{name} ({tokens:,} tokens)" for name, tokens in left_out.items())
         context.note(f"pretrain.mixture leaves out {named}", warning=True)
-    return job
-
-
-def as_begun(job: Job) -> Job:
-    """Return ``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the
-    bits that follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
-
-    Raises:
-        UserError: that checkpoint was made in another precision; something that is asked for cannot run here.
-    """
-    newest = next(iter(checkpoint.complete(job.checkpoints)), None)
-    if newest is not None:
-        made, now = newest.setup, job.config.runtime
-        alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
-        if now.micro_batch == "auto" and alike:
-            runtime = now.model_copy(update={"micro_batch": made.micro_batch})
-            job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
-    if job.config.runtime.launcher != "local":
-        return job  # its ranks see for themselves: what they compute with is not known here
-    job = job.resolve()
-    if newest is not None:
-        checkpoint.require_same_training(newest, job.setup)
     return job

@@ -97,6 +97,10 @@ def offload_config(resolved: Resolved) -> dict[str, Any]:
     return {"offload_optimizer": target} | ({"offload_param": target} if resolved.zero_stage == 3 else {})
 
 
+MASKS = ("positions_BT", "counted_BT")
+"""Fields that only some batches have, and none where ranks share sequences."""
+
+
 @dataclass(frozen=True)
 class Asked:
     """Requests of a rank to all of them after a step."""
@@ -288,9 +292,17 @@ class Engine:
 
     def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
         """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
-        cut, (tokens_BT, targets_BT, documents_BT) = self.sharing.slice, batch.to(self.device)
+        cut, here = self.sharing.slice, batch.to(self.device)
         # Documents are for attention, which sees all positions whoever has them.
-        return self.engine(cut(tokens_BT), cut(targets_BT), reduction=reduction, documents_BT=documents_BT)
+        masks = {name: value for name in MASKS if (value := getattr(here, name)) is not None}
+        loss = self.engine(
+            cut(here.tokens_BT),
+            cut(here.targets_BT),
+            reduction=reduction,
+            documents_BT=here.documents_BT,
+            **masks,
+        )
+        return loss if batch.weight == 1.0 else loss * batch.weight
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks."""

@@ -9,6 +9,7 @@ from data_pipeline.core.config import Config
 from data_pipeline.core.files import atomic_path
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
 from llm.data.corpus import Corpus
+from llm.data.packed import Packed
 from llm.model.config import ModelConfig
 from llm.pretrain.config import PretrainConfig
 from llm.training import checkpoint
@@ -23,6 +24,10 @@ class Job(Config):
     tokens: Path
     tokenizer: Path
     out: Path
+    packed: bool = False
+    """Whether `tokens` holds packed conversations (`llm.data.packed`), not token shards."""
+    start: Path | None = None
+    """A sealed model whose weights training starts from, in place of those that are drawn or of `config.init_from`."""
     resolved: Resolved | None = None
     """Settings that the ranks compute with; None where the machine that starts them can't know: then rank 0
     works them out."""
@@ -39,6 +44,13 @@ class Job(Config):
     @property
     def events(self) -> Path:
         return self.out / "logs" / "events.jsonl"
+
+    @property
+    def data(self) -> Corpus | Packed:
+        """The text or the conversations that are read."""
+        if not self.packed:
+            return self.corpus
+        return Packed(self.tokens, seed=self.config.seed, mixture=self.config.mix)
 
     @property
     def corpus(self) -> Corpus:
@@ -73,3 +85,35 @@ class Job(Config):
         with atomic_path(self.scratch / "job.json") as path:
             path.write_text(self.model_dump_json(indent=1), encoding="utf-8")
         return self.scratch / "job.json"
+
+
+def as_begun(job: Job) -> Job:
+    """Return ``job`` with an automatic micro-batch pinned to that of its newest checkpoint, where it fits: then the
+    bits that follow are those of an undisturbed run. And, where the ranks start here, with what they compute with.
+
+    Raises:
+        UserError: that checkpoint was made in another precision; something that is asked for cannot run here.
+    """
+    newest = next(iter(checkpoint.complete(job.checkpoints)), None)
+    if newest is not None:
+        made, now = newest.setup, job.config.runtime
+        alike = (made.ranks, made.sequence_parallel) == (now.ranks, now.sequence_parallel)
+        if now.micro_batch == "auto" and alike:
+            runtime = now.model_copy(update={"micro_batch": made.micro_batch})
+            job = job.model_copy(update={"config": job.config.model_copy(update={"runtime": runtime})})
+    if job.config.runtime.launcher != "local":
+        return job  # its ranks see for themselves: what they compute with is not known here
+    job = job.resolve()
+    if newest is not None:
+        checkpoint.require_same_training(newest, job.setup)
+    return job
+
+
+def describe_resolved(resolved: Resolved) -> list[str]:
+    """Return lines for a person: what the ranks compute with, and why."""
+    lines = [
+        f"precision {resolved.precision}: {resolved.precision_reason}",
+        f"attention {resolved.attention}: {resolved.attention_reason}",
+    ]
+    products = f"matrix products by {resolved.matmul}: {resolved.matmul_reason}"
+    return [*lines, products] if resolved.device == "cpu" else lines

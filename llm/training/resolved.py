@@ -88,7 +88,7 @@ class Wanted(Given):
 
     def pin_precision(self) -> Precision:
         """Return the precision, "auto" being what this machine is fast in."""
-        return hardware_precision()[0] if self.precision == "auto" else self.precision
+        return pin_precision(self.precision)
 
     def require(self) -> None:
         """Refuse what cannot run on this machine, of what is named.
@@ -160,6 +160,11 @@ class Wanted(Given):
             matmul_reason=matmul_reason,
             micro_batch=self.choose_micro_batch(device),
         )
+
+
+def pin_precision(asked: Precision | Literal["auto"]) -> Precision:
+    """Return the precision that was asked for, "auto" being what this machine is fast in."""
+    return hardware_precision()[0] if asked == "auto" else asked
 
 
 class Resolved(Given):

@@ -29,7 +29,7 @@ from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
 from llm.model.generate import generate
 from llm.model.layouts import load_weights
-from llm.model.transformer import Transformer, model_of, save_model
+from llm.model.transformer import Transformer, load_model, model_of, save_model
 from llm.training import checkpoint
 from llm.training.engine import Asked, Engine, start_ranks
 from llm.training.events import EventLog
@@ -52,8 +52,8 @@ class Trainer:
         self.rank, self.ranks = rank, ranks
         self.data_parallel_size = self.resolved.data_parallel_size
         self.data_parallel_rank = rank * self.data_parallel_size // ranks
-        corpus = job.corpus
-        train, self.held_out = corpus.sequences("train"), corpus.sequences("val")
+        data: Any = job.data
+        train, self.held_out = data.sequences("train"), data.sequences("val")
         model = Transformer(
             job.model,
             seed=self.config.seed,
@@ -62,13 +62,15 @@ class Trainer:
             matmul=self.resolved.matmul,
             checkpointing=self.resolved.activation_checkpointing,
         )
-        if self.config.init_from is not None:
+        if job.start is not None:
+            model.load_state_dict(load_model(job.start).state_dict())
+        elif self.config.init_from is not None:
             load_weights(model, self.config.init_from)
         self.parameters = model.parameter_count()
         self.engine = Engine(model, self.resolved)
         self.loader = Loader(
             train,
-            corpus.order(train),
+            data.order(train),
             self.samples,
             RankSlice(self.data_parallel_rank, self.data_parallel_size, self.resolved.micro_batch),
             self.config.steps,
@@ -107,6 +109,8 @@ class Trainer:
         self.log_start()
         done = self.resume()
         self.requests.listen()
+        if self.job.start is not None and not done:
+            self.validate(0)  # what it starts from
         with self.loader:
             while done < self.config.steps:
                 done = self.advance(done)
@@ -188,7 +192,9 @@ class Trainer:
         call the model equally often. Ranks that share sequences count them once each, which no ratio of sums notices.
         """
         sequences = np.arange(
-            max(1, min(len(self.held_out), self.config.runtime.validation.tokens // self.job.model.context))
+            max(
+                1, min(len(self.held_out), self.config.runtime.validation.tokens // self.config.model.context)
+            )
         )
         size = self.resolved.micro_batch * self.data_parallel_size
         sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
@@ -201,6 +207,8 @@ class Trainer:
             batch = self.held_out.take(np.minimum(indices, sequences[-1]))
             losses = self.engine.token_losses(batch)
             weight = torch.from_numpy(indices <= sequences[-1]).to(losses.device)[:, None]
+            if batch.counted_BT is not None:
+                weight = weight & batch.counted_BT.to(losses.device)
             sums += text_sums(losses, self.token_bytes[batch.targets_BT.to(losses.device)], weight)
         loss_sum, count, text_loss_sum, text_bytes = self.engine.sum(sums).tolist()
         if not math.isfinite(loss_sum):

@@ -16,9 +16,9 @@ from llm.machine import hardware as module
 from llm.machine.hardware import hardware_precision
 from llm.model.config import ModelConfig
 from llm.pretrain.config import PretrainConfig, read_sealed
-from llm.pretrain.stage import as_begun, pretrain
+from llm.pretrain.stage import pretrain
 from llm.training import checkpoint
-from llm.training.job import Job
+from llm.training.job import Job, as_begun
 
 
 def config(**fields: Any) -> PretrainConfig:

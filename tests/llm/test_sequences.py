@@ -32,7 +32,7 @@ def test_sequences_cover_the_text_once_as_targets(tmp_path: Path, vocab_size: in
     stream = lay(tmp_path, *groups, vocab_size=vocab_size)
     assert (tmp_path / "flat" / "train-00000.bin").stat().st_size == 60 * width
     sequences = Sequences([stream], context=8)
-    inputs, targets, documents = sequences.take(np.arange(len(sequences)))
+    inputs, targets, documents = sequences.take(np.arange(len(sequences)))[:3]
     text = torch.tensor([token for group in groups for document in group for token in [*document, END]])
     assert len(sequences) == 7
     assert torch.equal(inputs.ravel(), text[:56])
@@ -50,7 +50,7 @@ def test_a_batch_says_which_document_each_token_belongs_to(
     if not len(sequences):
         return
     wanted = np.array(data.draw(st.lists(st.integers(0, len(sequences) - 1), min_size=1, max_size=5)))
-    tokens, _, numbers = sequences.take(wanted)
+    tokens, _, numbers = sequences.take(wanted)[:3]
     owners = np.concatenate([[number] * (size + 1) for number, size in enumerate(sizes)])
     assert numbers is not None
     assert numbers.dtype == torch.int32
@@ -65,7 +65,7 @@ def test_taking_into_given_memory_gives_the_same_and_uses_no_other(tmp_path: Pat
     room = sequences.empty(6)
     for indices in (np.array([1, 5, 0]), np.array([2, 2, 3, 4])):
         fresh, reused = sequences.take(indices), sequences.take(indices, room)
-        for one, other, place in zip(fresh, reused, room, strict=True):
+        for one, other, place in zip(fresh[:3], reused[:3], room[:3], strict=True):
             assert one is not None
             assert other is not None
             assert place is not None
@@ -84,7 +84,7 @@ def test_windows_of_several_streams_are_numbered_stream_after_stream(tmp_path: P
     for row, sequence in enumerate(order.tolist()):
         file, index = (0, sequence) if sequence < 2 else (2, sequence - 2)
         expected = alone[file].take(np.array([index]))
-        for one, other in zip(found, expected, strict=True):
+        for one, other in zip(found[:3], expected[:3], strict=True):
             assert one is not None
             assert other is not None
             assert torch.equal(one[row], other[0])

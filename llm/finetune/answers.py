@@ -1,0 +1,47 @@
+"""Answers of a model to held-out questions, before and after it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_pipeline.train_tokenizer.tokenizer import end_of_text
+from llm.finetune.template import Chat
+from llm.model.generate import draw
+from llm.model.transformer import load_model
+
+AT_ONCE = 8
+"""Questions answered together. Not a setting: the shape of a batch shows in the last bits of the results."""
+
+
+def answer(
+    folder: Path, chat: Chat, questions: Sequence[Sequence[dict[str, str]]], *, most: int
+) -> list[str]:
+    """Return what the model in a folder answers, greedily, to each conversation without its last message."""
+    model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
+    end = end_of_text(chat.plain) if chat.stop is None else chat.stop
+    room = max(1, model.config.context - most)
+    answers = []
+    for start in range(0, len(questions), AT_ONCE):
+        prompts = [chat.prompt(messages[:-1])[-room:] for messages in questions[start : start + AT_ONCE]]
+        drawn = draw(model, prompts, most=most, end=end, temperature=0.0, top_p=1.0, seeds=[0] * len(prompts))
+        answers += [chat.plain.decode(tokens, skip_special_tokens=True) for tokens in drawn]
+    return answers
+
+
+def rows_of(
+    questions: Sequence[Sequence[dict[str, str]]], before: Sequence[str], after: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return a row a question: what was asked, the held-out answer, and the model's before and after."""
+    return [
+        {
+            "messages": [dict(one) for one in messages[:-1]],
+            "held_out": messages[-1]["content"],
+            "before": b,
+            "after": a,
+        }
+        for messages, b, a in zip(questions, before, after, strict=True)
+    ]

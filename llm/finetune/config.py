@@ -1,0 +1,198 @@
+"""Settings of the stage ``finetune`` that a recipe may give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import Field, PrivateAttr, field_validator, model_validator
+
+from data_pipeline.core.config import Config
+from data_pipeline.core.errors import UserError
+from data_pipeline.core.pinned_files import PinnedFile, pin
+from llm.data.mixture import Mixture
+from llm.machine.hardware import require_ranks
+from llm.model.config import ModelConfig, ModelShape
+from llm.pretrain.config import (
+    OptimizerConfig,
+    PretrainConfig,
+    PretrainRuntime,
+    Samples,
+    TrainingConfig,
+    Validation,
+)
+from llm.training.resolved import pin_precision
+from llm.training.schedule import Schedule
+
+LONGEST = 1024
+"""Tokens of a row, at most, where it is not said."""
+SHARED = [*TrainingConfig.model_fields.keys() - {"runtime"}]
+"""Settings that any training has."""
+
+
+class ConversationFile(Config):
+    """A file of conversations."""
+
+    path: Path
+    """JSON lines, a JSON array or Parquet (``.gz`` at the end of JSON that is compressed; on the hub
+    ``hf://datasets/OWNER/NAME@REVISION/FILE``), whose rows have ``messages``, ``conversations``, ``prompt`` and
+    ``completion``, or ``instruction``, ``input`` and ``output``."""
+    name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
+    """Name in reports; None: the file's."""
+    weight: float | None = Field(default=None, gt=0)
+    """Weight of its rows in what is read, where each file has one; None: each row as often as any other."""
+
+    @property
+    def called(self) -> str:
+        """Its name."""
+        return self.name or self.path.name.partition(".")[0]
+
+
+class FinetuneRuntime(PretrainRuntime):
+    """How training is executed."""
+
+    validation: Validation = Validation(every=25)
+    samples: Samples = Samples(every=0)
+    norms_every: int = Field(default=0, ge=0)
+    """Steps between measurements of gradient and update norms by layer, with one in the last step; 0: none."""
+    checkpoint_every: int = Field(default=100, ge=1)
+    """Steps between checkpoints."""
+
+
+class FinetuneConfig(TrainingConfig):
+    """Settings of a training on conversations, from a model that is there."""
+
+    data: tuple[ConversationFile, ...] = Field(min_length=1)
+    """Files of conversations; one may be given by itself."""
+    context: int | None = Field(default=None, ge=16)
+    """Tokens of a row, into which whole conversations are packed; None: as many as the model reads, at most 1,024."""
+    longer: Literal["cut", "drop"] = "cut"
+    """Whether a conversation that is longer loses its end, or is dropped."""
+    packing: bool = True
+    """Whether a row holds several conversations, none of which sees another; else each has a row of its own."""
+    held_out: float = Field(default=0.05, gt=0, lt=1)
+    """Share of the conversations that is held out, by a hash of what was asked, so that a question is never in both."""
+    epochs: float = Field(default=2.0, gt=0)
+    """Times that the conversations are read."""
+    batch_rows: int = Field(default=16, ge=1)
+    """Rows a step, over all ranks."""
+    template: Path | None = None
+    """A chat template in Jinja; None: the tokenizer's own, or one like ChatML on the tokens that it reserves."""
+    answers: int = Field(default=4, ge=0)
+    """Held-out questions that are answered before and after training."""
+    answer_tokens: int = Field(default=64, ge=1)
+    """Tokens of such an answer, at most."""
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate."""
+    schedule: Schedule = Schedule(warmup_share=0.05)
+    optimizer: OptimizerConfig = OptimizerConfig(kind="adamw")
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moments."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled; of hidden matrices and the head."""
+    runtime: FinetuneRuntime = FinetuneRuntime()
+
+    _files: tuple[PinnedFile, ...] | None = PrivateAttr(default=None)
+    _template: PinnedFile | None = PrivateAttr(default=None)
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _one_by_itself(cls, data: Any) -> Any:
+        return [data] if isinstance(data, Mapping | ConversationFile) else data
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        names = [one.called for one in self.data]
+        if twice := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"two files of data are called {', '.join(sorted(twice))}: give them names")
+        if len({one.weight is None for one in self.data}) > 1:
+            raise ValueError("weights are given of all files of data, or of none")
+        if self.runtime.sequence_parallel > 1 or self.runtime.tensor_parallel > 1:
+            raise ValueError(
+                "rows of conversations are not shared among ranks: set runtime.sequence_parallel and tensor_parallel "
+                "to 1"
+            )
+        if self.schedule.batch_warmup is not None:
+            raise ValueError("schedule.batch_warmup is for pretraining: leave it out")
+        if self.batch_rows % self.runtime.ranks:
+            raise ValueError(f"batch_rows {self.batch_rows} does not divide among {self.runtime.ranks} ranks")
+        assert self.mixture is None or Mixture.of(self.mixture, self.batch_rows)  # raises ValueError
+        return self
+
+    @property
+    def mixture(self) -> dict[str, float] | None:
+        """Weight of each file, where they have some."""
+        found = {one.called: one.weight for one in self.data if one.weight is not None}
+        return found or None
+
+    @property
+    def files(self) -> tuple[PinnedFile, ...]:
+        """Files of conversations; only a resolved config has them."""
+        assert self._files is not None, "resolve() the config first"
+        return self._files
+
+    @property
+    def own_template(self) -> str | None:
+        """The chat template that `template` names."""
+        return self._template.text() if self._template else None
+
+    def resolve(self) -> Self:
+        """Return a copy that knows the content of its files, and the precision of this machine.
+
+        Raises:
+            UserError: a file can't be read; more ranks than this machine has room for.
+        """
+        require_ranks(self.runtime.ranks)
+        resolved = self.model_copy()
+        if resolved._files is None:
+            resolved._files = pin([one.path for one in self.data], "finetune.data")
+            resolved._template = pin([self.template], "finetune.template")[0] if self.template else None
+        if self.runtime.launcher != "local":
+            if self.precision == "auto":
+                raise UserError(
+                    "finetune.precision is auto, which this machine cannot resolve for those of Slurm:\n"
+                    "set finetune.precision to bf16 or fp32"
+                )
+            return resolved
+        pinned = resolved.model_copy(update={"precision": pin_precision(self.precision)})
+        pinned._files, pinned._template = resolved._files, resolved._template
+        return pinned
+
+    def identity(self) -> dict[str, Any]:
+        """Settings as they are, files by the hash of their content."""
+        values = super().identity()
+        for described, file in zip(values["data"], self.files, strict=True):
+            described["path"] = file.sha256
+        if self._template:
+            values["template"] = self._template.sha256
+        return values
+
+    def row_length(self, model: ModelConfig) -> int:
+        """Return the tokens of a row.
+
+        Raises:
+            UserError: the model reads fewer.
+        """
+        if self.context is not None and self.context > model.context:
+            raise UserError(
+                f"finetune.context is {self.context:,}, and the model reads {model.context:,} tokens at once: lower it"
+            )
+        return self.context or min(LONGEST, model.context)
+
+    def training(self, model: ModelConfig, rows: int) -> PretrainConfig:
+        """Return the settings of the training on so many rows, as the ranks read them."""
+        length = self.row_length(model)
+        steps = max(1, round(self.epochs * rows / self.batch_rows))
+        shape = model.model_dump(include=set(ModelShape.model_fields)) | {"context": length}
+        return PretrainConfig.model_validate(
+            {
+                **{name: getattr(self, name) for name in SHARED},
+                "model": ModelShape.model_validate(shape),
+                "tokens": steps * self.batch_rows * length,
+                "batch_tokens": self.batch_rows * length,
+                "mask_documents": True,
+                "mixture": self.mixture,
+                "runtime": PretrainRuntime.model_validate(self.runtime.model_dump()),
+            }
+        )

@@ -32,10 +32,19 @@ READ = (
     "That holds for what llmill read; the tokenizer was made elsewhere and reads special tokens out of a text, as chat "
     "templates need, unless it is told otherwise: `tokenizer(text, split_special_tokens=True)`."
 )
+READ_FOR_CHAT = (
+    "The tokenizer reads special tokens out of a text, as its chat template needs: encode what people write with "
+    "`tokenizer(text, split_special_tokens=True)`."
+)
 TRAINED = (
     "A decoder-only language model with {parameters:,.0f} parameters, trained from raw text by "
     "llmill. It continues text; it was not taught to follow instructions, and it repeats what its training "
     "text holds, errors and biases included."
+)
+FINETUNED = (
+    "A decoder-only language model with {parameters:,.0f} parameters, trained on conversations by llmill: "
+    "`tokenizer.apply_chat_template` writes them as it read them. It answers as its training text does, errors and "
+    "biases included."
 )
 ADOPTED = (
     "A decoder-only language model with {parameters:,.0f} parameters. It was made elsewhere (see below) and exported "
@@ -49,18 +58,21 @@ INPUTS = ("model", "tokenizer", "scores")
 
 def about_tokens(end: str, config: Mapping[str, Any]) -> str:
     """Return how special tokens are read, by a tokenizer with this ``tokenizer_config.json``."""
-    return SPECIAL_TOKENS.format(end=end) + (SPLIT if config.get("split_special_tokens") else READ)
+    split = config.get("split_special_tokens")
+    return SPECIAL_TOKENS.format(end=end) + (SPLIT if split else READ if split is None else READ_FOR_CHAT)
 
 
 def model_card(
     name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics, special_tokens: str
 ) -> str:
     """Return ``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
-    adopted = manifests.get("model", {}).get("stage") == "adopt"
+    about = {"adopt": ADOPTED, "finetune": FINETUNED}.get(
+        manifests.get("model", {}).get("stage", ""), TRAINED
+    )
     sections = [
         "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
         f"# {name}",
-        (ADOPTED if adopted else TRAINED).format(parameters=metrics["parameters"]),
+        about.format(parameters=metrics["parameters"]),
         "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
         special_tokens,

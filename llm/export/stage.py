@@ -27,6 +27,7 @@ from data_pipeline.train_tokenizer.tokenizer import (
     load_tokenizer,
     read_object,
 )
+from llm.chat.template import FILE, Chat
 from llm.export.config import ExportConfig
 from llm.export.model_card import about_tokens, model_card
 from llm.model.config import ModelConfig
@@ -47,7 +48,7 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     """
     model = load_model(inputs["model"])
     tokenizer = load_tokenizer(inputs["tokenizer"])
-    its = write_loadable(model, inputs["tokenizer"], out, config.dtype)
+    its = write_loadable(model, inputs["tokenizer"], out, config.dtype, template=template_of(inputs["model"]))
     difference = logits_difference(model, out)
     allowed = TOLERANCE if difference <= TOLERANCE else TOLERANCE * max(1.0, logits_scale(model))
     if not difference <= allowed:
@@ -63,8 +64,22 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     return metrics
 
 
-def write_loadable(model: Transformer, tokenizer_folder: Path, out: Path, dtype: str) -> dict[str, Any]:
+def template_of(folder: Path) -> str | None:
+    """Return the chat template that a model was trained with here; None of one that was trained on no conversations.
+
+    What was adopted has that of its tokenizer, which lies beside it.
+    """
+    trained = (folder / FILE).is_file() and not (folder / "tokenizer.json").exists()
+    return (folder / FILE).read_text(encoding="utf-8") if trained else None
+
+
+def write_loadable(
+    model: Transformer, tokenizer_folder: Path, out: Path, dtype: str, *, template: str | None = None
+) -> dict[str, Any]:
     """Write the folder that `transformers` loads: tokenizer, configs and weights; the model's are rounded to ``dtype``.
+
+    Args:
+        template: the chat template that the model was trained with; None: it was trained on no conversations.
 
     Returns:
         The ``tokenizer_config.json``.
@@ -78,7 +93,7 @@ def write_loadable(model: Transformer, tokenizer_folder: Path, out: Path, dtype:
             parameter.copy_(parameter.to(getattr(torch, dtype)))
     tokenizer = load_tokenizer(tokenizer_folder)
     end = end_of_text(tokenizer)
-    its = write_tokenizer(tokenizer_folder, out, model.config.context)
+    its = write_tokenizer(tokenizer_folder, out, model.config.context, template)
     write_json(out / "config.json", transformers_config(model.config, end, dtype))
     ends: dict[str, Any] = {
         "bos_token_id": end,
@@ -87,6 +102,8 @@ def write_loadable(model: Transformer, tokenizer_folder: Path, out: Path, dtype:
     }
     if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
         ends["eos_token_id"] = [turn, end]
+    if template is not None and (stop := Chat(tokenizer_folder, template).stop) not in (None, end):
+        ends["eos_token_id"] = [stop, end]
     write_json(out / "generation_config.json", {**ends, "do_sample": True})
     with atomic_path(out / "model.safetensors") as path:
         save_file(exported_weights(model, getattr(torch, dtype)), path, metadata={"format": "pt"})
@@ -94,9 +111,11 @@ def write_loadable(model: Transformer, tokenizer_folder: Path, out: Path, dtype:
     return its
 
 
-def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
+def write_tokenizer(folder: Path, out: Path, longest: int, template: str | None) -> dict[str, Any]:
     """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, before them, where
     no continuation is in the way; and ``longest``, the tokens to which texts are cut.
+
+    With a chat template it reads the special tokens that this spells, and so those that any text spells.
 
     Returns:
         Its ``tokenizer_config.json``.
@@ -105,6 +124,8 @@ def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
         if (folder / name).exists():
             with atomic_path(out / name) as path:
                 shutil.copyfile(folder / name, path)
+    if template is not None:
+        write_text(out / FILE, template)
     config = read_object(folder / CONFIG)
     named = content_of(config.get("pad_token"))
     known = named is not None and load_tokenizer(folder).token_to_id(named) is not None
@@ -112,6 +133,8 @@ def write_tokenizer(folder: Path, out: Path, longest: int) -> dict[str, Any]:
     config |= {**padding, "padding_side": "left", "model_max_length": longest}
     if (folder / "special_tokens_map.json").exists():
         write_json(out / "special_tokens_map.json", read_object(folder / "special_tokens_map.json") | padding)
+    if template is not None:
+        config |= {"split_special_tokens": False}
     write_json(out / CONFIG, config)
     return config
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.train_tokenizer.tokenizer import end_of_text
-from llm.finetune.template import Chat
+from llm.chat.template import Chat
 from llm.model.generate import draw
 from llm.model.transformer import load_model
 

@@ -17,10 +17,10 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.discards import by_reason
 from data_pipeline.stage import Metrics
 from data_pipeline.tokenize.flat import Split
+from llm.chat.conversations import Messages, Rejected, Row, read_conversations
+from llm.chat.template import Chat
 from llm.data.packed import Conversation, lay_out, pack, write_rows
 from llm.finetune.config import FinetuneConfig
-from llm.finetune.conversations import Messages, Rejected, Row, read_conversations
-from llm.finetune.template import Chat
 
 REJECTED = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("content", pa.string())]

@@ -15,11 +15,11 @@ import pyarrow.parquet as pq
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path, once
 from data_pipeline.stage import Metrics, StageContext
+from llm.chat.template import FILE, Chat
 from llm.finetune.answers import answer, rows_of
 from llm.finetune.config import FinetuneConfig
 from llm.finetune.report import report
 from llm.finetune.rows import Read, prepare_rows
-from llm.finetune.template import FILE, Chat
 from llm.machine.environment import remark
 from llm.model.config import ModelConfig
 from llm.training.job import Job, as_begun, describe_resolved

@@ -23,11 +23,13 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import pin
 from data_pipeline.stage import LocalContext
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
+from llm.chat.conversations import read_conversations
+from llm.chat.template import CHATML, FILE, Chat
 from llm.data.packed import IGNORED, Conversation, PackedRows, lay_out, pack
+from llm.export.config import ExportConfig
+from llm.export.stage import export
 from llm.finetune.config import FinetuneConfig
-from llm.finetune.conversations import read_conversations
 from llm.finetune.stage import finetune
-from llm.finetune.template import CHATML, FILE, Chat
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 
@@ -307,6 +309,26 @@ def test_a_model_learns_to_answer_and_says_what_became_of_each_row(
     assert "⟦" in report
     assert "Held-out question 2" in report
     assert metrics["padding"] < trained(config(given, packing=False), inputs, tmp_path / "apart")["padding"]
+
+
+def test_the_exported_folder_writes_conversations_as_training_read_them(
+    given: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    trained(config(given, answers=0), inputs, tmp_path / "model")
+    (tmp_path / "out").mkdir()
+    made = {**inputs, "model": tmp_path / "model"}
+    export(ExportConfig(name="x"), made, tmp_path / "out", LocalContext())
+    theirs, chat = AutoTokenizer.from_pretrained(tmp_path / "out"), Chat(inputs["tokenizer"])
+    for messages in [*CHAT, LONG]:
+        ids = theirs.apply_chat_template(messages, tokenize=True, return_dict=False)
+        assert ids == chat.encode(messages).tokens
+    described = json.loads((tmp_path / "out" / "generation_config.json").read_text(encoding="utf-8"))
+    assert described["eos_token_id"] == [chat.stop, theirs.eos_token_id]
+    assert chat.stop != theirs.eos_token_id
+    (tmp_path / "base").mkdir()
+    export(ExportConfig(name="x"), inputs, tmp_path / "base", LocalContext())
+    assert not (tmp_path / "base" / FILE).exists()
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").split_special_tokens
 
 
 def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:

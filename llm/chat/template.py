@@ -21,8 +21,8 @@ from data_pipeline.train_tokenizer.tokenizer import (
     read_object,
     special_tokens,
 )
+from llm.chat.conversations import Message, Messages, Rejected
 from llm.data.packed import Conversation
-from llm.finetune.conversations import Message, Messages, Rejected
 
 FILE = "chat_template.jinja"
 BEGIN, END = "<|reserved_0|>", "<|reserved_1|>"

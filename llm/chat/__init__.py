@@ -1,0 +1,1 @@
+"""Conversations: as files have them, and as models read them."""

@@ -13,7 +13,7 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile, pin
 from llm.data.mixture import Mixture
 from llm.machine.hardware import require_ranks
-from llm.model.config import ModelConfig, ModelShape
+from llm.model.config import Lora, ModelConfig, ModelShape
 from llm.pretrain.config import (
     OptimizerConfig,
     PretrainConfig,
@@ -83,6 +83,8 @@ class FinetuneConfig(TrainingConfig):
     """Held-out questions that are answered before and after training."""
     answer_tokens: int = Field(default=64, ge=1)
     """Tokens of such an answer, at most."""
+    lora: Lora | None = None
+    """Train low-rank adapters only; None: all of the model. They take a higher rate: 2e-4, say."""
     lr: float = Field(default=5e-5, gt=0)
     """Peak learning rate."""
     schedule: Schedule = Schedule(warmup_share=0.05)

@@ -29,7 +29,8 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     """Train the model of ``inputs["model"]`` on conversations, as the tokenizer of ``inputs["tokenizer"]`` writes them.
 
     Leaves ``model.safetensors``, ``model.json``, ``chat_template.jinja``, ``losses.parquet``, ``validation.parquet``,
-    ``answers.parquet`` (held-out questions with the answers before and after), ``rejected.parquet`` and ``report.md``.
+    ``answers.parquet`` (held-out questions with the answers before and after), ``rejected.parquet`` and ``report.md``;
+    with `lora`, the model has the adapters added in, and ``adapter`` holds these as PEFT reads them.
 
     Raises:
         UserError: there is no chat template, or too few conversations; the model reads fewer tokens than a row has.
@@ -79,6 +80,7 @@ def train(
             tokenizer=inputs["tokenizer"],
             out=out,
             packed=True,
+            lora=config.lora,
             start=inputs["model"],
         )
     )

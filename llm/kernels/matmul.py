@@ -51,7 +51,17 @@ class Linear(nn.Linear):
 
     matmul: Library = "torch"
 
+    def __init__(self, features_in: int, features_out: int, bias: bool = True) -> None:
+        super().__init__(features_in, features_out, bias=bias)
+        self.adapter: nn.Module | None = None
+        """What is added to the product, where only that is trained: see `llm.model.lora`."""
+
     def forward(self, x: Tensor) -> Tensor:
+        product = self.multiplied(x)
+        return product if self.adapter is None else product + self.adapter(x)
+
+    def multiplied(self, x: Tensor) -> Tensor:
+        """Return x weight' + bias."""
         if self.matmul == "torch" or torch.compiler.is_compiling():  # which cannot trace oneDNN's operator
             return super().forward(x)
         result: Tensor = ByOneDNN.apply(x, self.weight, self.bias)

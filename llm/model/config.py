@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,26 @@ from data_pipeline.core.config import Config
 
 VOCAB_MULTIPLE = 64
 """Rows of the embedding are padded to a multiple of this: odd sizes fall off the fast matrix kernels."""
+
+
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A matrix of a block."""
+
+
+class Lora(Config):
+    """Low-rank adapters, which are trained in place of the model: see `llm.model.lora`."""
+
+    rank: int = Field(default=8, ge=1)
+    """Rows of the smaller one of an adapter's two matrices."""
+    alpha: float = Field(default=16.0, gt=0)
+    """What an adapter adds is multiplied by alpha / rank."""
+    targets: tuple[Target, ...] = Field(default=get_args(Target), min_length=1)
+    """Matrices of each block that have an adapter; those that a model has not don't count."""
+
+    @property
+    def scale(self) -> float:
+        """The factor of what an adapter adds."""
+        return self.alpha / self.rank
 
 
 class ModelShape(Config):

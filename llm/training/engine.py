@@ -37,7 +37,7 @@ from llm.data.sequences import Batch
 from llm.training import internals, state
 from llm.training.compiled import compile_layers
 from llm.training.norms import Meter, Norms, layer_of, norms_by
-from llm.training.optimizer import Optimizer, parameter_groups
+from llm.training.optimizer import Optimizer, parameter_groups, trained
 from llm.training.probe import Clock
 from llm.training.tensor_parallel import Splitting, autotp
 
@@ -151,8 +151,8 @@ class Engine:
             self.uncompiled = partial(torch.compiler.set_stance, "force_eager")
         groups = parameter_groups(model, resolved.optimizer)
         kinds = {id(parameter): group["kind"] for group in groups for parameter in group["params"]}
-        self.kinds = {name: kinds[id(parameter)] for name, parameter in model.named_parameters()}
-        """Kind of each parameter, by its name."""
+        self.kinds = {name: kinds[id(parameter)] for name, parameter in trained(model)}
+        """Kind of each parameter that is trained, by its name."""
         products = torch.bfloat16 if resolved.precision == "bf16" else torch.float32
         self.optimizer = Optimizer(groups, resolved.optimizer, products)
         members = [{id(parameter) for parameter in group["params"]} for group in groups]

@@ -22,7 +22,7 @@ def compile_no_collectives(ops: Any) -> None:
 
 
 def layout(engine: Any, split: Splitting) -> list[Flat]:
-    """List what this rank holds of the parameters of a DeepSpeed engine, at its ZeRO stage."""
+    """List what this rank holds of the trained parameters of a DeepSpeed engine, at its ZeRO stage."""
     names = {parameter: split.own_name(name) for name, parameter in engine.module.named_parameters()}
     stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
@@ -33,6 +33,7 @@ def layout(engine: Any, split: Splitting) -> list[Flat]:
                 [Slice(name=name, start=0, at=0, count=parameter.numel())],
             )
             for parameter, name in names.items()
+            if parameter.requires_grad
         ]
     flats = (
         optimizer.fp32_partitioned_groups_flat if stage == 3 else optimizer.single_partition_of_fp32_groups

@@ -10,7 +10,7 @@ from data_pipeline.core.files import atomic_path
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
 from llm.data.corpus import Corpus
 from llm.data.packed import Packed
-from llm.model.config import ModelConfig
+from llm.model.config import Lora, ModelConfig
 from llm.pretrain.config import PretrainConfig
 from llm.training import checkpoint
 from llm.training.resolved import Resolved
@@ -28,6 +28,8 @@ class Job(Config):
     """Whether `tokens` holds packed conversations (`llm.data.packed`), not token shards."""
     start: Path | None = None
     """A sealed model whose weights training starts from, in place of those that are drawn or of `config.init_from`."""
+    lora: Lora | None = None
+    """Train adapters of this kind only."""
     resolved: Resolved | None = None
     """Settings that the ranks compute with; None where the machine that starts them can't know: then rank 0
     works them out."""

@@ -145,11 +145,16 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     return groups
 
 
+def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """List the parameters that are trained, by name: all, or of a model with adapters only these."""
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
 def by_kind(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Return the model's parameters by kind; a kind without any is left out."""
+    """Return the parameters that are trained by kind; a kind without any is left out."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     kinds: dict[str, list[nn.Parameter]] = {kind: [] for kind in KINDS}
-    for name, parameter in model.named_parameters():
+    for name, parameter in trained(model):
         if id(parameter) in embeddings:
             kinds["embeddings"].append(parameter)
         elif name == "lm_head.weight":
@@ -171,8 +176,8 @@ def grouped(parameters: list[nn.Parameter], numbers: int) -> Iterator[list[nn.Pa
 
 
 def require_each_once(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Assert that each parameter is in one group, and that Muon's are matrices."""
+    """Assert that each parameter that is trained is in one group, and that Muon's are matrices."""
     grouped = [id(parameter) for group in groups for parameter in group["params"]]
-    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+    assert sorted(grouped) == sorted(id(parameter) for _, parameter in trained(model))
     for group in groups:
         assert group["rule"] != "muon" or all(parameter.ndim == 2 for parameter in group["params"])

@@ -28,7 +28,8 @@ from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
 from llm.model.generate import generate
-from llm.model.layouts import load_weights
+from llm.model.layouts import layout_of, load_weights
+from llm.model.lora import FOLDER, add_adapters, merge, save_adapters
 from llm.model.transformer import Transformer, load_model, model_of, save_model
 from llm.training import checkpoint
 from llm.training.engine import Asked, Engine, start_ranks
@@ -66,6 +67,8 @@ class Trainer:
             model.load_state_dict(load_model(job.start).state_dict())
         elif self.config.init_from is not None:
             load_weights(model, self.config.init_from)
+        if job.lora is not None:
+            add_adapters(model, job.lora, self.config.seed)
         self.parameters = model.parameter_count()
         self.engine = Engine(model, self.resolved)
         self.loader = Loader(
@@ -357,6 +360,10 @@ class Trainer:
             if self.history["skipped"]:
                 with atomic_path(self.job.out / "skipped.parquet") as path:
                     pq.write_table(pa.Table.from_pylist(self.history["skipped"]), path, compression="zstd")
+            if self.job.lora is not None:
+                weights, adapters = merge(weights, self.job.lora)
+                if layout_of(self.job.model) != "gpt2":
+                    save_adapters(adapters, self.job.lora, self.job.out / FOLDER)
             save_model(self.job.model, weights, self.job.out)
         dist.barrier()
 

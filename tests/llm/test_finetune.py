@@ -17,7 +17,8 @@ import pytest
 import torch
 from disturbed import Stage
 from hypothesis import strategies as st
-from transformers import AutoTokenizer
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import pin
@@ -27,7 +28,7 @@ from llm.chat.conversations import read_conversations
 from llm.chat.template import CHATML, FILE, Chat
 from llm.data.packed import IGNORED, Conversation, PackedRows, lay_out, pack
 from llm.export.config import ExportConfig
-from llm.export.stage import export
+from llm.export.stage import export, write_loadable
 from llm.finetune.config import FinetuneConfig
 from llm.finetune.stage import finetune
 from llm.model.config import ModelConfig
@@ -272,8 +273,11 @@ def trained(config: FinetuneConfig, inputs: dict[str, Path], out: Path) -> dict[
 
 
 def payload(out: Path) -> dict[str, str]:
+    sealed = [path for path in out.rglob("*") if path.relative_to(out).parts[0] not in ("logs", "scratch")]
     return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in out.iterdir() if path.is_file()
+        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sealed
+        if path.is_file()
     }
 
 
@@ -344,10 +348,43 @@ def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path],
         np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-4)
 
 
-def test_killed_at_any_moment_it_ends_with_the_same_bytes(
-    given: Path, inputs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("zero_stage", [0, 3])
+def test_adapters_are_all_that_is_trained_and_peft_reads_them(
+    zero_stage: int, given: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
-    wanted = config(given, epochs=30.0)  # long enough to be killed in the middle of it
+    lora = {"rank": 3, "alpha": 12.0, "targets": ["q_proj", "v_proj", "up_proj", "down_proj"]}
+    runtime = {"ranks": 2, "zero_stage": zero_stage, "micro_batch": 2}
+    metrics = trained(
+        config(given, lora=lora, lr=2e-2, epochs=3.0, runtime=runtime, answers=0), inputs, tmp_path / "out"
+    )
+    assert metrics["val_loss"] < metrics["val_loss_before"] - 0.1
+    base, merged = load_model(inputs["model"]), load_model(tmp_path / "out")
+    for (name, before), (_, after) in zip(base.named_parameters(), merged.named_parameters(), strict=True):
+        moved = (after - before).detach()
+        if name.split(".")[-2] in lora["targets"]:
+            singular = torch.linalg.svdvals(moved)
+            assert singular[2] > 1e-4, name
+            assert singular[3] < 1e-3 * singular[0], name
+        else:
+            assert not moved.any(), name
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_loadable(base, inputs["tokenizer"], folder, "float32")
+    theirs = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter"
+    )
+    tokens = torch.randint(0, 500, (2, 40))
+    with torch.inference_mode():
+        torch.testing.assert_close(theirs(tokens).logits, merged(tokens)[..., :500], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_killed_at_any_moment_it_ends_with_the_same_bytes(
+    whole: bool, given: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = None if whole else {"rank": 2}
+    wanted = config(given, epochs=30.0, lora=lora, answers=0)  # long enough to be killed in the middle of it
     trained(wanted, inputs, tmp_path / "whole")
     stage = Stage(wanted, inputs, tmp_path / "killed", stage="finetune")
     stage.wait_for("checkpoint", 2)

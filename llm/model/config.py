@@ -23,7 +23,7 @@ class Lora(Config):
     rank: int = Field(default=8, ge=1)
     """Rows of the smaller one of an adapter's two matrices."""
     alpha: float = Field(default=16.0, gt=0)
-    """What an adapter adds is multiplied by alpha / rank."""
+    """An adapter adds alpha / rank times its product."""
     targets: tuple[Target, ...] = Field(default=get_args(Target), min_length=1)
     """Matrices of each block that have an adapter; those that a model has not don't count."""
 

@@ -15,6 +15,7 @@ import typer
 from data_pipeline.core.errors import UserError
 from flows.cli import (
     artifacts,
+    chat,
     comparison,
     init,
     listing,
@@ -41,7 +42,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         settings.settings,
     ),
     "Compare": (comparison.compare, score.score),
-    "Models": (models.generate, models.adopt, models.promote),
+    "Models": (models.generate, chat.chat, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }
 """Heading in the help -> the commands under it, each called as its function."""

@@ -107,8 +107,7 @@ class Chat:
                 before an answer.
         """
         for message in messages:
-            if any(token in message["content"] for token in self.special):
-                raise Rejected("spells a special token")
+            self.require_plain(message)
         text = self.render(messages)
         spans = list(self.answers(messages, text))
         encoding = self.reading.encode(text, add_special_tokens=False)
@@ -116,6 +115,15 @@ class Chat:
             any(start <= first and last <= end for start, end in spans) for first, last in encoding.offsets
         ]
         return Conversation(encoding.ids, counted)
+
+    def require_plain(self, message: Message) -> None:
+        """See that a message spells no special token.
+
+        Raises:
+            Rejected: it does.
+        """
+        if any(token in message["content"] for token in self.special):
+            raise Rejected("spells a special token")
 
     def answers(self, messages: Messages, text: str) -> Iterator[tuple[int, int]]:
         """Yield where each answer with the end of its turn begins and ends in a conversation's text."""

@@ -54,7 +54,7 @@ class Linear(nn.Linear):
     def __init__(self, features_in: int, features_out: int, bias: bool = True) -> None:
         super().__init__(features_in, features_out, bias=bias)
         self.adapter: nn.Module | None = None
-        """What is added to the product, where only that is trained: see `llm.model.lora`."""
+        """Added to the product, where only that is trained: see `llm.model.lora`."""
 
     def forward(self, x: Tensor) -> Tensor:
         product = self.multiplied(x)

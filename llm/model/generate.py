@@ -5,7 +5,7 @@ so that a token costs one position. Each prompt has a seed, which fixes its draw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -68,10 +68,9 @@ def stream(
     top_p: float,
     seed: int,
 ) -> Iterator[str]:
-    """Yield the continuation that `generate` gives in chunks, as it is drawn; chunks end with whole characters."""
+    """Return the continuation that `generate` gives in chunks, as it is drawn; chunks end with whole characters."""
     end = end_of_text(tokenizer)
-    pending: list[int] = []
-    for _, token in draws(
+    drawn = draws(
         model,
         [[end, *tokenizer.encode(prompt).ids]],
         most=max_new_tokens,
@@ -79,7 +78,14 @@ def stream(
         temperature=temperature,
         top_p=top_p,
         seeds=[seed],
-    ):
+    )
+    return whole_characters((token for _, token in drawn), tokenizer)
+
+
+def whole_characters(tokens: Iterable[int], tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield the text of tokens as they come, in chunks that end with whole characters."""
+    pending: list[int] = []
+    for token in tokens:
         pending.append(token)
         chunk = tokenizer.decode(pending, skip_special_tokens=True)
         if not chunk.endswith(UNFINISHED):

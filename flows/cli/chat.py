@@ -1,0 +1,185 @@
+"""Talk with a model in the terminal."""
+
+from __future__ import annotations
+
+import json
+import readline  # noqa: F401 (lines can be edited, and earlier ones called back)
+import shlex
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from data_pipeline.core.errors import UserError
+from flows.cli.models import finite, write_pieces
+from flows.cli.options import HOME, Home, announce
+from flows.engine.process import quiet_libraries
+from flows.engine.store import Store
+
+HELP = (
+    "/reset forgets what was said · /system TEXT · /temperature NUMBER · /save FILE · /help · /quit (or Ctrl-D); "
+    "Ctrl-C stops an answer"
+)
+
+
+def chat(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            help="A folder, a fingerprint, a run's name, latest or models:/NAME@ALIAS; else the newest model.",
+            metavar="[MODEL]",
+        ),
+    ] = None,
+    system: Annotated[str, typer.Option(help="Said to the model before all else.")] = "",
+    temperature: Annotated[
+        float, typer.Option(min=0, callback=finite, help="0 takes the likeliest token.")
+    ] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, callback=finite)] = 0.95,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 0,
+    home: Home = HOME,
+) -> None:
+    """Talk with a model; one that was trained on no conversations goes on with the text."""
+    quiet_libraries()
+    announce(f"loading {model or 'the newest model'}")
+    from flows.compare.talkers import find_speaker
+    from llm.chat.talk import Talk
+
+    speaker = find_speaker(model, Store(home))
+    room = max(1, speaker.model.config.context // 2)
+    talk = Talk(
+        speaker, temperature=temperature, top_p=top_p, most=min(max_tokens, room), seed=seed, system=system
+    )
+    how = "" if speaker.chat else "; it was trained on no conversations, and goes on with the text"
+    note(f"{speaker.name}{how}\n{HELP}")
+    with interruptible():
+        talk_on(talk)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Have Ctrl-C raise `KeyboardInterrupt` inside, and not end the program."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def note(text: str) -> None:
+    """Print a line that is no answer, beside the answers on standard output."""
+    from flows.listeners.terminal import Screen
+
+    Screen(stderr=True).print(text)
+
+
+def talk_on(talk: Any) -> None:
+    """Read lines and answer each, until there are no more."""
+    while True:
+        try:
+            line = input("you> " if sys.stdin.isatty() else "")
+        except KeyboardInterrupt:
+            note("\n(/quit or Ctrl-D ends)")
+            continue
+        except EOFError:
+            return
+        except UnicodeDecodeError:
+            note("error: that was not UTF-8")
+            continue
+        if line.strip() == "/quit":
+            return
+        try:
+            command(talk, line) if line.startswith("/") else answer(talk, line)
+        except UserError as error:
+            note(f"error: {error}")
+
+
+def answer(talk: Any, line: str) -> None:
+    """Answer a line, until the answer ends or is stopped."""
+    if not line.strip():
+        return
+    try:
+        write_pieces(talk.answer(line))
+        how = ""
+    except KeyboardInterrupt:
+        print()
+        how = "stopped · "
+    if talk.left_out:
+        note(f"(the oldest {talk.left_out} messages no longer fit the context)")
+    later = max(talk.seconds - talk.first_seconds, 1e-9)
+    rate = f" · {(talk.tokens - 1) / later:.1f} tokens/s" if talk.tokens > 1 else ""
+    note(f"({how}{talk.tokens} tokens · first after {talk.first_seconds:.2f} s{rate})")
+
+
+def command(talk: Any, line: str) -> None:
+    """Carry out a line that begins with a slash.
+
+    Raises:
+        UserError: there is no such command, or it needs another value.
+    """
+    name, _, value = line[1:].partition(" ")
+    found = COMMANDS.get(name.strip())
+    if found is None:
+        raise UserError(f"there is no command /{name}; {HELP}")
+    note(f"({found(talk, value.strip())})")
+
+
+def reset(talk: Any, _: str) -> str:
+    talk.reset()
+    return "forgotten"
+
+
+def set_system(talk: Any, text: str) -> str:
+    if talk.speaker.chat is None:
+        raise UserError("this model was trained on no conversations, so nothing is said to it beforehand")
+    talk.system = text
+    talk.reset()
+    return (
+        "said before all else from now on; what was said is forgotten"
+        if text
+        else "nothing is said beforehand"
+    )
+
+
+def set_temperature(talk: Any, text: str) -> str:
+    try:
+        talk.temperature = finite(float(text))
+    except (ValueError, typer.BadParameter):
+        raise UserError(f"/temperature takes a number from 0 on, not {text!r}") from None
+    if talk.temperature < 0:
+        talk.temperature = 0.0
+    return f"temperature {talk.temperature:g}"
+
+
+def save(talk: Any, text: str) -> str:
+    """Append what was said to a file, as a row that `finetune` reads."""
+    names = shlex.split(text)
+    if len(names) != 1:
+        raise UserError("/save takes the name of a file")
+    if not talk.said:
+        raise UserError("nothing was said yet")
+    path = Path(names[0]).expanduser()
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            row = {"messages": [dict(one) for one in talk.messages()], "model": talk.speaker.name}
+            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    return f"a row in {path}, as finetune reads it"
+
+
+def show_help(talk: Any, _: str) -> str:
+    return HELP
+
+
+COMMANDS: dict[str, Callable[[Any, str], str]] = {
+    "reset": reset,
+    "system": set_system,
+    "temperature": set_temperature,
+    "save": save,
+    "help": show_help,
+}

@@ -1,0 +1,50 @@
+"""The meaning of MODEL where one is to be talked to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from flows.compare.models import Model, find_models, of_artifact
+from flows.compare.subjects import MODELS
+from flows.engine.store import Store
+from llm.chat.talk import Speaker
+
+
+def find_speaker(text: str | None, store: Store) -> Speaker:
+    """Load what a person names, or the newest model of a home.
+
+    Raises:
+        UserError: it names nothing, or several things, or no model.
+    """
+    if text and (Path(text) / "config.json").exists():
+        return Speaker.of(Path(text).name, Path(text), Path(text))
+    if text is None:
+        return speaker_of(newest(store))
+    found = find_models(text, store)
+    if len(found) > 1:
+        raise UserError(f"{text} has {len(found)} models: {', '.join(one.name for one in found)}; name one")
+    return speaker_of(found[0])
+
+
+def newest(store: Store) -> Model:
+    """Return the newest sealed model of a home.
+
+    Raises:
+        UserError: there is none.
+    """
+    made = [
+        one for stage in MODELS for one in store.artifacts(stage) if (one.path / "model.safetensors").exists()
+    ]
+    if not made:
+        raise UserError(f"no model in {store.root}; make one with: llmill run RECIPE")
+    last = max(made, key=lambda one: str(one.manifest["finished"]))
+    return of_artifact(last, f"{last.stage} {last.fingerprint[:8]}", store)
+
+
+def speaker_of(model: Model) -> Speaker:
+    """Load a model that is sealed."""
+    artifacts = [model.steps[model.sources[type_]].artifact for type_ in ("model", "tokenizer")]
+    if artifacts[0] is None or artifacts[1] is None:
+        raise UserError(f"{model.name} is not sealed here: adopt it first (llmill adopt model FOLDER)")
+    return Speaker.of(model.name, artifacts[0].path, artifacts[1].path)

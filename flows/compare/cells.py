@@ -38,7 +38,7 @@ def sections(comparison: Comparison) -> list[Section]:
     """All tables, in their order."""
     labels = [one.label for one in comparison.subjects]
     settings = [[row.stage, row.name, *map(setting, row.values)] for row in comparison.settings]
-    way = curve_rows(comparison.curves)
+    way = curve_rows(comparison.curves, comparison.subjects[0].made.stage)
     if comparison.warnings:
         way = [marked(row) for row in way]
     found = [

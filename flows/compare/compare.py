@@ -90,11 +90,16 @@ def compare(subjects: Sequence[Subject], least: Least = ANY) -> Comparison:
         settings=setting_rows(subjects),
         metrics=metrics,
         data=data_rows(subjects),
-        curves=[read_curves(one.made) for one in subjects] if all(map(trained, subjects)) else [],
+        curves=[read_curves(one.made) for one in subjects] if of_one_kind(subjects) else [],
         verdict=verdict,
         warnings=other_tokenizers(subjects),
         where=find_where(subjects),
     )
+
+
+def of_one_kind(subjects: Sequence[Subject]) -> bool:
+    """Return whether all models were made by trainings of one stage: the losses of others are of other things."""
+    return all(map(trained, subjects)) and len({one.made.stage for one in subjects}) == 1
 
 
 def other_tokenizers(subjects: Sequence[Subject]) -> list[str]:

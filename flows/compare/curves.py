@@ -78,8 +78,8 @@ def read_curves(training: Artifact) -> Curves:
     return Curves(thinned(whole), held_out)
 
 
-def curve_rows(curves: Sequence[Curves]) -> list[Row]:
-    """Where each training stood at quarters of the tokens that all of them read."""
+def curve_rows(curves: Sequence[Curves], stage: str) -> list[Row]:
+    """Where each training of a stage stood at quarters of the tokens that all of them read."""
     if not curves:
         return []
     trainings = [one.training for one in curves]
@@ -89,7 +89,7 @@ def curve_rows(curves: Sequence[Curves]) -> list[Row]:
         tokens = common * quarter // 4
         for name, of in (("loss", "values"), ("seconds", "seconds")):
             values = [float(np.interp(tokens, one.tokens, getattr(one, of))) for one in trainings]
-            rows.append(Row("pretrain", f"{name} at {tokens:,} tokens", values))
+            rows.append(Row(stage, f"{name} at {tokens:,} tokens", values))
     return rows
 
 

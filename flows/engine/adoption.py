@@ -69,7 +69,7 @@ def config_of(name: str, values: Mapping[str, Any]) -> AdoptConfig:
 
 def recipe_lines(name: str, config: AdoptConfig) -> str:
     """The step as a recipe has it."""
-    written = config.model_dump(mode="json", exclude_none=True, exclude={"runtime"})
+    written = config.model_dump(mode="json", exclude_defaults=True, exclude={"runtime"})
     if name != "adopt":
         written = {"stage": "adopt", **written}
     return str(yaml.safe_dump({name: written}, sort_keys=False, allow_unicode=True, width=1000))

@@ -65,5 +65,6 @@ def sheet(x: str, y: str) -> tuple[Figure, Axes]:
 DRAWINGS: dict[str, Callable[[Artifact], dict[str, Figure]]] = {
     "clean": drop_reasons,
     "pretrain": loss_curve,
+    "finetune": loss_curve,
     "evaluate": document_histogram,
 }

@@ -116,7 +116,8 @@ class Pipeline:
                 return
             with attempted(lambda: self._host.missed("the run")) as attempt, tags(recipe.name):
                 # No retries of Prefect's: whoever runs the recipe again resumes where this run ended.
-                @flow(name=FLOW, flow_run_name=name, retries=0, validate_parameters=False)
+                # A name that is called is taken as it is; one that is a text would be a template, with its braces.
+                @flow(name=FLOW, flow_run_name=lambda: name, retries=0, validate_parameters=False)
                 def pipeline(**parameters: Any) -> Any:
                     with attempt, at_work(self._home):
                         self.executor.run()

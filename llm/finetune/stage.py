@@ -109,6 +109,7 @@ def summarise(
     metrics = {
         "steps": float(len(losses)),
         "tokens": float(losses[-1]["tokens"]),
+        "batch_tokens": float(config.batch_rows * config.row_length(model)),
         "loss": sum(row["loss"] for row in last) / len(last),
         "val_loss": checks[-1]["loss"],
         "val_loss_before": checks[0]["loss"],

@@ -472,6 +472,8 @@ def vocabulary(config: StageConfig | None, folder: Path | None) -> tuple[int, li
 
 def tokens_at(manifest: Mapping[str, Any], steps: NDArray[np.int64]) -> NDArray[np.int64]:
     """Count the tokens that a sealed training had read at each step, whether that moved the weights or was skipped."""
+    if "batch_tokens" in manifest["metrics"]:  # of a finetuning, whose batches are all alike
+        return steps.astype(np.int64) * int(manifest["metrics"]["batch_tokens"])
     config = read_sealed(manifest["config"], manifest["runtime"])
     return np.array([config.tokens_after(step) for step in steps.tolist()], np.int64)
 

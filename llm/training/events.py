@@ -21,8 +21,8 @@ class EventLog:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        self.written = dict.fromkeys(ONCE, 0)
-        """The last step of which each kind in `ONCE` is in the file."""
+        self.written = dict.fromkeys(ONCE, -1)
+        """The last step of which each kind in `ONCE` is in the file; -1: none, for 0 is before the first."""
         self._drop_torn_line(path)
         for event in read_events(path):
             self._note(event)

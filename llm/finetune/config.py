@@ -143,13 +143,18 @@ class FinetuneConfig(TrainingConfig):
         """Return a copy that knows the content of its files, and the precision of this machine.
 
         Raises:
-            UserError: a file can't be read; more ranks than this machine has room for.
+            UserError: a file can't be read; more ranks than this machine has room for; a file of
+            ``runtime.validate_on`` that can't be scored.
         """
         require_ranks(self.runtime.ranks)
         resolved = self.model_copy()
         if resolved._files is None:
             resolved._files = pin([one.path for one in self.data], "finetune.data")
             resolved._template = pin([self.template], "finetune.template")[0] if self.template else None
+        if self.runtime.validate_on.paths:
+            from llm.training.scores import checked  # torch
+
+            checked(self.runtime.validate_on)
         if self.runtime.launcher != "local":
             if self.precision == "auto":
                 raise UserError(

@@ -48,6 +48,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     read = Read(**once(scratch / "read.json", lambda: asdict(make())))
     for line in read.lines():
         context.note(line)
+    check_adapters(config, model, context)
     questions = read.held_out[: config.answers]
     answers = partial(answer, chat=chat, questions=questions, most=config.answer_tokens)
     before = once(scratch / "before.json", lambda: {"answers": answers(inputs["model"])})["answers"]
@@ -57,6 +58,23 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     with atomic_path(out / FILE) as temporary:
         temporary.write_text(chat.template, encoding="utf-8")
     return summarise(config, read, model, rows_of(questions, before, after), out=out)
+
+
+def check_adapters(config: FinetuneConfig, model: ModelConfig, context: StageContext) -> None:
+    """See that the adapters that are asked for can be made, and say what is not written of them.
+
+    Raises:
+        UserError: the model has none of the matrices.
+    """
+    if config.lora is None:
+        return
+    gpt2 = model.positions == "learned"
+    if gpt2 and {*config.lora.targets} <= {"gate_proj"}:
+        raise UserError("finetune.lora.targets has no matrix of this model, whose MLP has no gate_proj")
+    if gpt2:
+        context.note(
+            "adapters of GPT-2's layout are added into the model only: PEFT's is not written", warning=True
+        )
 
 
 def train(

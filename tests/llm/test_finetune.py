@@ -379,6 +379,23 @@ def test_adapters_are_all_that_is_trained_and_peft_reads_them(
         torch.testing.assert_close(theirs(tokens).logits, merged(tokens)[..., :500], rtol=1e-4, atol=1e-4)
 
 
+def test_adapters_of_gpt2_are_added_in_and_what_is_not_written_is_said(
+    given: Path,
+    corpus: dict[str, Path],
+    tiny: Callable[..., ModelConfig],
+    saved_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    inputs = {"tokenizer": corpus["tokenizer"], "model": saved_model(tiny(context=160, positions="learned"))}
+    context = LocalContext(launcher=forks.launch)
+    metrics = finetune(config(given, lora={"rank": 2}, lr=2e-2, answers=0), inputs, tmp_path / "out", context)
+    assert metrics["val_loss"] < metrics["val_loss_before"]
+    assert any("PEFT's is not written" in note for note in context.notes)
+    assert not (tmp_path / "out" / "adapter").exists()
+    with pytest.raises(UserError, match="no matrix of this model"):
+        trained(config(given, lora={"targets": ["gate_proj"]}), inputs, tmp_path / "none")
+
+
 @pytest.mark.parametrize("whole", [True, False])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     whole: bool, given: Path, inputs: dict[str, Path], tmp_path: Path
@@ -412,6 +429,9 @@ def test_mistakes_are_said(given: Path, inputs: dict[str, Path], tmp_path: Path)
         trained(config(few), inputs, tmp_path / "few")
     with pytest.raises(UserError, match="can't be read"):
         config(tmp_path / "nothing.jsonl").resolve()
+    scored = {"tasks": [{"name": "x", "path": tmp_path / "nothing.jsonl", "kind": "pairs"}]}
+    with pytest.raises(UserError, match="can't be read"):
+        config(given, runtime={"validate_on": scored}).resolve()
     folder = tmp_path / "without"
     folder.mkdir()
     tokenizer = json.loads((inputs["tokenizer"] / "tokenizer.json").read_text(encoding="utf-8"))

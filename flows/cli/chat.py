@@ -82,18 +82,15 @@ def talk_on(talk: Any) -> None:
     while True:
         try:
             line = input("you> " if sys.stdin.isatty() else "")
-        except KeyboardInterrupt:
+            if line.strip() == "/quit":
+                return
+            command(talk, line) if line.startswith("/") else answer(talk, line)
+        except KeyboardInterrupt:  # at the prompt, or when an answer had just ended
             note("\n(/quit or Ctrl-D ends)")
-            continue
         except EOFError:
             return
         except UnicodeDecodeError:
             note("error: that was not UTF-8")
-            continue
-        if line.strip() == "/quit":
-            return
-        try:
-            command(talk, line) if line.startswith("/") else answer(talk, line)
         except UserError as error:
             note(f"error: {error}")
 

@@ -1,4 +1,4 @@
-"""Talk with a model in the terminal."""
+"""Talk with a model, in the terminal or on a page."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import json
 import readline  # noqa: F401 (lines can be edited, and earlier ones called back)
 import shlex
 import signal
+import socket
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +28,23 @@ HELP = (
 
 
 def chat(
-    model: Annotated[
-        str | None,
+    models: Annotated[
+        list[str] | None,
         typer.Argument(
-            help="A folder, a fingerprint, a run's name, latest or models:/NAME@ALIAS; else the newest model.",
-            metavar="[MODEL]",
+            help="A folder, a fingerprint, a run's name, latest or models:/NAME@ALIAS; else the newest model. With "
+            "--web, several.",
+            metavar="[MODEL ...]",
         ),
+    ] = None,
+    web: Annotated[
+        bool,
+        typer.Option("--web", help="Serve a page, and OpenAI's HTTP interface, in place of the terminal."),
+    ] = False,
+    host: Annotated[str, typer.Option(help="With --web: another address needs --key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web; 0: any free one.")] = 8765,
+    key: Annotated[
+        str | None,
+        typer.Option(envvar="LLMILL_CHAT_KEY", help="With --web: that each request must bear."),
     ] = None,
     system: Annotated[str, typer.Option(help="Said to the model before all else.")] = "",
     temperature: Annotated[
@@ -45,11 +57,18 @@ def chat(
 ) -> None:
     """Talk with a model; one that was trained on no conversations goes on with the text."""
     quiet_libraries()
-    announce(f"loading {model or 'the newest model'}")
+    if len(models or ()) > 1 and not web:
+        raise UserError("one model is talked to in the terminal: name one, or add --web")
+    announce(f"loading {', '.join(models or ['the newest model'])}")
     from flows.compare.talkers import find_speaker
     from llm.chat.talk import Talk
 
-    speaker = find_speaker(model, Store(home))
+    speakers = (
+        [find_speaker(one, Store(home)) for one in models] if models else [find_speaker(None, Store(home))]
+    )
+    if web:
+        return serve(speakers, host=host, port=port, key=key)
+    [speaker] = speakers
     room = max(1, speaker.model.config.context // 2)
     talk = Talk(
         speaker, temperature=temperature, top_p=top_p, most=min(max_tokens, room), seed=seed, system=system
@@ -58,6 +77,36 @@ def chat(
     note(f"{speaker.name}{how}\n{HELP}")
     with interruptible():
         talk_on(talk)
+
+
+def serve(speakers: Any, *, host: str, port: int, key: str | None) -> None:
+    """Serve the page and the interface until Ctrl-C.
+
+    Raises:
+        UserError: others could reach it without a key, or the port is taken.
+    """
+    import uvicorn
+
+    from llm.chat.api import LOOPBACK, make_app
+
+    if host not in LOOPBACK and not key:
+        raise UserError(f"--host {host} lets others in: give a key with --key, or LLMILL_CHAT_KEY")
+    if len({one.name for one in speakers}) < len(speakers):
+        raise UserError("two of the models are the same: name another")
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()  # who reads the line below is let in from then on
+        except OSError as error:
+            raise UserError(f"--port {port}: {error.strerror}") from None
+        where = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+        note(
+            f"{', '.join(one.name for one in speakers)} at {where} (OpenAI's interface at {where}/v1); Ctrl-C ends"
+        )
+        server = uvicorn.Server(uvicorn.Config(make_app(speakers, key=key), log_level="warning"))
+        with interruptible(), suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
 
 
 @contextmanager
@@ -107,9 +156,12 @@ def answer(talk: Any, line: str) -> None:
         how = "stopped · "
     if talk.left_out:
         note(f"(the oldest {talk.left_out} messages no longer fit the context)")
-    later = max(talk.seconds - talk.first_seconds, 1e-9)
-    rate = f" · {(talk.tokens - 1) / later:.1f} tokens/s" if talk.tokens > 1 else ""
-    note(f"({how}{talk.tokens} tokens · first after {talk.first_seconds:.2f} s{rate})")
+    reply = talk.reply
+    if reply is None:  # stopped before it began
+        return
+    later = max(reply.seconds - reply.first_seconds, 1e-9)
+    rate = f" · {(reply.tokens - 1) / later:.1f} tokens/s" if reply.tokens > 1 else ""
+    note(f"({how}{reply.tokens} tokens · first after {reply.first_seconds:.2f} s{rate})")
 
 
 def command(talk: Any, line: str) -> None:

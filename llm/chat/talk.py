@@ -1,11 +1,12 @@
-"""A conversation with a model: what was said, and answers that come as they are drawn."""
+"""A conversation with a model: all that was said, and answers that come as they are drawn."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -45,6 +46,79 @@ class Speaker:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(name=name, model=loaded.to(device), tokenizer=load_tokenizer(tokenizer), chat=chat)
 
+    def prompt(self, messages: Sequence[Message], room: int) -> tuple[list[int], int]:
+        """Return the tokens before an answer to the last of the messages, and how many of the others are left out.
+
+        The oldest are, in pairs, where all have no room; what the system says stays.
+
+        Raises:
+            UserError: a message spells a special token.
+        """
+        room = max(1, room)
+        if self.chat is None:
+            text = "".join(one["content"] for one in messages)
+            return [end_of_text(self.tokenizer), *self.tokenizer.encode(text).ids][-room:], 0
+        try:
+            for message in messages:
+                self.chat.require_plain(message)
+        except Rejected as error:
+            raise UserError(f"a message {error}, which no text may yield: write it otherwise") from None
+        begin = [one for one in messages[:1] if one["role"] == "system"]
+        said = messages[len(begin) :]
+        for left_out in range(0, max(1, len(said)), 2):
+            ids = self.chat.prompt([*begin, *said[left_out:]])
+            if len(ids) <= room:
+                break
+        return ids[-room:], left_out
+
+
+@dataclass
+class Reply:
+    """An answer as it is drawn: iterate over it once, for pieces that end with whole characters."""
+
+    speaker: Speaker
+    prompt: list[int]
+    most: int
+    """Tokens, at most."""
+    temperature: float = 0.7
+    top_p: float = 0.95
+    seed: int = 0
+    tokens: int = 0
+    """Tokens until now."""
+    seconds: float = 0.0
+    """Time until the last token."""
+    first_seconds: float = 0.0
+    """Time until the first one."""
+    finish: Literal["stop", "length"] = "length"
+    """Whether the model ended it, or there was no more room."""
+
+    def __iter__(self) -> Iterator[str]:
+        return whole_characters(self.drawn(), self.speaker.tokenizer)
+
+    def drawn(self) -> Iterator[int]:
+        """Yield the tokens."""
+        chat, end = self.speaker.chat, end_of_text(self.speaker.tokenizer)
+        start = time.perf_counter()
+        drawn = draws(
+            self.speaker.model,
+            [self.prompt],
+            most=self.most,
+            end=chat.stop if chat and chat.stop is not None else end,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seeds=[self.seed],
+        )
+        for _, token in drawn:
+            self.seconds = time.perf_counter() - start
+            if not self.tokens:
+                self.first_seconds = self.seconds
+            if token == end:
+                break
+            self.tokens += 1
+            yield token
+        if self.tokens < self.most:
+            self.finish = "stop"
+
 
 @dataclass
 class Talk:
@@ -60,11 +134,8 @@ class Talk:
     said: list[Message] = field(default_factory=list)
     left_out: int = 0
     """Messages, the oldest ones, that the last answer was given without, for want of room in the context."""
-    tokens: int = 0
-    """Tokens of the last answer."""
-    seconds: float = 0.0
-    """Time that it took, and of this until its first token."""
-    first_seconds: float = 0.0
+    reply: Reply | None = None
+    """The last answer."""
 
     def reset(self) -> None:
         """Forget what was said."""
@@ -83,60 +154,23 @@ class Talk:
         Raises:
             UserError: the text spells a special token.
         """
-        self.said.append({"role": "user", "content": text})
-        try:
-            prompt = self.prompt()
-        except Rejected as error:
-            self.said.pop()
-            raise UserError(f"this message {error}, which no text may yield: write it otherwise") from None
+        asked: Message = {"role": "user", "content": text}
+        room = self.speaker.model.config.context - self.most
+        prompt, self.left_out = self.speaker.prompt([*self.messages(), asked], room)
+        self.said.append(asked)
+        seed = self.seed + len(self.said)
+        self.reply = Reply(
+            speaker=self.speaker,
+            prompt=prompt,
+            most=self.most,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=seed,
+        )
         parts: list[str] = []
         try:
-            for piece in whole_characters(self.drawn(prompt), self.speaker.tokenizer):
+            for piece in self.reply:
                 parts.append(piece)
                 yield piece
         finally:
             self.said.append({"role": "assistant", "content": "".join(parts)})
-
-    def drawn(self, prompt: list[int]) -> Iterator[int]:
-        """Yield the tokens of an answer, and keep its length and speed."""
-        chat, tokenizer = self.speaker.chat, self.speaker.tokenizer
-        end = end_of_text(tokenizer)
-        start, self.tokens = time.perf_counter(), 0
-        tokens = draws(
-            self.speaker.model,
-            [prompt],
-            most=self.most,
-            end=chat.stop if chat and chat.stop is not None else end,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            seeds=[self.seed + len(self.said)],
-        )
-        for _, token in tokens:
-            self.seconds = time.perf_counter() - start
-            if not self.tokens:
-                self.first_seconds = self.seconds
-            if token == end:
-                break
-            self.tokens += 1
-            yield token
-
-    def prompt(self) -> list[int]:
-        """Return the tokens before the next answer: what was said, less the oldest where the context is full."""
-        chat, tokenizer = self.speaker.chat, self.speaker.tokenizer
-        room = self.speaker.model.config.context - self.most
-        if chat is None:
-            ids = [
-                end_of_text(tokenizer),
-                *tokenizer.encode("".join(one["content"] for one in self.said)).ids,
-            ]
-            self.left_out = 0
-            return ids[-max(1, room) :]
-        for message in self.messages():
-            chat.require_plain(message)
-        begin = self.messages()[: len(self.messages()) - len(self.said)]
-        for first in range(0, len(self.said), 2):
-            ids = chat.prompt([*begin, *self.said[first:]])
-            self.left_out = first
-            if len(ids) <= room:
-                break
-        return ids[-max(1, room) :]

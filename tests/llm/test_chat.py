@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,8 @@ def test_an_answer_is_what_follows_all_that_was_said_by_the_template(tuned: Spea
         pieces = list(talk.answer(line))
         text = tuned.tokenizer.decode(wanted, skip_special_tokens=True)
         assert "".join(pieces) == text
-        assert talk.tokens == len(wanted)
+        assert talk.reply is not None
+        assert talk.reply.tokens == len(wanted)
         asked.append({"role": "assistant", "content": text})
     assert [dict(one) for one in talk.messages()] == asked
     talk.reset()
@@ -79,8 +81,8 @@ def test_pieces_end_with_whole_characters_whatever_is_drawn(tuned: Speaker) -> N
         talk = Talk(tuned, temperature=5.0, most=40)
         pieces = list(talk.answer(line))
         assert not any(piece.endswith("\ufffd") for piece in pieces[:-1])
-        again = Talk(tuned, temperature=5.0, most=40, said=talk.said[:1])
-        tokens = list(again.drawn(again.prompt()))
+        assert talk.reply is not None
+        tokens = list(replace(talk.reply, tokens=0).drawn())
         assert "".join(pieces) == tuned.tokenizer.decode(tokens, skip_special_tokens=True)
 
 
@@ -93,7 +95,8 @@ def test_a_stopped_answer_stays_as_far_as_it_came(tuned: Speaker) -> None:
         {"role": "user", "content": LINES[0]},
         {"role": "assistant", "content": first},
     ]
-    assert talk.tokens >= 1
+    assert talk.reply is not None
+    assert talk.reply.tokens >= 1
 
 
 def test_the_oldest_is_left_out_where_the_context_is_full(tuned: Speaker) -> None:
@@ -103,8 +106,9 @@ def test_the_oldest_is_left_out_where_the_context_is_full(tuned: Speaker) -> Non
         list(talk.answer(f"{number} 日本語 {'x' * 10}"))
     assert talk.left_out > 0
     assert talk.left_out % 2 == 0
-    prompt = tuned.tokenizer.decode(talk.prompt(), skip_special_tokens=False)
-    assert len(talk.prompt()) <= 128 - 8
+    assert talk.reply is not None
+    prompt = tuned.tokenizer.decode(talk.reply.prompt, skip_special_tokens=False)
+    assert len(talk.reply.prompt) <= 128 - 8
     assert "Be brief." in prompt, "what the system says stays"
     assert "0 日本語" not in prompt
     assert len(talk.said) == 12, "nothing is forgotten"

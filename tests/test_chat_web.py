@@ -61,7 +61,11 @@ def test_openais_client_talks_to_it(where: str) -> None:
     client = openai.OpenAI(base_url=f"{where}/v1", api_key="none is needed")
     names = [one.id for one in client.models.list()]
     assert len(names) == 2
-    asked = {"model": names[0], "messages": [{"role": "user", "content": "import os 🦊"}], "temperature": 0.0}
+    asked = {
+        "model": names[0],
+        "messages": [{"role": "user", "content": "import os\nimport "}],
+        "temperature": 0.0,
+    }
     answer = client.chat.completions.create(**asked, max_tokens=8)
     text = answer.choices[0].message.content
     assert answer.usage
@@ -72,11 +76,13 @@ def test_openais_client_talks_to_it(where: str) -> None:
         for one in client.chat.completions.create(**asked, max_tokens=8, stream=True)
     ]
     assert "".join(pieces) == text
-    assert len(pieces) > 3
-    plain = client.completions.create(model=names[1], prompt="import os 🦊", temperature=0.0, max_tokens=8)
+    assert len(pieces) > 2
+    plain = client.completions.create(
+        model=names[1], prompt="import os\nimport ", temperature=0.0, max_tokens=8
+    )
     assert plain.choices[0].text == text, "the export of the same model"
     assert text
-    stop = text.strip()[1]
+    stop = text[-1]
     cut = client.chat.completions.create(**asked, max_tokens=8, stop=[stop, "never"])
     assert cut.choices[0].message.content == text[: text.index(stop)]
     assert cut.choices[0].finish_reason == "stop"

@@ -186,13 +186,13 @@ def test_its_scores_are_those_of_a_loop_around_transformers(
         tokens = [end, *tokenizer.encode(text).ids]
         windows = [tokens[start : start + longest + 1] for start in range(0, len(tokens) - 1, longest)]
         nats = -sum(float(log_probabilities(model, window).sum()) for window in windows)
-        assert row["text_nats"] == pytest.approx(nats, rel=1e-5), text
+        assert row["text_nats"] == pytest.approx(nats, rel=1e-4), text
     items = pq.read_table(tmp_path / "out" / "items.parquet").to_pylist()
     for item, row in zip(CHOICES, items[: len(CHOICES)], strict=True):
         sequences = [[end, *tokenizer.encode(f"{item['query']} {choice}").ids] for choice in item["choices"]]
         start = next(place for place, column in enumerate(zip(*sequences)) if len(set(column)) > 1)  # noqa: B905
         nats = [-float(log_probabilities(model, one)[start - 1 :].sum()) for one in sequences]
-        assert row["nats"] == pytest.approx(nats, rel=1e-5)
+        assert row["nats"] == pytest.approx(nats, rel=1e-4)
         assert row["chosen_by_sum"] == min(range(3), key=nats.__getitem__)
     for question, row in zip(QUESTIONS, items[len(CHOICES) :], strict=True):
         new = greedy(model, [end, *tokenizer.encode(question["question"]).ids], end)

@@ -54,7 +54,9 @@ def replay(job: Job, sequences: Sequences, spikes: dict[int, int]) -> tuple[dict
     found: dict[int, set[Any]] = defaultdict(set)
     left = dict(spikes)
     step = 0
-    with Loader(sequences, job.corpus.order(sequences), samples, RankSlice(0, 1, 3), config.steps) as loader:
+    with Loader(
+        sequences, job.corpus.order(sequences.counts), samples, RankSlice(0, 1, 3), config.steps
+    ) as loader:
         while step < config.steps:
             rows: list[set[int]] = []
             for batch in loader.micro_batches(step):

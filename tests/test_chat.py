@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -14,6 +15,11 @@ from pathlib import Path
 
 import pytest
 from command_line import Llmill
+
+from flows.cli.chat import answer
+from flows.compare.talkers import find_speaker
+from flows.engine.store import Store
+from llm.chat.talk import Talk
 
 
 @pytest.fixture
@@ -101,6 +107,32 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(llmill: Llmill) -> None:
         pass
     assert terminal.process.wait(timeout=60) == 0
     os.close(terminal.leader)
+
+
+class Stopped(io.StringIO):
+    """A screen on which Ctrl-C is pressed when the third piece of an answer comes."""
+
+    def write(self, text: str) -> int:
+        if len(self.getvalue()) and self.getvalue().count("\0") == 2:
+            raise KeyboardInterrupt
+        return super().write(text + "\0")
+
+
+def test_what_was_said_until_ctrl_c_stays(
+    llmill: Llmill, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    talk = Talk(find_speaker("latest", Store(llmill.home)), most=30)
+    screen = Stopped()
+    with monkeypatch.context() as changed:
+        changed.setattr(sys, "stdout", screen)
+        changed.setattr("builtins.print", lambda *_: None)
+        answer(talk, "import os")
+    shown = screen.getvalue().replace("\0", "")
+    assert "stopped · " in capsys.readouterr().err
+    assert [one["role"] for one in talk.said] == ["user", "assistant"]
+    assert talk.said[1]["content"].startswith(shown)
+    assert talk.reply is not None
+    assert 0 < talk.reply.tokens < 30
 
 
 def test_what_can_not_be_talked_to_is_said(llmill: Llmill, tmp_path: Path) -> None:

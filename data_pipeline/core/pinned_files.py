@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import file_sha256
@@ -50,6 +51,19 @@ class PinnedFile:
             return self.read().decode("utf-8-sig")
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path} is not UTF-8 text (byte {error.start}): save it as UTF-8") from None
+
+    def json_lines(self) -> Iterator[tuple[int, Any]]:
+        """Yield the values of JSON lines with the lines' numbers, empty lines left out.
+
+        Raises:
+            UserError: a line is no JSON.
+        """
+        for number, line in enumerate(self.text().split("\n"), 1):
+            if line.strip():
+                try:
+                    yield number, json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise UserError(f"{self.path}, line {number}: no JSON: {error}") from None
 
     def lines(self) -> Iterator[tuple[int, str]]:
         """Yield the lines with their numbers (from 1), stripped; empty ones and those that begin with ``#`` are left

@@ -9,11 +9,13 @@ import secrets
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
+from fastapi.concurrency import run_in_threadpool
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import Field, ValidationError
 
@@ -135,8 +137,6 @@ def make_app(speakers: Sequence[Speaker], *, key: str | None = None) -> FastAPI:
         if asked.stream:
             chunks = streamed(reply, asked, shape, lock)
             return StreamingResponse(chunks, media_type="text/event-stream")
-        from starlette.concurrency import run_in_threadpool
-
         return JSONResponse(await run_in_threadpool(whole, reply, asked, shape, lock))
 
     return app
@@ -193,8 +193,7 @@ def reply_to(asked: ChatAsked | TextAsked, speaker: Speaker) -> Reply:
     try:
         if isinstance(asked, TextAsked):
             messages: list[Message] = [{"role": "user", "content": asked.prompt}]
-            plain = Speaker(name=speaker.name, model=speaker.model, tokenizer=speaker.tokenizer, chat=None)
-            prompt, left_out = plain.prompt(messages, context)
+            prompt, left_out = replace(speaker, chat=None).prompt(messages, context)
         else:
             prompt, left_out = speaker.prompt(listed(asked.messages, "role", "content"), context)
     except (Rejected, UserError) as error:

@@ -4,16 +4,15 @@ a mixture, one for each source that it names; and the order in which training re
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.tokenize.flat import FlatTokens, Split, Stream
-from llm.data.mixture import Mixture
-from llm.data.order import Indices, batch_sequences
+from llm.data.mixture import Mixture, order_of
+from llm.data.order import Indices
 from llm.data.sequences import Sequences
 
 
@@ -42,11 +41,9 @@ class Corpus:
         """Return the sequences of a split."""
         return Sequences(self.streams(split), self.context, self.end if self.documents else None)
 
-    def order(self, sequences: Sequences) -> Callable[[int, int], Indices]:
-        """(first, count) -> which of the training ``sequences`` so many samples read."""
-        if self.mixture:
-            return self.mixture.order(sequences.counts, self.seed)
-        return partial(batch_sequences, seed=self.seed, total=len(sequences))
+    def order(self, counts: Sequence[int]) -> Callable[[int, int], Indices]:
+        """(first, count) -> which training sequences so many samples read; ``counts`` are those of each stream."""
+        return order_of(counts, self.seed, self.mixture)
 
     def left_out(self) -> dict[str, int]:
         """Return the training tokens of each source that the mixture leaves out.

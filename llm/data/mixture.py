@@ -11,11 +11,12 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
-from llm.data.order import Indices, shuffled
+from llm.data.order import Indices, batch_sequences, shuffled
 
 PERIOD_STEPS = 1000
 """Steps after which the pattern of sources repeats."""
@@ -127,3 +128,11 @@ class Mixture:
 def source_seed(name: str, seed: int) -> int:
     """Return the seed that shuffles a source: others have other orders, and keep them whatever the mixture holds."""
     return int.from_bytes(hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest(), "little")
+
+
+def order_of(counts: Sequence[int], seed: int, mixture: Mixture | None) -> Callable[[int, int], Indices]:
+    """Return (first, count) -> which sequences so many samples read, of sources that have ``counts`` of them: by a
+    mixture of these, or all alike."""
+    if mixture:
+        return mixture.order(counts, seed)
+    return partial(batch_sequences, seed=seed, total=sum(counts))

@@ -9,7 +9,7 @@ import json
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from data_pipeline.core.files import atomic_path
 from data_pipeline.tokenize.flat import Split
-from llm.data.mixture import Mixture
-from llm.data.order import Indices, batch_sequences
+from llm.data.mixture import Mixture, order_of
+from llm.data.order import Indices
 from llm.data.sequences import Batch
 
 IGNORED = -1
@@ -172,16 +172,12 @@ class Packed:
     mixture: Mixture | None
 
     def sequences(self, split: Split) -> PackedRows:
-        """Return the rows of a split."""
+        """Return the rows of a split; for training in the order of the mixture."""
         names = json.loads((self.folder / f"{split}-{INDEX}").read_text(encoding="utf-8"))
-        numbers = [names.index(name) for name in self.mixture.names] if self.mixture else range(len(names))
-        if split == "val":
-            numbers = range(len(names))
-        paths = [self.folder / f"{split}-{number:03}.npy" for number in numbers]
+        wanted = self.mixture.names if self.mixture and split == "train" else names
+        paths = [self.folder / f"{split}-{names.index(name):03}.npy" for name in wanted]
         return PackedRows([np.load(path, mmap_mode="r") for path in paths])
 
-    def order(self, sequences: PackedRows) -> Callable[[int, int], Indices]:
-        """(first, count) -> which of the training rows so many samples read."""
-        if self.mixture:
-            return self.mixture.order(sequences.counts, self.seed)
-        return partial(batch_sequences, seed=self.seed, total=len(sequences))
+    def order(self, counts: Sequence[int]) -> Callable[[int, int], Indices]:
+        """(first, count) -> which of the training rows so many samples read; ``counts`` are those of each source."""
+        return order_of(counts, self.seed, self.mixture)

@@ -20,9 +20,8 @@ from llm.finetune.answers import answer, rows_of
 from llm.finetune.config import FinetuneConfig
 from llm.finetune.report import report
 from llm.finetune.rows import Read, prepare_rows
-from llm.machine.environment import remark
 from llm.model.config import ModelConfig
-from llm.training.job import Job, as_begun, describe_resolved
+from llm.training.job import Job, as_begun, train
 
 
 def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -53,7 +52,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     answers = partial(answer, chat=chat, questions=questions, most=config.answer_tokens)
     before = once(scratch / "before.json", lambda: {"answers": answers(inputs["model"])})["answers"]
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
-        train(config, model, read, inputs=inputs, out=out, context=context)
+        train(prepare(config, model, read, inputs=inputs, out=out), context)
     after = once(scratch / "after.json", lambda: {"answers": answers(out)})["answers"]
     with atomic_path(out / FILE) as temporary:
         temporary.write_text(chat.template, encoding="utf-8")
@@ -77,20 +76,14 @@ def check_adapters(config: FinetuneConfig, model: ModelConfig, context: StageCon
         )
 
 
-def train(
-    config: FinetuneConfig,
-    model: ModelConfig,
-    read: Read,
-    *,
-    inputs: Mapping[str, Path],
-    out: Path,
-    context: StageContext,
-) -> None:
-    """Have the ranks train."""
+def prepare(
+    config: FinetuneConfig, model: ModelConfig, read: Read, *, inputs: Mapping[str, Path], out: Path
+) -> Job:
+    """Make the job of training on the rows that were written."""
     settings = config.training(model, read.rows["train"])
     if settings.runtime.validate_on.paths:
         settings = settings.with_read_sets()
-    job = as_begun(
+    return as_begun(
         Job(
             config=settings,
             model=model,
@@ -101,19 +94,6 @@ def train(
             lora=config.lora,
             start=inputs["model"],
         )
-    )
-    for line in describe_resolved(job.resolved) if job.resolved else ():
-        context.note(line)
-    if job.resolved and job.resolved.device == "cpu":
-        context.note(remark())
-    context.launch(
-        "llm.training.trainer",
-        job.write(),
-        config.runtime.ranks,
-        events=job.events,
-        logs=out / "logs",
-        grace_seconds=config.runtime.grace_seconds,
-        batch=None if config.runtime.launcher == "local" else config.runtime.slurm,
     )
 
 

@@ -16,13 +16,12 @@ from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.tokenize.flat import FlatTokens
 from data_pipeline.train_tokenizer.tokenizer import special_tokens
 from llm.data import order as batches
-from llm.machine.environment import remark
 from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.summary import describe_reading, describe_scoring, summarise
 from llm.training.events import read_events
-from llm.training.job import Job, as_begun, describe_resolved
+from llm.training.job import Job, as_begun, train
 
 
 def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
@@ -40,20 +39,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         context.note(line)
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
-    here = config.runtime.launcher == "local"
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
-        job = prepare(config, inputs, out, context)
-        if job.resolved and job.resolved.device == "cpu":
-            context.note(remark())
-        context.launch(
-            "llm.training.trainer",
-            job.write(),
-            config.runtime.ranks,
-            events=job.events,
-            logs=out / "logs",
-            grace_seconds=config.runtime.grace_seconds,
-            batch=None if here else config.runtime.slurm,
-        )
+        train(prepare(config, inputs, out, context), context)
     for line, warning in describe_scoring(read_events(out / "logs" / "events.jsonl")):
         context.note(line, warning=warning)
     return summarise(config, out)
@@ -70,9 +57,6 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     job = as_begun(
         Job(config=config, model=model, tokens=inputs["tokens"], tokenizer=inputs["tokenizer"], out=out)
     )
-    if job.resolved:
-        for line in describe_resolved(job.resolved):
-            context.note(line)
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
         raise UserError(

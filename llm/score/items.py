@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -31,13 +30,7 @@ def read_items(task: TaskConfig, file: PinnedFile) -> list[Item]:
 
 def checked(task: TaskConfig, file: PinnedFile) -> Iterator[tuple[int, Item]]:
     """Yield the items with their lines, empty lines left out."""
-    for number, line in enumerate(file.text().split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            item = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{file.path}, line {number}: no JSON: {error}") from None
+    for number, item in file.json_lines():
         if why_not := misfit(task, item):
             raise UserError(f"{file.path}, line {number}: no item of kind {task.kind}: {why_not}")
         yield number, item

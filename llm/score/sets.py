@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -149,7 +148,7 @@ def read_texts(chosen: SetConfig, file: PinnedFile) -> Iterator[Text]:
     elif name.endswith(".parquet"):
         rows = enumerate(parquet_rows(chosen, file), 1)
     elif name.endswith((".jsonl", ".json", ".ndjson")):
-        rows = json_rows(file)
+        rows = file.json_lines()
     else:
         raise UserError(f"{file.path}: a set is a file of .jsonl, .parquet or .txt")
     for number, row in rows:
@@ -160,16 +159,6 @@ def read_texts(chosen: SetConfig, file: PinnedFile) -> Iterator[Text]:
             raise UserError(f"{file.path}, row {number}: half of a surrogate pair is no text")
         if text:
             yield str(row.get("id") or f"{chosen.name}/{number}"), text
-
-
-def json_rows(file: PinnedFile) -> Iterator[tuple[int, Any]]:
-    """Yield the objects of JSON lines with the lines' numbers."""
-    for number, line in enumerate(file.text().split("\n"), 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{file.path}, line {number}: no JSON: {error}") from None
 
 
 def parquet_rows(chosen: SetConfig, file: PinnedFile) -> Iterator[dict[str, Any]]:

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from data_pipeline.core.config import Config
 from data_pipeline.core.files import atomic_path
+from data_pipeline.stage import StageContext
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
 from llm.data.corpus import Corpus
 from llm.data.packed import Packed
+from llm.machine.environment import remark
 from llm.model.config import Lora, ModelConfig
 from llm.pretrain.config import PretrainConfig
 from llm.training import checkpoint
@@ -109,6 +111,24 @@ def as_begun(job: Job) -> Job:
     if newest is not None:
         checkpoint.require_same_training(newest, job.setup)
     return job
+
+
+def train(job: Job, context: StageContext) -> None:
+    """Have the ranks of a job train, on this machine or by a batch system."""
+    runtime = job.config.runtime
+    for line in describe_resolved(job.resolved) if job.resolved else ():
+        context.note(line)
+    if job.resolved and job.resolved.device == "cpu":
+        context.note(remark())
+    context.launch(
+        "llm.training.trainer",
+        job.write(),
+        runtime.ranks,
+        events=job.events,
+        logs=job.out / "logs",
+        grace_seconds=runtime.grace_seconds,
+        batch=None if runtime.launcher == "local" else runtime.slurm,
+    )
 
 
 def describe_resolved(resolved: Resolved) -> list[str]:

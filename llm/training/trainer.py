@@ -53,7 +53,7 @@ class Trainer:
         self.rank, self.ranks = rank, ranks
         self.data_parallel_size = self.resolved.data_parallel_size
         self.data_parallel_rank = rank * self.data_parallel_size // ranks
-        data: Any = job.data
+        data = job.data
         train, self.held_out = data.sequences("train"), data.sequences("val")
         model = Transformer(
             job.model,
@@ -73,7 +73,7 @@ class Trainer:
         self.engine = Engine(model, self.resolved)
         self.loader = Loader(
             train,
-            data.order(train),
+            data.order(train.counts),
             self.samples,
             RankSlice(self.data_parallel_rank, self.data_parallel_size, self.resolved.micro_batch),
             self.config.steps,

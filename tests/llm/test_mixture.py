@@ -162,7 +162,7 @@ def test_a_step_reads_its_share_of_each_source_and_the_notes_say_how_often_each_
 ) -> None:
     job, notes = prepared(config(mixture={"stdlib": 3, "email": 2}), corpus, tmp_path)
     sequences = job.corpus.sequences("train")
-    order = job.corpus.order(sequences)
+    order = job.corpus.order(sequences.counts)
     texts: dict[str, list[int]] = {"stdlib": [], "email": []}
     for batch in TokenShards(corpus["tokens"], "train"):
         for row, name in enumerate(batch.ids):

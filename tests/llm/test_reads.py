@@ -63,7 +63,7 @@ def test_every_read_of_a_document_is_worked_out_and_no_other(
     sequences, config = numbered(job, texts), job.config
     read, history = replay(job, sequences, spikes)
     training = Training(config, config.steps, history["skipped"])
-    real, order = job.corpus.sequences("train"), job.corpus.order(sequences)
+    real, order = job.corpus.sequences("train"), job.corpus.order(sequences.counts)
     names = config.mix.names if config.mix else (None,)
     counts = dict(zip(names, sequences.counts, strict=True))
     chosen = np.random.default_rng(0).choice(len(texts), 40, replace=False).tolist()

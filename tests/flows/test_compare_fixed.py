@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import io
-import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-from scipy import stats
-from tokenizers import Tokenizer, models
+from made_up_scores import Score, answers, printed, quiz
 
-from data_pipeline.train_tokenizer.tokenizer import END_OF_TEXT
 from flows.compare.cells import fixed
 from flows.compare.claims import (
-    ANY,
     FIRST,
     LESS,
     NONE,
@@ -33,164 +21,10 @@ from flows.compare.claims import (
     outcome,
 )
 from flows.compare.compare import compare
-from flows.compare.fixed import BITS, GOLD, RIGHT, Answer
+from flows.compare.fixed import BITS, GOLD, RIGHT
 from flows.compare.log import note
-from flows.compare.mcnemar import mcnemar
 from flows.compare.page import page
-from flows.compare.promote import by_name, held_out
-from flows.compare.show import show
-from flows.compare.subjects import Finder, Subject, label
-from flows.compare.sweep import best_of
-from flows.compare.verdict import judge
-from flows.engine.store import Artifact, Store
-from flows.listeners.terminal import Screen
-from llm.evaluate.config import EvaluateConfig
-from llm.score.config import FixedConfig, ScoreConfig, TaskConfig
-from llm.score.fixed import Fixed
 from llm.score.statistics import Estimate, holm
-
-TEXTS: list[str] = list(
-    json.loads((Path(__file__).parents[1] / "ordinary_texts.json").read_text("utf-8")).values()
-)
-ITEMS = 200
-Score = Callable[..., Subject]
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> dict[str, Path]:
-    """A set of texts in many scripts, another of them under the same name, and a task."""
-    contents = {
-        "novels": [{"text": text} for text in TEXTS],
-        "others": [{"text": text} for text in TEXTS[::-1]],
-        "short": [{"text": text} for text in TEXTS[:9]],
-        "quiz": [{"query": text, "choices": ["да", "いいえ"], "gold": 0} for text in (TEXTS * ITEMS)[:ITEMS]],
-    }
-    paths = {}
-    for name, rows in contents.items():
-        paths[name] = tmp_path / f"{name}.jsonl"
-        lines = (json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-        paths[name].write_text("".join(lines), "utf-8")
-    return paths
-
-
-def seal(store: Store, stage: str, number: int, files: dict[str, Any], **fields: Any) -> Artifact:
-    """Seal an artifact; ``files`` are bytes, or the functions that write them into a folder."""
-    name = f"{number:02x}"
-    if found := store.get(stage, name):
-        return found
-    folder, _ = store.begin(stage, name, {})
-    for path, content in files.items():
-        content(folder) if callable(content) else (folder / path).write_bytes(content)
-    inputs = {
-        type_: {"stage": one.stage, "fingerprint": one.fingerprint, "payload_sha256": one.payload_sha256}
-        for type_, one in fields.pop("inputs", {}).items()
-    }
-    shared = {
-        "version": 1,
-        "config": {},
-        "metrics": {},
-        "finished": "2026-01-01",
-        "seconds": 1.0,
-        "recipe": "r",
-    }
-    return store.seal(stage, name, shared | {"inputs": inputs} | fields)
-
-
-@pytest.fixture
-def score(tmp_path: Path) -> Score:
-    """``score(...)``: seal a model and its evaluation, whose scores are made up, and whose identity is a real one."""
-    store, made = Store(tmp_path / "home"), list[int]()
-
-    def evaluated(
-        *,
-        sets: dict[str, dict[str, Any]] | None = None,
-        tasks: dict[str, dict[str, Any]] | None = None,
-        scored: dict[str, dict[str, dict[str, Any]]] | None = None,
-        evaluation: bool = True,
-        more: float = 0.0,
-        right: float = 0.5,
-        sizes: int = 7,
-        weights: int | None = None,
-        lr: float | None = None,
-        held_out: str = "a",
-    ) -> Subject:
-        number = len(made) + 1
-        made.append(number)
-        tokenizer = Tokenizer(models.WordLevel({END_OF_TEXT: 0, "x": 1}, unk_token="x"))
-        own = weights or number
-        sealed = {
-            "tokenizer": seal(store, "train_tokenizer", 1, {"tokenizer.json": tokenizer.to_str().encode()})
-        }
-        sealed["model"] = seal(
-            store, "pretrain", number, {"model.safetensors": bytes([own]), "model.json": b"{}"}, inputs=dict(sealed),
-            config={"lr": lr or number, "seed": number},
-        )  # fmt: skip
-        rows = [{"id": f"{held_out}/{place}", "bytes": 100, "text_nats": 70.0 + own} for place in range(12)]
-        held_out_rows = {"documents": lambda folder: pq.write_table(
-            pa.Table.from_pylist(rows), folder / "documents.parquet")}  # fmt: skip
-
-        def scores(config: FixedConfig, files: dict[str, Any], **metrics: float) -> Artifact:
-            config = config.resolve()
-            found = Fixed(
-                {one.name: documents(one.name, one.path, more, own) for one in config.sets},
-                {one.name: items(one, right, more, size=sizes, seed=own) for one in config.tasks},
-            )
-            return seal(
-                store, config.stage, number, {"fixed": found.write, **files},
-                inputs=sealed, config=config.identity(), metrics=metrics | found.metrics(),
-            )  # fmt: skip
-
-        if scored:
-            scores(ScoreConfig.model_validate(listed(**scored)), {})
-        if evaluation:
-            config = EvaluateConfig.model_validate(listed(sets or {}, tasks or {}))
-            scores(config, held_out_rows, bits_per_byte=1.0)
-        key = sealed["model"].stage, sealed["model"].fingerprint
-        return Finder(store).of_model(key, label(number - 1), f"run {number}")
-
-    return evaluated
-
-
-def listed(
-    sets: dict[str, dict[str, Any]], tasks: dict[str, dict[str, Any]]
-) -> dict[str, list[dict[str, Any]]]:
-    named = {"sets": sets, "tasks": tasks}
-    return {kind: [{"name": name, **one} for name, one in given.items()] for kind, given in named.items()}
-
-
-def documents(name: str, path: Path, more: float, seed: int) -> list[dict[str, Any]]:
-    """A row a text: about two bits a byte and ``more``, with noise of the model's own."""
-    noise = np.random.default_rng(seed).normal(0, 0.02, 1000)
-    rows = []
-    for place, line in enumerate(path.read_text("utf-8").splitlines()):
-        size = len(json.loads(line)["text"].encode())
-        bits = (2 + more + noise[place]) * size
-        rows.append({"set": name, "id": f"{name}/{place % 3}", "bytes": size, "tokens": size,
-                     "text_nats": bits * math.log(2), "bits_per_byte": bits / size, "as_it_is": True})  # fmt: skip
-    return [{**row, "sliding_nats": None} for row in rows]
-
-
-def items(task: TaskConfig, right: float, more: float, *, size: int, seed: int) -> list[dict[str, Any]]:
-    """A row an item, of which the first ones are right; answers' bits have noise of the model's own."""
-    noise = np.random.default_rng(seed).normal(0, 0.02, ITEMS)
-    count = min(task.max_items or ITEMS, ITEMS)
-    return [
-        {"task": task.name, "item": place, "gold": 0, "right": place < right * count,
-         "chosen_by_mean": 0, "chosen_by_sum": 0, "chosen_by_bytes": 0,
-         "nats": [(1 + more + noise[place]) * size, 9.0], "tokens": [1, 1],
-         "bytes": [size if place % 4 else 7, 6], "cut": 0}
-        for place in range(count)
-    ]  # fmt: skip
-
-
-def quiz(files: dict[str, Path], **fields: Any) -> dict[str, dict[str, Any]]:
-    return {"quiz": {"path": files["quiz"], "kind": "choice", **fields}}
-
-
-def answers(*subjects: Subject, least: Least = ANY) -> dict[tuple[str, str], Answer]:
-    comparison = compare(subjects, least)
-    json.dumps(comparison.as_json(), allow_nan=False)
-    return {(one.name, one.metric): one for one in comparison.verdict.fixed}
 
 
 def test_planted_differences_are_found_whichever_model_is_named_first(
@@ -233,84 +67,6 @@ def test_of_two_seeds_of_one_recipe_none_is_better(score: Score, files: dict[str
     fields = {"tasks": quiz(files), "lr": 1.0}
     found = answers(score(**fields), score(**fields, right=0.9))
     assert {one.claim.outcome for one in found.values()} == {SEEDS}
-
-
-def test_recipes_of_several_seeds_are_compared_on_sets_and_tasks_whatever_they_hold_out(
-    score: Score, files: dict[str, Path]
-) -> None:
-    """As corpora are: the difference must be larger than that between seeds."""
-    fields = {"sets": {"novels": {"path": files["novels"]}}, "tasks": quiz(files)}
-    by_lr: dict[float, list[Subject]] = {}
-    for lr, more, spread, right in ((1.0, 0.0, 0.01, 0.5), (2.0, -0.1, 0.02, 0.6), (3.0, -0.15, 0.2, 0.55)):
-        by_lr[lr] = [
-            score(**fields, lr=lr, more=more + spread * step, right=right + 0.01 * step, held_out=f"{lr}")
-            for step in (-1, 0, 1)
-        ]
-    comparison = compare([*by_lr[1.0], *by_lr[2.0]])
-    json.dumps(comparison.as_json(), allow_nan=False)
-    verdict = comparison.verdict
-    found = {(one.name, one.metric): one for one in verdict.fixed_recipes}
-    assert comparison.as_json()["verdict"]["ranked_by"] == "novels"
-    assert {key: one.claim.outcome for key, one in found.items()} == {
-        ("novels", BITS): SECOND,
-        ("quiz", RIGHT): SECOND,
-        ("quiz", GOLD): SECOND,
-    }
-    for (name, metric), one in found.items():
-        means = [
-            np.mean([subject.evaluation.metrics[f"{name}/{metric}"] for subject in by_lr[lr]])
-            for lr in (1.0, 2.0)
-        ]
-        assert one.claim.estimate is not None
-        if metric != GOLD:  # whose bits are over the answers that all tokenizers cut alike
-            assert one.claim.estimate.difference == pytest.approx(means[1] - means[0])
-    raw = [one.claim.estimate.p_value for one in found.values() if one.claim.estimate]
-    assert [one.claim.adjusted for one in found.values()] == holm(raw)
-    shown = " ".join(printed(comparison).split())
-    assert "Recipes on sets and tasks, over seeds" in shown
-    assert "recipe 2 (lr 2.0) is better than recipe 1 (lr 1.0)" in verdict.about_recipes
-    assert "standard deviations 0.0" in verdict.about_recipes
-    noisy = compare([*by_lr[1.0], *by_lr[3.0]]).verdict
-    assert {one.claim.outcome for one in noisy.fixed_recipes if one.metric == BITS} == {NONE}
-    assert "may be missed" in noisy.about_recipes
-    one_seed = compare([*by_lr[1.0], by_lr[2.0][0]]).verdict
-    assert not one_seed.fixed_recipes
-    assert "can't be decided from one seed of each" in one_seed.about_recipes
-
-
-def test_of_recipes_that_hold_out_other_documents_the_best_is_by_the_first_set(
-    score: Score, files: dict[str, Path]
-) -> None:
-    fields = {"sets": {"novels": {"path": files["novels"]}}, "tasks": quiz(files)}
-    subjects = [
-        score(**fields, lr=lr, more=more, held_out=f"{lr}")
-        for lr, more in ((1.0, 0.0), (1.0, 0.01), (2.0, -0.1), (2.0, -0.11))
-    ]
-    members: Any = [SimpleNamespace(name=f"member {place}") for place in range(4)]
-    best, why = best_of(compare(subjects).verdict, members)
-    assert best is members[3]
-    assert "bits per byte on novels: its recipe is shown to be better than every other" in why
-    best, why = best_of(compare(subjects[1:3]).verdict, members[1:3])
-    assert best is members[2]
-    assert "is not shown to be better" in why
-
-
-def test_a_candidate_has_to_be_no_worse_on_what_is_named(score: Score, files: dict[str, Path]) -> None:
-    fields = {"sets": {"novels": {"path": files["novels"]}}, "tasks": quiz(files)}
-    champion, better = score(**fields), score(**fields, more=-0.05, right=0.9, held_out="b")
-    verdict = judge([champion, better])
-    assert not held_out(verdict).holds
-    assert "--on NAME goes by a set or task" in held_out(verdict).says
-    gates = {name: by_name(verdict, name) for name in ("novels", "quiz", "rumour")}
-    assert [gates[name].holds for name in gates] == [True, True, False]
-    assert "points right against the champion, at worst +" in gates["quiz"].says
-    assert "neither was scored on it" in gates["rumour"].says
-    back = judge([better, champion])
-    assert not by_name(back, "novels").holds
-    assert not by_name(back, "quiz").holds
-    assert by_name(judge([champion, champion]), "novels").holds
-    unscored = judge([champion, score(tasks=quiz(files))])
-    assert by_name(unscored, "novels").says.endswith("only A was scored on it")
 
 
 def test_what_has_one_name_and_is_not_the_same_is_not_compared_and_why_is_said(
@@ -439,14 +195,6 @@ def test_what_only_score_made_is_compared_with_what_evaluations_made(
     assert alone.about_fixed == "C and C are the same model"
 
 
-def printed(comparison: Any, columns: int = 200) -> str:
-    screen = Screen()
-    screen.width = columns
-    screen.file = out = io.StringIO()
-    show(comparison, screen)
-    return out.getvalue()
-
-
 @pytest.mark.parametrize("columns", [80, 200])
 def test_the_table_fits_the_terminal(score: Score, files: dict[str, Path], columns: int) -> None:
     fields = {"sets": {"novels": {"path": files["novels"]}}, "tasks": quiz(files)}
@@ -513,38 +261,3 @@ def test_the_least_of_accuracy_and_of_bits_are_apart(score: Score, files: dict[s
     assert found["quiz", RIGHT].claim.outcome == SECOND
     found = answers(first, second, least=Least(accuracy=0.1))
     assert found["quiz", RIGHT].outcome == "B is better than A, perhaps by less than matters"
-
-
-def test_of_equal_shares_one_in_twenty_is_said_to_differ_and_the_interval_covers_the_true_one() -> None:
-    """Over the whole distribution of outcomes, by arithmetic: 60 items, of which the models differ in a third."""
-    items, differ = 60, 1 / 3
-    for effect in (0.0, 0.1):
-        chances = [(differ - effect) / 2, (differ + effect) / 2, 1 - differ]
-        alarms = covered = total = 0.0
-        for only_first in range(items + 1):
-            for only_second in range(items + 1 - only_first):
-                counts = [only_first, only_second, items - only_first - only_second]
-                chance = stats.multinomial.pmf(counts, items, chances)
-                if chance < 1e-9:
-                    continue
-                said = mcnemar(only_first, only_second, items)
-                total += chance
-                alarms += chance * (said.p_value < 0.05)
-                covered += chance * (said.low <= effect <= said.high)
-        assert total == pytest.approx(1, abs=1e-5)
-        assert 0.945 < covered < 0.965
-        if not effect:
-            assert 0.04 < alarms < 0.052
-
-
-def test_shares_by_hand() -> None:
-    said = mcnemar(2, 10, 100)
-    exact = stats.binomtest(2, 12).pvalue
-    assert said.p_value == pytest.approx(exact - stats.binom.pmf(2, 12, 0.5))
-    assert said.difference == 0.08
-    first, second = 3 / 102, 11 / 102
-    half = 1.959964 * math.sqrt((first + second - (second - first) ** 2) / 102)
-    assert (said.low, said.high) == pytest.approx((second - first - half, second - first + half), rel=1e-6)
-    assert mcnemar(0, 0, 5).p_value == 1
-    assert mcnemar(3, 3, 9).p_value == 1
-    assert mcnemar(0, 0, 5).low < 0 < mcnemar(0, 0, 5).high

@@ -98,7 +98,7 @@ def perform(experiment: Experiment, folder: Path) -> tuple[list[dict[str, Any]],
         )
         told = {**engine.group_facts(taken), **engine.layer_facts(taken)}
         facts.append({"loss": taken.loss, "norm": taken.grad_norm, **told})
-    nats_BT = engine.token_losses(Batch(*batch(experiment.steps, 2, shape)))
+    nats_BT = engine.measure(Batch(*batch(experiment.steps, 2, shape)))
     logits = engine.next_logits(SEQUENCES)
     assert [*logits] == [*SEQUENCES]
     return facts, engine.weights() | {"nats": nats_BT, "logits": torch.stack([*logits.values()])}

@@ -25,6 +25,8 @@ from llm.data.sequences import Batch
 
 IGNORED = -1
 """In place of a target that does not count."""
+REFERENCE = ".reference.npy"
+"""Ending of the file of a source's nats under another model."""
 INDEX = "rows.json"
 """Names the sources and their rows; written last."""
 
@@ -95,11 +97,31 @@ def write_rows(folder: Path, split: Split, laid: dict[str, NDArray[np.int32]]) -
         path.write_text(json.dumps(list(laid), ensure_ascii=False, allow_nan=False), encoding="utf-8")
 
 
-class PackedRows:
-    """Rows of a split, read as `llm.data.sequences.Sequences` are: numbered from 0, source after source."""
+def count_targets(rows_3RT: NDArray[np.int32]) -> NDArray[np.float64]:
+    """Count the targets of each row that count in the loss."""
+    return (rows_3RT[1] != IGNORED).sum(axis=1).astype(np.float64)
 
-    def __init__(self, sources: Sequence[NDArray[np.int32]]) -> None:
-        self._sources = sources
+
+Units = Callable[[NDArray[np.int32]], NDArray[np.float64]]
+"""Rows ``(3, R, T)`` -> how much each weighs in the mean over a step ``(R,)``."""
+
+
+class PackedRows:
+    """Rows of a split, read as `llm.data.sequences.Sequences` are: numbered from 0, source after source.
+
+    Args:
+        sources: rows ``(3, R, T)`` of each source.
+        units: weight of a row in the mean over a step.
+        references: nats of the targets under another model ``(R, T)``, of each source, where there is one.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[NDArray[np.int32]],
+        units: Units = count_targets,
+        references: Sequence[NDArray[np.float32]] | None = None,
+    ) -> None:
+        self._sources, self._units, self._references = sources, units, references
         self.counts = [source.shape[1] for source in sources]
         """Rows of each source."""
 
@@ -107,9 +129,9 @@ class PackedRows:
         return sum(self.counts)
 
     @cached_property
-    def counted_R(self) -> NDArray[np.int64]:
-        """Targets of each row that count."""
-        return np.concatenate([(source[1] != IGNORED).sum(axis=1) for source in self._sources])
+    def units_R(self) -> NDArray[np.float64]:
+        """Weight of each row in the mean over a step."""
+        return np.concatenate([self._units(source) for source in self._sources])
 
     def empty(self, count: int, pinned: bool = False) -> Batch:
         """Make room for ``count`` rows, in memory that a GPU can read directly where ``pinned``."""
@@ -123,6 +145,7 @@ class PackedRows:
             documents_BT=torch.empty(shape, dtype=torch.int32, pin_memory=pinned),
             positions_BT=positions,
             counted_BT=torch.empty(shape, dtype=torch.bool, pin_memory=pinned),
+            reference_BT=torch.empty(shape, pin_memory=pinned) if self._references else None,
         )
 
     def take(self, indices: NDArray[Any], into: Batch | None = None) -> Batch:
@@ -143,22 +166,24 @@ class PackedRows:
             begins_T = np.flatnonzero(np.diff(documents_T, prepend=-1))
             lengths = np.diff(begins_T, append=len(documents_T))
             batch.positions_BT.numpy()[place] = np.arange(len(documents_T)) - np.repeat(begins_T, lengths)
+            if self._references and batch.reference_BT is not None:
+                batch.reference_BT.numpy()[place] = self._references[source][index - first]
         return batch
 
     def weighed(self, batches: Sequence[Batch], mine: Indices, everyone: Indices) -> list[Batch]:
         """Return a rank's micro-batches with the weight of each in the step's loss, so that the mean over micro-batches
-        and ranks of their means is the mean over all targets of the step that count.
+        and ranks of their means is the mean over all that counts in the step.
 
         Args:
             mine: the rows of ``batches``.
             everyone: the rows of the step, on all ranks.
         """
-        total = self.counted_R[everyone.astype(np.int64)].sum()
+        total = self.units_R[everyone.astype(np.int64)].sum()
         weighed, start = [], 0
         for batch in batches:
             count = len(batch.tokens_BT)
-            counted = self.counted_R[mine[start : start + count].astype(np.int64)].sum()
-            weighed.append(batch._replace(weight=float(counted * len(everyone) / (count * total))))
+            units = self.units_R[mine[start : start + count].astype(np.int64)].sum()
+            weighed.append(batch._replace(weight=float(units * len(everyone) / (count * total))))
             start += count
         return weighed
 
@@ -170,13 +195,16 @@ class Packed:
     folder: Path
     seed: int
     mixture: Mixture | None
+    units: Units = count_targets
 
     def sequences(self, split: Split) -> PackedRows:
         """Return the rows of a split; for training in the order of the mixture."""
         names = json.loads((self.folder / f"{split}-{INDEX}").read_text(encoding="utf-8"))
         wanted = self.mixture.names if self.mixture and split == "train" else names
         paths = [self.folder / f"{split}-{names.index(name):03}.npy" for name in wanted]
-        return PackedRows([np.load(path, mmap_mode="r") for path in paths])
+        others = [path.with_suffix(REFERENCE) for path in paths]
+        references = [np.load(path, mmap_mode="r") for path in others] if others[0].exists() else None
+        return PackedRows([np.load(path, mmap_mode="r") for path in paths], self.units, references)
 
     def order(self, counts: Sequence[int]) -> Callable[[int, int], Indices]:
         """(first, count) -> which of the training rows so many samples read; ``counts`` are those of each source."""

@@ -31,6 +31,8 @@ class Batch(NamedTuple):
     """int64: the position of each token; None: as it lies in its sequence."""
     counted_BT: Tensor | None = None
     """bool: whether a target counts in the loss; None: all do."""
+    reference_BT: Tensor | None = None
+    """float32: nats of each target under the model that training is held against; 0 where it does not count."""
     weight: float = 1.0
     """Factor of the batch's mean loss in that of its step: other than 1 where batches have unlike many targets that
     count."""

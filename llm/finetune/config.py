@@ -1,10 +1,10 @@
-"""Settings of the stage ``finetune`` that a recipe may give."""
+"""Settings of the stage ``finetune`` that a recipe may give, and those of any training on packed rows."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import Field, PrivateAttr, field_validator, model_validator
 
@@ -31,13 +31,12 @@ SHARED = [*TrainingConfig.model_fields.keys() - {"runtime"}]
 """Settings that any training has."""
 
 
-class ConversationFile(Config):
-    """A file of conversations."""
+class DataFile(Config):
+    """A file that is read."""
 
     path: Path
     """JSON lines, a JSON array or Parquet (``.gz`` at the end of JSON that is compressed; on the hub
-    ``hf://datasets/OWNER/NAME@REVISION/FILE``), whose rows have ``messages``, ``conversations``, ``prompt`` and
-    ``completion``, or ``instruction``, ``input`` and ``output``."""
+    ``hf://datasets/OWNER/NAME@REVISION/FILE``)."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in reports; None: the file's."""
     weight: float | None = Field(default=None, gt=0)
@@ -60,29 +59,27 @@ class FinetuneRuntime(PretrainRuntime):
     """Steps between checkpoints."""
 
 
-class FinetuneConfig(TrainingConfig):
-    """Settings of a training on conversations, from a model that is there."""
+class RowsConfig(TrainingConfig):
+    """Settings of a training on texts that are packed into rows, from a model that is there."""
 
-    data: tuple[ConversationFile, ...] = Field(min_length=1)
-    """Files of conversations; one may be given by itself."""
+    stage: ClassVar[str]
+    """Its stage, as recipes name it."""
+    noun: ClassVar[str]
+    """A word for the texts."""
+    data: tuple[DataFile, ...] = Field(min_length=1)
+    """Files of them; one may be given by itself."""
     context: int | None = Field(default=None, ge=16)
-    """Tokens of a row, into which whole conversations are packed; None: as many as the model reads, at most 1,024."""
+    """Tokens of a row, into which whole texts are packed; None: as many as the model reads, at most 1,024."""
     longer: Literal["cut", "drop"] = "cut"
-    """Whether a conversation that is longer loses its end, or is dropped."""
+    """Whether what is longer than a row loses its end, or is dropped."""
     packing: bool = True
-    """Whether a row holds several conversations, none of which sees another; else each has a row of its own."""
+    """Whether a row holds several texts, none of which sees another; else each has a row of its own."""
     held_out: float = Field(default=0.05, gt=0, lt=1)
-    """Share of the conversations that is held out, by a hash of what was asked, so that a question is never in both."""
+    """Share that is held out, by a hash of what was asked, so that a question is never in both."""
     epochs: float = Field(default=2.0, gt=0)
-    """Times that the conversations are read."""
+    """Times that all is read."""
     batch_rows: int = Field(default=16, ge=1)
     """Rows a step, over all ranks."""
-    template: Path | None = None
-    """A chat template in Jinja; None: the tokenizer's own, or one like ChatML on the tokens that it reserves."""
-    answers: int = Field(default=4, ge=0)
-    """Held-out questions that are answered before and after training."""
-    answer_tokens: int = Field(default=64, ge=1)
-    """Tokens of such an answer, at most."""
     lora: Lora | None = None
     """Train low-rank adapters only; None: all of the model. They take a higher rate: 2e-4, say."""
     lr: float = Field(default=5e-5, gt=0)
@@ -96,12 +93,11 @@ class FinetuneConfig(TrainingConfig):
     runtime: FinetuneRuntime = FinetuneRuntime()
 
     _files: tuple[PinnedFile, ...] | None = PrivateAttr(default=None)
-    _template: PinnedFile | None = PrivateAttr(default=None)
 
     @field_validator("data", mode="before")
     @classmethod
     def _one_by_itself(cls, data: Any) -> Any:
-        return [data] if isinstance(data, Mapping | ConversationFile) else data
+        return [data] if isinstance(data, Mapping | DataFile) else data
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -112,8 +108,7 @@ class FinetuneConfig(TrainingConfig):
             raise ValueError("weights are given of all files of data, or of none")
         if self.runtime.sequence_parallel > 1 or self.runtime.tensor_parallel > 1:
             raise ValueError(
-                "rows of conversations are not shared among ranks: set runtime.sequence_parallel and tensor_parallel "
-                "to 1"
+                "packed rows are not shared among ranks: set runtime.sequence_parallel and tensor_parallel to 1"
             )
         if self.schedule.batch_warmup is not None:
             raise ValueError("schedule.batch_warmup is for pretraining: leave it out")
@@ -130,14 +125,9 @@ class FinetuneConfig(TrainingConfig):
 
     @property
     def files(self) -> tuple[PinnedFile, ...]:
-        """Files of conversations; only a resolved config has them."""
+        """The files; only a resolved config has them."""
         assert self._files is not None, "resolve() the config first"
         return self._files
-
-    @property
-    def own_template(self) -> str | None:
-        """The chat template that `template` names."""
-        return self._template.text() if self._template else None
 
     def resolve(self) -> Self:
         """Return a copy that knows the content of its files, and the precision of this machine.
@@ -149,8 +139,7 @@ class FinetuneConfig(TrainingConfig):
         require_ranks(self.runtime.ranks)
         resolved = self.model_copy()
         if resolved._files is None:
-            resolved._files = pin([one.path for one in self.data], "finetune.data")
-            resolved._template = pin([self.template], "finetune.template")[0] if self.template else None
+            resolved.pin_files()
         if self.runtime.validate_on.paths:
             from llm.training.scores import checked  # torch
 
@@ -158,21 +147,25 @@ class FinetuneConfig(TrainingConfig):
         if self.runtime.launcher != "local":
             if self.precision == "auto":
                 raise UserError(
-                    "finetune.precision is auto, which this machine cannot resolve for those of Slurm:\n"
-                    "set finetune.precision to bf16 or fp32"
+                    f"{self.stage}.precision is auto, which this machine cannot resolve for those of Slurm:\n"
+                    f"set {self.stage}.precision to bf16 or fp32"
                 )
             return resolved
-        pinned = resolved.model_copy(update={"precision": pin_precision(self.precision)})
-        pinned._files, pinned._template = resolved._files, resolved._template
-        return pinned
+        return resolved.model_copy(update={"precision": pin_precision(self.precision)})
+
+    def pin_files(self) -> None:
+        """Look at the files that it names.
+
+        Raises:
+            UserError: one can't be read.
+        """
+        self._files = pin([one.path for one in self.data], f"{self.stage}.data")
 
     def identity(self) -> dict[str, Any]:
         """Settings as they are, files by the hash of their content."""
         values = super().identity()
         for described, file in zip(values["data"], self.files, strict=True):
             described["path"] = file.sha256
-        if self._template:
-            values["template"] = self._template.sha256
         return values
 
     def row_length(self, model: ModelConfig) -> int:
@@ -183,7 +176,8 @@ class FinetuneConfig(TrainingConfig):
         """
         if self.context is not None and self.context > model.context:
             raise UserError(
-                f"finetune.context is {self.context:,}, and the model reads {model.context:,} tokens at once: lower it"
+                f"{self.stage}.context is {self.context:,}, and the model reads {model.context:,} tokens at once: "
+                "lower it"
             )
         return self.context or min(LONGEST, model.context)
 
@@ -203,3 +197,43 @@ class FinetuneConfig(TrainingConfig):
                 "runtime": PretrainRuntime.model_validate(self.runtime.model_dump()),
             }
         )
+
+
+class FinetuneConfig(RowsConfig):
+    """Settings of a training on conversations.
+
+    The rows of ``data`` have ``messages``, ``conversations``, ``prompt`` and ``completion``, or ``instruction``,
+    ``input`` and ``output``.
+    """
+
+    stage: ClassVar[str] = "finetune"
+    noun: ClassVar[str] = "conversations"
+    template: Path | None = None
+    """A chat template in Jinja; None: the tokenizer's own, or one like ChatML on the tokens that it reserves."""
+    answers: int = Field(default=4, ge=0)
+    """Held-out questions that are answered before and after training."""
+    answer_tokens: int = Field(default=64, ge=1)
+    """Tokens of such an answer, at most."""
+
+    _template: PinnedFile | None = PrivateAttr(default=None)
+
+    @property
+    def own_template(self) -> str | None:
+        """The chat template that `template` names."""
+        return self._template.text() if self._template else None
+
+    def pin_files(self) -> None:
+        """Look at the files that it names.
+
+        Raises:
+            UserError: one can't be read.
+        """
+        super().pin_files()
+        self._template = pin([self.template], f"{self.stage}.template")[0] if self.template else None
+
+    def identity(self) -> dict[str, Any]:
+        """Settings as they are, files by the hash of their content."""
+        values = super().identity()
+        if self._template:
+            values["template"] = self._template.sha256
+        return values

@@ -120,6 +120,13 @@ class ModelConfig(ModelShape):
 
     vocab_size: int = Field(ge=2)
     """Tokens that exist. The matrices have `padded_vocab` rows."""
+    labels: int | None = Field(default=None, ge=1)
+    """Labels that the head gives a text in place of the next token's logits; None: it gives these."""
+
+    @property
+    def head_rows(self) -> int:
+        """Rows of the head's matrix."""
+        return self.labels or self.padded_vocab
 
     @property
     def padded_vocab(self) -> int:
@@ -132,6 +139,6 @@ class ModelConfig(ModelShape):
         Attention over a causal context of T costs 6 T H E a layer (Chowdhery et al. 2022, arXiv:2204.02311,
         appendix B, halved for causality).
         """
-        matrices = self.block_parameters + self.width * self.padded_vocab
+        matrices = self.block_parameters + self.width * self.head_rows
         attention = self.layers * self.heads * self.head_width
         return 6 * matrices + 6 * attention * (context or self.context)

@@ -66,12 +66,16 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> tuple[dict[str, Tensor],
     return merged, adapters
 
 
-def save_adapters(adapters: Mapping[str, Tensor], lora: Lora, folder: Path) -> None:
-    """Write adapters of a model in Llama's or Qwen3's layout as PEFT reads them."""
+def save_adapters(
+    adapters: Mapping[str, Tensor], lora: Lora, folder: Path, *, head: Tensor | None = None
+) -> None:
+    """Write adapters of a model in Llama's or Qwen3's layout as PEFT reads them; of one that gives labels with its
+    ``head``, which is trained whole."""
     folder.mkdir(parents=True, exist_ok=True)
     described = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
+        "modules_to_save": None if head is None else ["score"],
         "base_model_name_or_path": None,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
@@ -85,5 +89,7 @@ def save_adapters(adapters: Mapping[str, Tensor], lora: Lora, folder: Path) -> N
         path.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_path(folder / "adapter_model.safetensors") as path:
         named = {f"base_model.model.model.{name}": weight.contiguous() for name, weight in adapters.items()}
+        if head is not None:
+            named["base_model.model.score.weight"] = head.contiguous()
         save_file(named, path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes it readable by its owner only

@@ -84,14 +84,14 @@ class Transformer(nn.Module):
         positions_BT: Tensor | None = None,
         counted_BT: Tensor | None = None,
     ) -> Tensor:
-        """Return logits ``(B, T, V)`` in fp32; with targets the cross entropy in nats, for which no logits are kept.
+        """Return logits ``(B, T, V)`` in fp32; of a model that gives labels, those of the labels. With targets return
+        the cross entropy in nats, for which no logits are kept.
 
         ``reduction`` is "mean" (a scalar over all targets) or "none" (``(B, T)``). ``documents_BT`` numbers the
         document of each position in its sequence; with it no position sees another document. ``positions_BT`` are
         those of the tokens, if not as they lie. Of the targets only those of ``counted_BT`` count: the mean is over
-        these, the loss of the others 0. Logits of ids that only
-        pad the matrices are -inf: they have no probability, in training or sampling. The z-loss is part of the
-        loss in training mode only.
+        these, the loss of the others 0. Logits of ids that only pad the matrices are -inf: they have no probability,
+        in training or sampling. The z-loss is part of the loss in training mode only.
         """
         documents = None if documents_BT is None else Documents(documents_BT)
         first, count = self.first_position, tokens_BT.shape[1]
@@ -136,7 +136,7 @@ class Transformer(nn.Module):
 
     def parameter_count(self) -> int:
         """Count the parameters that can matter: rows which only pad the vocabulary are not counted."""
-        matrices = 1 if self.config.tie_embeddings else 2
+        matrices = 1 if self.config.tie_embeddings or self.config.labels else 2
         padding = (self.config.padded_vocab - self.config.vocab_size) * self.config.width * matrices
         return sum(parameter.numel() for parameter in self.parameters()) - padding
 
@@ -235,8 +235,9 @@ class Head(Linear):
     """Stream to logits, or straight to the loss."""
 
     def __init__(self, config: ModelConfig, z_loss: float) -> None:
-        super().__init__(config.width, config.padded_vocab, bias=False)
-        self.vocab_size, self.softcap, self.z_loss = config.vocab_size, config.logit_softcap, z_loss
+        super().__init__(config.width, config.head_rows, bias=False)
+        self.vocab_size = config.labels or config.vocab_size
+        self.softcap, self.z_loss = config.logit_softcap, z_loss
 
     def forward(
         self, x_BTD: Tensor, targets_BT: Tensor | None = None, reduction: Reduction = "mean"
@@ -282,7 +283,8 @@ def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Pa
     from safetensors.torch import save_file
 
     with atomic_path(folder / "model.json") as path:
-        path.write_text(model_config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        only_some = None if model_config.labels else {"labels"}
+        path.write_text(model_config.model_dump_json(indent=2, exclude=only_some) + "\n", encoding="utf-8")
     with atomic_path(folder / "model.safetensors") as path:
         save_file(weights, path)
         path.chmod(0o644)  # safetensors makes it readable by its owner only

@@ -37,6 +37,7 @@ from llm.data.sequences import Batch
 from llm.training import internals, state
 from llm.training.compiled import compile_layers
 from llm.training.norms import Meter, Norms, layer_of, norms_by
+from llm.training.objective import NEXT_TOKEN, Objective, Outputs
 from llm.training.optimizer import Optimizer, parameter_groups, trained
 from llm.training.probe import Clock
 from llm.training.tensor_parallel import Splitting, autotp
@@ -97,10 +98,6 @@ def offload_config(resolved: Resolved) -> dict[str, Any]:
     return {"offload_optimizer": target} | ({"offload_param": target} if resolved.zero_stage == 3 else {})
 
 
-MASKS = ("positions_BT", "counted_BT")
-"""Fields that only some batches have, and none where ranks share sequences."""
-
-
 @dataclass(frozen=True)
 class Asked:
     """Requests of a rank to all of them after a step."""
@@ -133,7 +130,8 @@ def spoilt_where_not_finite(loss: Tensor) -> Tensor:
 class Engine:
     """A model in training on all ranks. Every method is a collective: all ranks call it together."""
 
-    def __init__(self, model: Transformer, resolved: Resolved) -> None:
+    def __init__(self, model: Transformer, resolved: Resolved, objective: Objective = NEXT_TOKEN) -> None:
+        self.objective = objective
         on_gpu = resolved.device == "cuda"
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
         self.clock = Clock()
@@ -198,7 +196,10 @@ class Engine:
         for done, batch in enumerate(micro_batches, start=1):
             self.clock.lap("data")
             self.engine.set_gradient_accumulation_boundary(done == count)
-            loss = self.loss(batch)
+            batch = batch.to(self.device)
+            loss = self.objective.loss(self.outputs(batch, self.objective.trained_by), batch)
+            if batch.weight != 1.0:
+                loss = loss * batch.weight
             total += loss.detach()
             self.clock.lap("forward")
             self.engine.backward(spoilt_where_not_finite(loss))
@@ -262,10 +263,10 @@ class Engine:
         )
 
     @torch.no_grad()
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Return the cross entropy of each target ``(B, T)``, in nats and fp32, on this rank's device."""
+    def measure(self, batch: Batch) -> Tensor:
+        """Return what the objective measures a held-out batch by, of all positions, on this rank's device."""
         self.engine.eval()
-        return self.sharing.whole(self.loss(batch, reduction="none"))
+        return self.sharing.whole(self.outputs(batch.to(self.device), self.objective.measured_by))
 
     @torch.inference_mode(False)  # weights that ZeRO 3 gathered in that mode could not be trained
     @torch.no_grad()
@@ -290,19 +291,19 @@ class Engine:
             raise FloatingPointError("the model's logits are not finite")
         return dict(zip(sequences, last_BV.cpu(), strict=True))
 
-    def loss(self, batch: Batch, reduction: str = "mean") -> Tensor:
-        """Return what the model's `forward` makes of this rank's positions of a batch, from any device."""
-        cut, here = self.sharing.slice, batch.to(self.device)
+    def outputs(self, batch: Batch, wanted: Outputs) -> Tensor:
+        """Return what the model's `forward` makes of this rank's positions of a batch on this device."""
+        cut = self.sharing.slice
         # Documents are for attention, which sees all positions whoever has them.
-        masks = {name: value for name in MASKS if (value := getattr(here, name)) is not None}
-        loss = self.engine(
-            cut(here.tokens_BT),
-            cut(here.targets_BT),
-            reduction=reduction,
-            documents_BT=here.documents_BT,
-            **masks,
-        )
-        return loss if batch.weight == 1.0 else loss * batch.weight
+        given: dict[str, Any] = {"documents_BT": batch.documents_BT}
+        if batch.positions_BT is not None:  # in packed rows, which ranks never share
+            given["positions_BT"] = batch.positions_BT
+        if wanted != "logits":
+            given |= {"targets_BT": cut(batch.targets_BT), "reduction": wanted}
+            if batch.counted_BT is not None:
+                given["counted_BT"] = batch.counted_BT
+        outputs: Tensor = self.engine(cut(batch.tokens_BT), **given)
+        return outputs
 
     def sum(self, value: Tensor) -> Tensor:
         """Return the sum of ``value`` over the ranks."""

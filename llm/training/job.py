@@ -15,6 +15,7 @@ from llm.machine.environment import remark
 from llm.model.config import Lora, ModelConfig
 from llm.pretrain.config import PretrainConfig
 from llm.training import checkpoint
+from llm.training.objective import NEXT_TOKEN, Objective
 from llm.training.resolved import Resolved
 
 
@@ -32,6 +33,10 @@ class Job(Config):
     """A sealed model whose weights training starts from, in place of those that are drawn or of `config.init_from`."""
     lora: Lora | None = None
     """Train adapters of this kind only."""
+    last_blocks: int | None = None
+    """Train so many of the last blocks only, with the norm and the head behind them; None: all."""
+    objective: Objective = NEXT_TOKEN
+    """The loss."""
     resolved: Resolved | None = None
     """Settings that the ranks compute with; None where the machine that starts them can't know: then rank 0
     works them out."""
@@ -54,7 +59,7 @@ class Job(Config):
         """The text or the conversations that are read."""
         if not self.packed:
             return self.corpus
-        return Packed(self.tokens, seed=self.config.seed, mixture=self.config.mix)
+        return Packed(self.tokens, seed=self.config.seed, mixture=self.config.mix, units=self.objective.units)
 
     @property
     def corpus(self) -> Corpus:

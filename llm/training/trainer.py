@@ -18,13 +18,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.processes import die_with, has_ended
 from data_pipeline.core.text import first_line
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, token_bytes
-from llm.data.bits import bits_per_byte, text_sums
 from llm.data.loader import Loader, RankSlice
 from llm.machine.nodes import launcher_pid
 from llm.model.generate import generate
@@ -64,13 +64,20 @@ class Trainer:
             checkpointing=self.resolved.activation_checkpointing,
         )
         if job.start is not None:
-            model.load_state_dict(load_model(job.start).state_dict())
+            begin(model, load_model(job.start))
         elif self.config.init_from is not None:
             load_weights(model, self.config.init_from)
         if job.lora is not None:
             add_adapters(model, job.lora, self.config.seed)
+        elif job.last_blocks is not None:
+            model.requires_grad_(False)
+            for module in (*model.layers[-job.last_blocks :], model.norm):
+                module.requires_grad_(True)
+        if job.model.labels:
+            model.lm_head.requires_grad_(True)
         self.parameters = model.parameter_count()
-        self.engine = Engine(model, self.resolved)
+        self.objective = job.objective
+        self.engine = Engine(model, self.resolved, self.objective)
         self.loader = Loader(
             train,
             data.order(train.counts),
@@ -189,7 +196,7 @@ class Trainer:
         return first + skipped_sequences(self.history), count
 
     def validate(self, done: int) -> None:
-        """Log loss and bits per byte on the same held-out sequences each time; a warning where they are not finite.
+        """Log what the objective measures on the same held-out sequences each time; a warning where it is not finite.
 
         The ranks take turns; one that runs out repeats the last sequence without weight, because at ZeRO 3 all must
         call the model equally often. Ranks that share sequences count them once each, which no ratio of sums notices.
@@ -200,27 +207,21 @@ class Trainer:
             )
         )
         size = self.resolved.micro_batch * self.data_parallel_size
-        sums = torch.zeros(4, dtype=torch.float64, device=self.engine.device)
+        sums: list[Tensor] = []
         for start in range(0, len(sequences), size):
             indices = (
                 start
                 + self.data_parallel_rank
                 + self.data_parallel_size * np.arange(self.resolved.micro_batch)
             )
-            batch = self.held_out.take(np.minimum(indices, sequences[-1]))
-            losses = self.engine.token_losses(batch)
-            weight = torch.from_numpy(indices <= sequences[-1]).to(losses.device)[:, None]
-            if batch.counted_BT is not None:
-                weight = weight & batch.counted_BT.to(losses.device)
-            sums += text_sums(losses, self.token_bytes[batch.targets_BT.to(losses.device)], weight)
-        loss_sum, count, text_loss_sum, text_bytes = self.engine.sum(sums).tolist()
-        if not math.isfinite(loss_sum):
+            batch = self.held_out.take(np.minimum(indices, sequences[-1])).to(self.engine.device)
+            valid_B1 = torch.from_numpy(indices <= sequences[-1]).to(self.engine.device)[:, None]
+            outputs = self.engine.measure(batch)
+            sums.append(self.objective.sums(outputs, batch, valid_B1, self.token_bytes))
+        facts = self.objective.facts(self.engine.sum(torch.stack(sums).sum(dim=0)).tolist())
+        if not math.isfinite(facts["loss"]):
             return self.report_diverged(done)
-        fact = {
-            "step": done,
-            "loss": loss_sum / count,
-            "bits_per_byte": bits_per_byte(text_loss_sum, text_bytes),
-        }
+        fact = {"step": done, **facts}
         self.history["validation"].append(fact)
         self.log("validation", **fact, tokens=self.config.tokens_after(done))
 
@@ -363,7 +364,8 @@ class Trainer:
             if self.job.lora is not None:
                 weights, adapters = merge(weights, self.job.lora)
                 if layout_of(self.job.model) != "gpt2":
-                    save_adapters(adapters, self.job.lora, self.job.out / FOLDER)
+                    head = weights["lm_head.weight"] if self.job.model.labels else None
+                    save_adapters(adapters, self.job.lora, self.job.out / FOLDER, head=head)
             save_model(self.job.model, weights, self.job.out)
         dist.barrier()
 
@@ -405,6 +407,14 @@ class Trainer:
             "memory": memory_bytes(),
             "eta_seconds": left * self.seconds_a_token,
         }
+
+
+def begin(model: Transformer, start: Transformer) -> None:
+    """Give a model the weights of another; but to one that gives labels, whose head is new, not the head's."""
+    weights = start.state_dict()
+    if model.config.labels:
+        weights["lm_head.weight"] = model.lm_head.weight.detach()
+    model.load_state_dict(weights)
 
 
 def resolved_by_rank_0(job: Job) -> Job:

@@ -114,6 +114,18 @@ OURS: tuple[Stage, ...] = (
         texts=True,
     ),
     Stage(
+        name="align",
+        body_at="llm.align.stage:align",
+        config_at="llm.align.config:AlignConfig",
+        takes=("model", "tokenizer"),
+        makes="model",
+        version=1,
+        headline=("accuracy", "margin", "val_loss", "pairs", "divergence"),
+        main=("beta", "loss", "epochs", "lr", "context", "batch_rows", "runtime.ranks"),
+        trains=True,
+        texts=True,
+    ),
+    Stage(
         name="evaluate",
         body_at="llm.evaluate.stage:evaluate",
         config_at="llm.evaluate.config:EvaluateConfig",

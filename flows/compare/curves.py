@@ -55,8 +55,9 @@ class Curves:
 
 
 def trained(subject: Subject) -> bool:
-    """Whether a training here made the model."""
-    return (subject.made.path / "losses.parquet").exists()
+    """Whether a training here made the model, which was checked on held-out text."""
+    checks = subject.made.path / "validation.parquet"
+    return checks.exists() and "bits_per_byte" in pq.read_schema(checks).names
 
 
 def read_curves(training: Artifact) -> Curves:

@@ -62,7 +62,8 @@ class TrainingReader:
         if kind == "start":
             self._total, self._validated = event["steps"], ""
         if kind == "validation":
-            self._validated = f" · val {event['bits_per_byte']:.4f} bits per byte"
+            shown = next(name for name in VALIDATED if name in event)
+            self._validated = f" · val {event[shown]:{VALIDATED[shown][0]}} {VALIDATED[shown][1]}"
         if kind in NOTES:
             text, warning = NOTES[kind]
             yield Note(step=self._step_name, text=text(event), warning=warning)
@@ -91,6 +92,8 @@ def last_progress(events: Path, offset: int) -> str:
     return shown
 
 
+VALIDATED = {"bits_per_byte": (".4f", "bits per byte"), "accuracy": (".1%", "right")}
+"""Fields of the last validation, of which a step's line shows the first that it has: its form, and its name there."""
 NOTES: dict[str, tuple[Any, bool]] = {
     "start": (lambda event: f"{event['parameters']:,} parameters, {event['ranks']} rank(s)", False),
     "resume": (lambda event: f"resumed at step {event['step']}", False),

@@ -21,7 +21,7 @@ def loss_curve(artifact: Artifact) -> dict[str, Figure]:
     """Training and held-out loss over tokens."""
     losses = pq.read_table(artifact.path / "losses.parquet")
     checks = pq.read_table(artifact.path / "validation.parquet")
-    figure, axes = sheet("tokens", "loss (nats a token)")
+    figure, axes = sheet("tokens", LOSSES.get(artifact.stage, "loss (nats a token)"))
     axes.plot(losses["tokens"], losses["loss"], linewidth=1, label="training")
     at = tokens_at(artifact.manifest, checks["step"].to_numpy())
     axes.plot(at, checks["loss"], marker="o", label="held out")
@@ -54,6 +54,10 @@ def drop_reasons(artifact: Artifact) -> dict[str, Figure]:
     return {"dropped.png": figure}
 
 
+LOSSES = {"align": "loss (a pair)"}
+"""Names of the axis of a loss that is not that of the next token."""
+
+
 def sheet(x: str, y: str) -> tuple[Figure, Axes]:
     """An empty plot with named axes."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -66,5 +70,6 @@ DRAWINGS: dict[str, Callable[[Artifact], dict[str, Figure]]] = {
     "clean": drop_reasons,
     "pretrain": loss_curve,
     "finetune": loss_curve,
+    "align": loss_curve,
     "evaluate": document_histogram,
 }

@@ -110,11 +110,9 @@ def messages_of(row: Any) -> Messages:
         messages = listed(row["messages"], "role", "content")
     elif row.get("conversations") is not None:
         messages = listed(row["conversations"], "from", "value")
-    elif row.get("prompt") is not None:
-        messages = [*said(row["prompt"], "user"), *said(row.get("completion"), "assistant")]
-    elif row.get("instruction") is not None:
-        asked = "\n\n".join(text_of(one) for one in (row["instruction"], row.get("input")) if one)
-        messages = [*said(asked, "user"), *said(row.get("output"), "assistant")]
+    elif asked := asked_of(row):
+        answer = row.get("completion") if row.get("prompt") is not None else row.get("output")
+        messages = [*asked, *said(answer, "assistant")]
     else:
         raise Rejected("no known fields")
     answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
@@ -125,6 +123,16 @@ def messages_of(row: Any) -> Messages:
     if not any(message["role"] == "user" for message in messages[: answers[0]]):
         raise Rejected("answer before a question")
     return messages[: answers[-1] + 1]
+
+
+def asked_of(row: Mapping[str, Any]) -> list[Message]:
+    """Return the messages that a row asks with, in ``prompt``, or ``instruction`` and ``input``; none where it has
+    neither."""
+    if row.get("prompt") is not None:
+        return said(row["prompt"], "user")
+    if row.get("instruction") is None:
+        return []
+    return said("\n\n".join(text_of(one) for one in (row["instruction"], row.get("input")) if one), "user")
 
 
 def listed(messages: Any, role: str, content: str) -> list[Message]:

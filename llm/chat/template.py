@@ -99,8 +99,9 @@ class Chat:
         ]
         return str(text)
 
-    def encode(self, messages: Messages) -> Conversation:
-        """Return a conversation as tokens, of which those of the assistant and the ends of its turns count.
+    def encode(self, messages: Messages, first: int = 0) -> Conversation:
+        """Return a conversation as tokens, of which those of the assistant and the ends of its turns count, from
+        message ``first`` on.
 
         Raises:
             Rejected: a message spells a special token, which no text may yield; the template changes what stands
@@ -109,7 +110,7 @@ class Chat:
         for message in messages:
             self.require_plain(message)
         text = self.render(messages)
-        spans = list(self.answers(messages, text))
+        spans = list(self.answers(messages, text, first))
         encoding = self.reading.encode(text, add_special_tokens=False)
         counted = [
             any(start <= first and last <= end for start, end in spans) for first, last in encoding.offsets
@@ -125,10 +126,10 @@ class Chat:
         if any(token in message["content"] for token in self.special):
             raise Rejected("spells a special token")
 
-    def answers(self, messages: Messages, text: str) -> Iterator[tuple[int, int]]:
+    def answers(self, messages: Messages, text: str, first: int) -> Iterator[tuple[int, int]]:
         """Yield where each answer with the end of its turn begins and ends in a conversation's text."""
         for place, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or place < first:
                 continue
             begun = self.render(messages[:place], ask=True)
             until = self.render(messages[: place + 1])

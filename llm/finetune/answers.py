@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from data_pipeline.train_tokenizer.tokenizer import end_of_text
+from llm.chat.conversations import Messages
 from llm.chat.template import Chat
 from llm.model.generate import draw
 from llm.model.transformer import load_model
@@ -21,14 +22,35 @@ def answer(
     folder: Path, chat: Chat, questions: Sequence[Sequence[dict[str, str]]], *, most: int
 ) -> list[str]:
     """Return what the model in a folder answers, greedily, to each conversation without its last message."""
+    asked = [messages[:-1] for messages in questions]
+    drawn = answer_tokens(folder, chat, asked, most=most)
+    return [chat.plain.decode(tokens, skip_special_tokens=True) for tokens in drawn]
+
+
+def end_of_answer(chat: Chat) -> int:
+    """Return the token that ends an answer."""
+    return end_of_text(chat.plain) if chat.stop is None else chat.stop
+
+
+def answer_tokens(
+    folder: Path, chat: Chat, asked: Sequence[Messages], *, most: int, temperature: float = 0.0
+) -> list[list[int]]:
+    """Return what the model in a folder answers to each of the conversations, without the token that ends it."""
     model = load_model(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-    end = end_of_text(chat.plain) if chat.stop is None else chat.stop
     room = max(1, model.config.context - most)
-    answers = []
-    for start in range(0, len(questions), AT_ONCE):
-        prompts = [chat.prompt(messages[:-1])[-room:] for messages in questions[start : start + AT_ONCE]]
-        drawn = draw(model, prompts, most=most, end=end, temperature=0.0, top_p=1.0, seeds=[0] * len(prompts))
-        answers += [chat.plain.decode(tokens, skip_special_tokens=True) for tokens in drawn]
+    answers: list[list[int]] = []
+    for start in range(0, len(asked), AT_ONCE):
+        prompts = [chat.prompt(messages)[-room:] for messages in asked[start : start + AT_ONCE]]
+        seeds = range(start, start + len(prompts))
+        answers += draw(
+            model,
+            prompts,
+            most=most,
+            end=end_of_answer(chat),
+            temperature=temperature,
+            top_p=1.0,
+            seeds=seeds,
+        )
     return answers
 
 

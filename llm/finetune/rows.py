@@ -42,9 +42,9 @@ class Item:
     parts: Sequence[Conversation] = ()
     """Tokens, in as many parts as every item of its reader has, which stand in one row."""
     asked: Any = None
-    """By what it is held out or not (JSON): items that have the same are in the same split."""
+    """The question (JSON), which decides whether it is held out: items that have the same are in the same split."""
     whole: Any = None
-    """All of it (JSON): items that have the same are one."""
+    """The whole item (JSON): those that have the same are one."""
     rejected: str = ""
     """Why it can't be trained on."""
     content: str = ""

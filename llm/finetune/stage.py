@@ -12,12 +12,12 @@ import pyarrow.parquet as pq
 
 from data_pipeline.core.files import atomic_path, once
 from data_pipeline.stage import Metrics, StageContext
-from llm.chat.template import FILE, Chat
+from llm.chat.template import FILE
 from llm.finetune.answers import answer, rows_of
 from llm.finetune.config import FinetuneConfig
 from llm.finetune.reader import Conversations
 from llm.finetune.report import report
-from llm.finetune.training import check_adapters, course, read_rows, read_start, train_on_rows
+from llm.finetune.training import chat_of, check_adapters, course, read_rows, read_start, train_on_rows
 
 ANSWERS = pa.schema(
     [("messages", pa.string()), ("held_out", pa.string()), ("before", pa.string()), ("after", pa.string())]
@@ -37,7 +37,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     """
     config = config.resolve()
     model = read_start(inputs["model"])
-    chat = Chat(inputs["tokenizer"], config.own_template)
+    chat = chat_of(config, inputs)
     scratch, room = out / "scratch", config.row_length(model)
     read = read_rows(config, Conversations(chat), room, out, context)
     check_adapters(config, model, context)

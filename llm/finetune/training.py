@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import once
 from data_pipeline.stage import Metrics, StageContext
-from llm.finetune.config import RowsConfig
+from llm.chat.template import FILE, Chat
+from llm.finetune.config import FinetuneConfig, RowsConfig
 from llm.finetune.rows import Read, Reader, prepare_rows
 from llm.model.config import ModelConfig
 from llm.training.job import Job, as_begun, train
@@ -55,6 +56,18 @@ def read_rows(config: RowsConfig, reader: Reader, room: int, out: Path, context:
     for line in read.lines():
         context.note(line)
     return read
+
+
+def chat_of(config: FinetuneConfig, inputs: Mapping[str, Path]) -> Chat:
+    """Return the chat template that is named; else that which the model was trained with, or the tokenizer's.
+
+    Raises:
+        UserError: there is none, or it can't be rendered.
+    """
+    own, trained = config.own_template, inputs["model"] / FILE
+    if own is None and trained.is_file():
+        own = trained.read_text(encoding="utf-8")
+    return Chat(inputs["tokenizer"], own)
 
 
 def check_adapters(config: RowsConfig, model: ModelConfig, context: StageContext) -> None:

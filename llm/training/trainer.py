@@ -38,6 +38,7 @@ from llm.training.failures import Interrupted, only_trainer, report_failure
 from llm.training.job import Job
 from llm.training.probe import matmul_rates, memory_bytes
 from llm.training.recovery import History, SpikeDetector, skipped_sequences
+from llm.training.resolved import Resolved
 from llm.training.saver import Saved, Saver
 from llm.training.scores import Scorer
 from llm.training.signals import Requests
@@ -55,26 +56,7 @@ class Trainer:
         self.data_parallel_rank = rank * self.data_parallel_size // ranks
         data = job.data
         train, self.held_out = data.sequences("train"), data.sequences("val")
-        model = Transformer(
-            job.model,
-            seed=self.config.seed,
-            z_loss=self.config.z_loss,
-            back_end=self.resolved.attention,
-            matmul=self.resolved.matmul,
-            checkpointing=self.resolved.activation_checkpointing,
-        )
-        if job.start is not None:
-            begin(model, load_model(job.start))
-        elif self.config.init_from is not None:
-            load_weights(model, self.config.init_from)
-        if job.lora is not None:
-            add_adapters(model, job.lora, self.config.seed)
-        elif job.last_blocks is not None:
-            model.requires_grad_(False)
-            for module in (*model.layers[-job.last_blocks :], model.norm):
-                module.requires_grad_(True)
-        if job.model.labels:
-            model.lm_head.requires_grad_(True)
+        model = make_model(job, self.resolved)
         self.parameters = model.parameter_count()
         self.objective = job.objective
         self.engine = Engine(model, self.resolved, self.objective)
@@ -407,6 +389,31 @@ class Trainer:
             "memory": memory_bytes(),
             "eta_seconds": left * self.seconds_a_token,
         }
+
+
+def make_model(job: Job, resolved: Resolved) -> Transformer:
+    """Return the model of a job as its first step finds it: what is not trained takes no gradient."""
+    model = Transformer(
+        job.model,
+        seed=job.config.seed,
+        z_loss=job.config.z_loss,
+        back_end=resolved.attention,
+        matmul=resolved.matmul,
+        checkpointing=resolved.activation_checkpointing,
+    )
+    if job.start is not None:
+        begin(model, load_model(job.start))
+    elif job.config.init_from is not None:
+        load_weights(model, job.config.init_from)
+    if job.lora is not None:
+        add_adapters(model, job.lora, job.config.seed)
+    elif job.last_blocks is not None:
+        model.requires_grad_(False)
+        for module in (*model.layers[-job.last_blocks :], model.norm):
+            module.requires_grad_(True)
+    if job.model.labels:
+        model.lm_head.requires_grad_(True)
+    return model
 
 
 def begin(model: Transformer, start: Transformer) -> None:

@@ -65,3 +65,11 @@ def saved_model(tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return save
+
+
+@pytest.fixture
+def inputs(
+    corpus: dict[str, Path], tiny: Callable[..., ModelConfig], saved_model: Callable[..., Path]
+) -> dict[str, Path]:
+    """Inputs of a training that goes on from a small model."""
+    return {"tokenizer": corpus["tokenizer"], "model": saved_model(tiny(context=256))}

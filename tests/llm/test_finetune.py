@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from disturbed import Stage
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from tuned import QUESTIONS, payload, written
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import pin
@@ -34,21 +34,11 @@ from llm.finetune.stage import finetune
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 
-QUESTIONS = [
-    ("What is the capital of France?", "Paris."), ("日本の首都は？", "東京です。"), ("เมืองหลวงของไทยคืออะไร", "กรุงเทพฯ"),
-    ("ما عاصمة مصر؟", "القاهرة"), ("भारत की राजधानी क्या है?", "नई दिल्ली"), ("def f(x):\n\treturn", " x ** 2\n"),
-    ("🍎 + 🍎 =", "2 × 🍎 👩\u200d👩\u200d👧"), ("Say nothing.", "\n\nNothing.\n"),
-]  # fmt: skip
 CHAT = [
     [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
     for asked, answer in QUESTIONS
 ]
 LONG = [{"role": "system", "content": "Be brief. 短く。"}, *CHAT[0], *CHAT[1]]
-
-
-def written(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 @pytest.fixture
@@ -261,26 +251,8 @@ def test_rows_hold_what_was_packed(tiny: Callable[..., ModelConfig]) -> None:
         assert (laid[1, place, start:] == IGNORED).all()
 
 
-@pytest.fixture
-def inputs(
-    corpus: dict[str, Path], tiny: Callable[..., ModelConfig], saved_model: Callable[..., Path]
-) -> dict[str, Path]:
-    return {"tokenizer": corpus["tokenizer"], "model": saved_model(tiny(context=160))}
-
-
 def trained(config: FinetuneConfig, inputs: dict[str, Path], out: Path) -> dict[str, float]:
-    context = LocalContext(launcher=forks.launch)
-    metrics = dict(finetune(config, inputs, out, context))
-    return metrics
-
-
-def payload(out: Path) -> dict[str, str]:
-    sealed = [path for path in out.rglob("*") if path.relative_to(out).parts[0] not in ("logs", "scratch")]
-    return {
-        path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sealed
-        if path.is_file()
-    }
+    return dict(finetune(config, inputs, out, LocalContext(launcher=forks.launch)))
 
 
 def test_a_model_learns_to_answer_and_says_what_became_of_each_row(
@@ -308,7 +280,7 @@ def test_a_model_learns_to_answer_and_says_what_became_of_each_row(
     ]
     checks = pq.read_table(out / "validation.parquet").to_pylist()
     assert checks[0]["step"] == 0
-    assert load_model(out).config.context == 160
+    assert load_model(out).config.context == 256
     answers = pq.read_table(out / "answers.parquet").to_pylist()
     assert len(answers) == 2
     report = (out / "report.md").read_text(encoding="utf-8")
@@ -424,8 +396,8 @@ def test_several_files_are_mixed_by_their_weights(
 
 
 def test_mistakes_are_said(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="reads 160 tokens at once"):
-        trained(config(given, context=192), inputs, tmp_path / "long")
+    with pytest.raises(UserError, match="reads 256 tokens at once"):
+        trained(config(given, context=320), inputs, tmp_path / "long")
     few = written(tmp_path / "few.jsonl", [{"prompt": "a", "completion": ""}])
     with pytest.raises(UserError, match=r"no conversations to train on \(1 empty answer"):
         trained(config(few), inputs, tmp_path / "few")

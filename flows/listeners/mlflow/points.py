@@ -22,10 +22,14 @@ PREFIXES = {
 """Kind of a training event -> the first part of the names of its metrics."""
 CURVES = {
     "step": {"loss": "train/loss", "tokens_per_second": "train/tokens_per_second"},
-    "validation": {"bits_per_byte": "val/bits_per_byte"},
+    "validation": {"bits_per_byte": "val/bits_per_byte", "accuracy": "val/accuracy"},
 }
 """Kind of a training event -> its fields that are drawn on the page of the whole run, and how they are called there."""
-OVER_TOKENS = {"train/loss": "tokens/train_loss", "val/bits_per_byte": "tokens/val_bits_per_byte"}
+OVER_TOKENS = {
+    "train/loss": "tokens/train_loss",
+    "val/bits_per_byte": "tokens/val_bits_per_byte",
+    "val/accuracy": "tokens/val_accuracy",
+}
 """Curve over steps -> the same over tokens."""
 SCORED = "tokens/scores/"
 """In the names of scores over tokens."""

@@ -114,6 +114,18 @@ OURS: tuple[Stage, ...] = (
         texts=True,
     ),
     Stage(
+        name="classify",
+        body_at="llm.classify.stage:classify",
+        config_at="llm.classify.config:ClassifyConfig",
+        takes=("model", "tokenizer"),
+        makes="model",
+        version=1,
+        headline=("accuracy", "accuracy_regression", "accuracy_commonest", "f1", "texts"),
+        main=("epochs", "lr", "balance", "last_blocks", "batch_rows", "runtime.ranks"),
+        trains=True,
+        texts=True,
+    ),
+    Stage(
         name="align",
         body_at="llm.align.stage:align",
         config_at="llm.align.config:AlignConfig",

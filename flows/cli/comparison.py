@@ -68,6 +68,7 @@ def compare(
     """
     quiet_libraries()
     from flows.compare.claims import Least
+    from flows.compare.classifiers import classifiers_of
     from flows.compare.models import find_subjects
     from flows.compare.page import page
     from flows.compare.scoring import scoring_config
@@ -81,6 +82,8 @@ def compare(
     terminal = Terminal(Screen(stderr=True) if as_json else None)
     if sets or tasks:
         score_all(runs, scoring_config(sets or (), tasks or (), most), home=home, terminal=terminal)
+    if given := classifiers_of(runs, Store(home)):
+        return compare_labels(given, terminal, as_json=as_json)
     subjects = find_subjects(runs, Store(home))
     if len(subjects) < 2:
         raise UserError("name two runs at least: llmill compare latest~1 latest")
@@ -93,6 +96,23 @@ def compare(
         show(comparison, terminal.console)
     if log:
         keep(comparison, home, terminal)
+
+
+def compare_labels(given: Any, terminal: Any, *, as_json: bool) -> None:
+    """Show which of some models that give labels is more often right.
+
+    Raises:
+        UserError: there is one only, or they held out no texts in common.
+    """
+    from flows.compare.classifiers import compare
+
+    if len(given) < 2:
+        raise UserError("name two classifiers at least")
+    comparison = compare(given)
+    if as_json:
+        print(json.dumps(comparison.as_json(), indent=1, allow_nan=False))
+    else:
+        comparison.show(terminal.console)
 
 
 def compared(subjects: Any, least: Any, budget: float | None, home: Path) -> Any:

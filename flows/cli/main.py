@@ -16,6 +16,7 @@ from data_pipeline.core.errors import UserError
 from flows.cli import (
     artifacts,
     chat,
+    classify,
     comparison,
     init,
     listing,
@@ -42,7 +43,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         settings.settings,
     ),
     "Compare": (comparison.compare, score.score),
-    "Models": (models.generate, chat.chat, models.adopt, models.promote),
+    "Models": (models.generate, chat.chat, classify.classify, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }
 """Heading in the help -> the commands under it, each called as its function."""

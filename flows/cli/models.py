@@ -202,7 +202,7 @@ def exported_model(store: Any, model: str | None) -> Path:
     """
     if model and (Path(model) / "config.json").exists():
         return Path(model)
-    sealed = store.artifacts("export")
+    sealed = [one for one in store.artifacts("export") if not (one.path / "labels.json").exists()]
     exports = [one for one in sealed if model is None or one.fingerprint.startswith(model)]
     known = ", ".join(one.fingerprint for one in sealed) or "none"
     if not exports and model and Path(model).is_dir():

@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from flows.compare.claims import ANY, NOT_COMPARED, SAME, SEEDS, Claim, Least, outcome
-from flows.compare.mcnemar import mcnemar
 from flows.compare.rows import ABSENT, recipe_key
 from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
+from llm.score.mcnemar import mcnemar
 from llm.score.statistics import MIN_DOCUMENTS, RESAMPLES, Estimate, Floats, holm, paired_bootstrap
 
 BITS, GOLD, RIGHT = "bits_per_byte", "gold_bits_per_byte", "accuracy"

@@ -141,14 +141,14 @@ class Finder:
 
     def _find(self, text: str) -> list[Subject]:
         if text.startswith("models:/"):
-            return [self._registered(text, "")]
+            return [self.of_export(self.registered(text), "", text)]
         if match := LATEST.fullmatch(text):
             return self.of_run(self._latest(text, int(match["before"] or 0)))
         if match := OF_STEP.fullmatch(text):
             run = self._find(match["run"])[0].run
             if run:
                 return self.of_run(run, match["step"])
-        runs = self._called(text)
+        runs = self.called(text)
         artifacts = self._fingerprinted(text)
         if len(runs) + len(artifacts) > 1:
             meant = [f"run {run.run_id} “{run.name}”" for run in runs]
@@ -161,11 +161,16 @@ class Finder:
             return [self._of_artifact(artifacts[0], "", called)]
         raise Unknown(f"no run is called {text}{self._candidates(text)}")
 
-    def _registered(self, text: str, name: str) -> Subject:
+    def registered(self, text: str) -> str:
+        """Return the fingerprint of the export that ``models:/NAME@ALIAS`` names.
+
+        Raises:
+            UserError: there is none.
+        """
         from flows.lineage.graph import Graph
         from flows.lineage.target import registered
 
-        return self.of_export(registered(Graph(self.store), text).fingerprint, name, text)
+        return registered(Graph(self.store), text).fingerprint
 
     def _latest(self, text: str, before: int) -> PipelineRun:
         newest = self._newest()
@@ -183,7 +188,8 @@ class Finder:
             self.why_not = str(error)
             return []
 
-    def _called(self, text: str) -> list[PipelineRun]:
+    def called(self, text: str) -> list[PipelineRun]:
+        """Return the runs of that name or id; none where MLflow does not answer, which `why_not` says then."""
         from flows.listeners.mlflow.lineage import NotAsked
 
         try:

@@ -34,7 +34,10 @@ def newest(store: Store) -> Model:
         UserError: there is none.
     """
     made = [
-        one for stage in MODELS for one in store.artifacts(stage) if (one.path / "model.safetensors").exists()
+        one
+        for stage in MODELS
+        for one in store.artifacts(stage)
+        if stage != "classify" and (one.path / "model.safetensors").exists()
     ]
     if not made:
         raise UserError(f"no model in {store.root}; make one with: llmill run RECIPE")

@@ -46,6 +46,16 @@ FINETUNED = (
     "`tokenizer.apply_chat_template` writes them as it read them. It answers as its training text does, errors and "
     "biases included."
 )
+ALIGNED = (
+    "A decoder-only language model with {parameters:,.0f} parameters, trained by llmill on pairs of answers of which "
+    "people prefer one: `tokenizer.apply_chat_template` writes conversations as it read them. It answers as those "
+    "pairs and its earlier training text do, errors and biases included."
+)
+CLASSIFIES = (
+    "A transformer with {parameters:,.0f} parameters that gives a text one of the labels of its config, or several, "
+    "trained by llmill. It reads them at the text's last token; of texts unlike those that it was trained on it may "
+    "say anything, with confidence."
+)
 ADOPTED = (
     "A decoder-only language model with {parameters:,.0f} parameters. It was made elsewhere (see below) and exported "
     "by llmill as it is; it repeats what its training text held, errors and biases included."
@@ -53,6 +63,8 @@ ADOPTED = (
 
 Manifests = Mapping[str, Mapping[str, Any]]
 """Manifests by the names of steps, and of the inputs by type too."""
+ABOUT = {"adopt": ADOPTED, "finetune": FINETUNED, "align": ALIGNED, "classify": CLASSIFIES}
+"""Stage that made the model -> what the card says of it."""
 INPUTS = ("model", "tokenizer", "scores")
 
 
@@ -66,21 +78,22 @@ def model_card(
     name: str, model: ModelConfig, manifests: Manifests, metrics: Metrics, special_tokens: str
 ) -> str:
     """Return ``README.md`` of an exported model, in Markdown with the front matter that model hubs read."""
-    about = {"adopt": ADOPTED, "finetune": FINETUNED}.get(
-        manifests.get("model", {}).get("stage", ""), TRAINED
-    )
+    about = ABOUT.get(manifests.get("model", {}).get("stage", ""), TRAINED)
+    task, loaded = "text-generation", "AutoModelForCausalLM"
+    if model.labels:
+        task, loaded = "text-classification", "AutoModelForSequenceClassification"
     sections = [
-        "---\nlibrary_name: transformers\npipeline_tag: text-generation\n---",
+        f"---\nlibrary_name: transformers\npipeline_tag: {task}\n---",
         f"# {name}",
         about.format(parameters=metrics["parameters"]),
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
+        f"```python\nfrom transformers import {loaded}, AutoTokenizer\n\n"
+        f'model, tokenizer = {loaded}.from_pretrained("."), AutoTokenizer.from_pretrained(".")\n```',
         special_tokens,
         *adoptions(manifests),
         "## Architecture",
         architecture(model),
         "## How good it is",
-        scores(manifests.get("scores") or of_stage(manifests, "evaluate")),
+        classified(manifests.get("model", {})) if model.labels else scores(evaluation(manifests)),
         "## Training text",
         sources(of_stage(manifests, "download")),
         "## How it was made",
@@ -126,6 +139,22 @@ def scores(manifest: Mapping[str, Any]) -> str:
         return "Not evaluated."
     rows = [(metric, number(value)) for metric, value in manifest["metrics"].items()]
     return "On held-out documents of the same sources:\n\n" + table(("metric", "value"), rows)
+
+
+def evaluation(manifests: Manifests) -> Mapping[str, Any]:
+    """Return the manifest of the step that scored the model; an empty one where none did."""
+    return manifests.get("scores") or of_stage(manifests, "evaluate")
+
+
+def classified(manifest: Mapping[str, Any]) -> str:
+    """Return the measures of a classifier on held-out texts, with their 95% intervals."""
+    metrics = manifest.get("metrics", {})
+    rows = [
+        (name, number(value), f"{number(metrics[f'{name}_low'])} to {number(metrics[f'{name}_high'])}")
+        for name, value in metrics.items()
+        if f"{name}_low" in metrics
+    ]
+    return "On held-out texts of the same files:\n\n" + table(("measure", "value", "95% interval"), rows)
 
 
 def sources(manifest: Mapping[str, Any]) -> str:

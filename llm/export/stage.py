@@ -28,6 +28,8 @@ from data_pipeline.train_tokenizer.tokenizer import (
     read_object,
 )
 from llm.chat.template import FILE, Chat
+from llm.classify.labels import FILE as LABELS
+from llm.classify.labels import read_labels
 from llm.export.config import ExportConfig
 from llm.export.model_card import about_tokens, model_card
 from llm.model.config import ModelConfig
@@ -46,10 +48,12 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
         UserError: `transformers` has no layout for the model.
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
-    model = load_model(inputs["model"])
+    model = load_model(inputs["model"], labels=True)
     tokenizer = load_tokenizer(inputs["tokenizer"])
     its = write_loadable(model, inputs["tokenizer"], out, config.dtype, template=template_of(inputs["model"]))
-    difference = logits_difference(model, out)
+    if model.config.labels:
+        write_labels(inputs["model"], out)
+    difference = (label_difference if model.config.labels else logits_difference)(model, out)
     allowed = TOLERANCE if difference <= TOLERANCE else TOLERANCE * max(1.0, logits_scale(model))
     if not difference <= allowed:
         raise RuntimeError(
@@ -93,27 +97,45 @@ def write_loadable(
             parameter.copy_(parameter.to(getattr(torch, dtype)))
     tokenizer = load_tokenizer(tokenizer_folder)
     end = end_of_text(tokenizer)
-    its = write_tokenizer(tokenizer_folder, out, model.config.context, template)
-    write_json(out / "config.json", transformers_config(model.config, end, dtype))
+    side = "right" if model.config.labels else "left"
+    its = write_tokenizer(tokenizer_folder, out, model.config.context, template, side=side)
+    padding = tokenizer.token_to_id(its["pad_token"])
+    described = transformers_config(model.config, end, dtype)
+    # By the token that fills up short texts a model that gives labels finds the last one of each.
+    write_json(out / "config.json", described | ({"pad_token_id": padding} if model.config.labels else {}))
     ends: dict[str, Any] = {
         "bos_token_id": end,
         "eos_token_id": end,
-        "pad_token_id": tokenizer.token_to_id(its["pad_token"]),
+        "pad_token_id": padding,
     }
     if (turn := tokenizer.token_to_id(str(content_of(its["eos_token"])))) not in (None, end):
         ends["eos_token_id"] = [turn, end]
     if template is not None and (stop := Chat(tokenizer_folder, template).stop) not in (None, end):
         ends["eos_token_id"] = [stop, end]
-    write_json(out / "generation_config.json", {**ends, "do_sample": True})
+    if not model.config.labels:
+        write_json(out / "generation_config.json", {**ends, "do_sample": True})
     with atomic_path(out / "model.safetensors") as path:
         save_file(exported_weights(model, getattr(torch, dtype)), path, metadata={"format": "pt"})
         path.chmod(0o644)  # safetensors makes it readable by its owner only
     return its
 
 
-def write_tokenizer(folder: Path, out: Path, longest: int, template: str | None) -> dict[str, Any]:
-    """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, before them, where
-    no continuation is in the way; and ``longest``, the tokens to which texts are cut.
+def write_labels(folder: Path, out: Path) -> None:
+    """Name the labels that the model in a folder gives, in the config of the one that was written."""
+    shutil.copyfile(folder / LABELS, out / LABELS)
+    names, several = read_labels(folder)
+    described = read_object(out / "config.json")
+    described |= {"id2label": {str(number): name for number, name in enumerate(names)}}
+    described |= {"label2id": {name: number for number, name in enumerate(names)}}
+    described |= {"problem_type": f"{'multi' if several else 'single'}_label_classification"}
+    write_json(out / "config.json", described)
+
+
+def write_tokenizer(
+    folder: Path, out: Path, longest: int, template: str | None, *, side: str
+) -> dict[str, Any]:
+    """Copy the tokenizer in ``folder``, with what a batch needs: a token that fills up short texts, on the ``side``
+    where no continuation is in the way; and ``longest``, the tokens to which texts are cut.
 
     With a chat template it reads the special tokens that this spells, and so those that any text spells.
 
@@ -130,7 +152,7 @@ def write_tokenizer(folder: Path, out: Path, longest: int, template: str | None)
     named = content_of(config.get("pad_token"))
     known = named is not None and load_tokenizer(folder).token_to_id(named) is not None
     padding = {"pad_token": named if known else end_token(folder)}
-    config |= {**padding, "padding_side": "left", "model_max_length": longest}
+    config |= {**padding, "padding_side": side, "model_max_length": longest}
     if (folder / "special_tokens_map.json").exists():
         write_json(out / "special_tokens_map.json", read_object(folder / "special_tokens_map.json") | padding)
     if template is not None:
@@ -157,7 +179,7 @@ def report(config: ExportConfig, model: ModelConfig, difference: tuple[float, fl
 @torch.inference_mode()
 def logits_scale(model: Transformer) -> float:
     """Return the root mean square of a model's logits on random tokens."""
-    logits_BTV = model(random_tokens(model.config))[..., : model.config.vocab_size]
+    logits_BTV = model(random_tokens(model.config))[..., : model.config.labels or model.config.vocab_size]
     return logits_BTV.square().mean().sqrt().item()
 
 
@@ -180,6 +202,19 @@ def logits_difference(model: Transformer, folder: Path) -> float:
     tokens_BT = random_tokens(model.config)
     ours_BTV = model(tokens_BT)[..., : model.config.vocab_size]
     return (ours_BTV - theirs(tokens_BT).logits).abs().max().item()
+
+
+@torch.inference_mode()
+def label_difference(model: Transformer, folder: Path) -> float:
+    """Largest absolute difference between the logits of labels in `transformers` and of ``model``, in fp32."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens_BT = random_tokens(model.config)
+    tokens_BT[:, -1] = (theirs.config.pad_token_id + 1) % model.config.vocab_size  # else it counts as none
+    return (model(tokens_BT)[:, -1] - theirs(tokens_BT).logits).abs().max().item()
 
 
 def read_manifests(inputs: Mapping[str, Path]) -> dict[str, dict[str, Any]]:

@@ -25,8 +25,6 @@ from llm.pretrain.config import (
 from llm.training.resolved import pin_precision
 from llm.training.schedule import Schedule
 
-LONGEST = 1024
-"""Tokens of a row, at most, where it is not said."""
 SHARED = [*TrainingConfig.model_fields.keys() - {"runtime"}]
 """Settings that any training has."""
 
@@ -66,6 +64,8 @@ class RowsConfig(TrainingConfig):
     """Its stage, as recipes name it."""
     noun: ClassVar[str]
     """A word for the texts."""
+    longest: ClassVar[int] = 1024
+    """Tokens of a row, at most, where it is not said."""
     data: tuple[DataFile, ...] = Field(min_length=1)
     """Files of them; one may be given by itself."""
     context: int | None = Field(default=None, ge=16)
@@ -179,7 +179,7 @@ class RowsConfig(TrainingConfig):
                 f"{self.stage}.context is {self.context:,}, and the model reads {model.context:,} tokens at once: "
                 "lower it"
             )
-        return self.context or min(LONGEST, model.context)
+        return self.context or min(self.longest, model.context)
 
     def training(self, model: ModelConfig, rows: int) -> PretrainConfig:
         """Return the settings of the training on so many rows, as the ranks read them."""

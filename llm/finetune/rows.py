@@ -45,6 +45,8 @@ class Item:
     """The question (JSON), which decides whether it is held out: items that have the same are in the same split."""
     whole: Any = None
     """The whole item (JSON): those that have the same are one."""
+    dropped: str = ""
+    """Why it is left out, though it could be trained on."""
     rejected: str = ""
     """Why it can't be trained on."""
     content: str = ""
@@ -187,6 +189,9 @@ def fitted(
         read.drop("the same again")
         return None
     seen.add(digest)
+    if item.dropped:
+        read.drop(item.dropped)
+        return None
     if item.length <= room:
         return item
     if config.longer == "drop":

@@ -16,6 +16,13 @@ ARCHITECTURES: dict[Layout, str] = {
     "gpt2": "GPT2LMHeadModel",
 }
 
+CLASSIFIERS: dict[Layout, str] = {
+    "llama": "LlamaForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+    "gpt2": "GPT2ForSequenceClassification",
+}
+"""The same with a head that gives labels."""
+
 
 class Unsupported(UserError):
     """A model that ours does not compute, though `transformers` may."""

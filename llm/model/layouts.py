@@ -18,9 +18,11 @@ from torch import Tensor
 from data_pipeline.core.errors import UserError
 from data_pipeline.train_tokenizer.tokenizer import behaviour_sha256, special_tokens
 from llm.model.config import ModelConfig, ModelShape
-from llm.model.files import ARCHITECTURES, Layout, Unsupported, read_type, weight_files
+from llm.model.files import ARCHITECTURES, CLASSIFIERS, Layout, Unsupported, read_type, weight_files
 from llm.model.transformer import Transformer
 
+HEAD, SCORE = "lm_head.weight", "score.weight"
+"""Names of the head's matrix: ours, and `transformers`' of a model that gives labels."""
 GPT2_NAMES = {
     "embed_tokens": "wte",
     "embed_positions": "wpe",
@@ -61,7 +63,7 @@ def transformers_config(config: ModelConfig, end: int, dtype: str) -> dict[str, 
     """
     layout = layout_of(config)
     common = {
-        "architectures": [ARCHITECTURES[layout]],
+        "architectures": [(CLASSIFIERS if config.labels else ARCHITECTURES)[layout]],
         "model_type": layout,
         "vocab_size": config.vocab_size,
         "initializer_range": config.init_std,
@@ -104,12 +106,13 @@ def exported_weights(model: Transformer, dtype: torch.dtype) -> dict[str, Tensor
     """Return our parameters under `transformers`' names, without the rows that only pad the vocabulary."""
     weights = {}
     for name, parameter in model.named_parameters():  # a tied head is named once, as the embedding
-        padded = name in ("embed_tokens.weight", "lm_head.weight")
+        padded = name == "embed_tokens.weight" or (name == HEAD and not model.config.labels)
         weight = parameter.detach()[: model.config.vocab_size] if padded else parameter.detach()
         weights[name] = weight.to(dtype).contiguous()
+    head = {SCORE if model.config.labels else HEAD: weights.pop(HEAD)} if HEAD in weights else {}
     if layout_of(model.config) == "gpt2":
-        return to_gpt2(weights, model.config.layers)
-    return {name if name == "lm_head.weight" else f"model.{name}": weight for name, weight in weights.items()}
+        return to_gpt2(weights, model.config.layers) | head
+    return {f"model.{name}": weight for name, weight in weights.items()} | head
 
 
 def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -121,9 +124,7 @@ def to_gpt2(weights: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
             theirs[f"transformer.h.{layer}.attn.c_attn.{kind}"] = torch.cat(qkv)
     for name, weight in weights.items():
         module, kind = name.rsplit(".", 1)
-        if name == "lm_head.weight":
-            theirs[name] = weight
-        elif module.startswith("layers."):
+        if module.startswith("layers."):
             _, layer_number, inner = module.split(".", 2)
             theirs[f"transformer.h.{layer_number}.{GPT2_NAMES[inner]}.{kind}"] = weight
         else:
@@ -153,8 +154,8 @@ def turned(name: str, weight: Tensor) -> Tensor:
     return weight.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else weight
 
 
-def read_config(folder: Path) -> ModelConfig:
-    """Return our config of the model in a folder of one of the three layouts.
+def read_config(folder: Path, *, labels: bool = False) -> ModelConfig:
+    """Return our config of the model in a folder of one of the three layouts; with ``labels`` one that gives these.
 
     Raises:
         Unsupported: it computes what our model does not.
@@ -174,8 +175,18 @@ def read_config(folder: Path) -> ModelConfig:
             f"transformers can't read {folder / 'config.json'}: {' '.join(str(error).split())}"
         ) from None
     require_supported(theirs, folder)
+    gives_labels = CLASSIFIERS[kind] in (theirs.architectures or ())
+    if gives_labels != labels:
+        does, not_done = (
+            ("gives texts labels", "continues none")
+            if gives_labels
+            else ("continues texts", "gives no labels")
+        )
+        raise Unsupported(f"{folder} holds a model that {does}: it {not_done}")
     try:
-        return our_config(theirs)
+        ours = our_config(theirs)
+        only = {"labels": theirs.num_labels, "tie_embeddings": False}
+        return ours.model_copy(update=only) if labels else ours
     except (ValidationError, TypeError) as error:
         raise Unsupported(
             f"{folder / 'config.json'} asks for what our model does not compute: {' '.join(str(error).split())}"
@@ -273,11 +284,14 @@ def load_weights(model: Transformer, folder: Path) -> None:
     parameters = dict(model.named_parameters())
     missing = set(parameters)
     for name, weight in read_weights(folder, layout_of(model.config)):
-        if name == "lm_head.weight" and model.config.tie_embeddings:
+        if name == HEAD and model.config.tie_embeddings:
             continue
+        name = HEAD if model.config.labels and name == SCORE else name
         if name not in parameters:
             raise UserError(f"{folder} holds a weight that its config.json does not describe: {name}")
-        rows = model.config.vocab_size if name in ("embed_tokens.weight", "lm_head.weight") else None
+        rows = model.config.vocab_size if name == "embed_tokens.weight" else None
+        if name == HEAD:
+            rows = model.config.labels or model.config.vocab_size
         target = parameters[name][:rows]
         if target.shape != weight.shape:
             raise UserError(
@@ -366,12 +380,13 @@ def arithmetic(config: ModelConfig) -> dict[str, Any]:
     return shape
 
 
-def load_folder(folder: Path) -> Transformer:
-    """Return the model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU.
+def load_folder(folder: Path, *, labels: bool = False) -> Transformer:
+    """Return the model in a folder of one of the three layouts: fp32, in evaluation mode, on the CPU; with ``labels``
+    one that gives these.
 
     Raises:
         UserError: there is none, or none that our model computes.
     """
-    model = Transformer(read_config(folder))
+    model = Transformer(read_config(folder, labels=labels))
     load_weights(model, folder)
     return model.eval()

@@ -290,18 +290,21 @@ def save_model(model_config: ModelConfig, weights: dict[str, Tensor], folder: Pa
         path.chmod(0o644)  # safetensors makes it readable by its owner only
 
 
-def load_model(folder: Path) -> Transformer:
-    """Return the trained model in a pretrain artifact, fp32, in evaluation mode, on the CPU.
+def load_model(folder: Path, *, labels: bool = False) -> Transformer:
+    """Return the trained model in an artifact, fp32, in evaluation mode, on the CPU.
 
     Raises:
         FileNotFoundError: ``folder`` holds no ``model.json`` and ``model.safetensors``.
-        UserError: it holds a model of an architecture that only `transformers` computes.
+        UserError: it holds a model of an architecture that only `transformers` computes, or one that gives texts
+            labels where none with ``labels`` is asked for.
     """
     from safetensors.torch import load_file
 
     if not (folder / "model.json").exists() and (folder / "config.json").exists():
         raise UserError(f"{folder} holds a model that only transformers computes: it can be scored, no more")
     config = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
+    if config.labels and not labels:
+        raise UserError(f"{folder} holds a model that gives texts labels: it continues none")
     return model_of(config, load_file(folder / "model.safetensors"))
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 from scipy import stats
 
-from flows.compare.mcnemar import mcnemar
+from llm.score.mcnemar import mcnemar
 
 
 def test_of_equal_shares_one_in_twenty_is_said_to_differ_and_the_interval_covers_the_true_one() -> None:

@@ -1,0 +1,1 @@
+"""Stage ``classify``: texts with labels, and a model that gives others theirs."""

@@ -13,7 +13,7 @@ from scipy.stats import binomtest
 
 from data_pipeline.core.errors import UserError
 from flows.compare.claims import Claim, outcome
-from flows.compare.subjects import Finder, label, sealed
+from flows.compare.subjects import SCORES, Finder, label, sealed
 from flows.engine.store import Artifact, Store
 from llm.score.mcnemar import mcnemar
 from llm.score.statistics import holm

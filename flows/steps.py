@@ -149,28 +149,35 @@ class Wiring:
     ) -> str | None:
         """The step that an input comes from; None where there is none ``among`` those that it may come from."""
         if chosen:
-            if clash := self._clash(chosen, known):
+            if clash := self._clash(chosen, wanted, known):
                 raise UserError(f"{name}.inputs.{wanted}: {chosen} {clash}")
             return chosen
         makers = (one for one in self._makers(name, wanted) if one in among)
-        return next((one for one in makers if not self._clash(one, known)), None)
+        return next((one for one in makers if not self._clash(one, wanted, known)), None)
 
     def _makers(self, name: str, wanted: str) -> Iterator[str]:
         """The steps before one that make a type, the nearest first."""
         before = self._order[: self._order.index(name)]
         yield from (one for one in reversed(before) if wanted in self._made[one])
 
-    def _clash(self, source: str, known: Mapping[str, str]) -> str:
-        """Say in what a step disagrees with the inputs that are known; nothing where it does not."""
+    def _clash(self, source: str, wanted: str, known: Mapping[str, str]) -> str:
+        """Say in what a step disagrees with the inputs that are known; nothing where it does not.
+
+        Whatever else than the type that is wanted the step makes itself does not count: of an adopted model only the
+        tokenizer may be taken, beside a model that was trained further.
+        """
         provided = self.wire(source)
         for type_ in AGREEING:
+            if type_ != wanted and type_ in self._made[source]:
+                continue
             if type_ in known and provided.get(type_, known[type_]) != known[type_]:
                 return f"has the {type_} of {provided[type_]}, and other inputs have that of {known[type_]}"
         return ""
 
     def _why_not(self, name: str, wanted: str, known: Mapping[str, str]) -> str:
         for maker in self._makers(name, wanted):
-            return f"{maker}, which makes some, {self._clash(maker, known)}: name another with inputs, or add a step"
+            clash = self._clash(maker, wanted, known)
+            return f"{maker}, which makes some, {clash}: name another with inputs, or add a step"
         later = next((one for one in self._order if wanted in self._made[one] and one != name), None)
         if later:
             return f"{later}, which makes some, stands behind it: move it up"

@@ -30,7 +30,19 @@ finetune:
 """
 SETS = "sets: [{{name: talk, path: {corpus}.set.jsonl}}]"
 BASE = f"evaluate_base: {{{{stage: evaluate, max_new_tokens: 4, {SETS}, inputs: {{{{model: pretrain}}}}}}}}\n"
-TUNED = RECIPE.replace("evaluate: {{", f"{FINETUNE}evaluate: {{{{{SETS}, ") + BASE
+ALIGN = """\
+align:
+  data: {{path: {corpus}.preferences.jsonl}}
+  inputs: {{model: finetune}}
+  batch_rows: 2
+  held_out: 0.2
+  lr: 1.0e-4
+  answers: 2
+  answer_tokens: 4
+  runtime: {{checkpoint_every: 5, validation: {{every: 5, tokens: 2048}}}}
+evaluate_aligned: {{stage: evaluate, max_new_tokens: 4, inputs: {{model: align}}}}
+"""
+TUNED = RECIPE.replace("evaluate: {{", f"{FINETUNE}evaluate: {{{{{SETS}, ") + BASE + ALIGN
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +57,9 @@ def tuned(make_llmill: Any) -> Llmill:
         for word in ("import", "日本", "ไทย", "مرحبا", "नमस्ते", "🦊")
     ]
     texts = [{"text": f"{row['instruction']}\n{row['output']}"} for row in rows[:30]]
-    for kind, wanted in (("conversations", [*rows, {"text": "no conversation"}]), ("set", texts)):
+    pairs = [{"prompt": row["instruction"], "chosen": row["output"], "rejected": "no"} for row in rows]
+    files = {"conversations": [*rows, {"text": "no conversation"}], "set": texts, "preferences": pairs}
+    for kind, wanted in files.items():
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in wanted)
         Path(path[0].replace("conversations", kind)).write_text("".join(lines), encoding="utf-8")
     return llmill
@@ -73,6 +87,14 @@ def test_it_runs_and_is_run_again_alone_compared_and_talked_to(tuned: Llmill) ->
     [child] = [run for run in runs if run.data.tags.get("llmill.step") == "finetune"]
     assert "loss.png" in {one.path.rpartition("/")[2] for one in client.list_artifacts(child.info.run_id)}
 
+    [aligned] = store.artifacts("align")
+    assert aligned.inputs["model"].fingerprint == model.fingerprint
+    assert parent.data.metrics["align/accuracy"] == aligned.metrics["accuracy"]
+    assert client.get_metric_history(parent.info.run_id, "align/val/accuracy")
+    assert {"evaluate", "evaluate_base", "evaluate_aligned"} <= {
+        run.data.tags.get("llmill.step") for run in runs
+    }
+
     name = parent.info.run_name
     found = json.loads(
         tuned("compare", f"{name}/evaluate_base", f"{name}/evaluate", "--json", "--no-log").stdout
@@ -87,6 +109,8 @@ def test_it_runs_and_is_run_again_alone_compared_and_talked_to(tuned: Llmill) ->
         "finetune",
         "evaluate",
         "export",
+        "align",
+        "evaluate_aligned",
     }
     tuned.run("--set", "finetune.lr=0.001", "--set", "finetune.lora={rank: 2}")
     both = [one.fingerprint for one in store.artifacts("finetune")]
@@ -99,5 +123,5 @@ def test_it_runs_and_is_run_again_alone_compared_and_talked_to(tuned: Llmill) ->
         [sys.executable, "-m", "flows.cli.start", "chat", "--max-tokens", "4"],
         env=tuned.environment(), input="import 3\n", capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "finetune" in said.stderr
+    assert "align" in said.stderr, "the newest model"
     assert "trained on no conversations" not in said.stderr

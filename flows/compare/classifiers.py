@@ -50,7 +50,7 @@ def newest(store: Store) -> Artifact:
     """
     made = store.artifacts(STAGE)
     if not made:
-        raise UserError(f"no classifier in {store.root}; make one with: llmill run RECIPE (docs/finetune.md)")
+        raise UserError(f"no classifier in {store.root}; make one with: llmill run RECIPE")
     return max(made, key=lambda one: str(one.manifest["finished"]))
 
 

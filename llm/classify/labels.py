@@ -113,8 +113,9 @@ def in_order(label: str) -> tuple[float, str]:
 
 
 def text_digest(seed: int, text: str) -> str:
-    """Return a hash of a text, by which texts are drawn."""
-    return hashlib.sha256(json.dumps([seed, text], allow_nan=False).encode()).hexdigest()
+    """Return a hash of a text by which texts are drawn: another one than that by which they are held out, or all that
+    are drawn would be."""
+    return hashlib.sha256(json.dumps(["drawn", seed, text], allow_nan=False).encode()).hexdigest()
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,25 @@ evaluate_first: {stage: evaluate, inputs: {model: pretrain}}
         load(two.replace("inputs: {model: pretrain}", "inputs: {model: pretrain, tokens: other_tokens}"))
 
 
+def test_of_an_adopted_model_only_the_tokenizer_is_taken_beside_one_that_was_trained_further(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "small.yaml").write_text("""
+name: small
+adopt: {type: model, path: model}
+finetune: {data: {path: rows.jsonl}}
+export:
+align: {data: {path: pairs.jsonl}}
+export_aligned: {stage: export}
+export_adopted: {stage: export, inputs: {model: adopt}}
+""")
+    found = wiring(load_recipe(tmp_path / "small.yaml", ()))
+    assert found["export"] == {"model": "finetune", "tokenizer": "adopt"}
+    assert found["align"] == {"model": "finetune", "tokenizer": "adopt"}
+    assert found["export_aligned"] == {"model": "align", "tokenizer": "adopt"}
+    assert found["export_adopted"] == {"model": "adopt", "tokenizer": "adopt"}
+
+
 @pytest.mark.parametrize(
     ("steps", "said"),
     [

@@ -325,6 +325,10 @@ def test_labels_count_alike_where_that_is_asked_for(
     metrics = trained(config(given, balance="equal", epochs=0.5), inputs, tmp_path / "equal")
     assert metrics["texts"] + metrics["held_out_texts"] == 2 * 14 * len(SPAM)
     assert metrics["dropped/more than the rarest label has"] == 200
+    held_out = [
+        row["labels"][0] for row in pq.read_table(tmp_path / "equal" / "predictions.parquet").to_pylist()
+    ]
+    assert 0.3 < held_out.count("ham") / len(held_out) < 0.7
     weighed = trained(config(given, balance="weights", epochs=0.5), inputs, tmp_path / "weights")
     alike = trained(config(given, epochs=0.5), inputs, tmp_path / "alike")
     assert weighed["texts"] == alike["texts"]

@@ -83,9 +83,9 @@ def choose_pre_tokenizer(ours: pre_tokenizers.PreTokenizer, *, ignore_merges: bo
     differing, name = nearest
     if differing:
         raise UserError(
-            f"export.gguf: llama.cpp cuts no text as this tokenizer does ({name}, the nearest, differs on {differing} "
-            f"of {len(TRIALS)} texts):\nleave it out, or train tokenizer and model with train_tokenizer.pattern=cl100k "
-            "(or gpt2, or docs/gguf.md's for every script)"
+            f"export.gguf: llama.cpp has no rules that cut text as this tokenizer does ({name}, the nearest, "
+            f"differ on {differing} of {len(TRIALS)} texts):\nleave it out, or train tokenizer and model with "
+            "train_tokenizer.pattern=cl100k or gpt2 (docs/gguf.md has one for Hindi, Thai ...)"
         )
     return name
 

@@ -61,6 +61,7 @@ MAY_BE_SKIPPED = {
     "Slurm's daemons are not installed": 1,
     "can't be had": 4,
     "lm-evaluation-harness is not installed": 4,
+    "llama-cpp-python is not installed": 13,
 }
 """What a machine may lack (a pattern of the reason), and how many tests may be skipped for it: none is in silence."""
 

@@ -82,6 +82,10 @@ class TokenizerConfig(StageConfig):
         """The regular expression that `pattern` stands for."""
         return PATTERNS.get(self.pattern, self.pattern)
 
+    def pre_tokenizer(self) -> pre_tokenizers.PreTokenizer:
+        """Return what cuts text before merging."""
+        return byte_level(split(self.split))
+
     @field_validator("pattern")
     @classmethod
     def _pattern_is_known(cls, pattern: str) -> str:
@@ -248,10 +252,8 @@ def strings(texts: pa.Array, at_once: int = 256) -> Iterator[str]:
 def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     """Learn the merges; the same texts give the same vocabulary whatever the number of threads."""
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(config.split), behavior="isolated")
     cut = pre_tokenizers.FixedLength(length=LONGEST_WORD)
-    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, cut, by_bytes])
+    tokenizer.pre_tokenizer = byte_level(split(config.split), cut)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -260,16 +262,27 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, by_bytes])
+    tokenizer.pre_tokenizer = config.pre_tokenizer()
     return tokenizer
+
+
+def split(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer that cuts text at each match of a regular expression, and between them."""
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
+def byte_level(*steps: pre_tokenizers.PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Return a pre-tokenizer of some steps, then of characters that stand for bytes."""
+    by_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    return pre_tokenizers.Sequence([*steps, by_bytes])
 
 
 def long_words(tokenizer: Tokenizer, texts: pa.Array) -> int:
     """Count the words of the texts longer than `LONGEST_WORD`, where one kind of character alone is as long."""
-    split = tokenizer.pre_tokenizer[0]
+    words = tokenizer.pre_tokenizer[0]
     found = texts.filter(pa.array(longest_runs(texts) >= LONGEST_WORD))
     return sum(
-        len(word) > LONGEST_WORD for text in strings(found) for word, _ in split.pre_tokenize_str(text)
+        len(word) > LONGEST_WORD for text in strings(found) for word, _ in words.pre_tokenize_str(text)
     )
 
 

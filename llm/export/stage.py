@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.text import table
 from data_pipeline.stage import Metrics, StageContext
@@ -31,6 +32,8 @@ from llm.chat.template import FILE, Chat
 from llm.classify.labels import FILE as LABELS
 from llm.classify.labels import read_labels
 from llm.export.config import ExportConfig
+from llm.export.gguf import file_name, write_gguf
+from llm.export.llama_cpp import require_reproducible
 from llm.export.model_card import about_tokens, model_card
 from llm.model.config import ModelConfig
 from llm.model.layouts import exported_weights, layout_of, transformers_config
@@ -45,27 +48,71 @@ def export(config: ExportConfig, inputs: Mapping[str, Path], out: Path, context:
     """Write the folder and load it back; ``inputs`` are all the stages before.
 
     Raises:
-        UserError: `transformers` has no layout for the model.
+        UserError: `transformers` has no layout for the model, or llama.cpp can't give the tokenizer's ids.
         RuntimeError: `transformers` computes other logits from the folder than we do from the model.
     """
+    if config.gguf:
+        require_reproducible(inputs["tokenizer"])
     model = load_model(inputs["model"], labels=True)
+    if config.gguf and model.config.labels:
+        raise UserError(
+            "export.gguf is for a model that continues text, and this one gives texts labels: leave it out"
+        )
     tokenizer = load_tokenizer(inputs["tokenizer"])
     its = write_loadable(model, inputs["tokenizer"], out, config.dtype, template=template_of(inputs["model"]))
     if model.config.labels:
         write_labels(inputs["model"], out)
     difference = (label_difference if model.config.labels else logits_difference)(model, out)
     allowed = TOLERANCE if difference <= TOLERANCE else TOLERANCE * max(1.0, logits_scale(model))
-    if not difference <= allowed:
-        raise RuntimeError(
-            f"transformers' logits differ from ours by {difference:.2e}, more than {allowed:.0e}"
-        )
+    require_same(difference, allowed, out)
     metrics = {"parameters": float(model.parameter_count()), "logits_max_abs_difference": difference}
+    metrics |= write_ggufs(config, model, out, allowed=allowed, context=context)
     tokens = about_tokens(end_of(tokenizer), its)
     write_text(
         out / "README.md", model_card(config.name, model.config, read_manifests(inputs), metrics, tokens)
     )
-    write_text(out / "report.md", report(config, model.config, (difference, allowed), out))
+    write_text(out / "report.md", report(config, model.config, metrics, allowed=allowed, out=out))
     return metrics
+
+
+def write_ggufs(
+    config: ExportConfig, model: Transformer, out: Path, *, allowed: float, context: StageContext
+) -> Metrics:
+    """Write the GGUF files that a config asks for. That in fp32 is loaded back by `transformers`.
+
+    Args:
+        allowed: difference of logits that it may have.
+
+    Returns:
+        How far its logits are from ours.
+
+    Raises:
+        RuntimeError: farther than that.
+    """
+    metrics = {}
+    for kind in config.gguf:
+        file = file_name(kind)
+        if wider := write_gguf(out, kind, name=config.name):
+            context.note(
+                f"{file}: {len(wider)} matrices ({wider[0]} ...) are F16, for rows must be blocks of 32"
+            )
+        if kind == "F32":
+            difference = logits_difference(model, out, file)
+            require_same(difference, allowed, out / file)
+            metrics["gguf_logits_max_abs_difference"] = difference
+    return metrics
+
+
+def require_same(difference: float, allowed: float, written: Path) -> None:
+    """See that logits of what was written differ by no more than may be.
+
+    Raises:
+        RuntimeError: they do.
+    """
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"transformers' logits of {written.name} differ from ours by {difference:.2e}, more than {allowed:.0e}"
+        )
 
 
 def template_of(folder: Path) -> str | None:
@@ -161,18 +208,21 @@ def write_tokenizer(
     return config
 
 
-def report(config: ExportConfig, model: ModelConfig, difference: tuple[float, float], out: Path) -> str:
+def report(config: ExportConfig, model: ModelConfig, metrics: Metrics, *, allowed: float, out: Path) -> str:
     """Return the stage's report in Markdown: what the model card, ``README.md``, does not hold.
 
-    ``difference`` of logits is the one that was found, and the one that is allowed.
+    ``allowed`` is the difference of logits that fp32 may have.
     """
     architecture = transformers_config(model, 0, config.dtype)["architectures"][0]
     files = sorted(path for path in out.iterdir() if path.is_file() and not path.name.startswith("."))
     rows = [(path.name, f"{path.stat().st_size:,}") for path in files if path.name != "report.md"]
+    gguf = "gguf_logits_max_abs_difference"
+    ours = f" Those of {file_name('F32')} differ by at most {metrics[gguf]:.1e}." if gguf in metrics else ""
     return (
         f"# Export of {config.name}\n\n"
         f"`transformers` loads it as {architecture}, weights in {config.dtype}. Its logits differ from ours by at "
-        f"most {difference[0]:.1e} (allowed: {difference[1]:.0e}).\n\n{table(('file', 'bytes'), rows)}"
+        f"most {metrics['logits_max_abs_difference']:.1e} (allowed: {allowed:.0e}).{ours}\n\n"
+        + table(("file", "bytes"), rows)
     )
 
 
@@ -190,13 +240,22 @@ def random_tokens(config: ModelConfig, sequences: int = 2, positions: int = 256)
 
 
 @torch.inference_mode()
-def logits_difference(model: Transformer, folder: Path) -> float:
-    """Largest absolute difference between the logits of ``folder`` in `transformers` and of ``model``, in fp32."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def logits_difference(model: Transformer, folder: Path, gguf: str | None = None) -> float:
+    """Largest absolute difference between the logits of ``folder`` in `transformers` and of ``model``, in fp32.
+
+    Args:
+        gguf: the file there that has the weights; None: those in safetensors. `transformers` reads but a part of
+            what it says of their shape, so that is taken from ``config.json``.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    modeling_gguf_pytorch_utils.tqdm = logging.tqdm  # which heeds that; its own bar does not
+    described = AutoConfig.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=gguf, config=described, dtype=torch.float32
+    ).eval()
     vocab_size = len(AutoTokenizer.from_pretrained(folder))
     assert vocab_size <= model.config.vocab_size, f"the tokenizer has {vocab_size} entries, the model fewer"
     tokens_BT = random_tokens(model.config)

@@ -19,7 +19,7 @@ from flows.engine.store import Store
 
 FINETUNE = """\
 finetune:
-  data: {{path: {corpus}.conversations.jsonl}}
+  data: {{path: {corpus}.conversations.jsonl, license: CC-BY-4.0, origin: made for a test}}
   epochs: 6
   batch_rows: 4
   held_out: 0.2
@@ -72,7 +72,9 @@ def test_it_runs_and_is_run_again_alone_compared_and_talked_to(tuned: Llmill) ->
     [model], [exported] = store.artifacts("finetune"), store.artifacts("export")
     assert exported.inputs["model"].fingerprint == model.fingerprint
     assert model.metrics["val_loss"] < model.metrics["val_loss_before"]
-    assert "trained on conversations" in (exported.path / "README.md").read_text(encoding="utf-8")
+    card = (exported.path / "README.md").read_text(encoding="utf-8")
+    assert "trained on conversations" in card
+    assert "made for a test | CC-BY-4.0 |" in card
     assert AutoTokenizer.from_pretrained(exported.path).chat_template
 
     client = MlflowClient(f"sqlite:///{tuned.home}/mlflow.db")

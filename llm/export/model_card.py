@@ -65,6 +65,8 @@ Manifests = Mapping[str, Mapping[str, Any]]
 """Manifests by the names of steps, and of the inputs by type too."""
 ABOUT = {"adopt": ADOPTED, "finetune": FINETUNED, "align": ALIGNED, "classify": CLASSIFIES}
 """Stage that made the model -> what the card says of it."""
+TUNED = ("finetune", "align", "classify")
+"""Stages that train a model further, on files of their own."""
 INPUTS = ("model", "tokenizer", "scores")
 
 
@@ -96,6 +98,7 @@ def model_card(
         classified(manifests.get("model", {})) if model.labels else scores(evaluation(manifests)),
         "## Training text",
         sources(of_stage(manifests, "download")),
+        *tunings(manifests),
         "## How it was made",
         lineage(manifests),
     ]
@@ -131,6 +134,24 @@ def adoptions(manifests: Manifests) -> list[str]:
         hashed = f"`{content}`" if content else "that of the revision"
         rows.append((config["type"], stated, config.get("license") or "not stated", hashed))
     return ["## Made from", table(("", "origin", "licence", "SHA-256 of the content"), rows)] if rows else []
+
+
+def tunings(manifests: Manifests) -> list[str]:
+    """List the files of conversations, preferences or labelled texts that the model was trained on; often nothing."""
+    found = {one["fingerprint"]: one for one in manifests.values() if one.get("stage") in TUNED}
+    rows = [
+        (
+            manifest["stage"],
+            one["name"],
+            one.get("origin") or "not stated",
+            one.get("license") or "not stated",
+            f"`{one['path']}`",
+        )
+        for manifest in found.values()
+        for one in manifest["config"]["data"]
+    ]
+    titles = ("stage", "file", "origin", "licence", "SHA-256")
+    return ["## Trained further on", table(titles, rows)] if rows else []
 
 
 def scores(manifest: Mapping[str, Any]) -> str:

@@ -37,6 +37,10 @@ class DataFile(Config):
     ``hf://datasets/OWNER/NAME@REVISION/FILE``)."""
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.-]+$")
     """Name in reports; None: the file's."""
+    license: str | None = None
+    """Licence under which it may be used, for the model card."""
+    origin: str | None = None
+    """Where it comes from, in words, for the model card."""
     weight: float | None = Field(default=None, gt=0)
     """Weight of its rows in what is read, where each file has one; None: each row as often as any other."""
 
@@ -67,7 +71,7 @@ class RowsConfig(TrainingConfig):
     longest: ClassVar[int] = 1024
     """Tokens of a row, at most, where it is not said."""
     data: tuple[DataFile, ...] = Field(min_length=1)
-    """Files of them; one may be given by itself."""
+    """Files of the texts; one may be given by itself."""
     context: int | None = Field(default=None, ge=16)
     """Tokens of a row, into which whole texts are packed; None: as many as the model reads, at most 1,024."""
     longer: Literal["cut", "drop"] = "cut"
@@ -166,6 +170,7 @@ class RowsConfig(TrainingConfig):
         values = super().identity()
         for described, file in zip(values["data"], self.files, strict=True):
             described["path"] = file.sha256
+            described["name"] = described["name"] or file.path.name.partition(".")[0]
         return values
 
     def row_length(self, model: ModelConfig) -> int:

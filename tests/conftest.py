@@ -39,8 +39,9 @@ SLOWEST = (
 LONGER = (
     "test_chat", "test_clean", "test_dedup", "test_delivery", "test_deploy", "test_discards", "test_harness",
     "test_homes", "test_hub", "test_installation", "test_interrupts", "test_kubernetes", "test_minhash", "test_nodes",
-    "test_objects", "test_optim", "test_readers", "test_remote", "test_schedule", "test_servers", "test_start",
-    "test_state", "test_steps", "test_stopping", "test_takedown", "test_token_shards", "test_tokenizer",
+    "test_objects", "test_optim", "test_preference", "test_readers", "test_remote", "test_schedule", "test_servers",
+    "test_start", "test_state", "test_steps", "test_stopping", "test_takedown", "test_token_shards", "test_tokenizer",
+    "test_votes",
 )  # fmt: skip
 """Others that take more than seven seconds each."""
 SHARED = {"test_compare": "swept", "test_promote": "swept", "test_sweep": "swept"}

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import re
-import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,6 +11,7 @@ import httpx
 import openai
 import pytest
 from browser import open_browser
+from chat_server import start_chat
 from command_line import Llmill
 
 from flows.engine.store import Store
@@ -24,37 +22,12 @@ def home(copy_finished: Callable[[Path], Llmill], tmp_path_factory: pytest.TempP
     return copy_finished(tmp_path_factory.mktemp("web") / "home")
 
 
-def started(llmill: Llmill, *arguments: str, **environment: str) -> tuple[subprocess.Popen[str], str]:
-    """A server, and where it is."""
-    command = [sys.executable, "-m", "flows.cli.start", "chat", "--web", "--port", "0", *arguments]
-    process = subprocess.Popen(
-        command,
-        env=llmill.environment(**environment),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    assert process.stderr
-    said = ""
-    for line in process.stderr:
-        said += line
-        if found := re.search(r"at (http://\S+) ", said.replace("\n", " ")):
-            return process, found[1]
-    raise AssertionError(said)
-
-
-def ended(process: subprocess.Popen[str]) -> None:
-    os.kill(process.pid, signal.SIGINT)
-    process.communicate(timeout=100)
-    assert process.returncode in (0, 130, -signal.SIGINT)
-
-
 @pytest.fixture(scope="module")
 def where(home: Llmill) -> Iterator[str]:
     exported = Store(home.home).artifacts("export")[-1].path
-    process, address = started(home, "latest", str(exported))
-    yield address
-    ended(process)
+    server = start_chat(home, "latest", str(exported), "--open")
+    yield server.where
+    server.end()
 
 
 def test_openais_client_talks_to_it(where: str) -> None:
@@ -101,6 +74,24 @@ def test_openais_client_talks_to_it(where: str) -> None:
             client.chat.completions.create(**{**asked, **wrong})
 
 
+def test_a_request_of_half_characters_is_refused_in_words(where: str) -> None:
+    for body in (b'{"model": "\\ud800", "messages": [1]}', b'{"\\ud800": 1}'):
+        refused = httpx.post(f"{where}/v1/chat/completions", content=body)
+        assert refused.status_code in (400, 404)
+        assert refused.json()["error"]["message"]
+
+
+def test_who_leaves_in_the_middle_of_an_answer_leaves_the_model_to_others(where: str) -> None:
+    name = httpx.get(f"{where}/v1/models").json()["data"][0]["id"]
+    body = {"model": name, "messages": [{"role": "user", "content": "import os"}], "max_tokens": 50}
+    for _ in range(3):
+        with httpx.stream(
+            "POST", f"{where}/v1/chat/completions", json={**body, "stream": True}, timeout=60
+        ) as sent:
+            next(sent.iter_bytes())
+    assert httpx.post(f"{where}/v1/chat/completions", json=body, timeout=60).status_code == 200
+
+
 def test_no_web_page_of_others_can_use_it(where: str) -> None:
     body = {"model": "x", "messages": [{"role": "user", "content": "x"}]}
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
@@ -118,13 +109,13 @@ def test_others_are_let_in_with_a_key_only(home: Llmill) -> None:
     done = subprocess.run(command, env=home.environment(), capture_output=True, text=True)
     assert done.returncode == 2
     assert "give a key" in done.stderr
-    process, where = started(home, "--host", "0.0.0.0", LLMILL_CHAT_KEY="geheim")
-    where = where.replace("0.0.0.0", "127.0.0.1")
+    server = start_chat(home, "--host", "0.0.0.0", LLMILL_CHAT_KEY="geheim")
+    where = server.where.replace("0.0.0.0", "127.0.0.1")
     assert httpx.get(f"{where}/v1/models").status_code == 401
     assert openai.OpenAI(base_url=f"{where}/v1", api_key="geheim").models.list().data
     with pytest.raises(openai.AuthenticationError):
         openai.OpenAI(base_url=f"{where}/v1", api_key="falsch").models.list()
-    ended(process)
+    server.end()
 
 
 def test_a_person_talks_with_both_on_the_page(where: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -47,6 +49,35 @@ def write_durably(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
+    fsync(path.parent)
+
+
+def append_durably(file: int, data: bytes) -> None:
+    """Add to the end of a file that is open to append to: all is on disk when this returns, or nothing is there."""
+    size = os.fstat(file).st_size
+    try:
+        if os.write(file, data) < len(data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.fsync(file)
+    except OSError:
+        os.ftruncate(file, size)
+        raise
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file that several processes may add to; it is on disk when this returns.
+
+    What a kill left of another's line becomes a line of its own.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+        size = os.fstat(file).st_size
+        torn = size and os.pread(file, 1, size - 1) != b"\n"
+        append_durably(file, b"\n" * bool(torn) + line.encode() + b"\n")
+    finally:
+        os.close(file)
     fsync(path.parent)
 
 

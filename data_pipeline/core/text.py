@@ -40,6 +40,11 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
+def p_text(p_value: float) -> str:
+    """Format a p-value: ``0.021``, ``< 0.001``."""
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def clock(time: int) -> str:
     """A time (in milliseconds since 1970) as people here write it: of today, without the day."""
     when = datetime.fromtimestamp(time / 1000)

@@ -8,7 +8,7 @@ import shlex
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +17,7 @@ import typer
 
 from data_pipeline.core.errors import UserError
 from flows.cli.models import finite, write_pieces
-from flows.cli.options import HOME, Home, announce
+from flows.cli.options import HOME, Home, announce, at_home, writable
 from flows.engine.process import quiet_libraries
 from flows.engine.store import Store
 
@@ -32,7 +32,7 @@ def chat(
         list[str] | None,
         typer.Argument(
             help="A folder, a fingerprint, a run's name, latest or models:/NAME@ALIAS; else the newest model. With "
-            "--web, several.",
+            "--web, several: two are compared blind.",
             metavar="[MODEL ...]",
         ),
     ] = None,
@@ -40,6 +40,14 @@ def chat(
         bool,
         typer.Option("--web", help="Serve a page, and OpenAI's HTTP interface, in place of the terminal."),
     ] = False,
+    blind: Annotated[
+        bool | None,
+        typer.Option(
+            "--blind/--open",
+            help="With --web and two models: hide which is which until one votes, or show it and keep no votes.",
+            show_default="blind, of two models",
+        ),
+    ] = None,
     host: Annotated[str, typer.Option(help="With --web: another address needs --key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --web; 0: any free one.")] = 8765,
     key: Annotated[
@@ -59,15 +67,14 @@ def chat(
     quiet_libraries()
     if len(models or ()) > 1 and not web:
         raise UserError("one model is talked to in the terminal: name one, or add --web")
-    announce(f"loading {', '.join(models or ['the newest model'])}")
-    from flows.compare.talkers import find_speaker
+    if blind and (not web or len(models or ()) != 2):
+        raise UserError("--blind compares two models on a page: name two, with --web")
+    hidden = web and len(models or ()) == 2 and blind is not False
+    speakers = load(models or [None], home, known=hidden)
+    if web:
+        return serve(speakers, host=host, port=port, key=key, blind=Store(home) if hidden else None)
     from llm.chat.talk import Talk
 
-    speakers = (
-        [find_speaker(one, Store(home)) for one in models] if models else [find_speaker(None, Store(home))]
-    )
-    if web:
-        return serve(speakers, host=host, port=port, key=key)
     [speaker] = speakers
     room = max(1, speaker.model.config.context // 2)
     talk = Talk(
@@ -79,20 +86,36 @@ def chat(
         talk_on(talk)
 
 
-def serve(speakers: Any, *, host: str, port: int, key: str | None) -> None:
+def load(models: Sequence[str | None], home: Path, *, known: bool) -> list[Any]:
+    """Load models; ``known`` has them with their fingerprints, for votes on them in a home that can be written to."""
+    if known:
+        writable(home)
+    announce(f"loading {', '.join(one or 'the newest model' for one in models)}")
+    from flows.compare.talkers import find_known, find_speaker
+
+    return [
+        find_known(one, Store(home)) if known and one else find_speaker(one, Store(home)) for one in models
+    ]
+
+
+def serve(speakers: Any, *, host: str, port: int, key: str | None, blind: Store | None) -> None:
     """Serve the page and the interface until Ctrl-C.
 
+    Args:
+        blind: keeps the votes on the two models; None: they are not compared blind.
+
     Raises:
-        UserError: others could reach it without a key, or the port is taken.
+        UserError: others could reach it without a key, the port is taken, or the models are the same.
     """
     import uvicorn
 
-    from llm.chat.api import LOOPBACK, make_app
+    from llm.chat.api import LOOPBACK
 
     if host not in LOOPBACK and not key:
         raise UserError(f"--host {host} lets others in: give a key with --key, or LLMILL_CHAT_KEY")
     if len({one.name for one in speakers}) < len(speakers):
         raise UserError("two of the models are the same: name another")
+    app = app_of(speakers, key, blind)
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -104,9 +127,30 @@ def serve(speakers: Any, *, host: str, port: int, key: str | None) -> None:
         note(
             f"{', '.join(one.name for one in speakers)} at {where} (OpenAI's interface at {where}/v1); Ctrl-C ends"
         )
-        server = uvicorn.Server(uvicorn.Config(make_app(speakers, key=key), log_level="warning"))
+        server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         with interruptible(), suppress(KeyboardInterrupt):
             server.run(sockets=[listener])
+
+
+def app_of(speakers: Any, key: str | None, store: Store | None) -> Any:
+    """Make the server of some models, which compares two of them blind where there is a store for votes.
+
+    Raises:
+        UserError: the two are the same, or earlier votes can't be read.
+    """
+    from llm.chat.api import PAGES, make_app
+    from llm.chat.blind import Blind, add_routes
+
+    if store is None:
+        return make_app(speakers, key=key)
+    first, second = speakers
+    if first.fingerprint == second.fingerprint:
+        raise UserError(f"both are model {first.fingerprint}: name another, or compare them with --open")
+    blind = Blind(first, second, file=store.votes, report=note)
+    note(f"blind: {blind.tally().summary} (which leads: llmill votes{at_home(store.home)})")
+    app = make_app(speakers, key=key, page=PAGES / "blind.html")
+    add_routes(app, blind)
+    return app
 
 
 @contextmanager

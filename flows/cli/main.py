@@ -27,6 +27,7 @@ from flows.cli import (
     servers,
     settings,
     tracking,
+    votes,
 )
 from flows.cli.signals import heed_signals
 
@@ -42,7 +43,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         artifacts.gc,
         settings.settings,
     ),
-    "Compare": (comparison.compare, score.score),
+    "Compare": (comparison.compare, score.score, votes.votes),
     "Models": (models.generate, chat.chat, classify.classify, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }

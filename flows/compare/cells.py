@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from data_pipeline.core.text import duration
-from flows.compare.claims import Claim, p_text
+from data_pipeline.core.text import duration, p_text
+from flows.compare.claims import Claim
 from flows.compare.compare import Comparison
 from flows.compare.curves import curve_rows
 from flows.compare.fixed import MEASURES, Answer

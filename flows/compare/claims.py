@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from data_pipeline.core.text import p_text
 from llm.score.statistics import LEVEL, Estimate
 
 SECOND, FIRST, NONE = "second is better", "first is better", "no difference shown"
@@ -108,8 +109,3 @@ def outcome(estimate: Estimate, p_value: float, least: float = 0.0, *, more_is_b
     if far < least:
         return found + LESS
     return found + PERHAPS_LESS if near < least and least else found
-
-
-def p_text(p_value: float) -> str:
-    """``0.021``, ``< 0.001``."""
-    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"

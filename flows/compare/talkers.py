@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.core.errors import UserError
@@ -17,14 +18,39 @@ def find_speaker(text: str | None, store: Store) -> Speaker:
     Raises:
         UserError: it names nothing, or several things, or no model.
     """
-    if text and (Path(text) / "config.json").exists():
+    if text and is_loaded_as_it_is(text):
         return Speaker.of(Path(text).name, Path(text), Path(text))
-    if text is None:
-        return speaker_of(newest(store))
+    return speaker_of(newest(store) if text is None else find_model(text, store))
+
+
+def find_known(text: str, store: Store) -> Speaker:
+    """Load what a person names, with its fingerprint; a folder's is that of the artifact that it is a copy of, or would
+    be once adopted.
+
+    Raises:
+        UserError: as in `find_speaker`.
+    """
+    model = find_model(text, store)
+    fingerprint = str(model.steps[model.sources["model"]].fingerprint)
+    speaker = find_speaker(text, store) if is_loaded_as_it_is(text) else speaker_of(model)
+    return replace(speaker, fingerprint=fingerprint)
+
+
+def is_loaded_as_it_is(text: str) -> bool:
+    """Whether a person names a folder that `transformers` loads."""
+    return (Path(text) / "config.json").exists()
+
+
+def find_model(text: str, store: Store) -> Model:
+    """Find the one model that a person names.
+
+    Raises:
+        UserError: it names nothing, or several things, or no model.
+    """
     found = find_models(text, store)
     if len(found) > 1:
         raise UserError(f"{text} has {len(found)} models: {', '.join(one.name for one in found)}; name one")
-    return speaker_of(found[0])
+    return found[0]
 
 
 def newest(store: Store) -> Model:

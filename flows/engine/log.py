@@ -8,7 +8,6 @@ written behind whole ones, and a line that a kill tore is the last.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -24,7 +23,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from data_pipeline.core.files import fsync
+from data_pipeline.core.files import append_durably, fsync
 from flows.engine.events import (
     SCHEMA,
     Event,
@@ -95,14 +94,7 @@ class LogFile:
         data = "".join(json.dumps(line, allow_nan=False) + "\n" for line in lines).encode()
         file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         try:
-            size = os.fstat(file).st_size
-            try:
-                if os.write(file, data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(file)
-            except OSError:
-                os.ftruncate(file, size)
-                raise
+            append_durably(file, data)
         finally:
             os.close(file)
 

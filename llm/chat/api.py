@@ -6,18 +6,19 @@ from __future__ import annotations
 
 import json
 import secrets
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
-from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.staticfiles import StaticFiles
 from pydantic import Field, ValidationError
+from starlette.types import Send
 
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
@@ -36,29 +37,34 @@ IGNORED = (
     "prompt_cache_key",
 )
 """Fields that change nothing of an answer."""
-PAGE = Path(__file__).with_name("page.html")
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+PAGES = Path(__file__).with_name("page")
+POLICY = "default-src 'none'; style-src 'self'; script-src 'self'; connect-src 'self'"
 """Rights of the page: it may ask this server, and do nothing else."""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
-class Asked(Config):
+class Settings(Config):
     """Settings of an answer that a request may give."""
 
-    model: str
     temperature: float = Field(default=0.7, ge=0, le=100)
     top_p: float = Field(default=0.95, gt=0, le=1)
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    seed: int = Field(default=0, ge=0)
-    stop: str | tuple[str, ...] | None = None
-    stream: bool = False
-    n: int = Field(default=1, ge=1, le=1)
 
     @property
     def most(self) -> int:
         """Tokens of the answer, at most."""
         return self.max_completion_tokens or self.max_tokens or MOST
+
+
+class Asked(Settings):
+    """A request for an answer of a model."""
+
+    model: str
+    seed: int = Field(default=0, ge=0)
+    stop: str | tuple[str, ...] | None = None
+    stream: bool = False
+    n: int = Field(default=1, ge=1, le=1)
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -87,16 +93,37 @@ class Refused(Exception):
         self.status = status
 
 
-def make_app(speakers: Sequence[Speaker], *, key: str | None = None) -> FastAPI:
+Body = TypeVar("Body", bound=Config)
+
+
+class Events(StreamingResponse):
+    """A stream of server-sent events that ends where the client leaves, so that the model is free for the next."""
+
+    def __init__(self, values: Generator[Mapping[str, Any] | str, None, None]) -> None:
+        """Send values as JSON, and texts as they are."""
+        super().__init__(map(sent, values), media_type="text/event-stream")
+        self._values = values
+
+    async def stream_response(self, send: Send) -> None:
+        try:
+            await super().stream_response(send)
+        finally:
+            self._values.close()  # Starlette leaves it as it is, for the garbage collector
+
+
+def make_app(
+    speakers: Sequence[Speaker], *, key: str | None = None, page: Path = PAGES / "chat.html"
+) -> FastAPI:
     """Make the server of some models.
 
     Args:
         key: that each request must bear; None: nobody else can reach it, so none is needed. Then only requests that
             name this machine are answered, so that no web page that somebody opens can use it.
+        page: that stands at ``/``.
     """
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
     known = {one.name: one for one in speakers}
-    locks = {one.name: threading.Lock() for one in speakers}
+    app.mount("/page", StaticFiles(directory=PAGES))
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Any) -> Response:
@@ -105,11 +132,16 @@ def make_app(speakers: Sequence[Speaker], *, key: str | None = None) -> FastAPI:
         except Refused as error:
             return failure(error)
         answered: Response = await call_next(request)
+        answered.headers["Cache-Control"] = "no-store"
         return answered
 
+    @app.exception_handler(Refused)
+    async def refuse(_: Request, error: Refused) -> Response:
+        return failure(error)
+
     @app.get("/")
-    def page() -> Response:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers={"Content-Security-Policy": POLICY})
+    def begin() -> Response:
+        return FileResponse(page, headers={"Content-Security-Policy": POLICY})
 
     @app.get("/v1/models")
     def models() -> Any:
@@ -125,19 +157,14 @@ def make_app(speakers: Sequence[Speaker], *, key: str | None = None) -> FastAPI:
         return await answered(request, TextAsked)
 
     async def answered(request: Request, kind: type[ChatAsked] | type[TextAsked]) -> Response:
-        try:
-            asked = parsed(await request.body(), kind)
-            if asked.model not in known:
-                raise Refused(404, f"there is no model {asked.model}; there are {', '.join(known)}")
-            speaker, lock = known[asked.model], locks[asked.model]
-            reply = reply_to(asked, speaker)
-        except Refused as error:
-            return failure(error)
+        asked = parsed(await request.body(), kind)
+        if asked.model not in known:
+            raise Refused(404, f"there is no model {asked.model}; there are {', '.join(known)}")
+        reply = reply_to(asked, known[asked.model])
         shape = CHAT if isinstance(asked, ChatAsked) else TEXT
         if asked.stream:
-            chunks = streamed(reply, asked, shape, lock)
-            return StreamingResponse(chunks, media_type="text/event-stream")
-        return JSONResponse(await run_in_threadpool(whole, reply, asked, shape, lock))
+            return Events(streamed(reply, asked, shape))
+        return JSONResponse(await run_in_threadpool(whole, reply, asked, shape))
 
     return app
 
@@ -160,7 +187,7 @@ def require_welcome(headers: Mapping[str, str], key: str | None) -> None:
         raise Refused(403, "this server answers programs on its own machine only")
 
 
-def parsed(body: bytes, kind: type[ChatAsked] | type[TextAsked]) -> ChatAsked | TextAsked:
+def parsed(body: bytes, kind: type[Body]) -> Body:
     """Read a request.
 
     Raises:
@@ -213,9 +240,9 @@ def reply_to(asked: ChatAsked | TextAsked, speaker: Speaker) -> Reply:
 CHAT, TEXT = "chat.completion", "text_completion"
 
 
-def whole(reply: Reply, asked: Asked, shape: str, lock: threading.Lock) -> dict[str, Any]:
+def whole(reply: Reply, asked: Asked, shape: str) -> dict[str, Any]:
     """Return the answer to a request that is not streamed."""
-    with lock:
+    with reply.speaker.lock:
         text = "".join(before_stops(reply, asked.stops))
     said = {"message": {"role": "assistant", "content": text}} if shape == CHAT else {"text": text}
     counts = {"prompt_tokens": len(reply.prompt), "completion_tokens": reply.tokens}
@@ -226,22 +253,27 @@ def whole(reply: Reply, asked: Asked, shape: str, lock: threading.Lock) -> dict[
     }
 
 
-def streamed(reply: Reply, asked: Asked, shape: str, lock: threading.Lock) -> Iterator[str]:
-    """Yield the answer as server-sent events."""
+def streamed(reply: Reply, asked: Asked, shape: str) -> Generator[Mapping[str, Any] | str, None, None]:
+    """Yield the answer as the events of a stream."""
     about = named(asked, f"{shape}.chunk" if shape == CHAT else shape)
 
-    def event(said: dict[str, Any], finish: str | None = None) -> str:
+    def event(said: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         held = {"delta": said} if shape == CHAT else {"text": said.get("content", "")}
-        value = {**about, "choices": [{"index": 0, **held, "finish_reason": finish}]}
-        return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n"
+        return {**about, "choices": [{"index": 0, **held, "finish_reason": finish}]}
 
-    with lock:
+    with reply.speaker.lock:
         if shape == CHAT:
             yield event({"role": "assistant", "content": ""})
         for piece in before_stops(reply, asked.stops):
             yield event({"content": piece})
     yield event({}, reply.finish)
-    yield "data: [DONE]\n\n"
+    yield "[DONE]"
+
+
+def sent(value: Mapping[str, Any] | str) -> str:
+    """Return a value, or a text, as a server-sent event."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return f"data: {text}\n\n"
 
 
 def named(asked: Asked, kind: str) -> dict[str, Any]:
@@ -273,4 +305,7 @@ def before_stops(reply: Reply, stops: Sequence[str]) -> Iterator[str]:
 def failure(error: Refused) -> Response:
     """Return an error as OpenAI's clients read it."""
     kind = "authentication_error" if error.status == 401 else "invalid_request_error"
-    return JSONResponse({"error": {"message": str(error), "type": kind, "code": None}}, error.status)
+    message = (
+        str(error).encode("utf-8", "backslashreplace").decode()
+    )  # it may name a field of halves of surrogates
+    return JSONResponse({"error": {"message": message, "type": kind, "code": None}}, error.status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +30,10 @@ class Speaker:
     tokenizer: Tokenizer
     chat: Chat | None
     """None of a model that was trained on no conversations: it goes on with a text."""
+    fingerprint: str = ""
+    """Name of the artifact that it is; empty where nobody asked for it."""
+    lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+    """Held by who has it answer, where several may: one answer at a time."""
 
     @classmethod
     def of(cls, name: str, model: Path, tokenizer: Path) -> Speaker:

@@ -1,5 +1,5 @@
-"""Contestants of `benchmarks.finetune`: each trains the same model once on the same conversations (llmill on a few less,
-which it holds out); it returns the tokens of these and the loss of its last step.
+"""Contestants of `benchmarks.finetune`: each trains the same model once on the same conversations (llmill on a few
+less, which it holds out); it returns the tokens of these and the loss of its last step.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def labelled(llmill: Llmill, *arguments: str, lines: str = "") -> subprocess.Com
 def test_it_runs_is_used_and_is_compared(spam: Llmill) -> None:
     out = " ".join(spam.run().stdout.split())
     assert "1 rejected: 1 no label" in out
+    assert f'llmill classify --home {spam.home} "..."' in out
     store = Store(spam.home)
     [made] = store.artifacts("classify")
     assert made.metrics["accuracy"] > made.metrics["accuracy_commonest"]

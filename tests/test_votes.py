@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.compare.talkers import find_known
 from flows.engine.store import Store
+from llm.align.pairs import pair_of
 from llm.chat.api import Refused
 from llm.chat.blind import MOST_ROUNDS, Blind, BlindAsked, Given
 from llm.chat.votes import Answer, Choice, Model, Vote, append_vote, read_votes, tallies, tally
@@ -462,6 +463,8 @@ def test_votes_are_a_data_set_of_preferences(tmp_path: Path) -> None:
     ):
         assert reason in said
     rows = [json.loads(line) for line in out.read_bytes().split(b"\n") if line]
+    for row in rows:  # as `align` reads them
+        assert pair_of(row)._asdict() == {name: row[name] for name in ("prompt", "chosen", "rejected")}
     assert [row["prompt"] for row in rows] == [
         [{"role": "user", "content": text}] for text in (*HOSTILE, "x")
     ]

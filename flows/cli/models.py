@@ -194,6 +194,11 @@ def promote(
         raise typer.Exit(1)
 
 
+def gives_labels(folder: Path) -> bool:
+    """Return whether the model in a folder gives texts labels: it continues none."""
+    return (folder / "labels.json").exists()
+
+
 def exported_model(store: Any, model: str | None) -> Path:
     """The folder of an exported model: one given as a path, by fingerprint, or the newest sealed one.
 
@@ -202,7 +207,7 @@ def exported_model(store: Any, model: str | None) -> Path:
     """
     if model and (Path(model) / "config.json").exists():
         return Path(model)
-    sealed = [one for one in store.artifacts("export") if not (one.path / "labels.json").exists()]
+    sealed = [one for one in store.artifacts("export") if not gives_labels(one.path)]
     exports = [one for one in sealed if model is None or one.fingerprint.startswith(model)]
     known = ", ".join(one.fingerprint for one in sealed) or "none"
     if not exports and model and Path(model).is_dir():

@@ -14,6 +14,7 @@ import typer
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.text import duration
 from flows.cli.completion import steps
+from flows.cli.models import gives_labels
 from flows.cli.options import (
     HOME,
     AsJson,
@@ -182,13 +183,21 @@ def report(pipeline: Pipeline, terminal: Terminal, home: Path) -> None:
         console.print(f"MLflow  run “{executor.order.name}” of experiment {executor.order.recipe.name}")
         if mlflow.table:
             console.print(f"        beside the others: {mlflow.table}", soft_wrap=True)
-    speak = ""
-    if exported:
-        newest = executor.store.artifacts("export")[-1].fingerprint  # which is taken where none is named
-        ours = exported[0].fingerprint
-        model = "" if ours == newest else f" --model {ours}"
-        speak = f'   ·   llmill generate{option}{model} --prompt "..."'
+    speak = f"   ·   {say(exported[0], executor.store, option)}" if exported else ""
     console.print(f"next    llmill ui{option}{speak}")
+
+
+def say(export: Any, store: Any, option: str) -> str:
+    """Return the command that uses an export: for one that gives labels, or continues texts."""
+    labels = gives_labels(export.path)
+    alike = [one for one in store.artifacts("export") if gives_labels(one.path) == labels]
+    # The newest one is taken where none is named.
+    model = "" if export.fingerprint == alike[-1].fingerprint else f" --model {export.fingerprint}"
+    return (
+        f'llmill classify{option}{model} "..."'
+        if labels
+        else f'llmill generate{option}{model} --prompt "..."'
+    )
 
 
 def plan(recipe: RecipePath, set_: Overrides = None, home: Home = HOME, as_json: AsJson = False) -> None:

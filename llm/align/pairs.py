@@ -51,8 +51,8 @@ def pair_of(row: Any) -> Pair:
     for answer in (chosen, rejected):
         if not answer or any(one["role"] != "assistant" for one in answer):
             raise Rejected("not the same question of both")
-        if not all(one["content"].strip() for one in answer):
-            raise Rejected("empty answer")
+    if not all(one["content"].strip() for one in chosen):
+        raise Rejected("empty answer")
     return Pair(list(prompt), list(chosen), list(rejected))
 
 

@@ -46,7 +46,7 @@ def report(
             [(said, found.accuracies[name].text()) for name, said in ways.items()],
         ),
         "",
-        f"The model is right in {100 * test.difference:+.1f} points more of the texts than the regression "
+        f"The model's accuracy is {100 * test.difference:+.1f} points above the regression's "
         f"({100 * test.low:+.1f} to {100 * test.high:+.1f}; McNemar's mid-p {test.p_value:.2g}), which learnt from "
         f"{min(MOST_TEXTS, int(metrics['texts'])):,} texts.",
         "",

@@ -6,6 +6,7 @@ Shape suffixes: R rows, T positions, B rows of a batch.
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_left, insort
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ IGNORED = -1
 """In place of a target that does not count."""
 REFERENCE = ".reference.npy"
 """Ending of the file of a source's nats under another model."""
+ROUND = 64
+"""Positions of a micro-batch are a multiple of this: of few shapes."""
 INDEX = "rows.json"
 """Names the sources and their rows; written last."""
 
@@ -133,6 +136,12 @@ class PackedRows:
         """Weight of each row in the mean over a step."""
         return np.concatenate([self._units(source) for source in self._sources])
 
+    @cached_property
+    def used_R(self) -> NDArray[np.int64]:
+        """Positions of each row up to its last target that counts: what comes behind moves nothing."""
+        places = np.arange(1, self._sources[0].shape[2] + 1)
+        return np.concatenate([((source[1] != IGNORED) * places).max(axis=1) for source in self._sources])
+
     def empty(self, count: int, pinned: bool = False) -> Batch:
         """Make room for ``count`` rows, in memory that a GPU can read directly where ``pinned``."""
         shape = (count, self._sources[0].shape[2])
@@ -171,8 +180,9 @@ class PackedRows:
         return batch
 
     def weighed(self, batches: Sequence[Batch], mine: Indices, everyone: Indices) -> list[Batch]:
-        """Return a rank's micro-batches with the weight of each in the step's loss, so that the mean over micro-batches
-        and ranks of their means is the mean over all that counts in the step.
+        """Return a rank's micro-batches, without the positions behind all that counts in them, with the weight of each
+        in the step's loss, so that the mean over micro-batches and ranks of their means is the mean over all that
+        counts in the step.
 
         Args:
             mine: the rows of ``batches``.
@@ -182,7 +192,9 @@ class PackedRows:
         weighed, start = [], 0
         for batch in batches:
             count = len(batch.tokens_BT)
-            units = self.units_R[mine[start : start + count].astype(np.int64)].sum()
+            rows = mine[start : start + count].astype(np.int64)
+            units, used = self.units_R[rows].sum(), self.used_R[rows].max()
+            batch = batch.begin(min(batch.tokens_BT.shape[1], math.ceil(used / ROUND) * ROUND))
             weighed.append(batch._replace(weight=float(units * len(everyone) / (count * total))))
             start += count
         return weighed

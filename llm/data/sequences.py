@@ -45,6 +45,10 @@ class Batch(NamedTuple):
         """Return sequences ``first`` to ``end - 1``, as views."""
         return self._each(lambda tensor: tensor[first:end])
 
+    def begin(self, positions: int) -> Batch:
+        """Return the first positions of each sequence."""
+        return self._each(lambda tensor: tensor[:, :positions].contiguous())
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         changed: dict[str, Any] = {
             name: change(value) for name, value in self._asdict().items() if isinstance(value, Tensor)

@@ -106,7 +106,7 @@ def test_every_form_of_a_row_is_read_and_what_is_none_is_rejected_with_why(
         "not the same question of both": {
             "chosen": [user("a"), user(asked), assistant(good)], "rejected": [user("a"), assistant(bad)]
         },
-        "empty answer": {"prompt": asked, "chosen": good, "rejected": " "},
+        "empty answer": {"prompt": asked, "chosen": " ", "rejected": bad},
         "other than text": {"prompt": asked, "chosen": 3, "rejected": bad},
         "spells a special token": {"prompt": asked, "chosen": "<|reserved_1|>", "rejected": bad},
         "unknown role": {"prompt": [{"role": "alien", "content": "x"}], "chosen": good, "rejected": bad},

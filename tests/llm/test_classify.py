@@ -246,6 +246,7 @@ def test_transformers_computes_the_same_from_the_export(
     manifest = {
         "stage": "classify",
         "fingerprint": "0" * 16,
+        "config": {"data": [{"name": "given", "path": "1" * 64}]},
         "metrics": {"f1": 0.5, "f1_low": 0.4, "f1_high": 0.6},
     }
     (tmp_path / "model" / "manifest.json").write_text(json.dumps(manifest))

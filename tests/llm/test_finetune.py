@@ -232,6 +232,22 @@ def test_loss_and_gradient_of_a_step_are_those_of_each_conversation_by_itself(
         torch.testing.assert_close(mine.double(), theirs, rtol=1e-3, atol=1e-6)
 
 
+def test_a_micro_batch_ends_where_nothing_counts_any_more() -> None:
+    given = [Conversation(range(1, size + 2), [True] * (size + 1)) for size in (10, 70, 100, 250)]
+    source = PackedRows([lay_out(given, [[0], [1], [2], [3]], 256)])
+    everyone = np.arange(4, dtype=np.uint64)
+    micro = [source.take(everyone[at : at + 1]) for at in range(4)]
+    assert [one.tokens_BT.shape[1] for one in source.weighed(micro, everyone, everyone)] == [
+        64,
+        128,
+        128,
+        256,
+    ]
+    assert [
+        one.tokens_BT.shape[1] for one in source.weighed([source.take(everyone)], everyone, everyone)
+    ] == [256]
+
+
 def test_rows_hold_what_was_packed(tiny: Callable[..., ModelConfig]) -> None:
     given = conversations(3, 5, 10)
     rows = pack([one.length for one in given], 24)

@@ -82,8 +82,8 @@ class RowsConfig(TrainingConfig):
     """Share that is held out, by a hash of what was asked, so that a question is never in both."""
     epochs: float = Field(default=2.0, gt=0)
     """Times that all is read."""
-    batch_rows: int = Field(default=16, ge=1)
-    """Rows a step, over all ranks."""
+    batch_rows: int = Field(default=4, ge=1)
+    """Rows a step, over all ranks; with packing each holds many texts."""
     lora: Lora | None = None
     """Train low-rank adapters only; None: all of the model. They take a higher rate: 2e-4, say."""
     lr: float = Field(default=5e-5, gt=0)

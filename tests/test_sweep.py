@@ -239,8 +239,22 @@ def test_values_may_be_lists():
 def test_the_best_is_of_the_recipe_with_the_least_mean_and_what_the_test_shows_is_said() -> None:
     members = [SimpleNamespace(name=f"member {place}") for place in range(4)]
     groups = [
-        Group(label="1", settings={"lr": 1}, runs=["A", "B"], models=[0, 1], bits_per_byte=[2.0, 1.8]),
-        Group(label="2", settings={"lr": 2}, runs=["C", "D"], models=[2, 3], bits_per_byte=[1.7, 3.0]),
+        Group(
+            label="1",
+            settings={"lr": 1},
+            runs=["A", "B"],
+            called="a",
+            models=[0, 1],
+            bits_per_byte=[2.0, 1.8],
+        ),
+        Group(
+            label="2",
+            settings={"lr": 2},
+            runs=["C", "D"],
+            called="c",
+            models=[2, 3],
+            bits_per_byte=[1.7, 3.0],
+        ),
     ]
     ranking = Ranking("held-out documents", [2.0, 1.8, 1.7, 3.0])
     one, two = (group.name for group in groups)

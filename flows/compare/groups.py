@@ -22,6 +22,8 @@ class Group:
     settings: dict[str, Any]
     """Settings in which it differs from the other recipes here."""
     runs: list[str]
+    called: str
+    """Name of its first run."""
     models: list[int]
     """Places of the runs with different models: its seeds."""
     bits_per_byte: list[float]
@@ -38,8 +40,11 @@ class Group:
 
     @property
     def name(self) -> str:
-        """``recipe 1 (lr 0.003)``."""
-        parts = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in self.settings.items())
+        """``recipe 1 (lr 0.003)``, or ``recipe 1 (as “RUN”)`` where only files differ, by their hashes."""
+        told = {name: value for name, value in self.settings.items() if not name.endswith("sha256")}
+        parts = ", ".join(f"{name.rpartition('.')[2]} {value}" for name, value in told.items())
+        if self.settings and not told:
+            parts = f"as “{self.called}”"
         return f"recipe {self.label}" + (f" ({parts})" if parts else "")
 
     def as_json(self) -> dict[str, Any]:
@@ -61,6 +66,7 @@ def grouped(subjects: Sequence[Subject], bits_per_byte: Sequence[float]) -> list
                 label=str(number),
                 settings={f"{row.stage}.{row.name}": row.values[places[0]] for row in telling},
                 runs=[subjects[place].label for place in places],
+                called=subjects[places[0]].name,
                 models=models,
                 bits_per_byte=[bits_per_byte[place] for place in models],
             )

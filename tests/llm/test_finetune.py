@@ -431,3 +431,17 @@ def test_mistakes_are_said(given: Path, inputs: dict[str, Path], tmp_path: Path)
         Chat(folder)
     (folder / FILE).write_text(CHATML, encoding="utf-8")
     assert load_tokenizer(folder).get_vocab_size() == 500
+
+
+def test_killed_it_goes_on_with_other_ranks(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
+    alone = config(given, epochs=8.0, answers=0, lora={"rank": 2})
+    trained(alone, inputs, tmp_path / "whole")
+    stage = Stage(alone, inputs, tmp_path / "killed", stage="finetune")
+    stage.wait_for("checkpoint", 2)
+    stage.kill()
+    together = config(given, epochs=8.0, answers=0, lora={"rank": 2}, runtime={"ranks": 2, "zero_stage": 3})
+    trained(together, inputs, tmp_path / "killed")
+    whole, killed = (
+        pq.read_table(tmp_path / name / "losses.parquet")["loss"].to_numpy() for name in ("whole", "killed")
+    )
+    np.testing.assert_allclose(killed, whole, rtol=1e-3)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import mlflow
 import pytest
 from command_line import Llmill
 from mlflow import MlflowClient
@@ -81,6 +82,10 @@ def test_it_runs_is_used_and_is_compared(spam: Llmill) -> None:
         assert row["probabilities"][found["label"]] == pytest.approx(found["score"], abs=1e-4)
     of_folder = labelled(spam, "--model", str(export.path), lines="WIN!! 77\n\n你好 78\n")
     assert [line.split()[0] for line in of_folder.stdout.splitlines()] == [row["labels"][0] for row in rows]
+
+    mlflow.set_tracking_uri(f"sqlite:///{spam.home}/mlflow.db")
+    served = mlflow.pyfunc.load_model("models:/spam/1").predict(asked)
+    assert served["label"].tolist() == [row["labels"][0] for row in rows]
 
     spam.run("--set", "classify.lr=1.0e-6", "--set", "classify.epochs=0.1")
     worse = max(store.artifacts("classify"), key=lambda one: str(one.manifest["finished"]))

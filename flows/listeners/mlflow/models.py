@@ -23,8 +23,9 @@ import yaml
 from mlflow import MlflowClient, pyfunc
 from mlflow.entities import LoggedModel, Metric
 from mlflow.exceptions import MlflowException
-from mlflow.models import Model, infer_signature
+from mlflow.models import Model, ModelSignature, infer_signature
 from mlflow.models.utils import _save_example as save_example
+from mlflow.types import ColSpec, Schema
 
 from flows.engine.store import LINKED, Artifact
 from flows.engine.training import EVENTS, read_lines
@@ -38,6 +39,11 @@ MOST_CHECKPOINTS = 20
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
 ABOUT = {"manifest.json", "report.md", "README.md"}
 PROMPT, ANSWER = ["Once upon a time"], ["Once upon a time there was"]
+LABELLED = ModelSignature(
+    inputs=Schema([ColSpec("string")]),
+    outputs=Schema([ColSpec("string", "label"), ColSpec("double", "score")]),
+)
+"""Signature of a model that gives texts labels."""
 PARAMS = {"max_new_tokens": 32, "do_sample": False}
 REQUIREMENTS = ("mlflow", "torch", "transformers")
 
@@ -181,14 +187,21 @@ def describe(artifact: Artifact, model: LoggedModel, run_id: str, folder: Path) 
     """Write ``MLmodel`` and what belongs to it: signature, input example, requirements."""
     config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
     described = Model(run_id=run_id, model_id=model.model_id, model_uuid=model.model_id)
-    described.signature = infer_signature(PROMPT, ANSWER, PARAMS)
-    save_example(described, (PROMPT, PARAMS), str(folder))
+    architecture = config["architectures"][0]
+    if architecture.endswith("ForSequenceClassification"):
+        task, pipeline = "text-classification", "TextClassificationPipeline"
+        described.signature = LABELLED
+        save_example(described, PROMPT, str(folder))
+    else:
+        task, pipeline = "text-generation", "TextGenerationPipeline"
+        described.signature = infer_signature(PROMPT, ANSWER, PARAMS)
+        save_example(described, (PROMPT, PARAMS), str(folder))
     described.add_flavor(
         "transformers",
         transformers_version=version("transformers"),
-        task="text-generation",
-        instance_type="TextGenerationPipeline",
-        pipeline_model_type=config["architectures"][0],
+        task=task,
+        instance_type=pipeline,
+        pipeline_model_type=architecture,
         source_model_name=artifact.manifest["recipe"],
         model_binary="model",
         torch_dtype=f"torch.{config['dtype']}",

@@ -24,7 +24,7 @@ class ChatServer:
     def end(self) -> str:
         """Press Ctrl-C; return what it printed since it was started."""
         os.kill(self.process.pid, signal.SIGINT)
-        _, said = self.process.communicate(timeout=100)
+        _, said = self.process.communicate(timeout=900)
         assert self.process.returncode in (0, 130, -signal.SIGINT)
         return said
 

@@ -43,13 +43,13 @@ class Llmill:
     def __call__(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         """Run ``llmill arguments``, and see that it ends with exit code ``code``."""
         process = self.start(*arguments, **changes)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         return ended(subprocess.CompletedProcess(process.args, process.returncode or 0, out, err), code)
 
     def afresh(self, *arguments: str, code: int = 0, **changes: str) -> subprocess.CompletedProcess[str]:
         """The same as a person starts it: nothing is imported yet, and what imports print is seen."""
         process = self.start_afresh(*arguments, **changes)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         return ended(subprocess.CompletedProcess(process.args, process.returncode, out, err), code)
 
     def start_afresh(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:

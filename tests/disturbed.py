@@ -36,7 +36,7 @@ class Stage:
 
     def wait_until(self, true: Callable[[], bool]) -> None:
         """Look very often, for what is to be met may last milliseconds."""
-        deadline = time.monotonic() + 300
+        deadline = time.monotonic() + 900
         while not true():
             assert self.process.poll() is None, f"it ended too early: {self.process.communicate()}"
             assert time.monotonic() < deadline
@@ -58,7 +58,7 @@ class Stage:
 
     def end(self) -> tuple[int, str]:
         """Its exit code and what it said, when it ends by itself."""
-        said, _ = self.process.communicate(timeout=240)
+        said, _ = self.process.communicate(timeout=900)
         assert self.process.returncode is not None
         return self.process.returncode, said
 

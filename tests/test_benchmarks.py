@@ -25,7 +25,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
     command = [sys.executable, "-m", f"benchmarks.{name}", "--no-peers", "--repeats", "1", "--megabytes", "1"]
     command += ["--work", str(folder / "work"), "--results", str(folder / "results"), *options]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
     assert (folder / "results" / f"{name}.md").read_text() in done.stdout
     found: dict[str, Any] = json.loads((folder / "results" / f"{name}.json").read_text())

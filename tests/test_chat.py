@@ -32,7 +32,7 @@ def llmill(copy_finished: Callable[[Path], Llmill], tmp_path: Path) -> Llmill:
 def talk(llmill: Llmill, *arguments: str, lines: list[str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows.cli.start", "chat", *arguments]
     return subprocess.run(
-        command, env=llmill.environment(), input="\n".join(lines), capture_output=True, text=True, timeout=300
+        command, env=llmill.environment(), input="\n".join(lines), capture_output=True, text=True, timeout=900
     )
 
 
@@ -111,7 +111,7 @@ def test_ctrl_c_at_the_prompt_does_not_end_the_program(llmill: Llmill) -> None:
     terminal.type("/quit\n")
     while terminal.read():
         pass
-    assert terminal.process.wait(timeout=60) == 0
+    assert terminal.process.wait(timeout=600) == 0
     os.close(terminal.leader)
 
 

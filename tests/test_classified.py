@@ -53,7 +53,7 @@ def spam(copy_finished: Callable[[Path], Llmill], tmp_path_factory: pytest.TempP
 def labelled(llmill: Llmill, *arguments: str, lines: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "flows.cli.start", "classify", *arguments]
     return subprocess.run(
-        command, env=llmill.environment(), input=lines, capture_output=True, text=True, timeout=300
+        command, env=llmill.environment(), input=lines, capture_output=True, text=True, timeout=900
     )
 
 

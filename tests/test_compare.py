@@ -283,7 +283,7 @@ def test_commands_that_only_read_do_so_in_a_home_that_cannot_be_written_to_and_o
     def type_in(*words: str) -> subprocess.CompletedProcess[str]:
         command = [*unable, sys.executable, "-m", "flows.cli.main", *words]
         return subprocess.run(
-            command, env=llmill.environment(), capture_output=True, text=True, timeout=300, check=False
+            command, env=llmill.environment(), capture_output=True, text=True, timeout=900, check=False
         )
 
     model = next(iter(llmill.home.glob("store/export/*/manifest.json"))).parent.name

@@ -140,7 +140,7 @@ def resumed_or_begun(llmill: Llmill, stage: str, before: set[Path]) -> bool:
 def test_two_runs_at_once_build_nothing_twice(finished: Llmill, make_llmill):
     llmill = make_llmill()
     runs = [llmill.start("run", str(llmill.recipe)) for _ in range(2)]
-    outputs = [run.communicate(timeout=300) for run in runs]
+    outputs = [run.communicate(timeout=900) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], outputs
     assert llmill.payloads() == finished.payloads()
     reports = [out for out, _ in outputs]
@@ -199,7 +199,7 @@ def test_a_run_that_is_told_to_stop_stops_whole_and_says_how_to_go_on(make_llmil
         time.sleep(0.05)
     family = psutil.Process(run.pid).children(recursive=True)
     run.send_signal(signal.SIGTERM)
-    out, err = run.communicate(timeout=60)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 130, (out, err)
     assert "the same command resumes it" in err
     assert "Traceback" not in out + err
@@ -277,7 +277,7 @@ def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_
         (["--set", "evaluate.max_new_tokens=8"], "✓ evaluate", True),
     ):
         result = subprocess.run(
-            [*command, *more], env=environment, capture_output=True, text=True, timeout=300
+            [*command, *more], env=environment, capture_output=True, text=True, timeout=900
         )
         assert (result.returncode, result.stderr) == (0, ""), result
         assert said in result.stdout

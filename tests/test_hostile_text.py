@@ -216,7 +216,7 @@ def test_a_home_may_be_called_anything(named: Llmill, command: str, taken_port: 
             arguments, recipe=str(named.recipe), export=export, tokenizer=tokenizer, port=taken_port
         )
         process = named.start(command, *words, "--home", str(named.home))
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=900)
         said = out + err
         assert process.returncode == (2 if taken_port in words else process.returncode), said
         assert process.returncode in (0, 1, 2), said

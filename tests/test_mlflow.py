@@ -293,7 +293,7 @@ def test_mlflow_serves_the_registered_model_and_loads_it(finished: Llmill, tmp_p
     )
     environment = {**os.environ, **uri}
     loaded = subprocess.run(
-        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=900
     )
     assert loaded.returncode == 0, loaded.stderr
     port = free_port()

@@ -57,7 +57,7 @@ class Site:
         command = [sys.executable, "-m", "flows.cli.main", *words]
         folder = self.llmill.recipe.parent
         done = subprocess.run(
-            command, env={**kept, **told}, cwd=folder, capture_output=True, text=True, timeout=300
+            command, env={**kept, **told}, cwd=folder, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == code, done
         return done

@@ -52,7 +52,7 @@ def trained(llmill: Llmill, run, steps: int) -> None:
 
 
 def ended_well(run) -> str:
-    out, err = run.communicate(timeout=600)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 0, out + err
     assert "Traceback" not in out + err
     return out

@@ -79,7 +79,7 @@ def test_a_run_outlives_the_server_and_the_next_one_tells_it_the_end(make_llmill
     run = llmill.start_afresh("run", str(llmill.recipe), PREFECT_API_URL=server.url)
     training(llmill, run)
     server.kill()
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 0, out + err
     assert "does not answer" in out
     assert "Traceback" not in out + err
@@ -100,7 +100,7 @@ def test_a_server_that_is_away_for_seconds_misses_nothing(make_llmill, finished:
     with held(psutil.Process(run.pid).children(recursive=True)):
         server.kill()
         server.start()
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 0, out + err
     assert llmill.payloads() == finished.payloads()
     newest = Prefect(server.url).post("flow_runs/filter", sort="START_TIME_DESC", limit=len(DEFAULT))

@@ -161,7 +161,7 @@ def test_a_scoring_that_is_killed_is_resumed_to_the_same_bytes(
         assert running.poll() is None
         os.sched_yield()
     kill_tree(running)
-    running.communicate(timeout=60)
+    running.communicate(timeout=900)
     llmill("score", "latest", *options)
     [one], [two] = Store(llmill.home).artifacts("score"), Store(other.home).artifacts("score")
     assert one.payload_sha256 == two.payload_sha256

@@ -71,7 +71,7 @@ def where(server: ChatServer) -> str:
 def ask(where: str, prompt: str, **settings: Any) -> dict[str, Any]:
     """Have both models answer: ``id``, ``left``, ``right``, how they ``finished``, and ``all`` that was sent."""
     body = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 2, **settings}
-    sent = httpx.post(f"{where}/blind/answers", json=body, timeout=100)
+    sent = httpx.post(f"{where}/blind/answers", json=body, timeout=300)
     assert sent.status_code == 200, sent.text
     events = [json.loads(line.removeprefix("data: ")) for line in sent.text.split("\n\n") if line]
     found = {side: "".join(event.get(side, "") for event in events) for side in ("left", "right")}
@@ -85,7 +85,7 @@ def ask(where: str, prompt: str, **settings: Any) -> dict[str, Any]:
 
 def vote(where: str, id_: str, choice: str = "left", **headers: str) -> httpx.Response:
     body = json.dumps({"id": id_, "vote": choice}).encode()
-    return httpx.post(f"{where}/blind/votes", content=body, headers=headers, timeout=100)
+    return httpx.post(f"{where}/blind/votes", content=body, headers=headers, timeout=300)
 
 
 def names_of(where: str) -> list[str]:
@@ -127,7 +127,7 @@ def test_an_answer_is_the_one_that_the_model_gives_by_its_name(where: str, home:
     for one in (kept.left, kept.right):
         body = {"model": one.name, "messages": kept.messages, "seed": kept.seed, "max_tokens": kept.max_tokens,
                 "temperature": kept.temperature, "top_p": kept.top_p}  # fmt: skip
-        answer = httpx.post(f"{where}/v1/chat/completions", json=body, timeout=100).json()["choices"][0]
+        answer = httpx.post(f"{where}/v1/chat/completions", json=body, timeout=300).json()["choices"][0]
         assert (answer["message"]["content"], answer["finish_reason"]) == (one.text, one.finish)
 
 
@@ -167,7 +167,7 @@ def test_a_prompt_that_can_not_be_answered_is_refused_without_a_name(where: str)
         (1, "than text"),
     ):
         body = json.dumps({"messages": [{"role": "user", "content": content}]})
-        refused = httpx.post(f"{where}/blind/answers", content=body.encode(), timeout=100)
+        refused = httpx.post(f"{where}/blind/answers", content=body.encode(), timeout=300)
         assert refused.status_code == 400, refused.text
         assert said in refused.text
         assert not any(name in refused.text for name in names)
@@ -213,7 +213,7 @@ def test_a_person_votes_on_the_page_and_then_sees_the_names(where: str) -> None:
 
 def test_what_is_stopped_can_not_be_voted_on_and_keeps_no_model(where: str) -> None:
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 60}
-    with httpx.stream("POST", f"{where}/blind/answers", json=body, timeout=100) as sent:
+    with httpx.stream("POST", f"{where}/blind/answers", json=body, timeout=300) as sent:
         next(sent.iter_bytes())
     assert ask(where, "import os")["id"], "both answer the next one"
 
@@ -348,7 +348,7 @@ def test_processes_that_add_votes_at_once_and_are_killed_lose_none(tmp_path: Pat
         if name == "c":
             process.kill()
         kept[name] = len(said + process.stdout.readlines())
-        process.wait(timeout=100)
+        process.wait(timeout=600)
     found = read_votes(file)
     count = {name: sum(one.id.startswith(name) for one in found.votes) for name in "abc"}
     assert (count["a"], count["b"]) == (200, 200)
@@ -483,7 +483,7 @@ def told(llmill: Llmill, *arguments: str) -> str:
     """What ``llmill votes`` prints."""
     command = [sys.executable, "-m", "flows.cli.start", "votes", *arguments]
     done = subprocess.run(
-        command, env=llmill.environment(), capture_output=True, text=True, timeout=300, check=True
+        command, env=llmill.environment(), capture_output=True, text=True, timeout=900, check=True
     )
     return done.stdout
 
@@ -497,6 +497,6 @@ def test_what_can_not_be_compared_blind_is_said(home: Llmill, tmp_path: Path) ->
         (("--web", trained, exported), "both are model"),
     ):
         command = [sys.executable, "-m", "flows.cli.start", "chat", *arguments]
-        done = subprocess.run(command, env=home.environment(), capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, env=home.environment(), capture_output=True, text=True, timeout=900)
         assert done.returncode == 2, done.stderr
         assert said in done.stderr

@@ -24,7 +24,7 @@ def test_a_run_reaches_a_body_in_few_frames_of_ours(make_llmill: Any) -> None:
     llmill: Llmill = make_llmill()
     words = ["run", str(llmill.recipe), "--to", "download"]
     run = Forked("flows.prefect.pipeline", "tests.framed_stage", words, llmill.environment())
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 0, out + err
     [file] = llmill.home.glob("store/download/*/frames.json")
     frames = [f"{name}:{function}" for name, function in json.loads(file.read_text())]

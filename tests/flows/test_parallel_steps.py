@@ -81,7 +81,7 @@ def stopped(make_llmill: Any) -> Ran:
     llmill = make_llmill(recipe=LONGER)
     run = both_at_work(llmill)
     run.send_signal(signal.SIGTERM)
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 130, out + err
     for training in TRAININGS:
         assert f"{training}: stopped by SIGTERM" in out + err
@@ -172,7 +172,7 @@ def test_when_one_fails_the_other_is_let_end_and_nothing_begins_behind_them(
     [folder] = llmill.home.glob(f"store/pretrain/{llmill.plan()['pretrain_small']['fingerprint']}.partial")
     for process in ranks(folder):
         process.kill()
-    out, err = run.communicate(timeout=300)
+    out, err = run.communicate(timeout=900)
     assert run.returncode == 1, out + err
     assert "pretrain_small" in err
     assert "resume with" in err

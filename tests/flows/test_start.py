@@ -74,7 +74,7 @@ def imported(watched: Path, llmill: Llmill, *arguments: str, **changes: str) -> 
     """The modules that a command had when it ended well."""
     report = watched / "imported.json"
     process = start(watched, llmill, *arguments, IMPORTED=str(report), **changes)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 0, out + err
     return set(json.loads(report.read_text()))
 
@@ -140,7 +140,7 @@ def test_a_run_that_reuses_all_imports_no_stage_starts_no_server_and_is_tracked(
 )
 def test_a_signal_while_importing_ends_a_run_with_one_line(watched, llmill, trigger, number):
     process = start(watched, llmill, "run", str(llmill.recipe), TRIGGER=trigger, SIGNAL=str(int(number)))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 130, out + err
     assert err.startswith("error: stopped"), err
     assert len(err.splitlines()) == 1, err
@@ -152,7 +152,7 @@ def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, c
     """By the time of a heavy import it stands on the screen: the process ends there."""
     kill = {"TRIGGER": "flows.recipe", "SIGNAL": str(int(signal.SIGKILL))}
     process = start(watched, llmill, command, str(llmill.recipe), **kill)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=900)
     assert process.returncode in (-signal.SIGKILL, 2)
     assert out.startswith(f"reading {llmill.recipe} ...")
 
@@ -160,7 +160,7 @@ def test_something_is_shown_before_anything_heavy_is_imported(watched, llmill, c
 def test_up_imports_nothing_heavy_before_it_begins(watched, llmill):
     report = watched / "imported.json"
     process = start(watched, llmill, "up", "--home", "/dev/null/home", IMPORTED=str(report))
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=900)
     assert process.returncode == 2, err
     assert out.startswith("looking what is up ...")
     assert not set(HEAVY) & set(json.loads(report.read_text()))

@@ -249,7 +249,7 @@ def test_two_machines_of_a_training_job_find_each_other(finished: Llmill, tmp_pa
         )
         for index in range(2)
     ]
-    said = [node.communicate(timeout=200)[0] for node in nodes]
+    said = [node.communicate(timeout=900)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert "2 rank(s)" in said[0]
     assert len(list(home.glob("store/pretrain/*/manifest.json"))) == 1

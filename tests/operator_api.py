@@ -113,8 +113,7 @@ PATIENCE = 6
 
 
 def until(ask: Callable[[], Any], good: Callable[[Any], Any], seconds: float) -> Any:
-    """What ``ask`` says when it is ``good``: within so many seconds, or within `PATIENCE` times as many on a machine that is
-    slow just now."""
+    """What ``ask`` says when it is ``good``: within so many seconds, or `PATIENCE` times as many on a slow machine."""
     seconds *= PATIENCE
     deadline = time.monotonic() + seconds
     while not good(answer := ask()):

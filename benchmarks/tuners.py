@@ -54,7 +54,9 @@ def ours(*, model: str, data: str, count: int, context: int, precision: str, pac
     (folder / "start").mkdir()
     save_model(loaded.config, weights, folder / "start")
     given = folder / "given.jsonl"
-    given.write_text("".join(json.dumps(row) + "\n" for row in rows_of(data, count)), encoding="utf-8")
+    given.write_text(
+        "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows_of(data, count)), encoding="utf-8"
+    )
     config = FinetuneConfig.model_validate(
         {
             "data": {"path": given}, "context": context, "packing": packing, "epochs": 1, "lr": LR,

@@ -122,8 +122,11 @@ def fail_and_retry(site: Site, flow_run: str, stage: str) -> None:
     failed = prefect.ended(flow_run)
     assert failed["state_type"] == "FAILED", failed["state"]
     assert f"planted in {stage}" in failed["state"]["message"]
-    rows = {row["stage"]: row for row in prefect.artifacts(flow_run)["stages"]}
-    assert rows[stage]["state"] == "failed", rows
+    until(
+        lambda: {row["stage"]: row["state"] for row in prefect.artifacts(flow_run)["stages"]},
+        lambda states: states[stage] == "failed",
+        20,
+    )
     told = until(lambda: site.notices, lambda notices: notices and notices[-1]["stage"] == stage, 20)[-1]
     assert told["state"] == "failed"
     assert f"planted in {stage}" in told["log"]

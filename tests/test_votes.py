@@ -27,7 +27,7 @@ from flows.engine.store import Store
 from llm.align.pairs import pair_of
 from llm.chat.api import Refused
 from llm.chat.blind import MOST_ROUNDS, Blind, BlindAsked, Given
-from llm.chat.votes import Answer, Choice, Model, Vote, append_vote, read_votes, tallies, tally
+from llm.chat.votes import Answer, Choice, Model, Vote, append_vote, read_votes, tallies, tally, votes_file
 
 PROMPTS = ("import os", "日本語", "ภาษาไทย", "العربية", "हिन्दी", "🦊\u200d🔥", "</script><b>", "a\u2028b\0c")
 HOSTILE = ("".join(PROMPTS), '"}\n{"vote": "left"}', "\x1b[31m[/b]", "字" * 100_000, " ", "\r\n\t")
@@ -95,14 +95,14 @@ def names_of(where: str) -> list[str]:
 def test_no_name_is_sent_before_the_vote_and_all_is_kept(where: str, home: Llmill) -> None:
     names = names_of(where)
     fingerprints = [find_known(one, Store(home.home)).fingerprint for one in models(home)]
-    before = len(read_votes(Store(home.home).votes).votes)
+    before = len(read_votes(votes_file(home.home)).votes)
     for place, prompt in enumerate(PROMPTS * 3):
         choice = ("left", "right", "tie", "both_bad")[place % 4]
         answers = ask(where, prompt, temperature=1.5, top_p=0.9, max_tokens=5)
         for hidden in (*names, *fingerprints, "seed"):
             assert hidden not in answers["all"]
         shown = vote(where, answers["id"], choice).json()
-        kept = read_votes(Store(home.home).votes).votes[-1]
+        kept = read_votes(votes_file(home.home)).votes[-1]
         both = [kept.left, kept.right]
         assert [one.text for one in both] == [answers["left"], answers["right"]]
         assert [one.finish for one in both] == answers["finished"]
@@ -116,14 +116,14 @@ def test_no_name_is_sent_before_the_vote_and_all_is_kept(where: str, home: Llmil
         assert (kept.id, kept.vote) == (answers["id"], choice)
         assert kept.messages == ({"role": "user", "content": prompt},)
         assert (kept.temperature, kept.top_p, kept.max_tokens) == (1.5, 0.9, 5)
-    votes = read_votes(Store(home.home).votes)
+    votes = read_votes(votes_file(home.home))
     assert (len(votes.votes), votes.damaged) == (before + len(PROMPTS) * 3, 0)
     assert {one.left.name for one in votes.votes} == set(names), "each is left now and then"
 
 
 def test_an_answer_is_the_one_that_the_model_gives_by_its_name(where: str, home: Llmill) -> None:
     vote(where, ask(where, "import os\nimport ", max_tokens=8)["id"])
-    kept = read_votes(Store(home.home).votes).votes[-1]
+    kept = read_votes(votes_file(home.home)).votes[-1]
     for one in (kept.left, kept.right):
         body = {"model": one.name, "messages": kept.messages, "seed": kept.seed, "max_tokens": kept.max_tokens,
                 "temperature": kept.temperature, "top_p": kept.top_p}  # fmt: skip
@@ -133,7 +133,7 @@ def test_an_answer_is_the_one_that_the_model_gives_by_its_name(where: str, home:
 
 def test_a_vote_is_taken_once_of_known_answers_and_from_nobody_else(where: str, home: Llmill) -> None:
     answers = ask(where, "import os")
-    before = read_votes(Store(home.home).votes)
+    before = read_votes(votes_file(home.home))
     for headers in ({"Origin": "https://evil.example"}, {"Host": "evil.example"}, {"Origin": "null"}):
         assert vote(where, answers["id"], **headers).status_code == 403
         for path in ("/", "/page/blind.js", "/blind/summary", "/blind/tally"):
@@ -146,7 +146,7 @@ def test_a_vote_is_taken_once_of_known_answers_and_from_nobody_else(where: str, 
         assert vote(where, answers["id"], choice).status_code == 400
     for body in (b"", b"[]", b"{}", b'{"id": 1, "vote": "tie"}', b'{"\\ud800": 1}', b"\xff", b"[" * 100_000):
         assert httpx.post(f"{where}/blind/votes", content=body).status_code == 400
-    assert read_votes(Store(home.home).votes) == before
+    assert read_votes(votes_file(home.home)) == before
     assert vote(where, answers["id"], Origin=where).status_code == 200
     again = vote(where, answers["id"], "right")
     assert again.status_code == 409
@@ -155,7 +155,7 @@ def test_a_vote_is_taken_once_of_known_answers_and_from_nobody_else(where: str, 
         at_once = ask(where, "import os")["id"]
         statuses = [one.status_code for one in pool.map(lambda _: vote(where, at_once), range(8))]
     assert sorted(statuses) == [200, *[409] * 7]
-    assert len(read_votes(Store(home.home).votes).votes) == len(before.votes) + 2
+    assert len(read_votes(votes_file(home.home)).votes) == len(before.votes) + 2
 
 
 def test_a_prompt_that_can_not_be_answered_is_refused_without_a_name(where: str) -> None:
@@ -273,7 +273,7 @@ def test_old_answers_are_forgotten(blind: Blind) -> None:
 
 def test_no_kill_loses_a_vote(copy_finished: Callable[[Path], Llmill], tmp_path: Path) -> None:
     llmill = copy_finished(tmp_path / "home")
-    file = Store(llmill.home).votes
+    file = votes_file(llmill.home)
     for before in (0, 2):
         server = start_chat(llmill, *models(llmill))
         assert f"blind: {before} votes: no preference shown yet" in server.said
@@ -290,7 +290,7 @@ def test_no_kill_loses_a_vote(copy_finished: Callable[[Path], Llmill], tmp_path:
 
 
 def test_two_servers_at_once_keep_each_vote_whole(home: Llmill, server: ChatServer) -> None:
-    file = Store(home.home).votes
+    file = votes_file(home.home)
     before = len(read_votes(file).votes)
     other = start_chat(home, *models(home))
     with ThreadPoolExecutor(4) as pool:
@@ -439,7 +439,7 @@ def test_a_tally_counts_models_wherever_they_stood() -> None:
 def test_votes_are_a_data_set_of_preferences(tmp_path: Path) -> None:
     llmill = Llmill(tmp_path / "home", tmp_path / "none.yaml")
     assert "no votes in" in told(llmill)
-    file = Store(llmill.home).votes
+    file = votes_file(llmill.home)
     hostile = A.model_copy(update={"name": "[/b] \x1b[31m 日本語"})
     for one in (
         *(a_vote("left", prompt=text, texts=(f"{text}!", text)) for text in HOSTILE),

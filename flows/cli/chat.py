@@ -140,13 +140,14 @@ def app_of(speakers: Any, key: str | None, store: Store | None) -> Any:
     """
     from llm.chat.api import PAGES, make_app
     from llm.chat.blind import Blind, add_routes
+    from llm.chat.votes import votes_file
 
     if store is None:
         return make_app(speakers, key=key)
     first, second = speakers
     if first.fingerprint == second.fingerprint:
         raise UserError(f"both are model {first.fingerprint}: name another, or compare them with --open")
-    blind = Blind(first, second, file=store.votes, report=note)
+    blind = Blind(first, second, file=votes_file(store.home), report=note)
     note(f"blind: {blind.tally().summary} (which leads: llmill votes{at_home(store.home)})")
     app = make_app(speakers, key=key, page=PAGES / "blind.html")
     add_routes(app, blind)

@@ -27,10 +27,10 @@ def votes(
 ) -> None:
     """Show which of two models people prefer, by the votes of llmill chat --web MODEL MODEL."""
     from flows.listeners.terminal import Terminal
-    from llm.chat.votes import preference_row, read_votes, tallies, unfit
+    from llm.chat.votes import preference_row, read_votes, tallies, unfit, votes_file
 
     store, console = Store(home), Terminal().console
-    found = read_votes(store.votes)
+    found = read_votes(votes_file(store.home))
     pairs = tallies(found.votes)
     why = [unfit(vote) for vote in found.votes]
     left_out = Counter(filter(None, why))
@@ -51,7 +51,7 @@ def votes(
     if not pairs:
         console.print(f"no votes in {home} yet; give some with: llmill chat --web MODEL MODEL{at_home(home)}")
     if found.damaged:
-        console.print(f"left out: {found.damaged} lines of {store.votes} that hold no whole vote")
+        console.print(f"left out: {found.damaged} lines of {votes_file(store.home)} that hold no whole vote")
     if out is not None:
         reasons = ", ".join(f"{count} ({reason})" for reason, count in left_out.most_common())
         console.print(f"{len(rows)} preferences in {out}" + (f"; left out: {reasons}" if reasons else ""))

@@ -135,12 +135,11 @@ class Artifact:
 
 
 class Store:
-    """Sealed artifacts, and the folders of those in the making, under ``home/store``; beside it, votes on models."""
+    """Sealed artifacts, and the folders of those in the making, under ``home/store``."""
 
     def __init__(self, home: Path) -> None:
         self.home = home
         self.root = home / "store"
-        self.votes = home / "votes" / "votes.jsonl"
 
     def path(self, stage: str, fingerprint: str) -> Path:
         return self.root / stage / fingerprint

@@ -89,6 +89,11 @@ class Votes:
     """Lines that hold none: torn by a kill, or damaged from outside."""
 
 
+def votes_file(home: Path) -> Path:
+    """Return where a home keeps its votes."""
+    return home / "votes" / "votes.jsonl"
+
+
 def append_vote(file: Path, vote: Vote) -> None:
     """Keep a vote; it is on disk when this returns.
 

@@ -137,7 +137,7 @@ def config_of(job: Contestant, steps: int) -> PretrainConfig:
     batch_tokens = job.shape.batch_sequences * job.shape.context
     return PretrainConfig.model_validate(
         {
-            "model": job.shape.model.model_dump(exclude={"vocab_size"}),
+            "model": job.shape.model.model_dump(exclude={"vocab_size", "labels"}),
             "batch_tokens": batch_tokens,
             "tokens": steps * batch_tokens,
             **job.settings,

@@ -15,6 +15,7 @@ from data_pipeline.core.pinned_files import PinnedFile
 from llm.chat.conversations import Message, Rejected, asked_of, rows_of, said, written
 from llm.chat.template import Chat
 from llm.data.packed import Conversation
+from llm.finetune.config import DataFile
 from llm.finetune.reader import shortened
 from llm.finetune.rows import Item
 
@@ -62,7 +63,7 @@ class Pairs:
 
     chat: Chat
 
-    def items(self, file: PinnedFile) -> Iterator[Item]:
+    def items(self, one: DataFile, file: PinnedFile) -> Iterator[Item]:
         """Read the rows of a file.
 
         Raises:

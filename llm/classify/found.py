@@ -116,8 +116,8 @@ def find(
     classifier = Classifier.of(out, tokenizer)
     train = [
         item.whole
-        for file in config.files
-        for item in reader.items(file)
+        for one, file in zip(config.data, config.files, strict=True)
+        for item in reader.items(one, file)
         if not item.rejected and not item.dropped and not is_held_out(item.asked, config)
     ]
     numbers = reader.labels.numbers

@@ -16,9 +16,10 @@ from tokenizers import Tokenizer
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from data_pipeline.core.pinned_files import PinnedFile
-from llm.classify.config import MOST_OF_SEVERAL, ClassifyConfig
+from llm.classify.config import MOST_OF_SEVERAL, ClassifyConfig, LabelledFile
 from llm.classify.texts import Labelled, read_texts
 from llm.data.packed import Conversation
+from llm.finetune.config import DataFile
 from llm.finetune.rows import Item
 
 FILE = "labels.json"
@@ -126,13 +127,13 @@ class Texts:
     labels: LabelSet
     tokenizer: Tokenizer
 
-    def items(self, file: PinnedFile) -> Iterator[Item]:
+    def items(self, one: DataFile, file: PinnedFile) -> Iterator[Item]:
         """Read the rows of a file.
 
         Raises:
             UserError: it can't be read.
         """
-        one = self.config.data[self.config.files.index(file)]
+        assert isinstance(one, LabelledFile)
         for row in read_texts(one, file, several=self.config.several):
             rejected = row.rejected
             if not rejected and not {*row.labels} <= {*self.labels.names}:

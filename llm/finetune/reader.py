@@ -10,6 +10,7 @@ from data_pipeline.core.pinned_files import PinnedFile
 from llm.chat.conversations import Rejected, read_conversations
 from llm.chat.template import Chat
 from llm.data.packed import Conversation
+from llm.finetune.config import DataFile
 from llm.finetune.rows import Item
 
 
@@ -19,7 +20,7 @@ class Conversations:
 
     chat: Chat
 
-    def items(self, file: PinnedFile) -> Iterator[Item]:
+    def items(self, one: DataFile, file: PinnedFile) -> Iterator[Item]:
         """Read the rows of a file.
 
         Raises:

@@ -22,7 +22,7 @@ from data_pipeline.discards import by_reason
 from data_pipeline.stage import Metrics
 from data_pipeline.tokenize.flat import Split
 from llm.data.packed import Conversation, lay_out, pack, write_rows
-from llm.finetune.config import RowsConfig
+from llm.finetune.config import DataFile, RowsConfig
 
 REJECTED = pa.schema(
     [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("content", pa.string())]
@@ -61,8 +61,8 @@ class Item:
 class Reader(Protocol):
     """Items of files."""
 
-    def items(self, file: PinnedFile) -> Iterator[Item]:
-        """Read the rows of a file.
+    def items(self, one: DataFile, file: PinnedFile) -> Iterator[Item]:
+        """Read the rows of a file, which a config says ``one`` of.
 
         Raises:
             UserError: it can't be read.
@@ -156,7 +156,7 @@ def prepare_rows(config: RowsConfig, reader: Reader, *, room: int, out: Path, fo
     }
     seen: set[bytes] = set()
     for one, file in zip(config.data, config.files, strict=True):
-        for item in reader.items(file):
+        for item in reader.items(one, file):
             if item.rejected:
                 read.rejected[item.rejected] = read.rejected.get(item.rejected, 0) + 1
                 row = {"file": one.called, "row": item.number, "reason": item.rejected}

@@ -24,7 +24,7 @@ from llm.align.reference import answer_nats, row_nats
 from llm.align.stage import align
 from llm.chat.template import Chat
 from llm.data.packed import Conversation, PackedRows, lay_out, pack
-from llm.finetune.config import FinetuneConfig
+from llm.finetune.config import DataFile, FinetuneConfig
 from llm.finetune.stage import finetune
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
@@ -114,7 +114,7 @@ def test_every_form_of_a_row_is_read_and_what_is_none_is_rejected_with_why(
     [file] = pin([written(tmp_path / "rows.jsonl", [*forms, *wrong.values()])], "data")
     chat = Chat(corpus["tokenizer"])
     reader = Pairs(chat)
-    items = list(reader.items(file))
+    items = list(reader.items(DataFile(path=file.path), file))
     assert [item.rejected for item in items] == [""] * len(forms) + list(wrong)
     for item in items[:5]:
         assert item.whole == {

@@ -336,6 +336,18 @@ def test_labels_count_alike_where_that_is_asked_for(
     assert weighed["loss"] != alike["loss"]
 
 
+def test_a_file_may_be_read_twice_by_other_columns(inputs: dict[str, Path], tmp_path: Path) -> None:
+    rows = [{"a": f"hello {n}", "b": f"bonjour {n}", "x": "ham", "y": "spam"} for n in range(40)]
+    path = written(tmp_path / "rows.jsonl", rows)
+    data = [
+        {"path": path, "name": "first", "text": "a", "label": "x"},
+        {"path": path, "name": "second", "text": "b", "label": "y"},
+    ]
+    metrics = trained(config(path, data=data, epochs=0.2), inputs, tmp_path / "out")
+    assert metrics["texts"] + metrics["held_out_texts"] == 80
+    assert "dropped/the same again" not in metrics
+
+
 def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     losses: dict[str, Any] = {}
     for name, runtime in {

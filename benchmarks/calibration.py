@@ -30,6 +30,7 @@ from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer,
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer
 from llm.score.documents import score_documents
+from llm.score.replicas import Replicas
 from llm.score.statistics import LEVEL, Floats, paired_bootstrap, seeds_test
 
 SHUFFLED = 0.2
@@ -166,7 +167,9 @@ def bits_of(setup: Setup, corpus: Sequence[str], scored: Sequence[str], number: 
     rows = []
     for seed in range(setup.seeds):
         model = trained(stream, setup, seed=1000 * number + seed)
-        found = score_documents(model, given, sizes=sizes, end=end, progress=lambda done, total: None)
+        found = score_documents(
+            Replicas([model]), given, sizes=sizes, end=end, progress=lambda done, total: None
+        )
         rows.append([one["text_nats"] / math.log(2) for one in found])
     return np.array(rows)
 

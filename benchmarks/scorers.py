@@ -28,6 +28,7 @@ def ours(*, model: str, path: str, kind: Kind, delimiter: str, shots: int, count
     from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
     from llm.model.layouts import load_folder
     from llm.score.encode import encode
+    from llm.score.replicas import Replicas
     from llm.score.scorer import score
     from llm.score.task import first_token
 
@@ -37,7 +38,7 @@ def ours(*, model: str, path: str, kind: Kind, delimiter: str, shots: int, count
 
     def work() -> list[list[tuple[float, int]]]:
         encoded = [encode(prompt, tokenizer, first, loaded.config.context) for prompt in prompts]
-        found = dict(score(loaded, encoded))
+        found = dict(score(Replicas([loaded]), encoded))
         return [
             [(float(one.nats.sum()), len(one.nats)) for one in found[place]] for place in range(len(prompts))
         ]

@@ -76,6 +76,15 @@ class StageConfig(Config):
         """Return the SHA-256 of the files whose texts this stage keeps out of documents; None where it never does."""
         return None
 
+    def continued(self, made: Path, inputs: Mapping[str, str]) -> list[str]:
+        """Return lines for a person, when planned, on what of an earlier result the stage goes on from; often none.
+
+        Args:
+            made: the folder of all that the stage has made.
+            inputs: type of an input -> its fingerprint.
+        """
+        return []
+
     def foresee(self, lineage: Mapping[str, Sequence[StageConfig]]) -> list[str]:
         """Return warnings for a person, when planned, of what the inputs were made by; often none.
 

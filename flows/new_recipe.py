@@ -54,6 +54,8 @@ pretrain:
 
 evaluate:
   prompts: ["", "The "]               # a sample is written for each
+  # tasks:                            # does it know English grammar? Guessing is right in half; docs/evaluate.md
+  #   - {{name: agreement, path: "llmill://english_agreement.jsonl", kind: pairs}}
 """
 FEW_TOKENS = (
     "  tokens: 2_000_000                   # some minutes on two cores; without it, 20 a parameter follow\n"

@@ -33,18 +33,21 @@ SLOWEST = (
     "test_operations", "test_durable", "test_end_to_end", "swept", "test_outages", "test_training",
     "test_engines", "test_prefect_outage", "test_mistakes", "test_gc", "test_credentials", "test_mlflow",
     "test_slurm", "test_trace", "test_listeners", "test_two_models", "test_parallel_steps", "test_benchmarks",
-    "test_bench", "test_proxy", "test_score", "test_finetune", "test_finetuned",
+    "test_bench", "test_branches", "test_proxy", "test_score", "test_finetune", "test_finetuned",
 )  # fmt: skip
 """Which files are begun first, so that no worker is left with a long one; those that wait beside those that compute."""
 LONGER = (
-    "test_chat", "test_clean", "test_dedup", "test_delivery", "test_deploy", "test_discards", "test_harness",
+    "test_align", "test_chat", "test_classify", "test_clean", "test_dedup", "test_delivery", "test_deploy",
+    "test_discards", "test_harness",
     "test_homes", "test_hub", "test_installation", "test_interrupts", "test_kubernetes", "test_minhash", "test_nodes",
     "test_objects", "test_optim", "test_preference", "test_readers", "test_remote", "test_schedule", "test_servers",
     "test_start", "test_state", "test_steps", "test_stopping", "test_takedown", "test_token_shards", "test_tokenizer",
     "test_votes",
 )  # fmt: skip
 """Others that take more than seven seconds each."""
-SHARED = {"test_compare": "swept", "test_promote": "swept", "test_sweep": "swept"}
+SHARED = {
+    "test_compare": "swept", "test_promote": "swept", "test_sweep": "swept", "test_side_by_side": "swept",
+}  # fmt: skip
 """Files that go to the same worker, for what they share takes long to make."""
 
 

@@ -94,6 +94,7 @@ def score(tmp_path: Path) -> Score:
         weights: int | None = None,
         lr: float | None = None,
         held_out: str = "a",
+        seen: int = 0,
     ) -> Subject:
         number = len(made) + 1
         made.append(number)
@@ -116,6 +117,9 @@ def score(tmp_path: Path) -> Score:
                 {one.name: documents(one.name, one.path, more, own) for one in config.sets},
                 {one.name: items(one, right, more, size=sizes, seed=own) for one in config.tasks},
             )
+            for rows in (*found.sets.values(), *found.tasks.values()):
+                for place, row in enumerate(rows):
+                    row["seen"] = float(place < seen)
             return seal(
                 store, config.stage, number, {"fixed": found.write, **files},
                 inputs=sealed, config=config.identity(), metrics=metrics | found.metrics(),

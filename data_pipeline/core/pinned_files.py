@@ -16,6 +16,7 @@ from typing import Any
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import file_sha256
 from data_pipeline.core.hub_files import local
+from data_pipeline.core.shipped import unshipped
 from data_pipeline.core.text import first_line
 
 
@@ -74,14 +75,15 @@ class PinnedFile:
 
 
 def pin(paths: Iterable[Path], key: str) -> tuple[PinnedFile, ...]:
-    """Return the files as they are now, those on the hub too; ``key`` is the setting that names them.
+    """Return the files as they are now, those on the hub and those that llmill ships too; ``key`` is the setting that
+    names them.
 
     Raises:
         UserError: one of them can't be read.
         Unresolved: one is on the hub, which can't be reached.
     """
     pinned = []
-    for path in (local(one, key) for one in paths):
+    for path in (local(unshipped(one, key), key) for one in paths):
         try:
             pinned.append(PinnedFile(path.absolute(), file_sha256(path)))
         except OSError as error:

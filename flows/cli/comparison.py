@@ -157,6 +157,9 @@ def sweep(
         typer.Option(metavar="STEP.FIELD=VALUE,VALUE", help="Run with each of these values; repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds of their own.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(min=1, help="Runs at once, each with its share of the GPUs and cores.")
+    ] = 1,
     set_: Overrides = None,
     home: Home = HOME,
 ) -> None:
@@ -180,7 +183,7 @@ def sweep(
         server.wait()
         runs = Sweep(members, home, terminal, typed())
         try:
-            ended = runs.run(recipe)
+            ended = runs.run(recipe, min(jobs, len(members)))
         except KeyboardInterrupt:
             runs.stop()
             raise

@@ -21,6 +21,7 @@ from flows.compare.rows import ABSENT, recipe_key
 from flows.compare.subjects import Subject
 from flows.engine.store import Artifact
 from llm.score.mcnemar import mcnemar
+from llm.score.seen import is_seen
 from llm.score.statistics import MIN_DOCUMENTS, RESAMPLES, Estimate, Floats, holm, paired_bootstrap
 
 BITS, GOLD, RIGHT = "bits_per_byte", "gold_bits_per_byte", "accuracy"
@@ -217,10 +218,30 @@ def ask(first: Subject, other: Subject) -> Iterator[Question | Answer]:
         elif first.model == other.model:
             yield from (replace(one, claim=replace(claim, outcome=SAME)) for one in answers)
         elif kind == "sets":
-            yield by_document(answers[0], pair[0], pair[1])
+            yield by_document(marked(answers[0], pair[0], pair[1]), pair[0], pair[1])
         else:
-            yield by_item(answers[0], pair[0], pair[1])
-            yield by_gold(answers[1], pair[0], pair[1])
+            yield by_item(marked(answers[0], pair[0], pair[1]), pair[0], pair[1])
+            yield by_gold(marked(answers[1], pair[0], pair[1]), pair[0], pair[1])
+
+
+def marked(answer: Answer, first: Scoring, other: Scoring) -> Answer:
+    """Say what the difference is without what the training documents of either model hold, where they hold any."""
+    places = {place for one in (first, other) for place, row in enumerate(one.rows) if is_seen(row)}
+    if not places:
+        return answer
+    rows = first.rows
+    seen = {row.get("item", place) for place, row in enumerate(rows) if place in places}
+    units = [
+        {place: unit for place, unit in units_of(one, answer.metric).items() if place not in seen}
+        for one in (first, other)
+    ]
+    what = f"training documents hold {len(seen):,} of {len(rows):,}"
+    if not (left := paired(units)):
+        return replace(answer, why=f"{what}, and none is left")
+    bits_2, sizes_2 = np.array(left).sum(axis=0).T
+    difference = answer.number(float((bits_2[1] - bits_2[0]) / sizes_2[0]), "+")
+    unit = " points" if answer.metric == RIGHT else ""
+    return replace(answer, why=f"{what}, without which it is {difference}{unit}")
 
 
 def value(scoring: Scoring | None, metric: str) -> Value | None:
@@ -267,7 +288,7 @@ def by_gold(answer: Answer, first: Scoring, other: Scoring) -> Question | Answer
     units = paired([units_of(one, GOLD) for one in (first, other)])
     if len(units) < len(first.rows):
         part = f"over {len(units):,} of {len(first.rows):,} items, whose answers the tokenizers cut alike"
-        answer = replace(answer, why=part)
+        answer = replace(answer, why="; ".join(filter(None, (part, answer.why))))
     return question(answer, units, "answers")
 
 

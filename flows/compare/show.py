@@ -52,6 +52,8 @@ def show_where(comparison: Comparison, console: Console) -> None:
 
 
 def print_section(section: Section, console: Console) -> None:
+    if not (section.rows or section.empty):
+        return
     console.print()
     console.print(Text(section.heading, "bold"))
     if not section.rows:

@@ -1,4 +1,4 @@
-"""A recipe run with all combinations of some settings and seeds, one run after the other, as one parent in MLflow.
+"""A recipe run with all combinations of some settings and seeds, in turn or side by side, as one parent in MLflow.
 
 Each is a run like any other: what earlier ones sealed is reused, and a sweep that was stopped is resumed where it was.
 """
@@ -7,30 +7,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
-from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import write_durably
-from data_pipeline.documents import count_rows
 from flows.compare.claims import FIRST, SECOND, Claim
 from flows.compare.compare import Comparison, compare
 from flows.compare.fixed import RIGHT
 from flows.compare.log import files, note
+from flows.compare.member_run import MemberRun, NoVerdict, carry_out, require_documents
 from flows.compare.members import Ended, Member
+from flows.compare.side_by_side import CarryOut, shares, side_by_side
 from flows.compare.standing import SeedGroups, Standing
 from flows.compare.subjects import Finder, Subject, label
 from flows.compare.verdict import Verdict
 from flows.engine.continuation import read_record
-from flows.engine.naming import name_run
-from flows.engine.order import Order
-from flows.engine.plan import Planned, Selection
-from flows.engine.store import Artifact, Store, canonical_json
+from flows.engine.store import Store, canonical_json
 from flows.listeners.mlflow.findings import Finding
 from flows.listeners.mlflow.translate import Operation, measured
 from flows.listeners.terminal import Terminal, TerminalListener
-from flows.recipe import shown
 from llm.score.statistics import MIN_DOCUMENTS
 
 
@@ -43,25 +40,6 @@ def forecast(members: Sequence[Member]) -> Iterator[tuple[Member, int, int, list
         builds = [name for name, key in keys.items() if key not in seen]
         seen.update(keys.values())
         yield member, len(member.steps) - len(waiting), len(waiting) - len(builds), builds
-
-
-class NoVerdict(UserError):
-    """A sweep that could not show anything when all of it was trained."""
-
-
-def require_documents(artifact: Artifact) -> None:
-    """Refuse token shards that hold out too few documents for a comparison.
-
-    Raises:
-        NoVerdict: they do.
-    """
-    if artifact.stage == "tokenize":
-        held_out = sum(count_rows(path) for path in artifact.path.glob("val-*.parquet"))
-        if held_out < MIN_DOCUMENTS:
-            raise NoVerdict(
-                f"{held_out} held-out documents are too few to compare models by, {MIN_DOCUMENTS} are needed: nothing "
-                "was trained;\nraise tokenize.val_fraction, or cut the text into more documents (split_chars)"
-            )
 
 
 def foresee(members: Sequence[Member]) -> list[str]:
@@ -149,21 +127,53 @@ class Sweep:
         self._groups = SeedGroups(home, self._finding.key, members)
         self._tags = {"llmill.recipe": recipe, "llmill.sweep.settings": ", ".join(settings)}
 
-    def run(self, recipe: Path) -> list[Ended]:
-        """Run all members; one that fails leaves the others going."""
+    def run(self, file: Path, jobs: int = 1) -> list[Ended]:
+        """Run all members of the recipe in a file, ``jobs`` at once; one that fails leaves the others going.
+
+        Raises:
+            UserError: there are too few GPUs for so many at once.
+            NoVerdict: the sweep could not show anything when all of it was trained.
+        """
+        environments = shares(jobs) if jobs > 1 else []
         self._save()
         self._finding.hold()
         self._report()
         self._groups.begin()
-        for number, member in enumerate(self.members, 1):
-            self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
-            self._ended.append(self._member(member, recipe))
-            if failure := self._ended[-1].failure:
-                self.terminal.note(failure, warning=True)
-            standing = self._standing()
-            self._report(text=standing.note, more=self._metrics(standing))
-            self._groups.note(member.setting, self._ended)
-        return self._ended
+        try:
+            running = self._side_by_side(file, environments) if environments else self._in_turn(file)
+            with closing(running):
+                for ended in running:
+                    self._note(ended)
+        except NoVerdict as error:
+            self._groups.end(self._ended, "FAILED")
+            self._report(text=str(error), status="FAILED")
+            raise
+        return sorted(self._ended, key=lambda one: self.members.index(one.member))
+
+    def _note(self, ended: Ended) -> None:
+        """Report that a member has ended, and how the sweep stands."""
+        if ended.failure:
+            self.terminal.note(ended.failure, warning=True)
+        else:
+            self._done[ended.member.key] = ended.key
+            self._save()
+        self._ended.append(ended)
+        standing = self._standing()
+        self._report(text=standing.note, more=self._metrics(standing))
+        self._groups.note(ended.member.setting, self._ended)
+
+    def _in_turn(self, file: Path) -> Generator[Ended]:
+        listener = TerminalListener(self.terminal)
+        for number in range(1, len(self.members) + 1):
+            yield self._member(number, file, lambda run, recipe: carry_out(run, recipe, listener))
+
+    def _side_by_side(self, file: Path, environments: Sequence[Mapping[str, str]]) -> Generator[Ended]:
+        work = [partial(self._member, number, file) for number in range(1, len(self.members) + 1)]
+
+        def show(number: int, line: str) -> None:
+            self.terminal.console.print(f"{number} │ {line}")
+
+        return side_by_side(work, environments, show)
 
     def finish(self, ended: Sequence[Ended]) -> Comparison | None:
         """Put what ended well side by side, name the best the candidate, and end the parent; None where fewer than two
@@ -214,47 +224,22 @@ class Sweep:
         if why_not := self._finding.report(self._tags, evidence, note=text, status=status, more=more):
             self.terminal.note(f"the sweep is not in MLflow yet: {why_not}", warning=True)
 
-    def _member(self, member: Member, recipe: Path) -> Ended:
+    def _member(self, number: int, file: Path, carry_out: CarryOut) -> Ended:
+        """Carry out a member, the first of which has number 1, unless that was done before the sweep was stopped."""
+        member = self.members[number - 1]
+        self.terminal.title(f"\n{number} of {len(self.members)}  ·  {member.name}")
         evaluation = str(member.step("evaluate").fingerprint)
         if member.key in self._done and all(step.action == "reuse" for step in member.steps):
             self.terminal.note("it ended well before this sweep was stopped")
             return Ended(member, evaluation, self._done[member.key])
+        parent = self._groups.parent_of(member)
+        run = MemberRun.of(member, file=file, home=self.home, command=self.command, parent=parent)
         try:
-            key = self._run(member, recipe)
-        except NoVerdict as error:
-            self._groups.end(self._ended, "FAILED")
-            self._report(text=str(error), status="FAILED")
+            return Ended(member, evaluation, carry_out(run, member.recipe))
+        except NoVerdict:
             raise
         except Exception as error:
             return Ended(member, failure=str(error) or type(error).__name__)
-        self._done[member.key] = key
-        self._save()
-        return Ended(member, evaluation, key)
-
-    def _run(self, member: Member, recipe: Path) -> str:
-        """Run a member; the key by which its run is found in MLflow."""
-        from flows.prefect.pipeline import Pipeline  # Prefect reads its settings when it is imported
-
-        planned = Planned.of(member.recipe, self.home, Selection())
-        order = Order(
-            planned=planned,
-            name=name_run(planned, member.chosen),
-            command=self.command,
-            sweep=self._groups.parent_of(member),
-        )
-        if not member.scored_on:
-            order = replace(order, look=require_documents)
-        parameters = {
-            "recipe": str(recipe.resolve()),
-            "settings": [shown(setting) for setting in member.settings],
-            "stages": {},
-            "home": str(self.home.resolve()),
-        }
-        with Pipeline(order, {"the terminal": TerminalListener(self.terminal)}) as pipeline:
-            pipeline.prepare()
-            with pipeline.flow(parameters) as begin:
-                begin()
-        return pipeline.executor.reporter.known.key
 
     def _subjects(self, ended: Sequence[Ended]) -> list[Subject]:
         finder = Finder(Store(self.home))

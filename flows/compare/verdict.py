@@ -227,7 +227,7 @@ def advice(subjects: Sequence[Subject]) -> str:
     if not can_be_set or len(rows) > MOST_IN_COMMAND:
         return "run each recipe with --set pretrain.seed=1, 2 and 3, and compare all these runs"
     grids = [word for row in rows for word in ("--grid", f"{row.stage}.{row.name}={values_text(row)}")]
-    return f"this would show it: llmill sweep RECIPE {shlex.join(grids)} --seeds 3"
+    return f"this would show it: {shlex.join(['llmill', 'sweep', 'RECIPE', *grids, '--seeds', '3'])}"
 
 
 def values_text(row: Row) -> str:

@@ -124,7 +124,7 @@ def make_plan(recipe: Recipe, store: Store, selection: Selection = Selection()) 
             option = f"--only {selection.only}" if selection.only else f"--from {selection.start}"
             lacks = "can't be looked up" if step.action == "unknown" else "is not sealed"
             raise UserError(f"{option} needs {step.name}, which {lacks}: {'; '.join(step.why)}")
-        steps[step.name] = with_prediction(step, steps, recipe.runtime.worker_count)
+        steps[step.name] = with_prediction(step, steps, store, recipe.runtime.worker_count)
     return list(steps.values())
 
 
@@ -188,7 +188,7 @@ def plan_and_hold(recipe: Recipe, store: Store, selection: Selection, uses: Uses
             return steps  # else something was removed before we held it
 
 
-def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step:
+def with_prediction(step: Step, steps: Mapping[str, Step], store: Store, workers: int) -> Step:
     """``step`` with what its config predicts, where it will run."""
     if step.action == "reuse" or not step.config:
         return step
@@ -196,6 +196,8 @@ def with_prediction(step: Step, steps: Mapping[str, Step], workers: int) -> Step
     known = source.artifact.metrics if source and source.action == "reuse" and source.artifact else {}
     left_out = describe(step.config.left_out() or {}, most=None)
     lines = [*step.config.predict(known, workers), *left_out, *step.config.foresee(lineage(step, steps))]
+    if step.fingerprint and step.action == "run":
+        lines += step.config.continued(store.root / step.stage.name, step.inputs)
     return replace(step, predicted=lines)
 
 

@@ -75,18 +75,7 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
     last = [f"{step.name}: its process began, and reported nothing"]
     reading = threading.Thread(target=relay, args=(step.name, process.stdout, log.append, last), daemon=True)
     reading.start()
-    saves, stopping = wishes.saves, False
-    while True:
-        with suppress(subprocess.TimeoutExpired):
-            code = process.wait(POLL_SECONDS)
-            break
-        if wishes.saves > saves:
-            saves = wishes.saves
-            process.send_signal(signal.SIGUSR1)
-        if wishes.stop.is_set() and not stopping:
-            stopping = True
-            asked.allow(grace + STOP_SECONDS + END_SECONDS)
-            process.send_signal(signal.SIGTERM)
+    code, stopping = follow(process, wishes, grace)
     reading.join()
     process.stdin.close()
     if code == CODES[UserError]:
@@ -99,12 +88,34 @@ def build(step: Step, log: RunLog, wishes: Wishes, *, order: Order, key: str) ->
         )
 
 
+def follow(process: subprocess.Popen[bytes], wishes: Wishes, grace: float) -> tuple[int, bool]:
+    """Wait for a process's end, and tell it meanwhile what is wished.
+
+    Args:
+        grace: seconds that its ranks get to save in when it is asked to stop.
+
+    Returns:
+        Its code, and whether it was asked to stop.
+    """
+    saves, stopping = wishes.saves, False
+    while True:
+        with suppress(subprocess.TimeoutExpired):
+            return process.wait(POLL_SECONDS), stopping
+        if wishes.saves > saves:
+            saves = wishes.saves
+            process.send_signal(signal.SIGUSR1)
+        if wishes.stop.is_set() and not stopping:
+            stopping = True
+            asked.allow(grace + STOP_SECONDS + END_SECONDS)
+            process.send_signal(signal.SIGTERM)
+
+
 def job_of(step: Step, order: Order, key: str) -> Job:
     """Describe what the process is to do."""
     context = serialize_context()
     context["flow_run_context"].pop("flow", None)  # it holds what can't be sent, such as locks
     return Job(
-        recipe=written(order.recipe),
+        recipe=written(order.recipe, order.recipe.runtime.parallel_steps),
         home=str(order.planned.uses.store.home),
         step=step.name,
         force=order.planned.selection.force == step.name,
@@ -116,14 +127,15 @@ def job_of(step: Step, order: Order, key: str) -> Job:
     )
 
 
-def written(recipe: Recipe) -> dict[str, Any]:
-    """Write a recipe as a file would say it, for one of the steps that may be at work: with its share of the cores."""
+def written(recipe: Recipe, at_once: int) -> dict[str, Any]:
+    """Write a recipe as a file would say it, for one of the processes that may be ``at_once`` at work: with its share
+    of the cores."""
     runtime, said = recipe.runtime, recipe.model_dump(exclude_unset=True)
     steps = {
         one.name: said.pop(one.name, {}) | {"stage": one.stage.name, "inputs": one.sources}
         for one in recipe.steps
     }
-    workers = max(1, runtime.worker_count // runtime.parallel_steps)
+    workers = max(1, runtime.worker_count // at_once)
     return said | {"runtime": said.get("runtime", {}) | {"workers": workers}} | steps
 
 

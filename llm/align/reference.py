@@ -4,6 +4,8 @@ the rows, and those of whole answers of a held-out pair. Shape suffixes: R rows,
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,10 +13,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_pipeline.core.files import atomic_path
+from data_pipeline.core.files import atomic_path, file_sha256
+from data_pipeline.core.pinned_files import content_sha256
+from data_pipeline.stage import StageContext
 from llm.data.packed import REFERENCE, Conversation, PackedRows, lay_out
 from llm.model.transformer import Transformer, load_model
 from llm.training.resolved import MICRO_BATCH_TOKENS, Precision
+
+KEPT = "reference"
+"""Folder of an artifact for the nats of its rows under the model that it started from."""
 
 
 @torch.inference_mode()
@@ -29,7 +36,7 @@ def row_nats(
     found = np.zeros(rows_3RT.shape[1:], np.float32)
     for start in range(0, len(rows), at_once):
         indices = np.arange(start, min(start + at_once, len(rows)))
-        batch = rows.take(indices).to(device)
+        batch = rows.needed(rows.take(indices), indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             nats_BT = model(
                 batch.tokens_BT,
@@ -39,31 +46,71 @@ def row_nats(
                 positions_BT=batch.positions_BT,
                 counted_BT=batch.counted_BT,
             )
-        found[indices] = nats_BT.float().cpu().numpy()
+        found[indices, : nats_BT.shape[1]] = nats_BT.float().cpu().numpy()
         report(len(indices))
     return found
 
 
 def write_references(
-    start: Path, folder: Path, precision: Precision, progress: Callable[[float, float | None, str], None]
+    start: Path, folder: Path, precision: Precision, *, out: Path, context: StageContext
 ) -> None:
-    """Write the nats of the rows in a folder under the model in another one, where that is not done yet."""
+    """Write the nats of the rows in ``folder`` under the model in ``start``, where that is not done yet.
+
+    They are sealed with the step in ``out`` (`KEPT`), under a name that stands for all that they follow from, and taken
+    from an earlier step beside it that has them.
+    """
     paths = [path for path in sorted(folder.glob("*.npy")) if not path.name.endswith(REFERENCE)]
-    missing = [path for path in paths if not path.with_suffix(REFERENCE).exists()]
-    if not missing:
-        return
-    model = on_device(start)
-    total, done = sum(np.load(path, mmap_mode="r").shape[1] for path in missing), 0
+    names = {path: f"{key}.npy" for path, key in zip(paths, keys(start, paths, precision), strict=True)}
+    total = done = 0
 
     def tell(rows: int) -> None:
         nonlocal done
         done += rows
-        progress(done, total, "rows under the reference")
+        context.progress(done, total, "rows under the reference")
 
+    (out / KEPT).mkdir(parents=True, exist_ok=True)
+    missing = [path for path in paths if not path.with_suffix(REFERENCE).exists()]
+    for path in list(missing):
+        if earlier := sealed(out, names[path]):
+            copy(earlier, path.with_suffix(REFERENCE))
+            context.note(
+                f"log-probabilities of {path.stem} under the reference: those of {earlier.parts[-3]}"
+            )
+            missing.remove(path)
+    total = sum(np.load(path, mmap_mode="r").shape[1] for path in missing)
+    model = on_device(start) if missing else None
     for path in missing:
+        assert model is not None
         found = row_nats(model, np.load(path), precision, tell)
         with atomic_path(path.with_suffix(REFERENCE)) as temporary, open(temporary, "wb") as file:
             np.save(file, found)
+    for path in paths:
+        copy(path.with_suffix(REFERENCE), out / KEPT / names[path])
+
+
+def keys(start: Path, paths: Sequence[Path], precision: Precision) -> list[str]:
+    """Name all that the nats of the rows in files follow from: the model, the rows, and what it is computed in."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = {path.name: path for path in start.glob("model*") if path.is_file()}
+    return [
+        hashlib.sha256(
+            f"{content_sha256(model)} {file_sha256(path)} {precision} {device}".encode()
+        ).hexdigest()[:32]
+        for path in paths
+    ]
+
+
+def sealed(out: Path, name: str) -> Path | None:
+    """Find nats of this name in a finished step beside ``out``."""
+    found = sorted(out.parent.glob(f"*/{KEPT}/{name}"))
+    others = [path for path in found if path.parents[1] != out and path.parents[1].suffix != ".partial"]
+    return next(iter(others), None)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file, atomically."""
+    with atomic_path(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def on_device(folder: Path) -> Transformer:

@@ -64,8 +64,8 @@ is to the model that drew it (nats), whose mean estimates their divergence."""
 def align(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Metrics:
     """Train the model of ``inputs["model"]`` to prefer the chosen answers of pairs to the rejected ones.
 
-    Leaves what `finetune` leaves, ``pairs.parquet`` (the held-out ones) and ``answers.parquet`` (drawn at temperature 1
-    before and after).
+    Leaves what `finetune` leaves, ``pairs.parquet`` (the held-out ones), ``answers.parquet`` (drawn at temperature 1
+    before and after) and ``reference`` (`llm.align.reference.KEPT`).
 
     Raises:
         UserError: there is no chat template, or too few pairs; the model reads fewer tokens than a row has.
@@ -76,9 +76,9 @@ def align(config: AlignConfig, inputs: Mapping[str, Path], out: Path, context: S
     scratch, room = out / "scratch", config.row_length(model)
     reader = Pairs(chat)
     read = read_rows(config, reader, room, out, context)
-    check_adapters(config, model, context)
+    check_adapters(config, model)
     assert config.precision != "auto", "the config is resolved"
-    write_references(inputs["model"], rows_folder(out), config.precision, context.progress)
+    write_references(inputs["model"], rows_folder(out), config.precision, out=out, context=context)
     asked = [one["prompt"] for one in read.held_out[: config.answers]]
 
     def answers(folder: Path) -> dict[str, Any]:

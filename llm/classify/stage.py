@@ -49,7 +49,7 @@ def classify(config: ClassifyConfig, inputs: Mapping[str, Path], out: Path, cont
     read = read_rows(config, texts, room, out, context)
     if config.longer == "cut" and read.cut:
         context.note(f"of a longer text the first {room:,} tokens are read: raise classify.context for more")
-    check_adapters(config, base, context)
+    check_adapters(config, base)
     weights = labels.weights() if config.balance == "weights" else None
     train_on_rows(
         config,

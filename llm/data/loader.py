@@ -99,7 +99,7 @@ class Loader:
 
     def _make(self, step: int, turn: int) -> list[Batch]:
         everyone = self._sequences_of(*self.samples(step))
-        sequences = rank_slice(everyone, self.mine.rank, self.mine.ranks)
+        sequences = self.sequences.arranged(rank_slice(everyone, self.mine.rank, self.mine.ranks))
         buffer = self._buffers[turn]
         if buffer is None or len(buffer.tokens_BT) < len(sequences):
             buffer = self._buffers[turn] = self.sequences.empty(len(sequences), self.pinned)

@@ -28,7 +28,7 @@ IGNORED = -1
 """In place of a target that does not count."""
 REFERENCE = ".reference.npy"
 """Ending of the file of a source's nats under another model."""
-ROUND = 64
+ROUND = 16
 """Positions of a micro-batch are a multiple of this: of few shapes."""
 INDEX = "rows.json"
 """Names the sources and their rows; written last."""
@@ -179,6 +179,16 @@ class PackedRows:
                 batch.reference_BT.numpy()[place] = self._references[source][index - first]
         return batch
 
+    def arranged(self, rows: Indices) -> Indices:
+        """Put a rank's rows of a step in the order of the positions that they use, so that those of a micro-batch use
+        about as many."""
+        return rows[np.argsort(self.used_R[rows.astype(np.int64)], kind="stable")]
+
+    def needed(self, batch: Batch, rows: NDArray[Any]) -> Batch:
+        """Return these rows without the positions behind all that counts in them, which move nothing."""
+        used = self.used_R[rows.astype(np.int64)].max()
+        return batch.begin(min(batch.tokens_BT.shape[1], math.ceil(used / ROUND) * ROUND))
+
     def weighed(self, batches: Sequence[Batch], mine: Indices, everyone: Indices) -> list[Batch]:
         """Return a rank's micro-batches, without the positions behind all that counts in them, with the weight of each
         in the step's loss, so that the mean over micro-batches and ranks of their means is the mean over all that
@@ -192,10 +202,10 @@ class PackedRows:
         weighed, start = [], 0
         for batch in batches:
             count = len(batch.tokens_BT)
-            rows = mine[start : start + count].astype(np.int64)
-            units, used = self.units_R[rows].sum(), self.used_R[rows].max()
-            batch = batch.begin(min(batch.tokens_BT.shape[1], math.ceil(used / ROUND) * ROUND))
-            weighed.append(batch._replace(weight=float(units * len(everyone) / (count * total))))
+            rows = mine[start : start + count]
+            units = self.units_R[rows.astype(np.int64)].sum()
+            weight = float(units * len(everyone) / (count * total))
+            weighed.append(self.needed(batch, rows)._replace(weight=weight))
             start += count
         return weighed
 

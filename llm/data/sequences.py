@@ -93,6 +93,14 @@ class Sequences:
             np.cumsum(rows[:, :-2] == self.end, axis=1, dtype=np.int32, out=documents[:, 1:])
         return batch
 
+    def arranged(self, sequences: Indices) -> Indices:
+        """Return a rank's sequences of a step in the order in which they are read: as they come, all are full."""
+        return sequences
+
+    def needed(self, batch: Batch, _: npt.NDArray[Any]) -> Batch:
+        """Return what of a batch moves something: all of it."""
+        return batch
+
     def weighed(self, batches: Sequence[Batch], mine: Indices, everyone: Indices) -> list[Batch]:
         """Return a rank's micro-batches with the weight of each in the step's loss: alike, as all targets count."""
         return list(batches)

@@ -18,7 +18,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
@@ -36,6 +35,7 @@ from llm.model.generate import generate
 from llm.model.transformer import load_model
 from llm.score.documents import Document, score_documents
 from llm.score.fixed import Fixed, score_fixed, tables
+from llm.score.replicas import Replicas
 from llm.score.seen import NOT_HERE, described, mark_seen, not_sought, scored_texts
 from llm.score.statistics import interval
 
@@ -48,15 +48,15 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     ``set_tokens.parquet`` and ``items.parquet`` (`llm.score.sets.DOCUMENTS`, `TOKENS`, `llm.score.task.ITEMS`).
     """
     config = config.resolve()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(inputs["model"]).to(device)
+    model = load_model(inputs["model"])
+    replicas = Replicas.everywhere(model)  # `model` is the first
     tokenizer = load_tokenizer(inputs["tokenizer"])
     held_out = TokenShards(inputs["tokens"], "val")
     held_out.require_tokenizer(inputs["tokenizer"])
     documents = choose(read(held_out), config.max_documents)
     sizes = token_bytes(inputs["tokenizer"])
     rows = score_documents(
-        model,
+        replicas,
         documents,
         sizes=sizes,
         end=end_of_text(tokenizer),
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig, inputs: Mapping[str, Path], out: Path, cont
     )
     samples = [{"prompt": prompt, "text": text} for prompt, text in zip(config.prompts, texts, strict=True)]
     unread = sum(map(count_rows, held_out.paths)) - len(documents)
-    fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    fixed = score_fixed(replicas, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
     fixed = look_for(fixed, config, inputs, out / "scratch" / "seen", context)
     left_out = {"left_out/max_documents": float(unread)} if unread else {}
     return write(rows, samples, fixed, out=out) | left_out

@@ -40,7 +40,7 @@ def finetune(config: FinetuneConfig, inputs: Mapping[str, Path], out: Path, cont
     chat = chat_of(config, inputs)
     scratch, room = out / "scratch", config.row_length(model)
     read = read_rows(config, Conversations(chat), room, out, context)
-    check_adapters(config, model, context)
+    check_adapters(config, model)
     questions = read.held_out[: config.answers]
     answers = partial(answer, chat=chat, questions=questions, most=config.answer_tokens)
     before = once(scratch / "before.json", lambda: {"answers": answers(inputs["model"])})["answers"]

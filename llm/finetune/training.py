@@ -70,22 +70,15 @@ def chat_of(config: FinetuneConfig, inputs: Mapping[str, Path]) -> Chat:
     return Chat(inputs["tokenizer"], own)
 
 
-def check_adapters(config: RowsConfig, model: ModelConfig, context: StageContext) -> None:
-    """See that the adapters that are asked for can be made, and say what is not written of them.
+def check_adapters(config: RowsConfig, model: ModelConfig) -> None:
+    """See that the adapters that are asked for can be made.
 
     Raises:
         UserError: the model has none of the matrices.
     """
-    if config.lora is None:
-        return
-    gpt2 = model.positions == "learned"
-    if gpt2 and {*config.lora.targets} <= {"gate_proj"}:
+    if config.lora and model.positions == "learned" and {*config.lora.targets} <= {"gate_proj"}:
         raise UserError(
             f"{config.stage}.lora.targets has no matrix of this model, whose MLP has no gate_proj"
-        )
-    if gpt2:
-        context.note(
-            "adapters of GPT-2's layout are added into the model only: PEFT's is not written", warning=True
         )
 
 

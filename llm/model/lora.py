@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from data_pipeline.core.files import atomic_path
 from llm.kernels.matmul import Linear
 from llm.model.config import Lora
+from llm.model.files import Layout
+from llm.model.layouts import GPT2_NAMES
 from llm.model.transformer import Transformer
 
 ADAPTER, DOWN, UP = "adapter", "lora_A.weight", "lora_B.weight"
@@ -66,13 +69,58 @@ def merge(weights: Mapping[str, Tensor], lora: Lora) -> tuple[dict[str, Tensor],
     return merged, adapters
 
 
+def as_gpt2(
+    adapters: Mapping[str, Tensor], lora: Lora
+) -> tuple[dict[str, Tensor], dict[str, tuple[int, float]]]:
+    """Return adapters by the names of GPT-2's modules, and rank and alpha of those whose are others than ``lora``'s.
+
+    q, k and v are one module there. Of their adapters it has the sum: the ``A`` one above the other, the ``B`` each in
+    rows and columns of its own.
+    """
+    theirs: dict[str, Tensor] = {}
+    ranks: dict[str, tuple[int, float]] = {}
+    fused: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    for name in (name for name in adapters if name.endswith(UP)):
+        module = name.removesuffix(f".{UP}")
+        both = adapters[f"{module}.{DOWN}"], adapters[name]
+        _, layer, inner = module.split(".", 2)
+        part = inner.removeprefix("self_attn.").removesuffix("_proj")
+        if part in ("q", "k", "v"):
+            fused.setdefault(layer, {})[part] = both
+        else:
+            place = f"h.{layer}.{GPT2_NAMES[inner]}"
+            theirs |= {f"{place}.{DOWN}": both[0], f"{place}.{UP}": both[1]}
+    for layer, parts in fused.items():
+        width, rank = next(iter(parts.values()))[1].shape
+        up_MR = torch.zeros(3 * width, rank * len(parts))
+        for number, (part, (_, its_up)) in enumerate(parts.items()):
+            up_MR["qkv".index(part) * width :][:width, number * rank :][:, :rank] = its_up
+        theirs[f"h.{layer}.attn.c_attn.{DOWN}"] = torch.cat([down for down, _ in parts.values()])
+        theirs[f"h.{layer}.attn.c_attn.{UP}"] = up_MR
+        ranks["attn.c_attn"] = (lora.rank * len(parts), lora.alpha * len(parts))
+    return theirs, ranks
+
+
 def save_adapters(
-    adapters: Mapping[str, Tensor], lora: Lora, folder: Path, *, head: Tensor | None = None
+    adapters: Mapping[str, Tensor],
+    lora: Lora,
+    folder: Path,
+    *,
+    layout: Layout,
+    head: Tensor | None = None,
 ) -> None:
-    """Write adapters of a model in Llama's or Qwen3's layout as PEFT reads them; of one that gives labels with its
-    ``head``, which is trained whole."""
+    """Write adapters of a model in a layout as PEFT reads them; of one that gives labels with its ``head``, which is
+    trained whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    described = {
+    inner, targets = "model", sorted(map(str, lora.targets))
+    ranks: dict[str, tuple[int, float]] = {}
+    if layout == "gpt2":
+        inner = "transformer"
+        adapters, ranks = as_gpt2(adapters, lora)
+        targets = sorted(
+            {name.removesuffix(f".{UP}").split(".", 2)[2] for name in adapters if name.endswith(UP)}
+        )
+    described: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if head is None else "SEQ_CLS",
         "modules_to_save": None if head is None else ["score"],
@@ -80,15 +128,18 @@ def save_adapters(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(lora.targets),
+        "target_modules": targets,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": layout == "gpt2",  # it stores its matrices turned
         "inference_mode": True,
     }
+    if ranks:
+        described["rank_pattern"] = {module: rank for module, (rank, _) in ranks.items()}
+        described["alpha_pattern"] = {module: alpha for module, (_, alpha) in ranks.items()}
     with atomic_path(folder / "adapter_config.json") as path:
         path.write_text(json.dumps(described, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     with atomic_path(folder / "adapter_model.safetensors") as path:
-        named = {f"base_model.model.model.{name}": weight.contiguous() for name, weight in adapters.items()}
+        named = {f"base_model.model.{inner}.{name}": weight.contiguous() for name, weight in adapters.items()}
         if head is not None:
             named["base_model.model.score.weight"] = head.contiguous()
         save_file(named, path, metadata={"format": "pt"})

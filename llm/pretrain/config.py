@@ -23,7 +23,7 @@ from llm.kernels.names import BackEnd, Library
 from llm.machine.hardware import require_ranks
 from llm.machine.slurm import SlurmJob
 from llm.model.config import ModelConfig, ModelShape
-from llm.pretrain import presets, scoring
+from llm.pretrain import branches, presets, scoring
 from llm.score.config import ValidateOn
 from llm.training.recovery import Recovery
 from llm.training.resolved import OptimizerSettings, Wanted
@@ -250,6 +250,9 @@ class PretrainConfig(TrainingConfig):
     mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
     text as often as any other."""
+    keep: tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)], ...] = ()
+    """Steps, or shares of them, whose checkpoints are sealed with the model: branch points, from which a training that
+    would take the same steps up to there goes on by itself (see `llm.pretrain.branches`)."""
     mask_documents: bool = False
     """Let no position see another document of its sequence. The end of a document still has the next one's first token
     for its target."""
@@ -276,6 +279,8 @@ class PretrainConfig(TrainingConfig):
                 f"runtime.micro_batch {micro} does not divide a rank's {smallest // ranks} sequences a step"
             )
         self.schedule.require_room(self.steps)
+        if late := [step for step in self.kept_steps if step > self.steps]:
+            raise ValueError(f"keep names step {late[0]}, but the run has {self.steps} steps")
         assert self.mixture is None or self.mix  # raises ValueError where it can't be shared out
         return self
 
@@ -359,6 +364,9 @@ class PretrainConfig(TrainingConfig):
         which nothing follows any more, and without what does not count beside other settings."""
         identity = super().identity()
         del identity["depth"]
+        del identity["keep"]
+        if self.keep:  # without, as it was before there were any, so that what was sealed then is found
+            identity["keep"] = self.kept_steps
         for section, name in self.idle():
             del identity[section][name]
         if identity.pop("init_from") is not None:
@@ -396,6 +404,31 @@ class PretrainConfig(TrainingConfig):
             lines.append(scoring.describe(self.steps, every, self._scored_tokens, cost))
         return lines
 
+    def continued(self, made: Path, inputs: Mapping[str, str]) -> list[str]:
+        """Name the branch point of an earlier training that this one goes on from."""
+        found = branches.find(made, self.course, inputs)
+        step = branches.newest(found, self.course)
+        return [] if step is None else [self.describe_start(step, found[step])]
+
+    @property
+    def course(self) -> branches.Course:
+        """All that the steps follow from, of a resolved config."""
+
+        def described(step: int) -> str:
+            return f"{self.step_samples(step)} {self.schedule.lr_multiplier(step, self.steps)!r}"
+
+        return branches.Course(
+            identity=self.identity(), steps=self.steps, described=described, kept=self.kept_steps
+        )
+
+    def describe_start(self, step: int, folder: Path) -> str:
+        """Describe in a line where a training goes on from."""
+        spared, all_tokens = self.tokens_after(step), self.tokens_after(self.steps)
+        return (
+            f"goes on from step {step:,} of pretrain {folder.parents[1].name}, which is the same up to there: "
+            f"{spared:,} of {all_tokens:,} tokens are not trained on again"
+        )
+
     @property
     def wanted(self) -> Wanted:
         """Settings that the ranks are to compute with, before it is known what their machine has."""
@@ -428,6 +461,12 @@ class PretrainConfig(TrainingConfig):
     def steps(self) -> int:
         """Optimizer steps: tokens / batch_tokens, rounded down, at least one; more with a batch warm-up."""
         return self.plan.steps
+
+    @property
+    def kept_steps(self) -> list[int]:
+        """Steps after which a branch point is kept."""
+        steps = (one if isinstance(one, int) else max(1, round(one * self.steps)) for one in self.keep)
+        return sorted(set(steps))
 
     @property
     def samples_every(self) -> int:

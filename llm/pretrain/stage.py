@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
@@ -18,9 +19,11 @@ from data_pipeline.train_tokenizer.tokenizer import special_tokens
 from llm.data import order as batches
 from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
+from llm.pretrain import branches
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.summary import describe_reading, describe_scoring, summarise
-from llm.training.events import read_events
+from llm.training import checkpoint
+from llm.training.events import read_events, write_events
 from llm.training.job import Job, as_begun, train
 
 
@@ -28,8 +31,8 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     """Train the model on the shards of ``inputs["tokens"]``; see the module's docstring.
 
     Leaves ``model.safetensors``, ``model.json``, ``losses.parquet``, ``validation.parquet``, ``sources.json`` (what was
-    read of each source) and ``report.md``; and ``skipped.parquet`` where steps or batches were skipped (see
-    `llm.training.recovery`).
+    read of each source) and ``report.md``; ``skipped.parquet`` where steps or batches were skipped (see
+    `llm.training.recovery`); and ``branches`` where some are kept (see `llm.pretrain.branches`).
 
     Raises:
         UserError: the corpus is smaller than one batch; more ranks than fit; a checkpoint of another precision.
@@ -40,10 +43,62 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
     if config.model.logit_softcap is not None:
         context.note("no layout of transformers has model.logit_softcap: export will refuse it", warning=True)
     if not (out / "model.safetensors").exists():  # the last file that the ranks write
-        train(prepare(config, inputs, out, context), context)
+        job = prepare(config, inputs, out, context)
+        begin_at_branch(job, inputs, context)
+        train(job, context)
+    if config.keep:
+        branches.write_index(config.course, fingerprints(inputs), out)
     for line, warning in describe_scoring(read_events(out / "logs" / "events.jsonl")):
         context.note(line, warning=warning)
     return summarise(config, out)
+
+
+def fingerprints(inputs: Mapping[str, Path]) -> dict[str, str]:
+    """Return the fingerprints of sealed inputs: the names of their folders."""
+    return {type_: folder.name for type_, folder in inputs.items()}
+
+
+def begin_at_branch(job: Job, inputs: Mapping[str, Path], context: StageContext) -> None:
+    """Have a training that has not begun go on from the last branch point of another that it passes, where that
+    computed alike; with that one's events up to there."""
+    if job.checkpoints.exists() or job.resolved is None:
+        return
+    config = job.config
+    found = {}
+    for step, folder in branches.find(job.out.parent, config.course, fingerprints(inputs)).items():
+        record = checkpoint.read_record(folder)
+        if record is None or record.setup != job.setup:
+            context.note(
+                f"step {step:,} of {folder.parents[1].name} was computed otherwise: not gone on from it"
+            )
+        elif problem := checkpoint.damage(folder.parent, record):
+            context.note(f"step {step:,} of {folder.parents[1].name}: {problem}", warning=True)
+        else:
+            found[step] = folder
+    newest = branches.newest(found, config.course)
+    if newest is None:
+        return
+    context.note(config.describe_start(newest, found[newest]))
+    events = read_events(found[newest].parents[1] / "logs" / "events.jsonl")
+    write_events(job.events, [event for event in events if is_passed(event, newest, config)])
+    for step in sorted(
+        step for step in found if step == newest or (step in config.kept_steps and step < newest)
+    ):
+        checkpoint.copy(found[step], checkpoint.folder_of(job.checkpoints, step))
+
+
+def is_passed(event: Mapping[str, Any], until: int, config: PretrainConfig) -> bool:
+    """Whether a training logs an event of another that is the same up to step ``until``."""
+    runtime = config.runtime
+    every = {
+        "step": runtime.log_every,
+        "norms": runtime.norms_every,
+        "validation": runtime.validation.every,
+        "samples": config.samples_every,
+        "scores": config.scores_every,
+        "skip": 1,
+    }.get(event["event"], 0)
+    return event["event"] == "start" or bool(every and event["step"] <= until and event["step"] % every == 0)
 
 
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:

@@ -12,6 +12,7 @@ from pydantic import Field, PrivateAttr, model_validator
 from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile, content_sha256, pin
+from data_pipeline.core.shipped import is_shipped
 from data_pipeline.stage import Runtime, StageConfig
 from llm.score.prompts import Kind
 
@@ -130,11 +131,15 @@ class FixedConfig(StageConfig):
         return pinned
 
     def foresee(self, lineage: Mapping[str, Sequence[StageConfig]]) -> list[str]:
-        """Warn of sets and tasks that no step keeps out of the documents that the model is trained on."""
+        """Warn of sets and tasks that no step keeps out of the documents that the model is trained on.
+
+        Those that llmill ships were written for it: a corpus has their texts by chance only.
+        """
         known = [one for config in lineage["model"] if (one := config.kept_out()) is not None]
-        scored = [*(one.name for one in self.sets), *(task.name for task in self.tasks)]
+        kept_out = frozenset().union(*known)
+        scored: list[SetConfig | TaskConfig] = [*self.sets, *self.tasks]
         files = zip(scored, [*self.set_files, *self.task_files], strict=True)
-        names = [name for name, file in files if file.sha256 not in frozenset().union(*known)]
+        names = [one.name for one, file in files if file.sha256 not in kept_out and not is_shipped(one.path)]
         if not (known and names):
             return []
         return [

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from llm.data.bits import bits_per_byte
 from llm.model.foreign import Scorable
+from llm.score.replicas import Replicas
 
 BATCH_TOKENS = 8192
 """Positions evaluated at once. Not a setting: the shape of a batch shows in the last bits of the results."""
@@ -38,7 +39,7 @@ class Window:
 
 
 def score_documents(
-    model: Scorable,
+    replicas: Replicas,
     documents: Sequence[Document],
     *,
     sizes: NDArray[np.int32],
@@ -53,7 +54,7 @@ def score_documents(
         end: the token that stands before each document.
         progress: called with the tokens scored and those there are.
     """
-    found = token_nats(model, documents, end=end, stride=stride, progress=progress)
+    found = token_nats(replicas, documents, end=end, stride=stride, progress=progress)
     rows = []
     for (name, tokens), nats in zip(documents, found, strict=True):
         size, text_loss = int(sizes[tokens].sum()), text_nats(nats, sizes[tokens])
@@ -72,7 +73,7 @@ def score_documents(
 
 
 def token_nats(
-    model: Scorable,
+    replicas: Replicas,
     documents: Sequence[Document],
     *,
     end: int,
@@ -82,8 +83,9 @@ def token_nats(
     """Return the loss of each document's tokens, in nats, as the model has it; arguments as of `score_documents`."""
     found = [np.zeros(len(tokens), np.float32) for _, tokens in documents]
     total, done = sum(map(len, found)), 0
-    for batch in batched(cut(documents, end, model.config.context, stride)):
-        for window, losses in zip(batch, window_losses(model, batch), strict=True):
+    batches = list(batched(cut(documents, end, replicas.context, stride)))
+    for batch, of_batch in zip(batches, replicas.map(window_losses, batches), strict=True):
+        for window, losses in zip(batch, of_batch, strict=True):
             last = len(window.tokens) - 1
             until = window.first + window.counted
             found[window.owner][window.first : until] = losses[last - window.counted : last]

@@ -18,8 +18,8 @@ from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, token_bytes
 from llm.data.bits import bits_per_byte
-from llm.model.foreign import Scorable
 from llm.score.config import FixedConfig, SetConfig, TaskConfig
+from llm.score.replicas import Replicas
 from llm.score.report import sets_table, tasks_table
 from llm.score.seen import NOT_HERE, of_seen, seen_table
 from llm.score.sets import DOCUMENTS, TOKENS, PreparedSet, run_set
@@ -85,7 +85,7 @@ class Fixed:
 
 
 def score_fixed(
-    model: Scorable,
+    replicas: Replicas,
     tokenizer: Tokenizer,
     config: FixedConfig,
     *,
@@ -102,11 +102,13 @@ def score_fixed(
 
     def of_set(one: SetConfig, file: PinnedFile) -> list[Row]:
         prepared = PreparedSet.of(one, file, tokenizer)
-        return run_set(model, prepared, end=end, sizes=sizes, progress=progress(f"tokens of {one.name}"))
+        return run_set(replicas, prepared, end=end, sizes=sizes, progress=progress(f"tokens of {one.name}"))
 
     def of_task(task: TaskConfig, file: PinnedFile) -> list[Row]:
-        prepared = PreparedTask.of(task, file, tokenizer, first=first, room=model.config.context)
-        return run_task(model, tokenizer, prepared, sizes=sizes, progress=progress(f"items of {task.name}"))
+        prepared = PreparedTask.of(task, file, tokenizer, first=first, room=replicas.context)
+        return run_task(
+            replicas, tokenizer, prepared, sizes=sizes, progress=progress(f"items of {task.name}")
+        )
 
     sets, tasks, tokens = {}, {}, []
     for one, file in zip(config.sets, config.set_files, strict=True):

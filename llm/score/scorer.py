@@ -20,6 +20,7 @@ from llm.kernels.attention import Attend, Documents
 from llm.model.foreign import ForeignModel, Scorable
 from llm.model.transformer import Transformer
 from llm.score.encode import Option, common
+from llm.score.replicas import Replicas
 
 BATCH_TOKENS = 4096
 """Positions scored at once. Not a setting: the shape of a batch shows in the last bits of the results."""
@@ -59,24 +60,32 @@ class Row:
             self.sizes.append(len(option.tokens) - option.start)
 
 
-@torch.inference_mode()
-def score(model: Scorable, items: Sequence[Sequence[Option]]) -> Iterator[tuple[int, list[Scored]]]:
+def score(replicas: Replicas, items: Sequence[Sequence[Option]]) -> Iterator[tuple[int, list[Scored]]]:
     """Yield each item's number and its options' scores, the longest items first."""
-    if isinstance(model, ForeignModel):
-        yield from ((number, score_apart(model, options)) for number, options in enumerate(items))
+    if isinstance(replicas.models[0], ForeignModel):
+        yield from enumerate(replicas.map(score_apart, items))
         return
     rows = [Row(options) for options in items]
+    batches = list(batched(rows))
+    found = replicas.map(score_rows, [[rows[number] for number in numbers] for numbers in batches])
+    for numbers, scored in zip(batches, found, strict=True):
+        yield from zip(numbers, scored, strict=True)
+
+
+def batched(rows: Sequence[Row]) -> Iterator[list[int]]:
+    """Yield the numbers of rows that make at most `BATCH_TOKENS` positions when padded to their first's length."""
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number].tokens))
     start = 0
     while start < len(order):
         count = max(1, BATCH_TOKENS // len(rows[order[start]].tokens))
-        numbers = order[start : start + count]
-        yield from zip(numbers, score_rows(model, [rows[number] for number in numbers]), strict=True)
+        yield order[start : start + count]
         start += count
 
 
-def score_rows(model: Transformer, rows: Sequence[Row]) -> list[list[Scored]]:
+@torch.inference_mode()
+def score_rows(model: Scorable, rows: Sequence[Row]) -> list[list[Scored]]:
     """Score rows together."""
+    assert isinstance(model, Transformer), "a foreign model's options are scored apart"
     longest = len(rows[0].tokens)
     device = next(model.parameters()).device
 
@@ -108,8 +117,10 @@ def score_rows(model: Transformer, rows: Sequence[Row]) -> list[list[Scored]]:
     return found
 
 
-def score_apart(model: ForeignModel, options: Sequence[Option]) -> list[Scored]:
+@torch.inference_mode()
+def score_apart(model: Scorable, options: Sequence[Option]) -> list[Scored]:
     """Score the options of an item, each whole and by itself."""
+    assert isinstance(model, ForeignModel), "ours scores rows of them together"
     device = next(model.parameters()).device
     found = []
     for option in options:

@@ -59,9 +59,9 @@ def mark_seen(rows: Sequence[Row], overlap: Overlap) -> None:
         row["seen"] = float(seen[place] / sought[place]) if sought[place] else None
 
 
-def is_seen(row: Row) -> bool:
+def is_seen(row: Mapping[str, Any]) -> bool:
     """Return whether an item's or document's row counts as seen."""
-    share = row["seen"] or 0.0
+    share = row.get("seen") or 0.0  # older rows have none
     return bool(share > 0 if "task" in row else share >= SEEN_SHARE)
 
 

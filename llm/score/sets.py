@@ -18,9 +18,9 @@ from data_pipeline.core.errors import UserError
 from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.core.text import first_line
 from llm.data.bits import bits_per_byte
-from llm.model.foreign import Scorable
 from llm.score.config import SetConfig
 from llm.score.documents import Document, text_nats, token_nats
+from llm.score.replicas import Replicas
 
 DOCUMENTS = pa.schema(
     [
@@ -78,7 +78,7 @@ class PreparedSet:
 
 
 def run_set(
-    model: Scorable,
+    replicas: Replicas,
     prepared: PreparedSet,
     *,
     end: int,
@@ -98,7 +98,7 @@ def run_set(
     chosen, texts, documents = prepared.chosen, prepared.texts, prepared.documents
 
     def nats(stride: int | None) -> list[NDArray[np.float32]]:
-        return token_nats(model, documents, end=end, stride=stride, progress=progress)
+        return token_nats(replicas, documents, end=end, stride=stride, progress=progress)
 
     scored = nats(None)
     sliding = nats(chosen.stride) if chosen.stride else [None] * len(documents)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
 from data_pipeline.core.files import atomic_path
 from data_pipeline.stage import Metrics, StageContext
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
 from llm.model.foreign import load_scorable
 from llm.score.config import ScoreConfig
 from llm.score.fixed import score_fixed, tables
+from llm.score.replicas import Replicas
 from llm.score.seen import not_sought
 
 
@@ -24,16 +23,16 @@ def score(config: ScoreConfig, inputs: Mapping[str, Path], out: Path, context: S
     (`llm.score.harness.Result`) where there are tasks of lm-evaluation-harness.
     """
     config = config.resolve()
-    model = load_scorable(inputs["model"]).to("cuda" if torch.cuda.is_available() else "cpu")
+    replicas = Replicas.everywhere(load_scorable(inputs["model"]))
     tokenizer = load_tokenizer(inputs["tokenizer"])
     by_harness: Metrics = {}
     report = ["# Scores on sets and tasks\n"]
     if config.harness:
         from llm.score.harness import run_harness  # lm-evaluation-harness, an extra
 
-        found = run_harness(config.harness, model, inputs["tokenizer"], out=out, context=context)
+        found = run_harness(config.harness, replicas.models[0], inputs["tokenizer"], out=out, context=context)
         by_harness, report = found.metrics(), [*report, found.table()]
-    fixed = score_fixed(model, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
+    fixed = score_fixed(replicas, tokenizer, config, folder=inputs["tokenizer"], out=out, context=context)
     if config.sets or config.tasks:
         context.note(not_sought(fixed.unsought))
     fixed.write(out)

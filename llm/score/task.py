@@ -17,12 +17,12 @@ from tokenizers import Tokenizer
 from data_pipeline.core.pinned_files import PinnedFile
 from data_pipeline.train_tokenizer.tokenizer import CONFIG, content_of, end_of_text, read_object
 from llm.data.bits import bits_per_byte
-from llm.model.foreign import Scorable
 from llm.score.answers import matches, write_answers
 from llm.score.config import TaskConfig
 from llm.score.encode import Option, encode
 from llm.score.items import read_items
 from llm.score.prompts import Item, Kind, Prompt, asked, draw_shots, render
+from llm.score.replicas import Replicas
 from llm.score.scorer import Scored, score
 
 RULES = ("mean", "sum", "bytes")
@@ -94,7 +94,7 @@ def prompts_of(task: TaskConfig, items: Sequence[Item]) -> list[Prompt]:
 
 
 def run_task(
-    model: Scorable,
+    replicas: Replicas,
     tokenizer: Tokenizer,
     prepared: PreparedTask,
     *,
@@ -113,14 +113,14 @@ def run_task(
     rows: list[Row] = [{}] * count
     generates = task.kind == "generation"
     total = 2 * count if generates else count
-    for done, (place, scored) in enumerate(score(model, encoded), 1):
+    for done, (place, scored) in enumerate(score(replicas, encoded), 1):
         row = row_of(task, place, prepared.prompts[place], options=encoded[place], scored=scored, sizes=sizes)
         question, options = asked(task.kind, items[place])
         rows[place] = row | {"question": question, "options": options}
         progress(done, total)
     if generates:
         answers = write_answers(
-            model,
+            replicas.models[0],
             tokenizer,
             [options[0] for options in encoded],
             most=task.max_new_tokens or MOST_TOKENS,

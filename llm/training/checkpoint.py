@@ -8,9 +8,11 @@ unpickled: shards are safetensors, records are JSON.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import time
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -229,16 +231,37 @@ def read_history(root: Path, checkpoint: Checkpoint) -> Any:
     return json.loads((folder_of(root, checkpoint.step) / HISTORY).read_text(encoding="utf-8"))
 
 
-def prune(root: Path, keep: int, every: int | None = None, spare: int | None = None) -> None:
-    """Remove what never completed, and of what did all but the newest ``keep``, those of each ``every`` steps, and
-    the newest that is a multiple of ``spare``."""
+def prune(
+    root: Path, keep: int, *, every: int | None = None, spare: int | None = None, steps: Collection[int] = ()
+) -> None:
+    """Remove what never completed, and of what did all but the newest ``keep``, those of each ``every`` steps, the
+    newest that is a multiple of ``spare``, and those of ``steps``."""
     for folder in root.glob("step-*.tmp"):
         shutil.rmtree(folder)
-    steps = [checkpoint.step for checkpoint in complete(root)]
-    kept = {step for step in steps if every and step % every == 0} | set(steps[:keep])
-    kept |= set([step for step in steps if spare and step % spare == 0][:1])
-    for step in set(steps) - kept:
+    found = [checkpoint.step for checkpoint in complete(root)]
+    kept = {step for step in found if every and step % every == 0} | set(found[:keep]) | set(steps)
+    kept |= set([step for step in found if spare and step % spare == 0][:1])
+    for step in set(found) - kept:
         shutil.rmtree(folder_of(root, step))
+
+
+def copy(source: Path, target: Path) -> None:
+    """Have the complete checkpoint in a folder in another one too, which appears whole; what is there is replaced.
+
+    No byte is copied where both are of one file system.
+    """
+    temporary = target.with_name(f"{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    for path in source.iterdir():
+        try:
+            os.link(path, temporary / path.name)
+        except OSError:  # another file system, or one without hard links
+            shutil.copyfile(path, temporary / path.name)
+            fsync(temporary / path.name)
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    fsync(target.parent)
 
 
 def describe(path: Path) -> list[Any]:

@@ -7,8 +7,11 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from data_pipeline.core.files import atomic_path
 
 ONCE = ("step", "norms", "validation", "samples", "scores", "skip")
 """Events that are facts of a step: replayed after a resume they are the same, so they are not written again. After
@@ -58,6 +61,13 @@ class EventLog:
         with open(path, "rb+") as file:
             content = file.read()
             file.truncate(content.rfind(b"\n") + 1)
+
+
+def write_events(path: Path, events: Sequence[Mapping[str, Any]]) -> None:
+    """Write the file of a log that begins with some events."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(path) as temporary:
+        temporary.write_text("".join(json.dumps(event, allow_nan=False) + "\n" for event in events), "utf-8")
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

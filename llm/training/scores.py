@@ -15,6 +15,7 @@ from llm.score.config import SetConfig, TaskConfig, ValidateOn
 from llm.score.encode import common
 from llm.score.items import read_items
 from llm.score.prompts import Prompt
+from llm.score.replicas import Replicas
 from llm.score.sets import PreparedSet, first_texts, run_set
 from llm.score.task import PreparedTask, first_token, prompts_of, run_task, summarise
 
@@ -104,11 +105,13 @@ class Scorer:
         """
         found, end = {}, end_of_text(self.tokenizer)
         for one in self.sets:
-            rows = run_set(model, one, end=end, sizes=self.sizes, progress=ignore)
+            rows = run_set(Replicas([model]), one, end=end, sizes=self.sizes, progress=ignore)
             nats, size = math.fsum(row["text_nats"] for row in rows), sum(row["bytes"] for row in rows)
             found[f"{one.chosen.name}/bits_per_byte"] = bits_per_byte(nats, size)
         for task in self.tasks:
-            metrics = summarise(run_task(model, self.tokenizer, task, sizes=self.sizes, progress=ignore))
+            metrics = summarise(
+                run_task(Replicas([model]), self.tokenizer, task, sizes=self.sizes, progress=ignore)
+            )
             found |= {f"{task.task.name}/{name}": metrics[name] for name in LOGGED}
         return found
 

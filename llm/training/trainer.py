@@ -31,6 +31,7 @@ from llm.model.generate import generate
 from llm.model.layouts import layout_of, load_weights
 from llm.model.lora import FOLDER, add_adapters, merge, save_adapters
 from llm.model.transformer import Transformer, load_model, model_of, save_model
+from llm.pretrain import branches
 from llm.training import checkpoint
 from llm.training.engine import Asked, Engine, start_ranks
 from llm.training.events import EventLog
@@ -58,6 +59,7 @@ class Trainer:
         train, self.held_out = data.sequences("train"), data.sequences("val")
         model = make_model(job, self.resolved)
         self.parameters = model.parameter_count()
+        self.branches = frozenset(self.config.kept_steps)
         self.objective = job.objective
         self.engine = Engine(model, self.resolved, self.objective)
         self.loader = Loader(
@@ -101,6 +103,8 @@ class Trainer:
         self.log_start()
         done = self.resume()
         self.requests.listen()
+        if done == self.config.steps and done not in [one["step"] for one in self.history["validation"]]:
+            self.validate(done)  # killed behind its last step, which is a branch point
         if self.job.start is not None and not done:
             self.validate(0)  # what it starts from
         with self.loader:
@@ -128,7 +132,7 @@ class Trainer:
             if self.is_due(done, self.config.scores_every):
                 self.score(done)
             due = done % self.config.runtime.checkpoint_every == 0 or self.spikes.saves_at(done)
-            if not last and (due or asked.save or asked.stop):
+            if done in self.branches or (not last and (due or asked.save or asked.stop)):
                 self.save(done)
         if asked.stop and not last:
             self.leave(done)
@@ -196,7 +200,8 @@ class Trainer:
                 + self.data_parallel_rank
                 + self.data_parallel_size * np.arange(self.resolved.micro_batch)
             )
-            batch = self.held_out.take(np.minimum(indices, sequences[-1])).to(self.engine.device)
+            taken = np.minimum(indices, sequences[-1])
+            batch = self.held_out.needed(self.held_out.take(taken), taken).to(self.engine.device)
             valid_B1 = torch.from_numpy(indices <= sequences[-1]).to(self.engine.device)[:, None]
             outputs = self.engine.measure(batch)
             sums.append(self.objective.sums(outputs, batch, valid_B1, self.token_bytes))
@@ -264,13 +269,23 @@ class Trainer:
             checkpoint.begin(self.job.checkpoints, done, size=size_of(slices) * self.ranks)
         dist.barrier()
         history = {kind: list(facts) for kind, facts in self.history.items()}
+        history["validation"] = self.regular(history["validation"])
         self.saver.start(done, slices, history, since)
 
-    def kept_checkpoints(self) -> dict[str, int | None]:
+    def regular(self, checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return the checks without one that is there only for a run's end: one that lasts longer has it not."""
+        return [check for check in checks if check["step"] % self.config.runtime.validation.every == 0]
+
+    def kept_checkpoints(self) -> dict[str, Any]:
         """Find which checkpoints stay, in the words of `checkpoint.prune`."""
         runtime, recovery = self.config.runtime, self.config.recovery
         spare = recovery.rollback_every if recovery.spike_z else None
-        return {"keep": runtime.keep_checkpoints, "every": runtime.keep_every, "spare": spare}
+        return {
+            "keep": runtime.keep_checkpoints,
+            "every": runtime.keep_every,
+            "spare": spare,
+            "steps": self.branches,
+        }
 
     def log_saved(self, saved: Saved | None) -> None:
         """Log a checkpoint that is whole."""
@@ -345,9 +360,12 @@ class Trainer:
                     pq.write_table(pa.Table.from_pylist(self.history["skipped"]), path, compression="zstd")
             if self.job.lora is not None:
                 weights, adapters = merge(weights, self.job.lora)
-                if layout_of(self.job.model) != "gpt2":
-                    head = weights["lm_head.weight"] if self.job.model.labels else None
-                    save_adapters(adapters, self.job.lora, self.job.out / FOLDER, head=head)
+                head = weights["lm_head.weight"] if self.job.model.labels else None
+                layout = layout_of(self.job.model)
+                save_adapters(adapters, self.job.lora, self.job.out / FOLDER, layout=layout, head=head)
+            for step in self.branches:
+                saved = checkpoint.folder_of(self.job.checkpoints, step)
+                checkpoint.copy(saved, self.job.out / branches.FOLDER / saved.name)
             save_model(self.job.model, weights, self.job.out)
         dist.barrier()
 

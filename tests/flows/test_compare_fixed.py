@@ -48,6 +48,25 @@ def test_planted_differences_are_found_whichever_model_is_named_first(
     assert found["quiz", RIGHT].difference.startswith("-10.0 points (-1")
 
 
+def test_what_either_model_was_trained_on_is_said_with_the_difference_without_it(
+    score: Score, files: dict[str, Path]
+) -> None:
+    fields = {"sets": {"novels": {"path": files["novels"]}}, "tasks": quiz(files)}
+    first, second = score(**fields, right=0.5), score(**fields, more=0.1, right=0.6, seen=50)
+    texts = len(files["novels"].read_text("utf-8").splitlines())
+    for pair, sign in (((first, second), "+"), ((second, first), "-")):
+        found = answers(*pair)
+        assert found["quiz", RIGHT].why == (
+            f"training documents hold 50 of 200, without which it is {sign}13.3 points"
+        )
+        assert f"without which it is {sign}13.3 points" in found["quiz", RIGHT].outcome
+        assert found["quiz", GOLD].why.startswith("training documents hold 50 of 200, without which it is ")
+        every = f"training documents hold {texts} of {texts}, and none is left"
+        assert found["novels", BITS].why == every
+        assert all(one.claim.estimate for one in found.values()), "all that both were scored on is tested"
+    assert [one.why for one in answers(first, score(**fields)).values()] == ["", "", ""]
+
+
 def test_models_that_do_not_differ_are_not_said_to_and_the_most_that_was_missed_is(
     score: Score, files: dict[str, Path]
 ) -> None:

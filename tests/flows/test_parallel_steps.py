@@ -135,7 +135,7 @@ def test_a_process_passes_on_what_is_of_its_step_and_why_it_failed() -> None:
 @pytest.mark.parametrize("name", ["quickstart", "books", "fineweb_edu"])
 def test_a_process_is_given_the_recipe_as_it_was_read(name: str) -> None:
     recipe = load_recipe(ROOT / f"flows/recipes/{name}.yaml", ["pretrain.seed=3", *SIDE_BY_SIDE[1:]])
-    again = build_recipe(written(recipe))
+    again = build_recipe(written(recipe, 2))
     assert [(one.name, one.sources, one.config) for one in again.steps] == [
         (one.name, one.sources, one.config) for one in recipe.steps
     ]

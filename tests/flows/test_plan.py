@@ -13,6 +13,8 @@ from flows.engine.plan import Selection, Step, differences, make_plan
 from flows.engine.store import Store
 from flows.recipe import build_recipe, load_recipe
 from flows.stages import BY_NAME, DEFAULT
+from llm.pretrain import branches
+from llm.pretrain.config import PretrainConfig
 
 ROOT = Path(__file__).parents[2]
 ORDER = DEFAULT
@@ -150,3 +152,33 @@ def test_a_plan_names_what_is_scored_and_not_kept_out_of_training(tmp_path: Path
     assert foreseen(clean={"decontamination": {"sets": every}}) == [f"c: {warning} it"]
     assert foreseen(clean={}) == [f"a, b, c: {warning} them"]
     assert foreseen(evaluate={}) == []
+    shipped = {"name": "order", "path": "llmill://python_order.jsonl", "kind": "pairs"}
+    assert foreseen(evaluate={"tasks": [shipped]}) == []
+
+
+def test_a_plan_says_from_which_branch_point_a_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Once upon a time.\n")
+    schedule = {"kind": "wsd", "warmup_steps": 2, "decay_share": 0.25}
+
+    def pretrain_of(steps: int, **fields: Any) -> Step:
+        recipe = {
+            "name": "small",
+            "download": {"sources": [{"name": "a", "kind": "local", "path": str(tmp_path / "a.txt")}]},
+            "pretrain": {
+                "tokens": steps * 1024, "batch_tokens": 1024, "precision": "fp32", "schedule": schedule, **fields
+            },
+        }  # fmt: skip
+        steps_of_plan = make_plan(build_recipe(recipe), Store(tmp_path / "home"))
+        return next(step for step in steps_of_plan if step.name == "pretrain")
+
+    stem = pretrain_of(20, keep=[0.5])
+    folder = tmp_path / "home" / "store" / "pretrain" / "0123456789abcdef"
+    assert isinstance(stem.config, PretrainConfig)
+    branches.write_index(stem.config.course, stem.inputs, folder)
+    expected = (
+        "goes on from step 10 of pretrain 0123456789abcdef, which is the same up to there: 10,240 of 40,960 tokens are "
+        "not trained on again"
+    )
+    assert expected in pretrain_of(40).predicted
+    assert not [line for line in pretrain_of(40, seed=1).predicted if "goes on from" in line]
+    assert BY_NAME["pretrain"].version == branches.VERSION

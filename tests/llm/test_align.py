@@ -265,6 +265,33 @@ def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path],
         np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-3, atol=1e-4)
 
 
+def test_what_the_reference_says_is_sealed_and_computed_once(
+    given: Path, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    store = tmp_path / "align"
+    kept: dict[str, dict[str, bytes]] = {}
+
+    def notes(name: str, **fields: Any) -> list[str]:
+        context = LocalContext(launcher=forks.launch)
+        align(config(given, answers=0, **fields), inputs, store / name, context)
+        kept[name] = {path.name: path.read_bytes() for path in (store / name / "reference").iterdir()}
+        return [note for note in context.notes if "under the reference" in note]
+
+    assert notes("first.partial") == []
+    assert notes("second") == [], "a step that has not ended may still change"
+    assert notes("third", beta=0.1) == [
+        f"log-probabilities of {split}-000 under the reference: those of second" for split in ("train", "val")
+    ]
+    assert len(kept["second"]) == 2
+    assert kept["third"] == kept["second"]
+    assert notes("other", held_out=0.3) == [], "other rows"
+    assert not kept["other"].keys() & kept["second"].keys()
+    losses = [
+        pq.read_table(store / name / "losses.parquet")["loss"][0].as_py() for name in ("second", "third")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5), "of the first step, in which both models are one"
+
+
 def test_killed_in_the_middle_it_ends_with_the_same_bytes(
     given: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:

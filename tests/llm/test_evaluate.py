@@ -20,6 +20,7 @@ from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer, load_model
 from llm.score import documents as module
 from llm.score.documents import Document, batched, cut, score_documents
+from llm.score.replicas import Replicas
 from llm.score.statistics import interval
 
 Make = Callable[..., ModelConfig]
@@ -164,7 +165,12 @@ def test_with_a_stride_each_token_is_scored_behind_all_that_its_window_has(tiny:
     tokens = np.random.default_rng(0).integers(1, 90, 61).astype(np.uint16)
     sizes = np.ones(256, np.int32)
     [row] = score_documents(
-        model, [("a/1", tokens)], sizes=sizes, end=0, stride=stride, progress=lambda done, total: None
+        Replicas([model]),
+        [("a/1", tokens)],
+        sizes=sizes,
+        end=0,
+        stride=stride,
+        progress=lambda done, total: None,
     )
     sequence, nats = [0, *tokens.tolist()], 0.0
     for place in range(1, len(sequence)):

@@ -16,6 +16,7 @@ import pytest
 import torch
 from disturbed import Stage
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from tuned import QUESTIONS, payload, written
@@ -26,6 +27,7 @@ from data_pipeline.stage import LocalContext
 from data_pipeline.train_tokenizer.tokenizer import load_tokenizer
 from llm.chat.conversations import read_conversations
 from llm.chat.template import CHATML, FILE, Chat
+from llm.data.loader import Loader, RankSlice
 from llm.data.packed import IGNORED, Conversation, PackedRows, lay_out, pack
 from llm.export.config import ExportConfig
 from llm.export.stage import export, write_loadable
@@ -236,16 +238,24 @@ def test_a_micro_batch_ends_where_nothing_counts_any_more() -> None:
     given = [Conversation(range(1, size + 2), [True] * (size + 1)) for size in (10, 70, 100, 250)]
     source = PackedRows([lay_out(given, [[0], [1], [2], [3]], 256)])
     everyone = np.arange(4, dtype=np.uint64)
-    micro = [source.take(everyone[at : at + 1]) for at in range(4)]
-    assert [one.tokens_BT.shape[1] for one in source.weighed(micro, everyone, everyone)] == [
-        64,
-        128,
-        128,
-        256,
-    ]
-    assert [
-        one.tokens_BT.shape[1] for one in source.weighed([source.take(everyone)], everyone, everyone)
-    ] == [256]
+
+    def lengths(micro: list[NDArray[np.uint64]]) -> list[int]:
+        batches = source.weighed([source.take(one) for one in micro], everyone, everyone)
+        return [one.tokens_BT.shape[1] for one in batches]
+
+    assert lengths([everyone[at : at + 1] for at in range(4)]) == [16, 80, 112, 256]
+    assert lengths([everyone]) == [256]
+
+
+def test_rows_of_a_micro_batch_are_about_as_long() -> None:
+    given = [Conversation(range(1, size + 2), [True] * (size + 1)) for size in (250, 10, 100, 70)]
+    source = PackedRows([lay_out(given, [[0], [1], [2], [3]], 256)])
+    everyone = np.arange(4, dtype=np.uint64)
+    with Loader(source, lambda *_: everyone, lambda _: (0, 4), RankSlice(0, 1, 2), steps=1) as loader:
+        batches = loader.micro_batches(0)
+    assert [one.tokens_BT.shape[1] for one in batches] == [80, 256]
+    assert [int(one.counted_BT.sum()) for one in batches if one.counted_BT is not None] == [80, 350]
+    assert sum(one.weight for one in batches) == pytest.approx(2)
 
 
 def test_rows_hold_what_was_packed(tiny: Callable[..., ModelConfig]) -> None:
@@ -328,14 +338,18 @@ def test_the_exported_folder_writes_conversations_as_training_read_them(
 def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     losses = {}
     for name, runtime in {
-        "one": {"micro_batch": 4}, "zero 0": {"ranks": 2, "micro_batch": 2}, "zero 3": {"ranks": 2, "zero_stage": 3}
-    }.items():  # fmt: skip
+        "one": {"micro_batch": 4},
+        "zero 0": {"ranks": 2, "micro_batch": 2},
+        "zero 1": {"ranks": 2, "zero_stage": 1},
+        "zero 2": {"ranks": 2, "zero_stage": 2},
+        "zero 3": {"ranks": 2, "zero_stage": 3},
+    }.items():
         trained(config(given, runtime=runtime, answers=0), inputs, tmp_path / name)
         losses[name] = pq.read_table(tmp_path / name / "losses.parquet")["loss"].to_numpy()
         checks = pq.read_table(tmp_path / name / "validation.parquet")["loss"].to_numpy()
         np.testing.assert_allclose(checks, losses.setdefault("checks", checks), rtol=1e-4)
-    for name in ("zero 0", "zero 3"):
-        np.testing.assert_allclose(losses[name], losses["one"], rtol=1e-4)
+    for stage in range(4):
+        np.testing.assert_allclose(losses[f"zero {stage}"], losses["one"], rtol=1e-4)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 3])
@@ -369,7 +383,11 @@ def test_adapters_are_all_that_is_trained_and_peft_reads_them(
         torch.testing.assert_close(theirs(tokens).logits, merged(tokens)[..., :500], rtol=1e-4, atol=1e-4)
 
 
-def test_adapters_of_gpt2_are_added_in_and_what_is_not_written_is_said(
+@pytest.mark.parametrize(
+    "targets", [("k_proj", "q_proj", "v_proj", "o_proj", "up_proj", "down_proj"), ("v_proj", "down_proj")]
+)
+def test_peft_reads_adapters_of_gpt2(
+    targets: tuple[str, ...],
     given: Path,
     corpus: dict[str, Path],
     tiny: Callable[..., ModelConfig],
@@ -377,11 +395,31 @@ def test_adapters_of_gpt2_are_added_in_and_what_is_not_written_is_said(
     tmp_path: Path,
 ) -> None:
     inputs = {"tokenizer": corpus["tokenizer"], "model": saved_model(tiny(context=160, positions="learned"))}
-    context = LocalContext(launcher=forks.launch)
-    metrics = finetune(config(given, lora={"rank": 2}, lr=2e-2, answers=0), inputs, tmp_path / "out", context)
+    lora = {"rank": 2, "alpha": 5.0, "targets": targets}
+    metrics = trained(config(given, lora=lora, lr=2e-2, answers=0), inputs, tmp_path / "out")
     assert metrics["val_loss"] < metrics["val_loss_before"]
-    assert any("PEFT's is not written" in note for note in context.notes)
-    assert not (tmp_path / "out" / "adapter").exists()
+
+    folder = tmp_path / "base"
+    folder.mkdir()
+    write_loadable(load_model(inputs["model"]), inputs["tokenizer"], folder, "float32")
+    base = AutoModelForCausalLM.from_pretrained(folder)
+    tokens = torch.randint(0, 500, (2, 40))
+    with torch.inference_mode():
+        before = base(tokens).logits
+        theirs = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")(tokens).logits
+        ours = load_model(tmp_path / "out")(tokens)[..., :500]
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert (before - ours).abs().max() > 1e-2
+
+
+def test_adapters_of_matrices_that_are_not_there_are_refused(
+    given: Path,
+    corpus: dict[str, Path],
+    tiny: Callable[..., ModelConfig],
+    saved_model: Callable[..., Path],
+    tmp_path: Path,
+) -> None:
+    inputs = {"tokenizer": corpus["tokenizer"], "model": saved_model(tiny(context=160, positions="learned"))}
     with pytest.raises(UserError, match="no matrix of this model"):
         trained(config(given, lora={"targets": ["gate_proj"]}), inputs, tmp_path / "none")
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
@@ -14,8 +17,10 @@ from tokenizers import Tokenizer
 from data_pipeline.train_tokenizer.tokenizer import end_of_text, load_tokenizer
 from llm.model.config import ModelConfig
 from llm.model.transformer import Transformer
+from llm.score.documents import token_nats
 from llm.score.encode import Option, encode
 from llm.score.prompts import Item, Kind, draw_shots, render
+from llm.score.replicas import Replicas
 from llm.score.scorer import Row, score
 
 Make = Callable[..., ModelConfig]
@@ -67,7 +72,7 @@ def test_options_laid_into_a_row_have_the_scores_that_each_has_alone(
     model = Transformer(tiny(context=96, init_std=0.2, **shape)).eval()
     end = end_of_text(tokenizer)
     items = [encode(render(kind, item), tokenizer, end, 96) for kind in ITEMS for item in ITEMS[kind]]
-    found = dict(score(model, items))
+    found = dict(score(Replicas([model]), items))
     assert sorted(found) == list(range(len(items)))
     greedy = []
     for number, options in enumerate(items):
@@ -80,6 +85,39 @@ def test_options_laid_into_a_row_have_the_scores_that_each_has_alone(
     assert any(len(Row(options).tokens) < sum(len(one.tokens) for one in options) for options in items)
 
 
+def test_several_copies_share_the_batches_and_find_the_same_bits(
+    tiny: Make, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llm.score.scorer.BATCH_TOKENS", 256)
+    monkeypatch.setattr("llm.score.documents.BATCH_TOKENS", 256)
+    model = Transformer(tiny(context=96, init_std=0.2)).eval()
+    copies = Replicas([model, *(copy.deepcopy(model) for _ in range(2))])
+    worked: Counter[int] = Counter()
+    together = Barrier(3)  # all are at work at once
+
+    def count(module: Transformer, *_: Any) -> None:
+        worked[id(module)] += 1
+        if worked[id(module)] == 1:
+            together.wait(60)
+
+    for one in copies.models:
+        one.embed_tokens.register_forward_hook(lambda *_, one=one: count(one))
+    items = [encode(render(kind, item), tokenizer, 0, 96) for kind in ITEMS for item in ITEMS[kind]] * 9
+    documents = [(str(size), np.arange(size) % 90) for size in range(40, 400, 7)]
+
+    def found(replicas: Replicas) -> tuple[Any, Any]:
+        scored = {
+            number: [(one.nats.tobytes(), one.greedy) for one in options]
+            for number, options in score(replicas, items)
+        }
+        nats = token_nats(replicas, documents, end=0, progress=lambda *_: None)
+        return scored, [one.tobytes() for one in nats]
+
+    by_three = found(copies)
+    assert len(worked) == 3
+    assert found(Replicas([model])) == by_three
+
+
 def test_the_likeliest_continuation_is_found_to_be_that(tiny: Make) -> None:
     model = Transformer(tiny(init_std=0.2)).eval()
     tokens = [1, 2, 3]
@@ -87,7 +125,7 @@ def test_the_likeliest_continuation_is_found_to_be_that(tiny: Make) -> None:
         with torch.inference_mode():
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     worst = [*tokens[:-1], (tokens[-1] + 1) % 100]
-    [(_, found)] = score(model, [[Option(tokens, 3), Option(worst, 3)]])
+    [(_, found)] = score(Replicas([model]), [[Option(tokens, 3), Option(worst, 3)]])
     assert [one.greedy for one in found] == [True, False]
 
 
@@ -132,7 +170,7 @@ def test_what_is_chosen_is_what_the_rule_of_core_chooses(
         before = "".join(f"{one['query']}\nAnswer: {one['choices'][one['gold']]}\n\n" for one in solved)
         texts = [f"{before}{item['query']}\nAnswer: {choice}" for choice in item["choices"]]
         assert prompt.texts == tuple(texts)
-        [(_, found)] = score(model, [encode(prompt, tokenizer, end_of_text(tokenizer), 256)])
+        [(_, found)] = score(Replicas([model]), [encode(prompt, tokenizer, end_of_text(tokenizer), 256)])
         ours = int(np.argmin([one.nats.mean() for one in found]))
         chosen.add(ours)
         expected = choose_as_core(model, tokenizer, texts, item["gold"], at_the_end=False)

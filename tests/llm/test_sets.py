@@ -26,6 +26,7 @@ from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
 from llm.score.config import SetConfig
 from llm.score.fixed import score_fixed
+from llm.score.replicas import Replicas
 from llm.score.sets import read_texts
 
 Make = Callable[..., ModelConfig]
@@ -113,7 +114,7 @@ def test_a_tokenizer_that_changes_texts_is_said_and_the_bytes_stay_those_of_the_
     context = LocalContext()
     config = config_of(path=lines_of(["plain", "e\u0301"], tmp_path / "set.jsonl")).resolve()
     fixed = score_fixed(
-        load_model(saved_model(tiny())), load_tokenizer(folder), config,
+        Replicas([load_model(saved_model(tiny()))]), load_tokenizer(folder), config,
         folder=folder, out=tmp_path / "out", context=context,
     )  # fmt: skip
     assert [(row["bytes"], row["as_it_is"]) for row in fixed.sets["fixed"]] == [(5, True), (3, False)]

@@ -22,6 +22,7 @@ from llm.model.config import ModelConfig
 from llm.model.transformer import load_model
 from llm.score.encode import encode
 from llm.score.prompts import render
+from llm.score.replicas import Replicas
 from llm.score.scorer import score
 from llm.score.task import first_token, summarise
 
@@ -72,7 +73,7 @@ def test_each_item_has_a_row_and_each_task_its_metrics(
     right = 0
     for row, item in zip(rows[:8], CHOICES[:8], strict=True):
         options = encode(render("choice", item), tokenizer, end_of_text(tokenizer), 64)
-        [(_, scored)] = score(model, [options])
+        [(_, scored)] = score(Replicas([model]), [options])
         assert row["nats"] == pytest.approx([one.nats.sum() for one in scored], rel=1e-5)
         texts = [tokenizer.decode(one.tokens[one.start :]) for one in options]
         assert row["bytes"] == [len(text.encode()) for text in texts]

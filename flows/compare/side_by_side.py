@@ -27,8 +27,8 @@ from flows.engine import launch
 from flows.engine.course import StageFailed
 from flows.engine.launch import MARGIN_SECONDS
 from flows.engine.order import Wishes
-from flows.engine.process import quiet_libraries, save_when_asked
-from flows.engine.stopping import Stop, unwind_on_signals
+from flows.engine.process import begin_part
+from flows.engine.stopping import Stop
 from flows.listeners.terminal import Screen, Terminal, TerminalListener
 from flows.recipe import Recipe, build_recipe
 from llm.machine.gpus import gpus
@@ -173,15 +173,8 @@ def relay(lines: IO[bytes], show: Callable[[str], None]) -> None:
 
 def main() -> None:
     """Carry out the run that comes on standard input."""
-    quiet_libraries()
-    unwind_on_signals()
-    save_when_asked()
-    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no report
-    job: Job = pickle.load(sys.stdin.buffer)
-    from flows.prefect.one_step import stop_when_alone
-
-    threading.Thread(target=stop_when_alone, daemon=True).start()
+    job: Job
+    job, reports = begin_part()
     told: dict[str, str] = {}
     code = 0
     try:

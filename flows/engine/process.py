@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import signal
 import sys
+import threading
 import warnings
+from typing import Any, TextIO
 
 import psutil
 
 from flows.engine import launch
+from flows.engine.stopping import asked, unwind_on_signals
 
 
 def lives(pid: int, created: float) -> bool:
@@ -29,6 +33,30 @@ def save_when_asked() -> None:
     """Let SIGUSR1 have a training that runs write a checkpoint, and continue."""
 
     signal.signal(signal.SIGUSR1, lambda number, frame: launch.save_asked.set())
+
+
+def begin_part() -> tuple[Any, TextIO]:
+    """Make this the process of a part of a run, which the process that started it writes to its standard input.
+
+    Returns:
+        what came there; and the stream of its reports, standard output, which nothing else is printed to.
+    """
+    quiet_libraries()
+    unwind_on_signals()
+    save_when_asked()
+    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no report
+    job = pickle.load(sys.stdin.buffer)
+    threading.Thread(target=stop_when_alone, daemon=True).start()
+    return job, reports
+
+
+def stop_when_alone() -> None:
+    """Stop this process when the one that writes its standard input is gone."""
+    os.read(
+        sys.stdin.fileno(), 1
+    )  # not through a buffer, whose lock the interpreter could not have as it ends
+    asked.stop("stopped, for the run that it belongs to is gone")
 
 
 def quiet_libraries() -> None:

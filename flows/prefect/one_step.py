@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import sys
-import threading
 from pathlib import Path
 from typing import TextIO
 
@@ -15,8 +12,7 @@ from prefect.context import hydrated_context
 
 from flows.engine.order import Order
 from flows.engine.plan import Planned, Selection
-from flows.engine.process import quiet_libraries, save_when_asked
-from flows.engine.stopping import asked, unwind_on_signals
+from flows.engine.process import begin_part
 from flows.listeners.lines import LinesListener
 from flows.prefect.alongside import CODES, Job
 from flows.prefect.flow_runs import STOPS
@@ -27,13 +23,8 @@ from flows.recipe import build_recipe
 
 def main() -> None:
     """Build one step for the run that started us."""
-    quiet_libraries()
-    unwind_on_signals()
-    save_when_asked()
-    reports = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no report
-    job: Job = pickle.load(sys.stdin.buffer)
-    threading.Thread(target=stop_when_alone, daemon=True).start()
+    job: Job
+    job, reports = begin_part()
     try:
         if job.prefect["flow_run_context"]:
             job.prefect["flow_run_context"]["flow"] = pipeline
@@ -44,14 +35,6 @@ def main() -> None:
         reports.write(json.dumps({"failed": message}, allow_nan=False) + "\n")
         reports.flush()
         sys.exit(next((code for kind, code in CODES.items() if isinstance(error, kind)), 1))
-
-
-def stop_when_alone() -> None:
-    """Stop this process when the one that writes its standard input is gone."""
-    os.read(
-        sys.stdin.fileno(), 1
-    )  # not through a buffer, whose lock the interpreter could not have as it ends
-    asked.stop("stopped, for the run that it belongs to is gone")
 
 
 @flow(name=FLOW)

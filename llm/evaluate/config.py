@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from llm.pretrain.config import LARGEST_SEED, Prompts
 from llm.score.config import FixedConfig
+from llm.training.config import LARGEST_SEED, Prompts
 
 
 class EvaluateConfig(FixedConfig):

@@ -14,14 +14,8 @@ from data_pipeline.core.pinned_files import PinnedFile, pin
 from llm.data.mixture import Mixture
 from llm.machine.hardware import require_ranks
 from llm.model.config import Lora, ModelConfig, ModelShape
-from llm.pretrain.config import (
-    OptimizerConfig,
-    PretrainConfig,
-    PretrainRuntime,
-    Samples,
-    TrainingConfig,
-    Validation,
-)
+from llm.pretrain.config import PretrainConfig
+from llm.training.config import OptimizerConfig, Samples, TrainingConfig, TrainingRuntime, Validation
 from llm.training.resolved import pin_precision
 from llm.training.schedule import Schedule
 
@@ -50,7 +44,7 @@ class DataFile(Config):
         return self.name or self.path.name.partition(".")[0]
 
 
-class FinetuneRuntime(PretrainRuntime):
+class FinetuneRuntime(TrainingRuntime):
     """How training is executed."""
 
     validation: Validation = Validation(every=25)
@@ -199,7 +193,7 @@ class RowsConfig(TrainingConfig):
                 "batch_tokens": self.batch_rows * length,
                 "mask_documents": True,
                 "mixture": self.mixture,
-                "runtime": PretrainRuntime.model_validate(self.runtime.model_dump()),
+                "runtime": TrainingRuntime.model_validate(self.runtime.model_dump()),
             }
         )
 

@@ -23,7 +23,7 @@ History = dict[str, list[dict[str, Any]]]
 
 
 class Recovery(Config):
-    """When training goes back. How often it may stands in `PretrainRuntime`: it decides no weight, only an end."""
+    """When training goes back. How often it may stands in `TrainingRuntime`: it decides no weight, only an end."""
 
     spike_z: float | None = Field(default=None, gt=0)
     """Roll back when a loss is this many deviations above the median of the recent ones; 10 is a leap that no batch

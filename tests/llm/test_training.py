@@ -27,9 +27,10 @@ from llm.export.stage import export
 from llm.kernels.names import BackEnd
 from llm.model.generate import generate
 from llm.model.transformer import Transformer, load_model
-from llm.pretrain.config import PretrainConfig, Samples
+from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import pretrain
 from llm.training import checkpoint
+from llm.training.config import Samples
 from llm.training.events import read_events
 
 STEPS = 20

@@ -8,7 +8,7 @@ notes for a person, and processes that must run as ranks. Under `flows` the cont
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -59,6 +59,14 @@ class StageConfig(Config):
     def left_out(self) -> Metrics | None:
         """Count what a resolved config knows to be left unread, as metrics ``left_out/reason``; None: unknown."""
         return None
+
+    def check_wired(self, inputs: Collection[str]) -> None:
+        """Refuse, when a recipe is read, settings that do not go with the types of inputs that the step has.
+
+        Raises:
+            UserError: they don't.
+        """
+        return
 
     def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
         """Refuse, when planned, inputs that this stage can't be built from. Call it on a resolved config.

@@ -277,6 +277,10 @@ def wire(recipe: Recipe, written: Mapping[str, Written], begins: bool) -> tuple[
     for step in made:
         if begins and step.name not in written and of_stage(step.stage.config)[1] is ...:
             raise UserError(f"{step.name} is needed, and must be written: it has settings without a default")
+        try:
+            step.config.check_wired(step.sources)
+        except UserError as error:
+            raise UserError(f"{step.name}: {error}") from None
     return made
 
 

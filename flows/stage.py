@@ -43,6 +43,8 @@ class Stage:
     """Whether its artifacts hold documents, or parts of them."""
     main: tuple[str, ...] = ()
     """The settings that people change most, which Prefect's form shows at once; all, where none is named."""
+    only_named: tuple[str, ...] = ()
+    """Types among those that may be missing which are there only where a recipe's ``inputs`` name them."""
     lineage: bool = False
     """Whether its body is also given the folders of all that its inputs were made from, each by its step's name."""
 

@@ -115,6 +115,8 @@ class Wiring:
         provided: dict[str, str] = {}
         for takes in stage.takes:
             wanted = takes.rstrip("?")
+            if wanted in stage.only_named and wanted not in named:
+                continue
             among = self._order if takes == wanted else self._wanted
             source = self._source(name, wanted, named.get(wanted), provided, among)
             if source is None:

@@ -29,6 +29,7 @@ from data_pipeline.tokenize.stage import TokenizeConfig
 from flows.lineage.graph import Graph, Key, Node, read_json
 from llm.data.reads import Read, Training
 from llm.pretrain.config import PretrainConfig, read_sealed
+from llm.pretrain.start import samples_before
 from llm.training import checkpoint
 from llm.training.events import read_events
 
@@ -209,7 +210,8 @@ def training_of(node: Node) -> Training:
     if node.artifact:
         manifest, path = node.artifact.manifest, node.path / "skipped.parquet"
         config = read_sealed(manifest["config"], manifest["runtime"])
-        return Training(config, config.steps, pq.read_table(path).to_pylist() if path.exists() else [])
+        passed = pq.read_table(path).to_pylist() if path.exists() else []
+        return Training(config, config.steps, passed, samples_before(node.path))
     scratch = node.path / "scratch"
     config = PretrainConfig.model_validate(read_json(scratch / "job.json")["config"])
     checkpoints = scratch / "checkpoints"
@@ -223,7 +225,7 @@ def training_of(node: Node) -> Training:
                 skipped.append({"step": event["step"], "reason": "nonfinite", "windows": 0})
         elif event["event"] == "rollback":
             done = max(saved, event["to"])
-    return Training(config, done, skipped)
+    return Training(config, done, skipped, samples_before(node.path))
 
 
 def read_sources(folder: Path) -> str:

@@ -67,12 +67,15 @@ class Corpus:
                 )
         return {name: count for name, count in tokens.items() if name not in self.mixture.names}
 
-    def reading(self, samples: int) -> list[dict[str, Any]]:
-        """Count what ``samples`` samples read of each source, or of all without a mixture: sequences there are, those
-        read, and epochs, which is the one over the other."""
+    def reading(self, samples: int, before: int = 0) -> list[dict[str, Any]]:
+        """Count what ``samples`` samples behind the first ``before`` read of each source, or of all without a mixture:
+        sequences there are, those read, and epochs, which is the one over the other."""
         counts = self.sequences("train").counts
         names = self.mixture.names if self.mixture else (None,)
-        read = self.mixture.read_before(samples) if self.mixture else [samples]
+        read = [samples]
+        if self.mixture:
+            last, first = (self.mixture.read_before(one) for one in (before + samples, before))
+            read = [after - earlier for after, earlier in zip(last, first, strict=True)]
         return [
             {"source": name, "windows": sequences, "read": times, "epochs": times / sequences}
             for name, sequences, times in zip(names, counts, read, strict=True)

@@ -57,10 +57,12 @@ class Training:
     """Steps taken."""
     skipped: Sequence[Mapping[str, Any]]
     """Facts as in ``skipped.parquet``, in order: `step`, `reason`, and the sequences passed over (`windows`)."""
+    before: int = 0
+    """Samples before the first that is read."""
 
     def stretches(self) -> list[Stretch]:
         """Return the steps in the order in which they were taken; some twice, where the training went back."""
-        plan, found, first, skipped = self.config.plan, [], 0, 0
+        plan, found, first, skipped = self.config.plan, [], 0, self.before
         for fact in self.skipped:
             if fact["reason"] == "spike":
                 target = plan.step_of(plan.sequences_before(fact["step"]) - fact["windows"])

@@ -5,14 +5,15 @@ neither, but where a setting names kernels or a folder that must be looked at.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
+from data_pipeline.core.config import Config
 from data_pipeline.core.errors import UserError
 from data_pipeline.stage import StageConfig
 from data_pipeline.train_tokenizer.stage import TokenizerConfig
@@ -20,7 +21,7 @@ from data_pipeline.train_tokenizer.tokenizer import load_tokenizer, special_toke
 from llm.data.mixture import Mixture
 from llm.machine.hardware import require_ranks
 from llm.model.config import ModelConfig, ModelShape
-from llm.pretrain import branches, presets, scoring
+from llm.pretrain import branches, decay, presets, scoring
 from llm.training.config import TrainingConfig
 from llm.training.resolved import Wanted
 from llm.training.schedule import BatchPlan, batch_plan
@@ -33,6 +34,24 @@ MOVED = {
     "recovery.max_rollbacks": "runtime.max_rollbacks",
 }
 """Settings that were identity until they were found to move no bit of the weights, and where they are now."""
+
+
+Point = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
+"""A number of steps, or a share of them all."""
+
+
+class StartConfig(Config):
+    """What a training takes from the one whose model it begins with."""
+
+    at: Point | None = None
+    """The branch point, by its step or share (it is one of the other's `keep`); None: the end."""
+    optimizer: Literal["keep", "fresh"] = "fresh"
+    """keep: with what the optimizer kept of the steps before, which a branch point has."""
+
+    @property
+    def needs_branch(self) -> bool:
+        """Return whether it is more than the other's model."""
+        return self.at is not None or self.optimizer == "keep"
 
 
 class PretrainConfig(TrainingConfig):
@@ -48,14 +67,19 @@ class PretrainConfig(TrainingConfig):
     None: weights are drawn from `seed`. What the folder holds is identity, where it lies is not."""
     tokens: int = Field(ge=1)
     """Tokens to train on; more than the corpus has means to read it again, in another order."""
-    batch_tokens: int = Field(default=524_288, ge=2)
+    batch_tokens: int = Field(default=decay.BATCH_TOKENS, ge=2)
     """Tokens a step, over all ranks: a multiple of the context."""
+    decay_at: int | None = Field(default=None, ge=1)
+    """Tokens after which the rate of a wsd schedule falls: `tokens` then follow from it and `schedule.decay_share`,
+    whatever is set, and a branch point is kept there, from which a training that decays later goes on."""
     mixture: dict[str, Annotated[float, Field(gt=0)]] | None = Field(default=None, min_length=1)
     """Weight of each source (by its name in download) in what is read; those not named are left out. None: each
     text as often as any other."""
-    keep: tuple[Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)], ...] = ()
+    keep: tuple[Point, ...] = ()
     """Steps, or shares of them, whose checkpoints are sealed with the model: branch points, from which a training that
     would take the same steps up to there goes on by itself (see `llm.pretrain.branches`)."""
+    start: StartConfig = StartConfig()
+    """Where training begins if the step is given a model (``inputs: {model: STEP}``): see `llm.pretrain.start`."""
     mask_documents: bool = False
     """Let no position see another document of its sequence. The end of a document still has the next one's first token
     for its target."""
@@ -65,8 +89,8 @@ class PretrainConfig(TrainingConfig):
 
     @model_validator(mode="before")
     @classmethod
-    def _from_depth(cls, values: Any) -> Any:
-        return presets.fill(values) if isinstance(values, dict) else values
+    def _follows(cls, values: Any) -> Any:
+        return decay.fill(presets.fill(values)) if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -163,12 +187,12 @@ class PretrainConfig(TrainingConfig):
         return pinned
 
     def identity(self) -> dict[str, Any]:
-        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, without `depth`, from
-        which nothing follows any more, and without what does not count beside other settings."""
+        """As for any stage, with the hash of what ``init_from`` holds in place of where it lies, without `depth` and
+        `decay_at`, from which nothing follows any more, and without what does not count beside other settings."""
         identity = super().identity()
-        del identity["depth"]
-        del identity["keep"]
-        if self.keep:  # without, as it was before there were any, so that what was sealed then is found
+        for name in ("depth", "decay_at", "keep", *(() if self.start != StartConfig() else ("start",))):
+            del identity[name]
+        if self.kept_steps:  # without, as it was before there were any, so that what was sealed then is found
             identity["keep"] = self.kept_steps
         for section, name in self.idle():
             del identity[section][name]
@@ -189,7 +213,10 @@ class PretrainConfig(TrainingConfig):
             yield from (("recovery", name) for name in ("spike_window", "rollback_every"))
 
     def check_inputs(self, configs: Mapping[str, StageConfig], made: Mapping[str, Path]) -> None:
-        """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known."""
+        """Refuse an `init_from` of another shape, vocabulary or tokenizer, as far as that is known, and a branch point
+        that the model which training begins with will not have."""
+        if "model" in configs:
+            self.require_branch(configs["model"])
         known = vocabulary(configs.get("tokenizer"), made.get("tokenizer"))
         if self.init_from is None or known is None:
             return
@@ -199,9 +226,44 @@ class PretrainConfig(TrainingConfig):
         model = ModelConfig(**self.model.model_dump(), vocab_size=size)
         require_start(model, self.init_from, specials, made.get("tokenizer"))
 
+    def check_wired(self, inputs: Collection[str]) -> None:
+        """Refuse `start` without a model, and two models to begin with."""
+        if "model" not in inputs and self.start != StartConfig():
+            raise UserError(
+                "start says where in a model's training to begin: name its step with inputs: {model: STEP}"
+            )
+        if "model" in inputs and self.init_from is not None:
+            raise UserError("inputs.model and init_from both name a model to begin with: leave one out")
+
+    def require_branch(self, of: StageConfig) -> None:
+        """Refuse to begin at a branch point that a training with such a config does not keep.
+
+        Raises:
+            UserError: it keeps others, or is no pretraining, or moves parameters by another optimizer.
+        """
+        if not self.start.needs_branch:
+            return
+        if not isinstance(of, PretrainConfig):
+            raise UserError(
+                "pretrain.start: only another pretrain step has branch points: leave start out to begin with the model"
+            )
+        step = of.step_at(self.start.at)
+        if step not in of.kept_steps:
+            kept = f"steps {', '.join(f'{one:,}' for one in of.kept_steps)}" if of.kept_steps else "none"
+            raise UserError(
+                f"pretrain.start: step {step:,} of the other training is no branch point, it keeps {kept}: add it to "
+                "its keep"
+            )
+        if self.start.optimizer == "keep" and of.optimizer.kind != self.optimizer.kind:
+            raise UserError(
+                f"pretrain.start.optimizer: keep takes what {of.optimizer.kind} kept, and optimizer.kind is "
+                f"{self.optimizer.kind}: set one of them otherwise"
+            )
+
     def predict(self, metrics: Mapping[str, float], workers: int) -> list[str]:
         """Return what follows from `depth`, and what scoring in the loop will cost."""
         lines = presets.describe(self.model_dump())
+        lines += decay.describe(self.decay_at, self.decays_after, self.tokens)
         if self._scored_tokens:
             every, cost = self.scores_every, self.scoring_cost
             lines.append(scoring.describe(self.steps, every, self._scored_tokens, cost))
@@ -268,8 +330,19 @@ class PretrainConfig(TrainingConfig):
     @property
     def kept_steps(self) -> list[int]:
         """Steps after which a branch point is kept."""
-        steps = (one if isinstance(one, int) else max(1, round(one * self.steps)) for one in self.keep)
-        return sorted(set(steps))
+        steps = {self.step_at(one) for one in self.keep}
+        return sorted(steps | ({self.decays_after} if self.decay_at else set()))
+
+    def step_at(self, point: Point | None) -> int:
+        """Return a number of steps, given as that or as a share; None: all."""
+        if point is None:
+            return self.steps
+        return point if isinstance(point, int) else max(1, round(point * self.steps))
+
+    @property
+    def decays_after(self) -> int:
+        """Steps before the rate of a wsd schedule falls."""
+        return self.steps - self.schedule.decay_of(self.steps)
 
     @property
     def samples_every(self) -> int:

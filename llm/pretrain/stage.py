@@ -21,6 +21,7 @@ from llm.model.config import ModelConfig
 from llm.model.layouts import require_start
 from llm.pretrain import branches
 from llm.pretrain.config import PretrainConfig
+from llm.pretrain.start import Start, read_start, write_start
 from llm.pretrain.summary import describe_reading, describe_scoring, summarise
 from llm.training import checkpoint
 from llm.training.events import read_events, write_events
@@ -46,7 +47,7 @@ def pretrain(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, cont
         job = prepare(config, inputs, out, context)
         begin_at_branch(job, inputs, context)
         train(job, context)
-    if config.keep:
+    if config.kept_steps:
         branches.write_index(config.course, fingerprints(inputs), out)
     for line, warning in describe_scoring(read_events(out / "logs" / "events.jsonl")):
         context.note(line, warning=warning)
@@ -101,6 +102,17 @@ def is_passed(event: Mapping[str, Any], until: int, config: PretrainConfig) -> b
     return event["event"] == "start" or bool(every and event["step"] <= until and event["step"] % every == 0)
 
 
+def begin_with(
+    config: PretrainConfig, model: ModelConfig, inputs: Mapping[str, Path], out: Path, context: StageContext
+) -> Start:
+    """Find what training begins with, in the model that it was given; say it, and write it down."""
+    start = read_start(config, model, inputs)
+    for line in start.lines():
+        context.note(line)
+    write_start(start, out)
+    return start
+
+
 def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, context: StageContext) -> Job:
     """Check what can be checked before a rank starts, and write down what will be read."""
     train, held_out = FlatTokens(inputs["tokens"], "train"), FlatTokens(inputs["tokens"], "val")
@@ -109,8 +121,19 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
     if config.init_from is not None:
         tokenizer = inputs["tokenizer"]
         require_start(model, config.init_from, special_tokens(tokenizer), tokenizer)
+    start = begin_with(config, model, inputs, out, context) if "model" in inputs else None
     job = as_begun(
-        Job(config=config, model=model, tokens=inputs["tokens"], tokenizer=inputs["tokenizer"], out=out)
+        Job(
+            config=config,
+            model=model,
+            tokens=inputs["tokens"],
+            tokenizer=inputs["tokenizer"],
+            out=out,
+            start=start.model if start else None,
+            branch=start.branch if start else None,
+            keep_optimizer=config.start.optimizer == "keep",
+            samples_before=start.samples if start else 0,
+        )
     )
     batches.require_batch(train.tokens, model.context, config.batch_tokens)
     if held_out.tokens <= model.context:
@@ -120,7 +143,7 @@ def prepare(config: PretrainConfig, inputs: Mapping[str, Path], out: Path, conte
         )
     corpus = job.corpus
     left_out = corpus.left_out()
-    reading = corpus.reading(config.plan.sequences_before(config.steps))
+    reading = corpus.reading(config.plan.sequences_before(config.steps), job.samples_before)
     with atomic_path(out / "sources.json") as path:
         path.write_text(json.dumps(reading, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     for line in describe_reading(config, reading):

@@ -31,6 +31,12 @@ class Job(Config):
     """Whether `tokens` holds packed conversations (`llm.data.packed`), not token shards."""
     start: Path | None = None
     """A sealed model whose weights training starts from, in place of those that are drawn or of `config.init_from`."""
+    branch: Path | None = None
+    """The branch point of that model whose state training starts from."""
+    keep_optimizer: bool = False
+    """Whether that is what the optimizer kept, too."""
+    samples_before: int = 0
+    """Sequences that come before the first that is read."""
     lora: Lora | None = None
     """Train adapters of this kind only."""
     last_blocks: int | None = None

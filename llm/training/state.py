@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from llm.training.tensor_parallel import Splitting
 
@@ -131,6 +131,15 @@ def restore(flats: Iterable[Flat], folder: Path, *, fused: bool) -> None:
                 saved.fill(vectors[kind], held, kind)
             for kind, number in saved.numbers[held.name].items():
                 flat.kept[kind] = number.to(flat.tensor.device) if fused else number.clone()
+
+
+@torch.no_grad()
+def read_values(model: nn.Module, folder: Path) -> None:
+    """Give a whole model the weights that the slices in ``folder`` hold."""
+    saved = SavedSlices(folder)
+    for name, parameter in model.named_parameters():
+        whole = Slice(name=name, start=0, at=0, count=parameter.numel())
+        saved.fill(parameter.view(-1), whole, VALUE)
 
 
 def size_of(slices: dict[str, Tensor]) -> int:

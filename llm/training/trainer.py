@@ -43,7 +43,7 @@ from llm.training.resolved import Resolved
 from llm.training.saver import Saved, Saver
 from llm.training.scores import Scorer
 from llm.training.signals import Requests
-from llm.training.state import size_of
+from llm.training.state import read_values, size_of
 
 
 class Trainer:
@@ -177,9 +177,10 @@ class Trainer:
         return every > 0 and (done % every == 0 or done == self.config.steps)
 
     def samples(self, step: int) -> tuple[int, int]:
-        """Return what ``step`` reads, past what rollbacks passed over: its first sample, and how many."""
+        """Return what ``step`` reads, behind what came before and what rollbacks passed over: its first sample, and how
+        many."""
         first, count = self.config.step_samples(step)
-        return first + skipped_sequences(self.history), count
+        return self.job.samples_before + first + skipped_sequences(self.history), count
 
     def validate(self, done: int) -> None:
         """Log what the objective measures on the same held-out sequences each time; a warning where it is not finite.
@@ -296,6 +297,8 @@ class Trainer:
         """Load the newest whole checkpoint; return the number of steps already taken."""
         newest = self.newest_checkpoint()
         if newest is None:
+            if self.job.branch and self.job.keep_optimizer:
+                self.engine.restore(self.job.branch)
             if self.spikes.saves_at(0):
                 self.save(0)
             return 0
@@ -419,7 +422,9 @@ def make_model(job: Job, resolved: Resolved) -> Transformer:
         matmul=resolved.matmul,
         checkpointing=resolved.activation_checkpointing,
     )
-    if job.start is not None:
+    if job.branch is not None:
+        read_values(model, job.branch)
+    elif job.start is not None:
         begin(model, load_model(job.start))
     elif job.config.init_from is not None:
         load_weights(model, job.config.init_from)

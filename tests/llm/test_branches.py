@@ -169,6 +169,53 @@ def test_a_last_step_that_is_kept_is_a_branch_point_for_what_goes_on_at_a_consta
     assert payload(tmp_path / "store" / "longer") == payload(tmp_path / "from nothing")
 
 
+def decaying(at: int, **fields: Any) -> PretrainConfig:
+    """A training whose rate falls after ``at`` steps, over a third of them all."""
+    schedule = {"kind": "wsd", "warmup_steps": 2, "decay_share": 1 / 3, **fields}
+    return PretrainConfig.model_validate(
+        {**recipe(10).model_dump(), "decay_at": at * BATCH * CONTEXT, "schedule": schedule}
+    )
+
+
+def test_many_decays_take_the_steps_of_their_stem_once(corpus: dict[str, Path], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    taken = {}
+    for at in (4, 8, 12):
+        run(decaying(at), corpus, store / str(at))
+        taken[at] = [event["step"] for event in events(store / str(at), "resume")]
+    assert taken == {4: [], 8: [4], 12: [8]}
+    assert [decaying(at).steps for at in (4, 8, 12)] == [6, 12, 18]
+    run(decaying(12), corpus, tmp_path / "from nothing")
+    assert payload(store / "12") == payload(tmp_path / "from nothing")
+
+
+@pytest.mark.parametrize("share", [0.0, 0.05, 0.2, 1 / 3, 0.5, 0.77, 0.9])
+def test_the_rate_falls_at_the_very_step_that_is_asked_for(share: float) -> None:
+    for at in range(2, 60):
+        config = decaying(at, decay_share=share)
+        multipliers = [config.schedule.lr_multiplier(step, config.steps) for step in range(config.steps)]
+        assert multipliers[1:at] == [1.0] * (at - 1)
+        assert all(one < 1 for one in multipliers[at:])
+        assert config.decays_after == at
+        assert config.kept_steps == [at]
+        assert abs(len(multipliers[at:]) - share * config.steps) <= 1
+    assert "decay_at" not in config.identity()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"kind": "cosine"}, "needs schedule.kind: wsd"),
+        ({"warmup_steps": None}, "needs schedule.warmup_steps"),
+        ({"decay_share": 1.0}, "at most 0.9"),
+        ({"batch_warmup": {"start_tokens": BATCH * CONTEXT // 2}}, "no schedule.batch_warmup"),
+    ],
+)
+def test_decays_that_share_no_stem_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decaying(8, **fields)
+
+
 def test_what_can_not_be_kept_is_refused() -> None:
     with pytest.raises(ValueError, match="keep names step 11, but the run has 10 steps"):
         recipe(10, (11,))

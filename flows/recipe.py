@@ -75,6 +75,9 @@ class RecipeRuntime(Runtime):
     upload_texts: bool = True
     """Whether documents and examples of them are uploaded; else what holds some is logged by place and checksums."""
 
+    price_per_hour: float | None = Field(default=None, gt=0)
+    """Price of an hour of the machines that train, in any currency: forecasts say what a training will cost."""
+
     notify: tuple[str, ...] = ()
     """Receivers of a notice of the run's end: ``env:VARIABLE`` that holds a webhook's address, or ``TYPE/NAME`` of a
     block of Prefect's, such as ``slack-webhook/team``."""

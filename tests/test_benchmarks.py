@@ -32,6 +32,7 @@ def run(name: str, folder: Path, *options: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.long
 def test_the_line_is_timed_by_stage(tmp_path: Path) -> None:
     stages = run("pipeline", tmp_path, "--megabytes", "8")["stages"]
     assert [row["stage"] for row in stages] == [

@@ -24,6 +24,13 @@ from flows.listeners.mlflow.links import tracking_uri
 from flows.listeners.mlflow.operations import Mlflow
 
 KINDS = ("run_started", "step_started", "training_started", "measured", "note", "step_sealed", "run_ended")
+EACH = [
+    kind
+    if kind in ("run_started", "step_sealed", "run_ended")
+    else pytest.param(kind, marks=pytest.mark.long)
+    for kind in KINDS
+]
+"""The first, the last and the one with most to lose at once; `make test-long` dies at the others."""
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +126,7 @@ def undisturbed(replay: Replay, server: Server, said: tuple[Llmill, list[Event]]
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_mlflow_that_dies_at_an_event_has_all_in_the_end(
     replay: Replay,
     said: tuple[Llmill, list[Event]],
@@ -140,7 +147,7 @@ def test_mlflow_that_dies_at_an_event_has_all_in_the_end(
     assert known(server, f"-{kind}") == undisturbed
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", EACH)
 def test_all_other_sinks_that_die_at_an_event_are_a_warning_each_and_nothing_else(
     replay: Replay, server: Server, undisturbed: dict[str, Any], kind: str
 ) -> None:

@@ -22,6 +22,7 @@ from flows.cli import (
     listing,
     models,
     runs,
+    scaling,
     schedule,
     score,
     servers,
@@ -32,7 +33,7 @@ from flows.cli import (
 from flows.cli.signals import heed_signals
 
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Run": (init.init, runs.run, runs.plan, comparison.sweep, runs.join),
+    "Run": (init.init, runs.run, runs.plan, comparison.sweep, scaling.ladder, runs.join),
     "Schedule": (schedule.deploy,),
     "Inspect": (
         listing.runs,
@@ -43,7 +44,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         artifacts.gc,
         settings.settings,
     ),
-    "Compare": (comparison.compare, score.score, votes.votes),
+    "Compare": (comparison.compare, score.score, votes.votes, scaling.forecast, scaling.forecasts),
     "Models": (models.generate, chat.chat, classify.classify, models.adopt, models.promote),
     "Servers": (servers.up, servers.down, servers.worker, servers.ui, tracking.sync),
 }

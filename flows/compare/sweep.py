@@ -113,7 +113,9 @@ def claims_on(name: str, verdict: Verdict) -> list[Claim]:
 class Sweep:
     """The runs of a sweep, and their parent in MLflow."""
 
-    def __init__(self, members: Sequence[Member], home: Path, terminal: Terminal, command: str) -> None:
+    def __init__(
+        self, members: Sequence[Member], home: Path, terminal: Terminal, command: str, *, name: str = ""
+    ) -> None:
         self.members, self.home, self.terminal, self.command = members, home, terminal, command
         recipe = members[0].recipe.name
         plan = hashlib.sha256(canonical_json([member.key for member in members]).encode()).hexdigest()[:16]
@@ -121,7 +123,7 @@ class Sweep:
         record = read_record(self._record)
         self._done: dict[str, str] = record.get("done", {})
         settings = dict.fromkeys(one.partition("=")[0] for member in members for one in member.chosen)
-        name = f"sweep over {', '.join(setting.rpartition('.')[2] for setting in settings)}"
+        name = name or f"sweep over {', '.join(setting.rpartition('.')[2] for setting in settings)}"
         self._finding = Finding(home, recipe, "sweep", name, record.get("key", ""))
         self._ended: list[Ended] = []
         self._groups = SeedGroups(home, self._finding.key, members)
@@ -186,18 +188,31 @@ class Sweep:
         else:
             text, evidence = "fewer than two runs ended well", {}
         best, reason = best_of(comparison.verdict, [one.member for one in well]) if comparison else (None, "")
-        self._groups.end(ended)
-        self._report(
-            evidence,
-            "\n\n".join(filter(None, (reason, self._standing().note, text))),
-            "FINISHED" if len(well) == len(ended) else "FAILED",
-            best.candidate if best else [],
-        )
+        text = "\n\n".join(filter(None, (reason, self._standing().note, text)))
+        self.conclude(ended, text=text, evidence=evidence, more=best.candidate if best else [])
         if reason:
             self.terminal.note(reason)
-        if len(well) == len(ended):
-            self._record.unlink(missing_ok=True)
         return comparison
+
+    def conclude(
+        self,
+        ended: Sequence[Ended],
+        *,
+        text: str,
+        evidence: Mapping[str, str] | None = None,
+        more: Sequence[Operation] = (),
+    ) -> None:
+        """End the parent with a text for its page and files; the sweep is not resumed where all ended well."""
+        well = not any(one.failure for one in ended)
+        self._groups.end(ended)
+        self._report(evidence, text, "FINISHED" if well else "FAILED", more)
+        if well:
+            self._record.unlink(missing_ok=True)
+
+    @property
+    def key(self) -> str:
+        """The key by which its run is found in MLflow."""
+        return self._finding.key
 
     def stop(self) -> None:
         """Report to MLflow that a person stopped it; the same command resumes it."""

@@ -1,0 +1,119 @@
+"""The runs of a ladder: for each budget of FLOPs models of some sizes, with seeds of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_pipeline.core.errors import UserError
+from flows.compare.members import SEED, Member, first_seed
+from flows.engine.plan import Step, make_plan
+from flows.engine.store import Store
+from flows.recipe import load_recipe
+from llm.model.config import ModelConfig
+from llm.pretrain.config import PretrainConfig, vocabulary
+from llm.scaling.law import LEAST_BUDGETS
+from llm.scaling.shapes import matrices, shapes
+
+LEAST_STEPS = 10
+"""Of a training of a ladder."""
+
+
+@dataclass(frozen=True)
+class RungMember:
+    """A run of a ladder that is to be made."""
+
+    member: Member
+    budget: float
+    """FLOPs."""
+    work: Work
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The size of a training."""
+
+    parameters: int
+    """Numbers in matrices."""
+    tokens: int
+    flops: float
+
+    @classmethod
+    def of(cls, config: PretrainConfig, vocab_size: int) -> Work:
+        """Work it out for a training of a model with so many tokens in its vocabulary."""
+        model = ModelConfig(**config.model.model_dump(), vocab_size=vocab_size)
+        tokens = config.tokens_after(config.steps)
+        return cls(parameters=matrices(model), tokens=tokens, flops=model.flops_per_token() * tokens)
+
+
+def read_budgets(text: str) -> list[float]:
+    """Read ``1e14,3e14,1e15``.
+
+    Raises:
+        UserError: these are no three rising numbers.
+    """
+    try:
+        budgets = [float(one) for one in text.split(",")]
+    except ValueError:
+        raise UserError(f"--flops {text}: write it as 1e14,3e14,1e15") from None
+    if len(budgets) < LEAST_BUDGETS or sorted(set(budgets)) != budgets or budgets[0] <= 0:
+        raise UserError(
+            f"--flops {text}: give {LEAST_BUDGETS} rising budgets at least: the largest shows how far off the law of "
+            "the others is"
+        )
+    return budgets
+
+
+def vocab_size_of(steps: Sequence[Step]) -> int:
+    """Return the size of the vocabulary that a recipe's training has.
+
+    Raises:
+        UserError: it is not known before it is made.
+    """
+    by_name = {step.name: step for step in steps}
+    if "pretrain" not in by_name:
+        raise UserError("a ladder is of trainings of other sizes: the recipe has no step pretrain")
+    source = by_name[by_name["pretrain"].sources["tokenizer"]]
+    known = vocabulary(source.config, source.artifact.path if source.artifact else None)
+    if known is None:
+        raise UserError(f"the size of the vocabulary that {source.name} makes is not known yet: run it first")
+    return known[0]
+
+
+def read_rungs(
+    path: Path, changes: Sequence[str], *, budgets: Sequence[float], sizes: int, seeds: int, store: Store
+) -> list[RungMember]:
+    """List the runs, from the smallest budget on.
+
+    Raises:
+        UserError: the recipe can't be planned; a budget is too small.
+    """
+    recipe = load_recipe(path, changes)
+    first, vocab_size = first_seed(recipe), vocab_size_of(make_plan(recipe, store))
+    model = ModelConfig(**recipe.pretrain.model.model_dump(), vocab_size=vocab_size)  # type: ignore[attr-defined]
+    found = []
+    for budget in budgets:
+        for shape in shapes(model, budget, sizes):
+            tokens = budget / shape.flops_per_token
+            # The batch may follow from the tokens (`depth`), which are a whole number of batches.
+            asked = load_recipe(path, [*changes, *shape.settings, f"pretrain.tokens={max(1, round(tokens))}"])
+            batch: int = asked.pretrain.batch_tokens  # type: ignore[attr-defined]
+            steps = round(tokens / batch)
+            if steps < LEAST_STEPS:
+                raise UserError(
+                    f"--flops {budget:.3g} trains {shape.parameters:,} parameters on {tokens:,.0f} tokens, which are "
+                    f"not {LEAST_STEPS} batches of {batch:,}:\nraise it, or lower pretrain.batch_tokens"
+                )
+            fixed = (*shape.settings, f"pretrain.batch_tokens={batch}", f"pretrain.tokens={steps * batch}")
+            for seed in range(first, first + seeds):
+                size = (f"pretrain.model.layers={shape.layers}", f"pretrain.model.width={shape.width}")
+                chosen = (*size, f"pretrain.tokens={steps * batch}", f"{SEED}={seed}")
+                settings = (*changes, *fixed, f"{SEED}={seed}")
+                planned = load_recipe(path, settings)
+                member = Member(
+                    chosen=chosen, settings=settings, recipe=planned, steps=make_plan(planned, store)
+                )
+                work = Work.of(planned.pretrain, vocab_size)  # type: ignore[attr-defined]
+                found.append(RungMember(member, budget, work))
+    return found

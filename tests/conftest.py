@@ -38,7 +38,7 @@ SLOWEST = (
 """Which files are begun first, so that no worker is left with a long one; those that wait beside those that compute."""
 LONGER = (
     "test_align", "test_chat", "test_classify", "test_clean", "test_dedup", "test_delivery", "test_deploy",
-    "test_discards", "test_harness",
+    "test_discards", "test_harness", "test_ladder", "test_scaling", "test_begin",
     "test_homes", "test_hub", "test_installation", "test_interrupts", "test_kubernetes", "test_minhash", "test_nodes",
     "test_objects", "test_optim", "test_preference", "test_readers", "test_remote", "test_schedule", "test_servers",
     "test_start", "test_state", "test_steps", "test_stopping", "test_takedown", "test_token_shards", "test_tokenizer",

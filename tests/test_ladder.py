@@ -15,7 +15,10 @@ from mlflow import MlflowClient
 from flows.recipe import load_recipe
 from flows.scaling.record import read_forecasts, read_ladder
 
-SMALL = ("--set", "train_tokenizer.vocab_size=300", "--set", "pretrain.model.width=16")
+SMALL = (
+    *("--set", "train_tokenizer.vocab_size=300", "--set", "pretrain.model.width=16"),
+    *("--set", "download.sources.0.split_chars=2000"),
+)
 BUDGETS = "6e9,1.2e10,2.4e10"
 LARGER = (*SMALL, "--set", "pretrain.tokens=921_600")
 
@@ -45,7 +48,7 @@ def test_the_runs_are_of_their_budgets_and_share_what_they_can(llmill: Llmill) -
         assert sorted(set(sizes)) == sizes
         assert len(sizes) == 3
     for stage, count in {"tokenize": 1, "train_tokenizer": 1, "pretrain": 9, "evaluate": 9}.items():
-        assert len(list((llmill.home / "store" / stage).iterdir())) == count, stage
+        assert len(list((llmill.home / "store" / stage).glob("[!.]*"))) == count, stage
     assert record.flops_per_second > 0
 
 
@@ -122,7 +125,15 @@ def test_a_forecast_is_sealed_before_its_recipe_runs_and_scored_when_it_has(
         (("ladder", "{recipe}", "--flops", "1e6,2e6,3e6"), "too small to differ"),
         (("forecast", "{recipe}", "--ladder", "nobody"), "no ladder is called nobody; there are small-"),
         (
-            ("forecast", "{recipe}", *LARGER, "--set", "evaluate.max_documents=3"),
+            (
+                "forecast",
+                "{recipe}",
+                *LARGER,
+                "--set",
+                "pretrain.seed=5",
+                "--set",
+                "evaluate.max_documents=3",
+            ),
             "measured on another text than ladder",
         ),
         (("forecast", "{recipe}", "--set", "pretrain.tokens=921_600"), "another text than ladder"),

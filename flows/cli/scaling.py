@@ -39,12 +39,14 @@ def ladder(
     with stoppable(f"stopped; the same command resumes it: {typed()}"), PrefectServer(home) as server:
         from flows.cli.comparison import show_forecast
         from flows.scaling.ladder import LadderRun
-        from flows.scaling.rungs import read_budgets, read_rungs
+        from flows.scaling.rungs import merged, read_budgets, read_rungs
 
         rungs = read_rungs(
             recipe, set_ or (), budgets=read_budgets(flops), sizes=sizes, seeds=seeds, store=Store(home)
         )
         show_forecast([one.member for one in rungs], terminal)
+        for line in merged(rungs, sizes):
+            terminal.note(line, warning=True)
         server.wait()
         runs = LadderRun(rungs, home, terminal, typed())
         try:

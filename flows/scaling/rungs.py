@@ -65,6 +65,18 @@ def read_budgets(text: str) -> list[float]:
     return budgets
 
 
+def merged(rungs: Sequence[RungMember], sizes: int) -> list[str]:
+    """Say which budgets have fewer sizes than were asked for."""
+    lines = []
+    for budget in dict.fromkeys(one.budget for one in rungs):
+        found = {one.work.parameters for one in rungs if one.budget == budget}
+        if len(found) < sizes:
+            lines.append(
+                f"{budget:.3g} FLOPs: {len(found)} sizes in place of {sizes}, for others would be these again"
+            )
+    return lines
+
+
 def vocab_size_of(steps: Sequence[Step]) -> int:
     """Return the size of the vocabulary that a recipe's training has.
 

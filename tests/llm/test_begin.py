@@ -11,7 +11,8 @@ import forks
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from disturbed import events
+from disturbed import Stage, events
+from toy import CONTEXT, toy
 
 from data_pipeline.core.errors import UserError
 from data_pipeline.stage import LocalContext
@@ -19,24 +20,14 @@ from flows.recipe import build_recipe
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import pretrain
 
-BATCH, CONTEXT = 8, 32
+BATCH = 8
 
 
 def recipe(steps: int, warmup: int = 0, **fields: Any) -> PretrainConfig:
     """A rate that rises for some steps and is constant then."""
     runtime = {"checkpoint_every": 100, "micro_batch": 4, "validation": {"every": 100, "tokens": 1024}}
-    return PretrainConfig.model_validate(
-        {
-            "model": {"layers": 1, "heads": 2, "width": 32, "context": CONTEXT},
-            "tokens": steps * BATCH * CONTEXT,
-            "batch_tokens": BATCH * CONTEXT,
-            "lr": 1e-2,
-            "precision": "fp32",
-            "schedule": {"kind": "wsd", "warmup_steps": warmup, "decay_share": 0.0},
-            **fields,
-            "runtime": runtime | fields.pop("runtime", {}),
-        }
-    )
+    schedule = {"kind": "wsd", "warmup_steps": warmup, "decay_share": 0.0}
+    return toy(steps, BATCH, runtime | fields.pop("runtime", {}), schedule=schedule, **fields)
 
 
 def run(config: PretrainConfig, inputs: dict[str, Path], out: Path) -> list[str]:
@@ -160,8 +151,6 @@ def test_another_text_is_read_from_its_first_sequence(
 def test_a_kill_does_not_begin_again(
     stem: Path, whole: Path, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
-    from disturbed import Stage
-
     inputs = {**corpus, "model": stem}
     config = recipe(200, start={"optimizer": "keep"}, runtime={"checkpoint_every": 20})
     stage = Stage(config, inputs, tmp_path / "killed")

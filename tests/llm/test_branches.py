@@ -10,6 +10,7 @@ from typing import Any
 import forks
 import pytest
 from disturbed import Stage, events
+from toy import CONTEXT, toy
 from tuned import payload
 
 from data_pipeline.stage import LocalContext
@@ -17,25 +18,15 @@ from llm.pretrain import branches
 from llm.pretrain.config import PretrainConfig
 from llm.pretrain.stage import fingerprints, pretrain
 
-BATCH, CONTEXT = 8, 32
+BATCH = 8
 
 
 def recipe(steps: int, keep: tuple[float, ...] = (), decay: int = 4, **fields: Any) -> PretrainConfig:
     """A rate that rises for two steps, is constant, and falls over the last ``decay``."""
     runtime = {"checkpoint_every": 100, "micro_batch": 4, "validation": {"every": 4, "tokens": 1024}}
-    return PretrainConfig.model_validate(
-        {
-            "model": {"layers": 1, "heads": 2, "width": 32, "context": CONTEXT},
-            "tokens": steps * BATCH * CONTEXT,
-            "batch_tokens": BATCH * CONTEXT,
-            "lr": 1e-2,
-            "precision": "fp32",
-            "keep": keep,
-            "schedule": {"kind": "wsd", "warmup_steps": 2, "decay_share": decay / steps},
-            **fields,
-            "runtime": runtime | fields.pop("runtime", {}),
-        }
-    )
+    runtime |= fields.pop("runtime", {})
+    schedule = {"kind": "wsd", "warmup_steps": 2, "decay_share": decay / steps}
+    return toy(steps, BATCH, runtime, **{"keep": keep, "schedule": schedule, **fields})
 
 
 def run(config: PretrainConfig, corpus: dict[str, Path], out: Path) -> list[str]:

@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 from disturbed import Stage, events
+from toy import CONTEXT, toy
 
 from data_pipeline.stage import LocalContext
 from llm.data.order import batch_sequences
@@ -24,28 +25,14 @@ from llm.pretrain.stage import pretrain
 from llm.pretrain.summary import summarise
 from llm.training import checkpoint
 
-STEPS, BATCH, CONTEXT = 100, 16, 32
+STEPS, BATCH = 100, 16
 PAYLOAD = ("losses.parquet", "validation.parquet", "model.safetensors", "skipped.parquet")
 
 
 def recipe(recovery: dict[str, Any] | None = None, steps: int = STEPS, **runtime: Any) -> PretrainConfig:
     """100 steps of 16 windows; every 10 a checkpoint."""
-    return PretrainConfig.model_validate(
-        {
-            "model": {"layers": 1, "heads": 2, "width": 32, "context": CONTEXT},
-            "tokens": steps * BATCH * CONTEXT,
-            "batch_tokens": BATCH * CONTEXT,
-            "lr": 1e-2,
-            "precision": "fp32",
-            "recovery": recovery or {},
-            "runtime": {
-                "checkpoint_every": 10,
-                "micro_batch": 8,
-                "validation": {"every": 50, "tokens": 2048},
-                **runtime,
-            },
-        }
-    )
+    common = {"checkpoint_every": 10, "micro_batch": 8, "validation": {"every": 50, "tokens": 2048}}
+    return toy(steps, BATCH, {**common, **runtime}, recovery=recovery or {})
 
 
 def run(config: PretrainConfig, corpus: dict[str, Path], out: Path) -> Path:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from data_pipeline.core.text import duration
+from flows.cli.comparison import show_forecast
 from flows.cli.options import HOME, AsJson, Home, Overrides, RecipePath, announce, stoppable, typed, writable
 from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Store
@@ -37,7 +38,6 @@ def ladder(
     writable(home)
     terminal = Terminal()
     with stoppable(f"stopped; the same command resumes it: {typed()}"), PrefectServer(home) as server:
-        from flows.cli.comparison import show_forecast
         from flows.scaling.ladder import LadderRun
         from flows.scaling.rungs import merged, read_budgets, read_rungs
 

@@ -211,7 +211,7 @@ def training_of(node: Node) -> Training:
         manifest, path = node.artifact.manifest, node.path / "skipped.parquet"
         config = read_sealed(manifest["config"], manifest["runtime"])
         passed = pq.read_table(path).to_pylist() if path.exists() else []
-        return Training(config, config.steps, passed, samples_before(node.path))
+        return Training(config=config, done=config.steps, skipped=passed, before=samples_before(node.path))
     scratch = node.path / "scratch"
     config = PretrainConfig.model_validate(read_json(scratch / "job.json")["config"])
     checkpoints = scratch / "checkpoints"
@@ -225,7 +225,7 @@ def training_of(node: Node) -> Training:
                 skipped.append({"step": event["step"], "reason": "nonfinite", "windows": 0})
         elif event["event"] == "rollback":
             done = max(saved, event["to"])
-    return Training(config, done, skipped, samples_before(node.path))
+    return Training(config=config, done=done, skipped=skipped, before=samples_before(node.path))
 
 
 def read_sources(folder: Path) -> str:

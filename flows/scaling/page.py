@@ -80,7 +80,7 @@ def drawn(ladder: Ladder) -> list[Line]:
 
 
 def residuals(ladder: Ladder) -> Line:
-    """How far off the law the runs are, in percent, by FLOPs."""
+    """Distance of the runs from the law, in percent, by FLOPs."""
     order = sorted(range(len(ladder.rungs)), key=lambda place: ladder.rungs[place].flops)
     found = ladder.residuals
     return Line(

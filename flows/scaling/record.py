@@ -30,9 +30,9 @@ class Record:
     name: str
     recipe: str
     made: str
-    """When, in ISO 8601."""
+    """Time, in ISO 8601."""
     key: str
-    """By which its run is found in MLflow."""
+    """The key by which its run is found in MLflow."""
     text: Mapping[str, str]
     """Fingerprints of the tokens and the tokenizer, and what decides which documents are evaluated."""
     flops_per_second: float
@@ -96,12 +96,12 @@ class Forecast:
 
     @property
     def sha256(self) -> str:
-        """What the next one names it by."""
+        """The name that the next one has for it."""
         return hashlib.sha256(canonical_json(asdict(self)).encode()).hexdigest()
 
     @property
     def interval(self) -> Interval:
-        """What is foreseen."""
+        """The loss that is foreseen."""
         return Interval(self.middle, self.low, self.high)
 
     def measured(self, store: Store) -> float | None:

@@ -17,7 +17,7 @@ from llm.scaling.law import LEAST_BUDGETS
 from llm.scaling.shapes import matrices, shapes
 
 LEAST_STEPS = 10
-"""Of a training of a ladder."""
+"""Fewest steps of a training of a ladder."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ Point = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)]
 
 
 class StartConfig(Config):
-    """What a training takes from the one whose model it begins with."""
+    """A training's start, within that of the model that it begins with."""
 
     at: Point | None = None
     """The branch point, by its step or share (it is one of the other's `keep`); None: the end."""

@@ -1,4 +1,4 @@
-"""Where a training begins that is given a model: at the end of another training or at one of its branch points, with
+"""The start of a training that is given a model: at the end of another training or at one of its branch points, with
 what the optimizer kept of it or without. It has a schedule of its own, counts its steps from 0, and reads on in the
 text where the other one stopped, where that is the same text in the same order.
 """
@@ -38,7 +38,8 @@ class Start:
     samples: int
     """Sequences that come before the first that is read."""
     again: str
-    """Why the first sequence is read, though the other training read the same text; empty where it is not so."""
+    """Reason to read from the first sequence on, though the other training read the same text; empty where there is
+    none."""
 
     def lines(self) -> list[str]:
         """Describe it for a person."""

@@ -27,7 +27,7 @@ LEAST_BUDGETS = 3
 FREE = 5
 """Numbers that are fitted."""
 BOUNDS = ((-12.0, 4.0), (-12.0, 4.0), (-6.0, 4.0), (0.02, 2.0), (0.02, 2.0))
-"""Of the logs of the three terms at the middle of the runs, in relation to the loss there, and of the exponents."""
+"""Bounds of the logs of the three terms at the middle of the runs, over the loss there, and of the exponents."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,8 +165,8 @@ class Ladder:
 
     @cached_property
     def drift(self) -> float:
-        """How far off (root mean square, of log L) the law of the smaller budgets is on the largest one, for each
-        factor e of FLOPs that lies between that and the next; 0 where there are too few budgets to say."""
+        """Error (root mean square, of log L) of the law of the smaller budgets on the largest one, for each factor e of
+        FLOPs that lies between that and the next; 0 where there are too few budgets to say."""
         if len(self.budgets) < LEAST_BUDGETS:
             return 0.0
         largest, before = self.budgets[-1], self.budgets[-2]

@@ -73,7 +73,7 @@ def nearest(model: ModelConfig, wanted: float) -> Shape:
 
     def off(candidate: ModelConfig) -> float:
         size = abs(math.log(matrices(candidate) / wanted))
-        return size + abs(math.log(candidate.width / candidate.layers / aspect)) / 4
+        return size + abs(math.log(candidate.width / candidate.layers / aspect)) / 2
 
     candidates = [
         one

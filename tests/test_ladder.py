@@ -70,7 +70,7 @@ def test_it_is_one_parent_in_mlflow_with_its_page(llmill: Llmill) -> None:
     parents = [
         run
         for run in client.search_runs(experiments, "tags.`llmill.kind` = 'sweep'")
-        if run.info.run_name.startswith("ladder of 6e+09")
+        if run.info.run_name.startswith("ladder of 6e9")
     ]
     assert [run.info.status for run in parents] == ["FINISHED"] * len(parents)
     assert "L(N, D) = " in parents[0].data.tags["mlflow.note.content"]

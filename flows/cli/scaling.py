@@ -81,7 +81,7 @@ def forecast(
     from flows.recipe import load_recipe
     from flows.scaling.forecast import foresee
     from flows.scaling.record import read_ladder
-    from flows.scaling.tables import bounds
+    from flows.scaling.tables import bounds, flops
 
     writable(home)
     record = read_ladder(home, ladder)
@@ -95,8 +95,8 @@ def forecast(
     console = Terminal().console
     console.print(f"forecast {made.number}: {bounds(made.interval)}")
     console.print(
-        f"{made.parameters:,} parameters, {made.tokens:,} tokens, {made.flops:.3g} FLOPs: {made.beyond:.3g} times the "
-        f"largest budget of ladder {made.ladder}"
+        f"{made.parameters:,} parameters, {made.tokens:,} tokens, {flops(made.flops)} FLOPs: {made.beyond:.3g} times "
+        f"the largest budget of ladder {made.ladder}"
     )
     if seconds is not None:
         priced = f", {cost:,.2f} at {price:g} an hour" if cost is not None else ""

@@ -16,7 +16,7 @@ from flows.listeners.terminal import Terminal
 from flows.scaling.page import page
 from flows.scaling.record import Record, write_ladder
 from flows.scaling.rungs import RungMember
-from flows.scaling.tables import in_short, law_text
+from flows.scaling.tables import flops, in_short, law_text
 from llm.scaling.law import Rung
 
 PAGE = "ladder.html"
@@ -28,7 +28,7 @@ class LadderRun:
     def __init__(self, rungs: Sequence[RungMember], home: Path, terminal: Terminal, command: str) -> None:
         self.rungs, self.home = rungs, home
         self.recipe = rungs[0].member.recipe.name
-        budgets = ", ".join(f"{one:.3g}" for one in dict.fromkeys(one.budget for one in rungs))
+        budgets = ", ".join(flops(one) for one in dict.fromkeys(one.budget for one in rungs))
         members = [one.member for one in rungs]
         self.sweep = Sweep(members, home, terminal, command, name=f"ladder of {budgets} FLOPs")
 

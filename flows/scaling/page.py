@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from html import escape
 
 from flows.compare.cells import Section
 from flows.compare.page import STYLE, table
 from flows.compare.svg import Line, plot, style
 from flows.scaling.record import Record
-from flows.scaling.tables import OPTIMA, RUNGS, groups, in_short, law_text, optima, rung_rows
-from llm.scaling.law import Ladder
+from flows.scaling.tables import OPTIMA, RUNGS, flops, groups, in_short, law_text, optima, rung_rows
+from llm.scaling.law import Ladder, Rung
 
+OFF = "off the law (%)"
 CURVE = 40
 """Points of a drawn law."""
 
@@ -27,7 +29,7 @@ def page(record: Record) -> str:
         '<div class="plots">',
         figure(measured(ladder), "Measured: a line for each budget"),
         figure(drawn(ladder), "The law, at the same budgets"),
-        figure([residuals(ladder)], "What is left: measured over the law's, in percent, by run"),
+        figure(residuals(ladder), "What is left: measured over the law's", OFF),
         "</div>",
         table(Section(heading="The best size", header=[*OPTIMA], rows=optima(ladder), empty="", fixed=1)),
         table(Section(heading="Runs", header=[*RUNGS], rows=rung_rows(ladder), empty="", fixed=1)),
@@ -42,28 +44,34 @@ def page(record: Record) -> str:
     )
 
 
-def figure(lines: list[Line], caption: str) -> str:
-    """A plot with its key."""
-    y_name = "bits per byte" if len(lines) > 1 else "off the law (%)"
-    x_name = "log10 of parameters" if len(lines) > 1 else "log10 of FLOPs"
-    keys = "".join(
-        f'<span class="key {style(place)}"></span>{escape(line.name)}'
+def figure(lines: list[Line], caption: str, y_name: str = "bits per byte") -> str:
+    """A plot over the logarithm of size, with its key."""
+    keys = " ".join(
+        f'<span style="white-space: nowrap"><span class="key {style(place)}"></span>{escape(line.name)}</span>'
         for place, line in enumerate(lines)
-        if len(lines) > 1
     )
-    return (
-        f"<figure>{plot(lines, x_name, y_name)}<figcaption>{escape(caption)}<br>{keys}</figcaption></figure>"
-    )
+    drawing = plot(lines, "log10 of parameters", y_name)
+    return f"<figure>{drawing}<figcaption>{escape(caption)}<br>{keys}</figcaption></figure>"
 
 
 def measured(ladder: Ladder) -> list[Line]:
     """A line for each budget: the mean of the seeds by size."""
+    return by_size(ladder, lambda one: one.loss)
+
+
+def residuals(ladder: Ladder) -> list[Line]:
+    """A line for each budget: how far off the law its runs are, in percent, the mean of the seeds by size."""
+    return by_size(ladder, lambda one: 100 * (one.loss / ladder.law.loss(one.parameters, one.tokens) - 1))
+
+
+def by_size(ladder: Ladder, value: Callable[[Rung], float]) -> list[Line]:
+    """A line for each budget: some value of its runs, the mean of the seeds by size."""
     lines = []
     for budget in ladder.budgets:
         found = [group for group in groups(ladder) if group[0].budget == budget]
         x = [math.log10(group[0].parameters) for group in found]
-        y = [sum(one.loss for one in group) / len(group) for group in found]
-        lines.append(Line(f"{budget:.3g} FLOPs", x, y))
+        y = [sum(map(value, group)) / len(group) for group in found]
+        lines.append(Line(f"{flops(budget)} FLOPs", x, y))
     return lines
 
 
@@ -75,16 +83,5 @@ def drawn(ladder: Ladder) -> list[Line]:
         low, high = min(sizes), max(sizes)
         x = [low + (high - low) * place / (CURVE - 1) for place in range(CURVE)]
         y = [ladder.law.loss(10**one, budget / 6 / 10**one) for one in x]
-        lines.append(Line(f"{budget:.3g} FLOPs", x, y))
+        lines.append(Line(f"{flops(budget)} FLOPs", x, y))
     return lines
-
-
-def residuals(ladder: Ladder) -> Line:
-    """Distance of the runs from the law, in percent, by FLOPs."""
-    order = sorted(range(len(ladder.rungs)), key=lambda place: ladder.rungs[place].flops)
-    found = ladder.residuals
-    return Line(
-        "off",
-        [math.log10(ladder.rungs[place].flops) for place in order],
-        [100 * float(found[place]) for place in order],
-    )

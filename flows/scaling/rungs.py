@@ -11,6 +11,7 @@ from flows.compare.members import SEED, Member, first_seed
 from flows.engine.plan import Step, make_plan
 from flows.engine.store import Store
 from flows.recipe import load_recipe
+from flows.scaling.tables import flops
 from llm.model.config import ModelConfig
 from llm.pretrain.config import PretrainConfig, vocabulary
 from llm.scaling.law import LEAST_BUDGETS
@@ -72,7 +73,7 @@ def merged(rungs: Sequence[RungMember], sizes: int) -> list[str]:
         found = {one.work.parameters for one in rungs if one.budget == budget}
         if len(found) < sizes:
             lines.append(
-                f"{budget:.3g} FLOPs: {len(found)} sizes in place of {sizes}, for others would be these again"
+                f"{flops(budget)} FLOPs: {len(found)} sizes in place of {sizes}, for others would be these again"
             )
     return lines
 
@@ -114,8 +115,8 @@ def read_rungs(
             steps = round(tokens / batch)
             if steps < LEAST_STEPS:
                 raise UserError(
-                    f"--flops {budget:.3g} trains {shape.parameters:,} parameters on {tokens:,.0f} tokens, which are "
-                    f"not {LEAST_STEPS} batches of {batch:,}:\nraise it, or lower pretrain.batch_tokens"
+                    f"--flops {flops(budget)} trains {shape.parameters:,} parameters on {tokens:,.0f} tokens, which "
+                    f"are not {LEAST_STEPS} batches of {batch:,}:\nraise it, or lower pretrain.batch_tokens"
                 )
             fixed = (*shape.settings, f"pretrain.batch_tokens={batch}", f"pretrain.tokens={steps * batch}")
             for seed in range(first, first + seeds):

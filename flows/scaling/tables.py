@@ -12,6 +12,11 @@ RUNGS = ("FLOPs", "parameters", "tokens", "seeds", "bits per byte", "by the law"
 OPTIMA = ("FLOPs", "parameters by the parabola", "by the law", "90%", "tokens", "tokens a parameter")
 
 
+def flops(number: float) -> str:
+    """Write a number of FLOPs as it is typed: ``3e10``."""
+    return f"{number:.3g}".replace("e+", "e")
+
+
 def law_text(ladder: Ladder) -> str:
     """Write the law down."""
     law = ladder.law
@@ -37,7 +42,7 @@ def rung_rows(ladder: Ladder) -> list[list[str]]:
         foreseen = ladder.law.loss(one.parameters, one.tokens)
         rows.append(
             [
-                f"{one.budget:.3g}",
+                flops(one.budget),
                 f"{one.parameters:,}",
                 f"{one.tokens:,}",
                 str(len(group)),
@@ -59,7 +64,7 @@ def optima(ladder: Ladder) -> list[list[str]]:
         by_parabola = f"{valley:,.0f}" if valley else ("at an end" if budget in ladder.budgets else "")
         rows.append(
             [
-                f"{budget:.3g}",
+                flops(budget),
                 by_parabola,
                 f"{best.middle:,.0f}",
                 f"{best.low:,.0f} to {best.high:,.0f}",

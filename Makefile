@@ -35,8 +35,8 @@ test: check  ## Check, then the tests
 test-quick: setup  ## The tests that take seconds, and one run at toy size: two minutes
 	$(BIN)/pytest -n 2 --no-loadscope-reorder --quick
 
-test-long: setup  ## The tests that take minutes each
-	$(BIN)/pytest -m long
+test-long: setup  ## The tests that take long each: before a release, and after a change to what they hold
+	$(BIN)/pytest -n 2 --no-loadscope-reorder -m long
 
 clean:  ## Remove the environment and the caches (never .llmill, where the models are)
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache *.egg-info

@@ -58,6 +58,7 @@ def test_the_main_text_of_pages_is_timed_and_compared_with_what_is_known(tmp_pat
     assert found["speed"][0]["pages/s"] > 0
 
 
+@pytest.mark.long
 def test_the_loader_is_timed_by_tokens(tmp_path: Path) -> None:
     found = run("loader", tmp_path, "--megabytes", "8", "--tokens", "1000000", "--vocab-size", "4096")
     for key, batch in (("context_256", 256 * 32), ("context_1024", 1024 * 512)):
@@ -67,6 +68,7 @@ def test_the_loader_is_timed_by_tokens(tmp_path: Path) -> None:
         assert plain["llmill / this"] == 1
 
 
+@pytest.mark.long
 def test_planted_near_duplicates_are_judged_by_true_similarity(tmp_path: Path) -> None:
     found = run("quality", tmp_path, "--no-natural", "--planted", "30")
     (ours,) = found["planted"]

@@ -57,6 +57,7 @@ def labelled(llmill: Llmill, *arguments: str, lines: str = "") -> subprocess.Com
     )
 
 
+@pytest.mark.long
 def test_it_runs_is_used_and_is_compared(spam: Llmill) -> None:
     out = " ".join(spam.run().stdout.split())
     assert "1 rejected: 1 no label" in out

@@ -148,6 +148,7 @@ def test_a_run_is_found_by_all_its_names(llmill, client, runs):
     assert older[1]["stages"]["evaluate"] == first["llmill.evaluate.fingerprint"]
 
 
+@pytest.mark.long
 def test_names_that_say_too_little_or_nothing_are_refused_with_candidates(llmill, client, runs):
     run = runs["0.003", "0"]
     said = llmill("compare", "latest", "small of yesterday", code=2).stderr
@@ -162,6 +163,7 @@ def test_names_that_say_too_little_or_nothing_are_refused_with_candidates(llmill
     assert "registered model is called" in llmill("compare", "latest", "models:/x", code=2).stderr
 
 
+@pytest.mark.long
 def test_models_that_saw_other_held_out_documents_are_not_ranked(llmill, runs):
     llmill.run("--set", "pretrain.lr=0.003", "--set", "evaluate.max_documents=12", "--to", "evaluate")
     said = compared(llmill, runs["0.003", "0"], "latest")
@@ -173,6 +175,7 @@ def test_models_that_saw_other_held_out_documents_are_not_ranked(llmill, runs):
     assert said["verdict"]["refused"].startswith("5 held-out documents are too few to compare, 10 are needed")
 
 
+@pytest.mark.long
 def test_loss_and_perplexity_of_different_tokenizers_are_not_held_against_each_other(llmill, runs):
     llmill.run("--set", "pretrain.lr=0.003", "--set", "train_tokenizer.vocab_size=600", "--to", "evaluate")
     run = runs["0.003", "0"]
@@ -275,6 +278,7 @@ def test_mlflow_away_leaves_the_comparison_and_a_warning(llmill, runs):
     assert "there is no latest: MLflow at http://127.0.0.1:9 does not answer" in said
 
 
+@pytest.mark.long
 def test_commands_that_only_read_do_so_in_a_home_that_cannot_be_written_to_and_others_say_so(llmill, runs):
     """A person who may read a team's home; root without the power to write what nobody may stands for him here."""
     program = shutil.which("setpriv") or pytest.skip("util-linux is not installed here")
@@ -317,6 +321,7 @@ def modes(folder: Path) -> dict[Path, int]:
     }
 
 
+@pytest.mark.long
 def test_a_run_ends_with_its_model_beside_the_one_before(llmill: Llmill, client: MlflowClient) -> None:
     llmill.run("--set", "pretrain.lr=0.0001", "--name", "by [hand]")
     before, this = Store(llmill.home).artifacts("evaluate")[-2:]
@@ -350,6 +355,7 @@ OUTCOMES = {
 }
 
 
+@pytest.mark.long
 def test_models_of_different_corpora_are_compared_on_the_sets_and_tasks_of_both(
     llmill: Llmill, client: MlflowClient, runs: dict[tuple[str, str], Run], tmp_path: Path
 ) -> None:

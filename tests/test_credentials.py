@@ -148,6 +148,7 @@ PLANTED = {
 SMALLER = ("--set", "pretrain.tokens=10_240", "--set", "runtime.notify=[env:OPERATOR_HOOK]")
 
 
+@pytest.mark.long
 def test_a_run_that_fails_and_its_repetition_keep_no_secret_of_servers_and_say_none(
     tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ def test_a_second_run_reuses_everything(finished: Llmill):
     assert finished.payloads() == before
 
 
+@pytest.mark.long
 def test_runs_from_scratch_seal_the_same_bytes_whatever_the_workers(finished: Llmill, make_llmill):
     other = make_llmill()
     other.run("--set", "runtime.task_runner=threads", "--set", "runtime.workers=1")
@@ -137,6 +138,7 @@ def resumed_or_begun(llmill: Llmill, stage: str, before: set[Path]) -> bool:
     return any(time.time() - path.stat().st_mtime < 0.5 for path in next(iter(found)).glob(".origin.json"))
 
 
+@pytest.mark.long
 def test_two_runs_at_once_build_nothing_twice(finished: Llmill, make_llmill):
     llmill = make_llmill()
     runs = [llmill.start("run", str(llmill.recipe)) for _ in range(2)]
@@ -245,6 +247,7 @@ def test_what_was_sealed_by_a_run_killed_before_it_told_mlflow_is_told_by_the_ne
     assert not state.exists()
 
 
+@pytest.mark.long
 def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finished: Llmill, tmp_path):
     home = tmp_path / "home"
     shutil.copytree(finished.home, home)
@@ -265,6 +268,7 @@ def test_forcing_a_stage_to_other_bytes_rebuilds_the_rest_in_the_same_run(finish
     assert llmill.payloads() == finished.payloads()
 
 
+@pytest.mark.long
 def test_without_a_server_a_run_that_builds_something_starts_its_own_and_leaves_none(
     finished: Llmill, tmp_path: Path
 ):

@@ -140,6 +140,7 @@ def test_whatever_computes_a_run_it_ends_with_the_same_bytes(engines, make_llmil
     assert len(list(manifest.parent.glob("documents-*.parquet"))) > 4
 
 
+@pytest.mark.long
 def test_a_failing_item_is_told_as_what_it_is_and_nothing_goes_on_writing(tmp_path, prefect_server):
     engines = ["threads", "processes", "dask", "ray"]
     printed = drive(FAILURES, tmp_path, str(tmp_path), *engines)

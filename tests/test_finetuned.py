@@ -65,6 +65,7 @@ def tuned(make_llmill: Any) -> Llmill:
     return llmill
 
 
+@pytest.mark.long
 def test_it_runs_and_is_run_again_alone_compared_and_talked_to(tuned: Llmill) -> None:
     out = " ".join(tuned.run().stdout.split())
     assert "1 rejected (no known fields)" in out

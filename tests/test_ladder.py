@@ -36,6 +36,7 @@ def ladder_name(llmill: Llmill) -> str:
     return path.stem
 
 
+@pytest.mark.long
 def test_the_runs_are_of_their_budgets_and_share_what_they_can(llmill: Llmill) -> None:
     record = read_ladder(llmill.home, "latest")
     assert record.name == ladder_name(llmill)
@@ -52,6 +53,7 @@ def test_the_runs_are_of_their_budgets_and_share_what_they_can(llmill: Llmill) -
     assert record.flops_per_second > 0
 
 
+@pytest.mark.long
 def test_again_it_trains_nothing_and_says_the_same(llmill: Llmill) -> None:
     before = read_ladder(llmill.home, "latest").rungs
     said = llmill(
@@ -64,6 +66,7 @@ def test_again_it_trains_nothing_and_says_the_same(llmill: Llmill) -> None:
     assert len(list((llmill.home / "ladders").iterdir())) == 1
 
 
+@pytest.mark.long
 def test_it_is_one_parent_in_mlflow_with_its_page(llmill: Llmill) -> None:
     client = MlflowClient(f"sqlite:///{llmill.home / 'mlflow.db'}")
     experiments = [one.experiment_id for one in client.search_experiments()]
@@ -79,6 +82,7 @@ def test_it_is_one_parent_in_mlflow_with_its_page(llmill: Llmill) -> None:
     assert len(children) == 9
 
 
+@pytest.mark.long
 def test_a_forecast_is_sealed_before_its_recipe_runs_and_scored_when_it_has(
     llmill: Llmill, tmp_path: Path
 ) -> None:
@@ -116,6 +120,7 @@ def test_a_forecast_is_sealed_before_its_recipe_runs_and_scored_when_it_has(
         )
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

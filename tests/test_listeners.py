@@ -24,13 +24,8 @@ from flows.listeners.mlflow.links import tracking_uri
 from flows.listeners.mlflow.operations import Mlflow
 
 KINDS = ("run_started", "step_started", "training_started", "measured", "note", "step_sealed", "run_ended")
-EACH = [
-    kind
-    if kind in ("run_started", "step_sealed", "run_ended")
-    else pytest.param(kind, marks=pytest.mark.long)
-    for kind in KINDS
-]
-"""The first, the last and the one with most to lose at once; `make test-long` dies at the others."""
+EACH = [kind if kind == "step_sealed" else pytest.param(kind, marks=pytest.mark.long) for kind in KINDS]
+"""The one with most to lose at once; `make test-long` dies at the others."""
 
 
 @pytest.fixture(scope="module")

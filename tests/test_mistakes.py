@@ -64,6 +64,7 @@ def test_a_damaged_shard_is_named_with_the_way_out(finished: Llmill, tmp_path):
     llmill("verify")
 
 
+@pytest.mark.long
 def test_a_full_disk_is_an_error_and_what_was_sealed_stays(finished: Llmill, tmp_path):
     allowed = subprocess.run(
         ["unshare", "--user", "--map-root-user", "--mount", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)],

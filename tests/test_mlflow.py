@@ -283,6 +283,7 @@ def test_every_tag_of_a_run_and_its_models_is_documented(client, runs, version):
     assert {tag for tag in named if tag.startswith("llmill.")} <= documented
 
 
+@pytest.mark.long
 def test_mlflow_serves_the_registered_model_and_loads_it(finished: Llmill, tmp_path: Path):
     """``mlflow models serve`` and ``mlflow.transformers.load_model``, each in a process of its own, say the same."""
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # it looks for uvicorn there

@@ -94,6 +94,7 @@ def site(make_llmill, tmp_path_factory) -> Iterator[Site]:
                 site.type("down")
 
 
+@pytest.mark.long
 def test_a_scheduled_run_starts_by_itself_fails_in_every_stage_and_each_retry_goes_on(site: Site):
     """The journey of an operator: what failed is repaired, and Retry does the rest."""
     planted = site.llmill.home / "planted"
@@ -240,6 +241,7 @@ def statuses(site: Site, flow_run: str) -> set[str]:
     return {run.info.status for run in ours}
 
 
+@pytest.mark.long
 def test_a_suspended_run_saves_and_ends_its_ranks_a_cancelled_one_too_and_each_says_so(site: Site):
     """Suspended by a button, resumed by another, cancelled by a third."""
     run = site.prefect.start("small", called="второй 2nd", settings=LONG, note="as long as it takes")
@@ -320,6 +322,7 @@ def test_a_worker_that_is_stopped_alone_lets_its_run_save(site: Site):
     site.up()
 
 
+@pytest.mark.long
 def test_down_lets_a_run_save_and_says_so_a_killed_one_is_found_and_each_first_retry_goes_on(site: Site):
     before = saved(site)
     run = site.prefect.start("small", settings=LONG)
@@ -481,6 +484,7 @@ def test_servers_are_shown_found_again_and_hide_the_password(site: Site):
         assert PASSWORD not in " ".join(psutil.Process(process.pid).cmdline())
 
 
+@pytest.mark.long
 def test_the_gpu_pools_worker_trains_and_a_cancel_of_the_pipeline_ends_that_too(site: Site):
     """Two pools and their workers: the pipeline waits in one, what it dispatches runs in the other.
 

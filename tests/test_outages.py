@@ -162,6 +162,7 @@ def test_a_server_that_comes_and_goes_has_all_in_the_end(make_llmill, undisturbe
     assert "nothing is left" in llmill("sync", MLFLOW_TRACKING_URI=server.url).stdout
 
 
+@pytest.mark.long
 def test_a_run_killed_while_the_server_is_away_is_told_whole_by_the_next_one(
     make_llmill, undisturbed, server: Server
 ) -> None:
@@ -175,6 +176,7 @@ def test_a_run_killed_while_the_server_is_away_is_told_whole_by_the_next_one(
     assert_whole(llmill, server, undisturbed)
 
 
+@pytest.mark.long
 def test_a_server_that_hangs_holds_nothing_up_and_has_all_when_it_wakes(
     make_llmill, undisturbed, server: Server
 ) -> None:

@@ -74,6 +74,7 @@ def states(server: Server, name: str) -> dict[str, str]:
     }
 
 
+@pytest.mark.long
 def test_a_run_outlives_the_server_and_the_next_one_tells_it_the_end(make_llmill, finished: Llmill, server):
     llmill = make_llmill()
     run = llmill.start_afresh("run", str(llmill.recipe), PREFECT_API_URL=server.url)
@@ -93,6 +94,7 @@ def test_a_run_outlives_the_server_and_the_next_one_tells_it_the_end(make_llmill
     assert list(states(server, "pretrain").values()) == ["COMPLETED"]
 
 
+@pytest.mark.long
 def test_a_server_that_is_away_for_seconds_misses_nothing(make_llmill, finished: Llmill, server):
     llmill = make_llmill()
     run = llmill.start_afresh("run", str(llmill.recipe), PREFECT_API_URL=server.url)

@@ -120,6 +120,7 @@ def test_ours_and_theirs_are_rows_of_one_table_and_nothing_is_scored_twice(
     assert logged["score/fruit/accuracy"] == rows[1]["metrics"]["fruit/accuracy"]
 
 
+@pytest.mark.long
 def test_models_made_anywhere_are_compared_once_they_are_scored(
     llmill: Llmill, theirs: Path, options: list[str]
 ) -> None:
@@ -136,6 +137,7 @@ def test_models_made_anywhere_are_compared_once_they_are_scored(
     assert by_scores["sets_and_tasks"] == first["verdict"]["sets_and_tasks"]
 
 
+@pytest.mark.long
 def test_a_model_of_an_architecture_that_we_have_not_is_scored_and_compared(
     llmill: Llmill, theirs: Path, options: list[str], tmp_path: Path
 ) -> None:
@@ -264,6 +266,7 @@ def test_a_share_stands_with_its_interval_and_the_mean_comes_last() -> None:
     assert cell({}, "b", "bits_per_byte") == ""
 
 
+@pytest.mark.long
 def test_an_evaluation_finds_what_its_model_was_trained_on(llmill: Llmill, tmp_path: Path) -> None:
     [documents], [tokens] = (Store(llmill.home).artifacts(stage) for stage in ("dedup", "tokenize"))
     texts = read_documents(documents.path)

@@ -34,6 +34,7 @@ def processes(home: Path) -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.long
 def test_runs_side_by_side_make_what_runs_in_turn_do_also_when_stopped(swept: Llmill, make_llmill) -> None:
     llmill: Llmill = make_llmill(recipe=SWEPT)
     command = ("sweep", str(llmill.recipe), *SWEEP, "--jobs", "2")
@@ -72,6 +73,7 @@ def test_runs_side_by_side_make_what_runs_in_turn_do_also_when_stopped(swept: Ll
     assert [run.info.status for run in [parent, *groups, *members]] == ["FINISHED"] * 7
 
 
+@pytest.mark.long
 def test_one_that_fails_leaves_the_others_going_and_a_sweep_that_shows_nothing_ends(make_llmill) -> None:
     llmill: Llmill = make_llmill(recipe=SWEPT)
     command = ("sweep", str(llmill.recipe), "--set", "pretrain.tokens=8192", "--jobs", "2")

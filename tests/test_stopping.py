@@ -42,8 +42,8 @@ def flow_states(prefect_server: str, llmill: Llmill) -> set[str]:
         ("parts", "processes", signal.SIGINT),
         ("parts", "threads", signal.SIGTERM),
         ("native", "processes", signal.SIGTERM),
-        ("parts", "dask", signal.SIGINT),
-        ("parts", "ray", signal.SIGTERM),
+        pytest.param("parts", "dask", signal.SIGINT, marks=pytest.mark.long),
+        pytest.param("parts", "ray", signal.SIGTERM, marks=pytest.mark.long),
     ],
 )
 def test_a_stage_that_would_never_end_is_ended(make_llmill, prefect_server, kind, runner, number):

@@ -271,6 +271,7 @@ def test_old_answers_are_forgotten(blind: Blind) -> None:
         blind.vote(Given(id=begun.id, vote="left"))
 
 
+@pytest.mark.long
 def test_no_kill_loses_a_vote(copy_finished: Callable[[Path], Llmill], tmp_path: Path) -> None:
     llmill = copy_finished(tmp_path / "home")
     file = votes_file(llmill.home)
@@ -289,6 +290,7 @@ def test_no_kill_loses_a_vote(copy_finished: Callable[[Path], Llmill], tmp_path:
     assert "2 lines of" in llmill("votes").stdout
 
 
+@pytest.mark.long
 def test_two_servers_at_once_keep_each_vote_whole(home: Llmill, server: ChatServer) -> None:
     file = votes_file(home.home)
     before = len(read_votes(file).votes)

@@ -86,6 +86,7 @@ def test_a_mistake_is_named_with_its_line(load: Any) -> None:
         load("adopt: {type: scores, path: x}\nevaluate:\n")
 
 
+@pytest.mark.long
 def test_the_command_seals_what_a_recipe_then_finds_and_its_lines_are_one(
     copy_finished: Callable[[Path], Llmill], tmp_path: Path
 ) -> None:

@@ -262,7 +262,7 @@ def test_a_wrong_field_in_the_file_is_refused_in_a_line(registered, tmp_path):
     assert len(str(refused.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("pages", ["", "/v2"])
+@pytest.mark.parametrize("pages", [pytest.param("", marks=pytest.mark.long), "/v2"])
 def test_the_form_shows_each_setting_under_its_name_with_help_and_default_and_refuses_a_wrong_value(
     registered, prefect_server, pages
 ):

@@ -70,6 +70,7 @@ def runs(llmill: Llmill) -> list[Any]:
     return [run for run in found if "llmill.stage" not in run.data.tags]
 
 
+@pytest.mark.long
 def test_a_run_has_one_name_everywhere_and_one_that_resumes_it_keeps_it(
     named: Llmill, prefect_server: str
 ) -> None:

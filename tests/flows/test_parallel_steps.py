@@ -95,6 +95,7 @@ def stopped(make_llmill: Any) -> Ran:
     return Ran(llmill, [json.loads(line) for line in said.splitlines()])
 
 
+@pytest.mark.long
 def test_the_bytes_are_those_of_one_after_the_other(stopped: Ran, one_by_one: Llmill) -> None:
     assert stopped.llmill.payloads() == one_by_one.payloads()
 
@@ -162,6 +163,7 @@ def test_mlflow_and_prefect_have_all_of_it_under_one_run(stopped: Ran, prefect_s
     assert {step: states.get(step) for step in TRAININGS} == dict.fromkeys(TRAININGS, "COMPLETED")
 
 
+@pytest.mark.long
 def test_when_one_fails_the_other_is_let_end_and_nothing_begins_behind_them(
     one_by_one: Llmill, tmp_path: Path
 ) -> None:

@@ -225,6 +225,7 @@ def test_the_data_stages_find_dask_where_its_manifest_says() -> None:
     assert 1 <= least <= cluster["spec"]["worker"]["replicas"] <= most <= IN_FLIGHT * least
 
 
+@pytest.mark.long
 def test_two_machines_of_a_training_job_find_each_other(finished: Llmill, tmp_path: Path) -> None:
     """Both run node.sh, as the operator has them do it, with the home that they share."""
     home, programs = tmp_path / "home", tmp_path / "bin"

@@ -176,6 +176,7 @@ def disturb(trained: Trained) -> None:
     assert trained.cluster.state(second) == "COMPLETED"
 
 
+@pytest.mark.long
 def test_a_training_that_was_cancelled_and_preempted_ends_with_the_bytes_of_a_local_one(
     trained: Trained, two_ranks: Any
 ) -> None:

@@ -252,6 +252,7 @@ def test_nats_are_those_of_each_answer_by_itself(inputs: dict[str, Path]) -> Non
         assert nats == pytest.approx(-float(log_likelihood(model, one).detach()), rel=1e-4)
 
 
+@pytest.mark.long
 def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     losses: dict[str, Any] = {}
     for name, runtime in {

@@ -100,6 +100,7 @@ def test_with_the_optimizer_kept_it_is_the_training_that_was_not_parted(
     assert [one["read"] for one in read] == [(20 - done) * BATCH]
 
 
+@pytest.mark.long
 def test_a_third_reads_on_behind_the_second(
     stem: Path, whole: Path, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -148,6 +149,7 @@ def test_another_text_is_read_from_its_first_sequence(
     assert not [line for line in said if "again" in line or "reads on" in line]
 
 
+@pytest.mark.long
 def test_a_kill_does_not_begin_again(
     stem: Path, whole: Path, corpus: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -56,6 +56,7 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], str]
     return written["races"], (folder / "training.md").read_text()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("race", ["trainer", "compile", "zero"])
 def test_all_contestants_train_and_are_compared(told: tuple[dict[str, Any], str], race: str) -> None:
     races, text = told

@@ -134,6 +134,7 @@ def test_computed_otherwise_or_damaged_it_is_not_gone_on_from(
     assert events(store / "micro-batch", "resume") == []
 
 
+@pytest.mark.long
 def test_killed_behind_a_branch_point_it_ends_with_the_same_bytes(
     stem: Path, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -168,6 +169,7 @@ def decaying(at: int, **fields: Any) -> PretrainConfig:
     )
 
 
+@pytest.mark.long
 def test_many_decays_take_the_steps_of_their_stem_once(corpus: dict[str, Path], tmp_path: Path) -> None:
     store = tmp_path / "store"
     taken = {}

@@ -348,6 +348,7 @@ def test_a_file_may_be_read_twice_by_other_columns(inputs: dict[str, Path], tmp_
     assert "dropped/the same again" not in metrics
 
 
+@pytest.mark.long
 def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     losses: dict[str, Any] = {}
     for name, runtime in {

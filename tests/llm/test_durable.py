@@ -63,6 +63,7 @@ def test_the_newest_checkpoints_and_those_of_each_so_many_steps_are_kept(calm: P
     assert made == list(range(10, STEPS, 10))
 
 
+@pytest.mark.long
 def test_usr1_saves_and_goes_on_and_ctrl_c_saves_and_ends(corpus: dict[str, Path], tmp_path: Path) -> None:
     steps = 300  # so many that a signal is heard before the last, though torchrun hands it on in its own time
     calm, tmp_path = run(recipe(steps=steps), corpus, tmp_path / "calm"), tmp_path / "disturbed"
@@ -81,6 +82,7 @@ def test_usr1_saves_and_goes_on_and_ctrl_c_saves_and_ends(corpus: dict[str, Path
     assert payload(tmp_path) == payload(calm)
 
 
+@pytest.mark.long
 def test_a_rank_that_hangs_ends_the_run_in_bounded_time_and_it_can_be_run_again(
     calm_pair: Path, corpus: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -158,6 +160,7 @@ def plant_spike(corpus: dict[str, Path], folder: Path, step: int) -> dict[str, P
     return {**corpus, "tokens": folder}
 
 
+@pytest.mark.long
 def test_a_leap_of_the_loss_rolls_back_and_passes_over_the_batches_and_a_kill_changes_no_byte_of_it(
     corpus: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -424,7 +424,7 @@ def test_adapters_of_matrices_that_are_not_there_are_refused(
         trained(config(given, lora={"targets": ["gate_proj"]}), inputs, tmp_path / "none")
 
 
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_killed_at_any_moment_it_ends_with_the_same_bytes(
     whole: bool, given: Path, inputs: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -471,6 +471,7 @@ def test_mistakes_are_said(given: Path, inputs: dict[str, Path], tmp_path: Path)
     assert load_tokenizer(folder).get_vocab_size() == 500
 
 
+@pytest.mark.long
 def test_killed_it_goes_on_with_other_ranks(given: Path, inputs: dict[str, Path], tmp_path: Path) -> None:
     alone = config(given, epochs=8.0, answers=0, lora={"rank": 2})
     trained(alone, inputs, tmp_path / "whole")

@@ -33,6 +33,7 @@ def experiment() -> Experiment:
     return Experiment({**fields, "runtime": {"ranks": 2, "zero_stage": 1}}, steps=2)
 
 
+@pytest.mark.long
 def test_two_machines_train_to_the_same_weights_as_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

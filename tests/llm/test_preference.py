@@ -9,6 +9,7 @@ from scipy import stats
 from llm.score.preference import preference
 
 
+@pytest.mark.long
 def test_of_fair_votes_looked_at_after_each_one_stream_in_twenty_at_most_is_ever_said_to_prefer() -> None:
     """The sign test for a fixed number of votes says so of three in ten."""
     streams, votes = 1000, 200

@@ -130,6 +130,7 @@ def test_the_last_scores_are_those_that_evaluate_gives_the_saved_model(
     assert len({one["code/bits_per_byte"] for one in found}) == 3
 
 
+@pytest.mark.long
 def test_a_killed_training_repeats_no_scores_and_misses_none(
     corpus: dict[str, Path], wanted: dict[str, Any], scored: Runs, tmp_path: Path
 ) -> None:

@@ -261,7 +261,7 @@ def steps_of(run: Path, kind: str) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "whole_tree"),
-    [("1 rank", True), ("2 ranks, ZeRO 3, tied", False)],
+    [("1 rank", True), pytest.param("2 ranks, ZeRO 3, tied", False, marks=pytest.mark.long)],
     ids=["whole-tree", "orphaned-ranks"],
 )
 def test_a_killed_training_goes_on_bit_for_bit(

@@ -120,6 +120,7 @@ def test_what_can_not_be_done_is_said(
     assert said in done.stderr
 
 
+@pytest.mark.long
 def test_a_model_that_continues_texts_is_not_compared_with_one_that_gives_labels(spam: Llmill) -> None:
     [made] = [one for one in Store(spam.home).artifacts("classify") if one.metrics["steps"] > 5]
     done = spam("compare", made.fingerprint, "latest", code=2)

@@ -84,10 +84,10 @@ def forecast(
     from flows.scaling.tables import bounds, flops
 
     writable(home)
+    price = load_recipe(recipe, set_ or ()).runtime.price_per_hour
     record = read_ladder(home, ladder)
     made = foresee(recipe, set_ or (), record, home)
     seconds = made.flops / record.flops_per_second if record.flops_per_second else None
-    price = load_recipe(recipe, set_ or ()).runtime.price_per_hour
     cost = seconds / 3600 * price if seconds and price else None
     if as_json:
         print(json.dumps({**asdict(made), "seconds": seconds, "price": cost}, indent=1, allow_nan=False))

@@ -151,6 +151,25 @@ def test_what_can_not_be_foreseen_is_refused(
     assert message in " ".join(said.split())
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            ("pretrain.decay_at=4096", "pretrain.schedule.kind=wsd", "pretrain.schedule.warmup_steps=1"),
+            "set tokens",
+        ),
+        (("pretrain.init_from=folder",), "trainings that begin from nothing"),
+    ],
+)
+def test_trainings_of_which_no_law_holds_are_refused(
+    settings: tuple[str, ...], message: str, make_llmill: Callable[..., Llmill]
+) -> None:
+    fresh = make_llmill()
+    changes = [word for one in settings for word in ("--set", one)]
+    said = fresh("ladder", str(fresh.recipe), "--flops", BUDGETS, *changes, code=2).stderr
+    assert message in " ".join(said.split())
+
+
 def test_without_a_ladder_nothing_is_foreseen(make_llmill: Callable[..., Llmill]) -> None:
     fresh = make_llmill()
     assert "has none yet; llmill ladder RECIPE" in fresh("forecast", str(fresh.recipe), code=2).stderr

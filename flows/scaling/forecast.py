@@ -28,6 +28,10 @@ def foresee(path: Path, changes: Sequence[str], record: Record, home: Path) -> F
     steps = make_plan(recipe, store)
     by_name = {step.name: step for step in steps}
     vocab_size = vocab_size_of(steps)
+    if "model" in by_name["pretrain"].sources or getattr(by_name["pretrain"].config, "init_from", None):
+        raise UserError(
+            "pretrain begins with a model: a law of tokens holds of trainings that begin from nothing"
+        )
     if "evaluate" not in by_name or by_name["evaluate"].sources["model"] != "pretrain":
         raise UserError(
             "a forecast is of the loss that evaluate measures of pretrain's model: the recipe has no such step"
@@ -36,8 +40,9 @@ def foresee(path: Path, changes: Sequence[str], record: Record, home: Path) -> F
     for step in (trained, evaluated):
         if step.fingerprint is None or step.config is None:
             raise UserError(f"{step.name}: {'; '.join(step.why)}")
-        if step.action == "reuse":
-            raise UserError(f"{step.name} of this recipe is made already: there is nothing to foresee")
+        if step.action != "run":
+            made = "is made already" if step.action == "reuse" else "has begun"
+            raise UserError(f"{step.name} of this recipe {made}: there is nothing to foresee")
     require_text(evaluated, record)
     work = Work.of(trained.config, vocab_size)  # type: ignore[arg-type]
     interval = record.ladder.forecast(parameters=work.parameters, tokens=work.tokens, flops=work.flops)

@@ -98,6 +98,5 @@ def rate(store: Store, rungs: Sequence[RungMember]) -> float:
         step = one.member.step("pretrain")
         made = store.get("pretrain", str(step.fingerprint))
         if made:
-            began, ended = (datetime.fromisoformat(made.manifest[name]) for name in ("started", "finished"))
-            flops, seconds = flops + one.work.flops, seconds + (ended - began).total_seconds()
+            flops, seconds = flops + one.work.flops, seconds + made.manifest["seconds"]
     return flops / seconds if seconds else 0.0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def read_forecasts(home: Path) -> list[Forecast]:
         UserError: one was changed, taken out or put in.
     """
     found: list[Forecast] = []
-    for path in sorted((home / FORECASTS).glob("*.json")):
+    for path in sorted((home / FORECASTS).glob("[0-9]*.json")):
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         sha256 = values.pop("sha256")
         one = Forecast(**values)
@@ -135,7 +136,11 @@ def write_forecast(home: Path, forecast: Forecast) -> Path:
     """
     path = home / FORECASTS / f"{forecast.number:05d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.touch(exist_ok=False)
     values = {**asdict(forecast), "sha256": forecast.sha256}
-    write_durably(path, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    whole = path.with_name(f".{os.getpid()}.json")
+    write_durably(whole, json.dumps(values, indent=1, allow_nan=False) + "\n")
+    try:
+        os.link(whole, path)  # which replaces nothing, and is whole at once
+    finally:
+        whole.unlink()
     return path

@@ -10,7 +10,7 @@ from data_pipeline.core.errors import UserError
 from flows.compare.members import SEED, Member, first_seed
 from flows.engine.plan import Step, make_plan
 from flows.engine.store import Store
-from flows.recipe import load_recipe
+from flows.recipe import Recipe, load_recipe
 from flows.scaling.tables import flops
 from llm.model.config import ModelConfig
 from llm.pretrain.config import PretrainConfig, vocabulary
@@ -66,6 +66,25 @@ def read_budgets(text: str) -> list[float]:
     return budgets
 
 
+def require_from_nothing(recipe: Recipe) -> None:
+    """Refuse a training that begins with a model: its own tokens are not all that it has read.
+
+    Raises:
+        UserError: it does; or its length follows from `decay_at`.
+    """
+    step = next((one for one in recipe.steps if one.name == "pretrain"), None)
+    if step is None or not isinstance(step.config, PretrainConfig):
+        raise UserError("a ladder is of trainings of other sizes: the recipe has no step pretrain")
+    if "model" in step.sources or step.config.init_from is not None:
+        raise UserError(
+            "pretrain begins with a model: a law of tokens holds of trainings that begin from nothing"
+        )
+    if step.config.decay_at is not None:
+        raise UserError(
+            "pretrain.decay_at says how long training lasts, and here that is varied: set tokens in its place"
+        )
+
+
 def merged(rungs: Sequence[RungMember], sizes: int) -> list[str]:
     """Say which budgets have fewer sizes than were asked for."""
     lines = []
@@ -103,6 +122,7 @@ def read_rungs(
         UserError: the recipe can't be planned; a budget is too small.
     """
     recipe = load_recipe(path, changes)
+    require_from_nothing(recipe)
     first, vocab_size = first_seed(recipe), vocab_size_of(make_plan(recipe, store))
     model = ModelConfig(**recipe.pretrain.model.model_dump(), vocab_size=vocab_size)  # type: ignore[attr-defined]
     found = []

@@ -217,6 +217,7 @@ class PretrainConfig(TrainingConfig):
         that the model which training begins with will not have."""
         if "model" in configs:
             self.require_branch(configs["model"])
+            self.require_shape(configs["model"])
         known = vocabulary(configs.get("tokenizer"), made.get("tokenizer"))
         if self.init_from is None or known is None:
             return
@@ -232,8 +233,31 @@ class PretrainConfig(TrainingConfig):
             raise UserError(
                 "start says where in a model's training to begin: name its step with inputs: {model: STEP}"
             )
+        if self.start.needs_branch and self.runtime.tensor_parallel > 1:
+            raise UserError(
+                "start names a branch point, which tensor_parallel can't be begun from: set it to 1"
+            )
         if "model" in inputs and self.init_from is not None:
             raise UserError("inputs.model and init_from both name a model to begin with: leave one out")
+
+    def require_shape(self, of: StageConfig) -> None:
+        """Refuse to begin with a model of another shape, as far as its training says it.
+
+        Raises:
+            UserError: it has one; where positions are rotary, context and their base may be others.
+        """
+        if not isinstance(of, PretrainConfig):
+            return
+        from llm.model.layouts import settings_for
+
+        ours, theirs = self.model, of.model
+        if ours.positions == theirs.positions == "rotary":
+            theirs = theirs.model_copy(update={"context": ours.context, "rope_theta": ours.rope_theta})
+        shapes = (ModelConfig(**one.model_dump(), vocab_size=2) for one in (ours, theirs))
+        if settings := settings_for(*shapes):
+            raise UserError(
+                f"the model that training begins with has another shape: of this step, set {settings}"
+            )
 
     def require_branch(self, of: StageConfig) -> None:
         """Refuse to begin at a branch point that a training with such a config does not keep.

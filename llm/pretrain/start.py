@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from llm.model.config import ModelConfig
-from llm.model.layouts import settings_for
+from llm.model.layouts import behaviour_sha256, settings_for
 from llm.pretrain import branches
 from llm.pretrain.config import PretrainConfig, read_sealed
 from llm.training import checkpoint
@@ -59,7 +59,17 @@ def read_start(config: PretrainConfig, model: ModelConfig, inputs: Mapping[str, 
         UserError: the model has another shape; the branch point is not there, or can't be used.
     """
     folder = inputs["model"]
+    if not (folder / "model.json").exists():
+        raise UserError(f"{folder} holds a model that llmill does not compute: it can't be trained")
     theirs = ModelConfig.model_validate_json((folder / "model.json").read_text(encoding="utf-8"))
+    if theirs.labels:
+        raise UserError(f"{folder} holds a model that gives labels: name one that continues text")
+    if (folder / "tokenizer.json").exists() and behaviour_sha256(folder) != behaviour_sha256(
+        inputs["tokenizer"]
+    ):
+        raise UserError(
+            f"{folder} has a tokenizer that cuts text otherwise: tokens would stand for other text"
+        )
     require_shape(model, theirs, folder.name)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     if manifest["stage"] != "pretrain":

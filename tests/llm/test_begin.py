@@ -180,6 +180,19 @@ def test_what_can_not_be_begun_with_is_refused(stem: Path, corpus: dict[str, Pat
         UserError, match=r"has another shape than pretrain.model: set pretrain.model.width=32"
     ):
         pretrain(recipe(6, model=wider), {**corpus, "model": stem}, tmp_path / "out", LocalContext())
+    with pytest.raises(UserError, match=r"another shape: of this step, set pretrain.model.width=32"):
+        recipe(6, model=wider).require_shape(of)
+    recipe(6, model={**wider, "width": 32, "context": 2 * CONTEXT}).require_shape(of)
+    split = {"ranks": 2, "zero_stage": 1, "tensor_parallel": 2}
+    with pytest.raises(UserError, match="which tensor_parallel can't be begun from"):
+        recipe(6, start={"at": 10}, runtime=split, optimizer={"kind": "adamw"}).check_wired({"model"})
+    other = shutil.copytree(stem, tmp_path / "other")
+    shutil.copy(corpus["tokenizer"] / "tokenizer.json", other / "tokenizer.json")
+    recut = json.loads((other / "tokenizer.json").read_text())
+    recut["model"]["merges"] = recut["model"]["merges"][:-1]
+    (other / "tokenizer.json").write_text(json.dumps(recut))
+    with pytest.raises(UserError, match="cuts text otherwise"):
+        pretrain(recipe(6), {**corpus, "model": other}, tmp_path / "out", LocalContext())
     torn = shutil.copytree(stem, tmp_path / "torn")
     (torn / "branches" / "step-00000010" / "rank-00000.safetensors").write_bytes(b"")
     with pytest.raises(

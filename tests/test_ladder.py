@@ -19,7 +19,7 @@ SMALL = (
     *("--set", "train_tokenizer.vocab_size=300", "--set", "pretrain.model.width=16"),
     *("--set", "download.sources.0.split_chars=2000"),
 )
-BUDGETS = "6e9,1.2e10,2.4e10"
+BUDGETS = "1.2e10,2.4e10,4.8e10"
 LARGER = (*SMALL, "--set", "pretrain.tokens=921_600")
 
 
@@ -73,7 +73,7 @@ def test_it_is_one_parent_in_mlflow_with_its_page(llmill: Llmill) -> None:
     parents = [
         run
         for run in client.search_runs(experiments, "tags.`llmill.kind` = 'sweep'")
-        if run.info.run_name.startswith("ladder of 6e9")
+        if run.info.run_name.startswith("ladder of 1.2e10")
     ]
     assert [run.info.status for run in parents] == ["FINISHED"] * len(parents)
     assert "L(N, D) = " in parents[0].data.tags["mlflow.note.content"]

@@ -32,7 +32,7 @@ check lint: setup  ## Style, types and import contracts
 test: check  ## Check, then the tests
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
-test-quick: setup  ## The tests that take seconds, and one run at toy size: two minutes
+test-quick: setup  ## The tests that take seconds, and one run at toy size: minutes
 	$(BIN)/pytest -n 2 --no-loadscope-reorder --quick
 
 test-long: setup  ## The tests that take long each: before a release, and after a change to what they hold

@@ -14,7 +14,7 @@ from flows.engine.plan import Step, make_plan
 from flows.engine.store import Store
 from flows.recipe import load_recipe, shown
 from flows.scaling.record import Forecast, Record, read_forecasts, write_forecast
-from flows.scaling.rungs import Work, vocab_size_of
+from flows.scaling.rungs import Work, require_from_nothing, vocab_size_of
 
 
 def foresee(path: Path, changes: Sequence[str], record: Record, home: Path) -> Forecast:
@@ -25,13 +25,10 @@ def foresee(path: Path, changes: Sequence[str], record: Record, home: Path) -> F
     """
     store = Store(home)
     recipe = load_recipe(path, changes)
+    require_from_nothing(recipe)
     steps = make_plan(recipe, store)
     by_name = {step.name: step for step in steps}
     vocab_size = vocab_size_of(steps)
-    if "model" in by_name["pretrain"].sources or getattr(by_name["pretrain"].config, "init_from", None):
-        raise UserError(
-            "pretrain begins with a model: a law of tokens holds of trainings that begin from nothing"
-        )
     if "evaluate" not in by_name or by_name["evaluate"].sources["model"] != "pretrain":
         raise UserError(
             "a forecast is of the loss that evaluate measures of pretrain's model: the recipe has no such step"

@@ -70,18 +70,14 @@ def require_from_nothing(recipe: Recipe) -> None:
     """Refuse a training that begins with a model: its own tokens are not all that it has read.
 
     Raises:
-        UserError: it does; or its length follows from `decay_at`.
+        UserError: it does; or there is none.
     """
     step = next((one for one in recipe.steps if one.name == "pretrain"), None)
     if step is None or not isinstance(step.config, PretrainConfig):
-        raise UserError("a ladder is of trainings of other sizes: the recipe has no step pretrain")
+        raise UserError("a law of loss is one of pretraining: the recipe has no step pretrain")
     if "model" in step.sources or step.config.init_from is not None:
         raise UserError(
             "pretrain begins with a model: a law of tokens holds of trainings that begin from nothing"
-        )
-    if step.config.decay_at is not None:
-        raise UserError(
-            "pretrain.decay_at says how long training lasts, and here that is varied: set tokens in its place"
         )
 
 
@@ -104,8 +100,6 @@ def vocab_size_of(steps: Sequence[Step]) -> int:
         UserError: it is not known before it is made.
     """
     by_name = {step.name: step for step in steps}
-    if "pretrain" not in by_name:
-        raise UserError("a ladder is of trainings of other sizes: the recipe has no step pretrain")
     source = by_name[by_name["pretrain"].sources["tokenizer"]]
     known = vocabulary(source.config, source.artifact.path if source.artifact else None)
     if known is None:
@@ -123,6 +117,10 @@ def read_rungs(
     """
     recipe = load_recipe(path, changes)
     require_from_nothing(recipe)
+    if recipe.pretrain.decay_at is not None:  # type: ignore[attr-defined]
+        raise UserError(
+            "pretrain.decay_at says how long training lasts, and here that is varied: set tokens in its place"
+        )
     first, vocab_size = first_seed(recipe), vocab_size_of(make_plan(recipe, store))
     model = ModelConfig(**recipe.pretrain.model.model_dump(), vocab_size=vocab_size)  # type: ignore[attr-defined]
     found = []

@@ -367,6 +367,14 @@ def settings_for(ours: ModelConfig, theirs: ModelConfig) -> str:
     )
 
 
+def settings_to_begin(ours: ModelConfig, theirs: ModelConfig) -> str:
+    """`settings_for`, where a training begins with another's model: where positions are rotary, context and their base
+    may be others."""
+    if ours.positions == theirs.positions == "rotary":
+        theirs = theirs.model_copy(update={"context": ours.context, "rope_theta": ours.rope_theta})
+    return settings_for(ours, theirs)
+
+
 def written(value: Any) -> str:
     """Return a setting as a recipe has it."""
     return json.dumps(value, allow_nan=False)

@@ -244,17 +244,14 @@ class PretrainConfig(TrainingConfig):
         """Refuse to begin with a model of another shape, as far as its training says it.
 
         Raises:
-            UserError: it has one; where positions are rotary, context and their base may be others.
+            UserError: it has one.
         """
         if not isinstance(of, PretrainConfig):
             return
-        from llm.model.layouts import settings_for
+        from llm.model.layouts import settings_to_begin
 
-        ours, theirs = self.model, of.model
-        if ours.positions == theirs.positions == "rotary":
-            theirs = theirs.model_copy(update={"context": ours.context, "rope_theta": ours.rope_theta})
-        shapes = (ModelConfig(**one.model_dump(), vocab_size=2) for one in (ours, theirs))
-        if settings := settings_for(*shapes):
+        shapes = (ModelConfig(**one.model.model_dump(), vocab_size=2) for one in (self, of))
+        if settings := settings_to_begin(*shapes):
             raise UserError(
                 f"the model that training begins with has another shape: of this step, set {settings}"
             )

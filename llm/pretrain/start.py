@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from data_pipeline.core.errors import UserError
 from data_pipeline.core.files import atomic_path
 from llm.model.config import ModelConfig
-from llm.model.layouts import behaviour_sha256, settings_for
+from llm.model.layouts import behaviour_sha256, settings_to_begin
 from llm.pretrain import branches
 from llm.pretrain.config import PretrainConfig, read_sealed
 from llm.training import checkpoint
@@ -111,14 +111,12 @@ def read_branch(branch: Path, step: int, config: PretrainConfig) -> list[dict[st
 
 
 def require_shape(ours: ModelConfig, theirs: ModelConfig, name: str) -> None:
-    """Refuse a model of another shape; where positions are rotary, context and their base may be others.
+    """Refuse a model of another shape.
 
     Raises:
         UserError: it has another one.
     """
-    if ours.positions == theirs.positions == "rotary":
-        theirs = theirs.model_copy(update={"context": ours.context, "rope_theta": ours.rope_theta})
-    if settings := settings_for(ours, theirs):
+    if settings := settings_to_begin(ours, theirs):
         raise UserError(
             f"the model that this training begins with ({name}) has another shape than pretrain.model: set {settings}"
         )

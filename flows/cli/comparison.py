@@ -15,6 +15,7 @@ from flows.cli.options import (
     HOME,
     AsJson,
     Home,
+    Jobs,
     Overrides,
     RecipePath,
     announce,
@@ -157,9 +158,7 @@ def sweep(
         typer.Option(metavar="STEP.FIELD=VALUE,VALUE", help="Run with each of these values; repeatable."),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination, with seeds of their own.")] = 1,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at once, each with its share of the GPUs and cores.")
-    ] = 1,
+    jobs: Jobs = 1,
     set_: Overrides = None,
     home: Home = HOME,
 ) -> None:

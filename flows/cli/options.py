@@ -45,6 +45,7 @@ def expanded(home: Path) -> Path:
 Home = Annotated[
     Path, typer.Option(envvar="LLMILL_HOME", help="Where everything is kept.", callback=expanded)
 ]
+Jobs = Annotated[int, typer.Option(min=1, help="Runs at once, each with its share of the GPUs and cores.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 HOME = Path(".llmill")
 

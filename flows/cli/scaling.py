@@ -10,7 +10,18 @@ import typer
 
 from data_pipeline.core.text import duration
 from flows.cli.comparison import show_forecast
-from flows.cli.options import HOME, AsJson, Home, Overrides, RecipePath, announce, stoppable, typed, writable
+from flows.cli.options import (
+    HOME,
+    AsJson,
+    Home,
+    Jobs,
+    Overrides,
+    RecipePath,
+    announce,
+    stoppable,
+    typed,
+    writable,
+)
 from flows.engine.process import quiet_libraries, save_when_asked
 from flows.engine.store import Store
 from flows.prefect.servers import PrefectServer
@@ -23,9 +34,7 @@ def ladder(
     ],
     sizes: Annotated[int, typer.Option(min=3, help="Models of each budget.")] = 4,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each, with seeds of their own.")] = 2,
-    jobs: Annotated[
-        int, typer.Option(min=1, help="Runs at once, each with its share of the GPUs and cores.")
-    ] = 1,
+    jobs: Jobs = 1,
     set_: Overrides = None,
     home: Home = HOME,
 ) -> None:

@@ -352,6 +352,13 @@ def test_ranks_and_zero_stages_train_alike(given: Path, inputs: dict[str, Path],
         np.testing.assert_allclose(losses[f"zero {stage}"], losses["one"], rtol=1e-4)
 
 
+def loaded_by_transformers(inputs: dict[str, Path], folder: Path) -> Any:
+    """The model that training began with, as `transformers` loads it."""
+    (folder / "base").mkdir()
+    write_loadable(load_model(inputs["model"]), inputs["tokenizer"], folder / "base", "float32")
+    return AutoModelForCausalLM.from_pretrained(folder / "base")
+
+
 @pytest.mark.parametrize("zero_stage", [0, 3])
 def test_adapters_are_all_that_is_trained_and_peft_reads_them(
     zero_stage: int, given: Path, inputs: dict[str, Path], tmp_path: Path
@@ -372,12 +379,7 @@ def test_adapters_are_all_that_is_trained_and_peft_reads_them(
         else:
             assert not moved.any(), name
 
-    folder = tmp_path / "base"
-    folder.mkdir()
-    write_loadable(base, inputs["tokenizer"], folder, "float32")
-    theirs = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "out" / "adapter"
-    )
+    theirs = PeftModel.from_pretrained(loaded_by_transformers(inputs, tmp_path), tmp_path / "out" / "adapter")
     tokens = torch.randint(0, 500, (2, 40))
     with torch.inference_mode():
         torch.testing.assert_close(theirs(tokens).logits, merged(tokens)[..., :500], rtol=1e-4, atol=1e-4)
@@ -399,10 +401,7 @@ def test_peft_reads_adapters_of_gpt2(
     metrics = trained(config(given, lora=lora, lr=2e-2, answers=0), inputs, tmp_path / "out")
     assert metrics["val_loss"] < metrics["val_loss_before"]
 
-    folder = tmp_path / "base"
-    folder.mkdir()
-    write_loadable(load_model(inputs["model"]), inputs["tokenizer"], folder, "float32")
-    base = AutoModelForCausalLM.from_pretrained(folder)
+    base = loaded_by_transformers(inputs, tmp_path)
     tokens = torch.randint(0, 500, (2, 40))
     with torch.inference_mode():
         before = base(tokens).logits
